@@ -1,0 +1,123 @@
+"""What people see on stderr: notes, progress bars and the before/after table."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+_WIDTH = 80
+
+
+def say(text: str = "", *, indent: str = "") -> None:
+    """Print text to stderr, wrapped to the terminal."""
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    print("\n".join(lines), file=sys.stderr)
+
+
+def bar(
+    title: str, *, total: int | None = None, unit: str = "batch"
+) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Return a wrapper that shows the progress of an iteration where stderr is a terminal.
+
+    Args:
+        title: What is going on.
+        total: Number of items; None asks the iterable.
+        unit: What is counted.
+
+    Returns:
+        Function from an iterable to one of the same items.
+    """
+
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
+        shown: Iterable[Any] = tqdm(
+            items,
+            desc=title,
+            total=total,
+            unit=unit,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            dynamic_ncols=True,
+        )
+        return shown
+
+    return wrap
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip(), file=sys.stderr)
+
+
+def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
+    """Print costs and quality of two models side by side; what is None is left out.
+
+    Args:
+        dense: macs, params, latency_ms, top1, top5, agreement.
+        pruned: The same.
+    """
+    rows = [("", "dense", "pruned", "ratio")]
+    for name, key in (("MACs", "macs"), ("parameters", "params")):
+        before, after = dense[key], pruned[key]
+        rows.append((name, short(before), short(after), f"{after / before:.3f}"))
+    if pruned.get("latency_ms") is not None:
+        before, after = dense["latency_ms"], pruned["latency_ms"]
+        rows.append(
+            ("latency, 1 image", f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.3f}")
+        )
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+        if pruned.get(key) is not None:
+            before, after = dense[key], pruned[key]
+            change = f"{100 * (after - before):+.2f} points"
+            rows.append((name, percent(before), percent(after), change))
+    if pruned.get("agreement") is not None:
+        rows.append(("agreement", percent(1.0), percent(pruned["agreement"]), ""))
+    table(rows)
+
+
+def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
+    """Print how many groups stay whole, one line per reason."""
+    reasons = Counter(str(group["reason"]) for group in blocked)
+    for reason, count in reasons.most_common():
+        first = next(group["name"] for group in blocked if str(group["reason"]) == reason)
+        more = f" and {count - 1} more" if count > 1 else ""
+        say(f"left whole: {first}{more}: {reason}", indent="  ")
+
+
+def short(count: float) -> str:
+    """Return a count in three digits with its unit.
+
+    Example:
+        >>> short(125_485_706)
+        '125 M'
+        >>> short(853_018)
+        '853 k'
+    """
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= factor:
+            scaled = count / factor
+            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
+    return f"{count:.0f}"
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as text.
+
+    Example:
+        >>> percent(0.9339)
+        '93.39 %'
+    """
+    return f"{100 * fraction:.2f} %"

@@ -1,0 +1,33 @@
+"""Every criterion by the name that users type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from tpvprune.baselines import (
+    activation_variance_scores,
+    bn_scale_scores,
+    fpgm_scores,
+    magnitude_scores,
+    random_scores,
+)
+from tpvprune.gradient_baselines import jbr_scores, taylor_scores
+from tpvprune.scores import Scores, tpv_scores
+
+SCORERS: dict[str, Callable[..., Scores]] = {
+    "tpv": tpv_scores,
+    "jbr": jbr_scores,
+    "magnitude": magnitude_scores,
+    "magnitude_l1": partial(magnitude_scores, p=1),
+    "bn_scale": bn_scale_scores,
+    "fpgm": fpgm_scores,
+    "random": random_scores,
+    "activation_variance": activation_variance_scores,
+    "taylor": taylor_scores,
+    "taylor_torch_pruning": partial(taylor_scores, variant="torch_pruning"),
+}
+"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``."""
+
+NEEDS_LABELS: frozenset[str] = frozenset({"taylor", "taylor_torch_pruning"})
+"""Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""

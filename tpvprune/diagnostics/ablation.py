@@ -1,0 +1,172 @@
+"""The truth that a score estimates: remove every channel, one at a time, and look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.batches import unlabeled
+from tpvprune.costs import evaluating
+from tpvprune.groups import ChannelGroup, ChannelGroups
+from tpvprune.removal import MaskedChannels
+from tpvprune.scores import Scores
+from tpvprune.tracking import CONTRACTIONS, function_name
+
+
+@torch.no_grad()
+def ablation_scores(
+    model: nn.Module,
+    groups: ChannelGroups,
+    batches: Iterable[Any],
+    *,
+    max_channels: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Measure how much the outputs change when each channel alone is removed.
+
+    S_c = E_x ‖f(x without c) − f(x)‖², summed over outputs, with channel c zeroed at
+    every layer that reads it. One forward per channel and batch, of which the layers
+    in front of the cut are not computed again.
+
+    Args:
+        model: The dense model.
+        groups: Its channel groups.
+        batches: Inputs; labels are dropped.
+        max_channels: Channels measured per group, a random choice of them, >= 1;
+            None measures all.
+        seed: Seed of that choice.
+
+    Returns:
+        Scores in squared output units, float64 [C] per group, NaN where a channel was
+        not measured; `stderr` over samples likewise.
+
+    Raises:
+        ValueError: If max_channels is below 1.
+    """
+    if max_channels is not None and max_channels < 1:
+        raise ValueError(f"max_channels: expected at least 1 or None, found {max_channels}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {
+        group.name: torch.randperm(group.num_channels, generator=generator)[:max_channels]
+        .sort()
+        .values.tolist()
+        for group in groups
+    }
+    sums = {group.name: torch.zeros(2, group.num_channels).double() for group in groups}
+    num_samples = 0
+    with evaluating(model):
+        for inputs in unlabeled(batches):
+            num_samples += len(inputs)
+            known = _KnownCalls()
+            with known:
+                dense = model(inputs)
+            for group in groups:
+                known.replay_before(min(reader.call for reader in group.readers))
+                for channel in chosen[group.name]:
+                    with known, MaskedChannels(groups, {group.name: _without(group, channel)}):
+                        change = (model(inputs) - dense).double().square()
+                    moved = change.reshape(len(inputs), -1).sum(1)
+                    sums[group.name][:, channel] += torch.stack(
+                        [moved.sum(), moved.square().sum()]
+                    ).cpu()
+
+    values, stderr = {}, {}
+    for name, (total, squares) in sums.items():
+        skipped = torch.ones(len(total), dtype=torch.bool)
+        skipped[chosen[name]] = False
+        mean = total / num_samples
+        variance = (squares / num_samples - mean.square()).clamp_min(0)
+        values[name] = mean.masked_fill(skipped, torch.nan)
+        error = (variance / max(num_samples - 1, 1)).sqrt()
+        stderr[name] = error.masked_fill(skipped, torch.nan)
+    return Scores(
+        values=values,
+        stderr=stderr,
+        num_samples=num_samples,
+        criterion="ablation",
+        used_labels=False,
+    )
+
+
+def spearman(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Compute the rank correlation of two score vectors.
+
+    Pearson's correlation of the ranks; ties share the mean of their ranks.
+
+    Args:
+        a: Scores [C].
+        b: Scores [C] of the same channels.
+        mask: BoolTensor [C], which channels count; by default those where both
+            scores are numbers (an ablation leaves NaN where it did not measure).
+
+    Returns:
+        Correlation in [-1, 1]; NaN with fewer than two channels or where all scores
+        of one side are equal.
+
+    Raises:
+        ValueError: If the vectors differ in length.
+    """
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(
+            f"spearman needs two vectors of one length, found {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    use = ~(a.isnan() | b.isnan()) if mask is None else mask
+    ranks = [_ranks(v[use].double().cpu()) for v in (a, b)]
+    x, y = (r - r.mean() for r in ranks)
+    return (x @ y / (x.norm() * y.norm())).item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _without(group: ChannelGroup, channel: int) -> Tensor:
+    kept = torch.ones(group.num_channels, dtype=torch.bool)
+    kept[channel] = False
+    return kept
+
+
+class _KnownCalls(TorchFunctionMode):
+    """Remember every convolution and linear output of one forward, then replay the first ones.
+
+    Enter it outside of `MaskedChannels`, which then counts the same calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: list[Tensor] = []
+        self._num_known = 0
+        self._call = 0
+
+    def replay_before(self, call: int) -> None:
+        """From now on answer the calls before `call` from memory and compute the rest."""
+        self._num_known = call
+
+    def __enter__(self) -> _KnownCalls:
+        self._call = 0
+        super().__enter__()
+        return self
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function_name(func) not in CONTRACTIONS:
+            return func(*args, **(kwargs or {}))
+        call, self._call = self._call, self._call + 1
+        if call < self._num_known:
+            # An activation may work in place on the answer: it gets its own copy.
+            return self._outputs[call].clone()
+        output = func(*args, **(kwargs or {}))
+        if call == len(self._outputs):
+            self._outputs.append(output.clone())
+        return output

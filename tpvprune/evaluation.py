@@ -1,0 +1,249 @@
+"""What a model costs and how well it does: the only label-reading code besides baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import _private_randomness, unlabeled
+from tpvprune.costs import (
+    Latency,
+    call_arguments,
+    count_macs,
+    count_params,
+    evaluating,
+    measure_latency,
+)
+
+__all__ = [
+    "Evaluation",
+    "Latency",
+    "agreement",
+    "count_macs",
+    "count_params",
+    "evaluate",
+    "evaluating",
+    "measure_latency",
+    "output_variance",
+]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality and cost of one model; ``None`` where a number was not asked for.
+
+    Attributes:
+        num_images: Labelled images evaluated.
+        top1: Fraction whose most likely class is the label, in [0, 1].
+        top5: Fraction whose label is among the five most likely; ``None`` below 5 classes.
+        agreement: Fraction of equal top-1 with the dense model, in [0, 1].
+        output_variance: E‖f_pruned − f_dense‖², in squared output units.
+        macs: Multiply-accumulates for one input.
+        params: Number of parameters.
+        latency_ms: Median time of one call, in milliseconds.
+        latency_sd_ms: Standard deviation of those times.
+        latency_batch_size: Inputs of one such call.
+    """
+
+    num_images: int
+    top1: float
+    top5: float | None
+    agreement: float | None
+    output_variance: float | None
+    macs: int
+    params: int
+    latency_ms: float | None = None
+    latency_sd_ms: float | None = None
+    latency_batch_size: int | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    labelled_batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    dense: nn.Module | None = None,
+    latency_repeats: int = 0,
+) -> Evaluation:
+    """Measure accuracy and cost of a model on labelled images.
+
+    An image whose outputs are not all finite counts as wrong. Where a model returns a
+    tuple or a mapping, its first tensor is taken. Sums run in float64.
+
+    Args:
+        model: Classifier with outputs [B, K].
+        labelled_batches: Pairs of inputs [B, ...] and class indices [B].
+        dense: Model to compare with; gives ``agreement`` and ``output_variance``.
+        latency_repeats: Timed calls on the first batch, >= 2; 0 leaves the time out.
+
+    Returns:
+        An ``Evaluation``.
+
+    Raises:
+        ValueError: If there is no batch, a batch is not a pair, the labels are not class
+            indices of this model, or the outputs are not [B, K].
+    """
+    first: Tensor | None = None
+    totals = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, agreement, variance
+    num_images, num_classes = 0, 0
+    with evaluating(model), evaluating(dense):
+        for batch in _private_randomness(labelled_batches):
+            inputs, labels = _labelled(batch)
+            first = inputs if first is None else first
+            outputs = _call(model, inputs)
+            num_classes = outputs.shape[-1]
+            labels = _class_indices(labels, outputs)
+            ranked = _top_classes(outputs, min(5, num_classes))
+            hits = ranked == labels[:, None]
+            totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            if dense is not None:
+                totals[2:] += _comparison(outputs, _call(dense, inputs))
+            num_images += len(labels)
+    if first is None:
+        raise ValueError(
+            "labelled_batches: expected at least one batch, found none: check the data folder"
+        )
+    means = (totals / num_images).tolist()
+    timed = measure_latency(model, first, repeats=latency_repeats) if latency_repeats else None
+    return Evaluation(
+        num_images=num_images,
+        top1=means[0],
+        top5=means[1] if num_classes >= 5 else None,
+        agreement=means[2] if dense is not None else None,
+        output_variance=means[3] if dense is not None else None,
+        macs=count_macs(model, first),
+        params=count_params(model),
+        latency_ms=timed.median_ms if timed else None,
+        latency_sd_ms=timed.sd_ms if timed else None,
+        latency_batch_size=timed.batch_size if timed else None,
+    )
+
+
+def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
+    """Compute the fraction of inputs on which two models choose the same class.
+
+    mean_x [argmax f(x) = argmax f_dense(x)], over the output dimension 1 and, for outputs
+    with positions, over the positions too. Outputs that are not finite never agree. Outputs
+    of unequal shape, or no batch at all, are a ValueError.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to agree with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        A fraction in [0, 1].
+    """
+    return _compare(model, dense, batches)[0]
+
+
+def output_variance(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
+    """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
+
+    Outputs of unequal shape, or no batch at all, are a ValueError.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to compare with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        The mean over inputs, >= 0; not finite if an output is not.
+    """
+    return _compare(model, dense, batches)[1]
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list[float]:
+    totals = torch.zeros(2, dtype=torch.float64)
+    num_inputs = 0
+    with evaluating(model, dense):
+        for inputs in unlabeled(batches):
+            totals += _comparison(_call(model, inputs), _call(dense, inputs))
+            num_inputs += len(inputs)
+    return (totals / num_inputs).tolist()
+
+
+def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
+    # Sums over the batch [2], on the CPU: agreements, squared output changes.
+    dense_outputs = dense_outputs.to(outputs.device)
+    if outputs.shape != dense_outputs.shape:
+        raise ValueError(
+            f"expected outputs of the dense model's shape {tuple(dense_outputs.shape)}, found "
+            f"{tuple(outputs.shape)}: compare models with the same head"
+        )
+    agree = (_top_classes(outputs, 1) == _top_classes(dense_outputs, 1)) & outputs.isfinite().all(
+        1, keepdim=True
+    )
+    share = agree.double().flatten(1).mean(1).sum()
+    return torch.stack([share, (outputs - dense_outputs).square().sum()]).cpu()
+
+
+def _top_classes(outputs: Tensor, num: int) -> Tensor:
+    """Return the ``num`` most likely classes along dimension 1; -1 where outputs are not finite."""
+    if num == 1:  # unlike topk, argmax takes the first of equals
+        ranked = outputs.argmax(1, keepdim=True)
+    else:
+        ranked = outputs.topk(num, dim=1).indices
+        ranked[:, 0] = outputs.argmax(1)
+    return ranked.where(outputs.isfinite().all(1, keepdim=True), -1)
+
+
+def _call(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = _first_tensor(model(*call_arguments(model, inputs)))
+    if outputs.ndim < 2:
+        raise ValueError(
+            f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "
+            "wrap the model so that it returns one row per input"
+        )
+    return outputs.double()
+
+
+def _first_tensor(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, (tuple, list)) or not outputs:
+        raise ValueError(
+            f"expected a model that returns a tensor, found {type(outputs).__name__}: "
+            "wrap the model so that it returns its logits"
+        )
+    return _first_tensor(outputs[0])
+
+
+def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
+    if (
+        not isinstance(batch, (tuple, list))
+        or len(batch) < 2
+        or not all(isinstance(part, Tensor) for part in batch[:2])
+    ):
+        raise ValueError(
+            "labelled_batches: expected pairs (inputs, labels) of tensors, found "
+            f"{type(batch).__name__}: evaluation needs a labelled set"
+        )
+    return batch[0], batch[1]
+
+
+def _class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
+    if outputs.ndim != 2:
+        raise ValueError(
+            f"expected logits [batch, classes], found outputs of shape {tuple(outputs.shape)}: "
+            "top-1 needs a classifier"
+        )
+    if labels.is_floating_point() or labels.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"expected one class index per image, shape {tuple(outputs.shape[:1])}, found labels "
+            f"{labels.dtype} of shape {tuple(labels.shape)}: pass integer labels"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs.shape[1]:
+        raise ValueError(
+            f"expected labels in [0, {outputs.shape[1]}) as the model has outputs, found "
+            f"{low} to {high}: check the class folders or the model's head"
+        )
+    return labels.to(outputs.device)

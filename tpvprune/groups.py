@@ -1,0 +1,356 @@
+"""Channel groups: which parts of which parameters stand or fall together.
+
+:func:`find_groups` follows the channels through one forward pass (:mod:`tpvprune.tracking`) and
+returns plain records. Everything later in the flow (scores, costs, masks, removal) is a loop over
+these records; no layer type is looked at again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.tracking import Tracker, track
+
+Kept = dict[str, Tensor]
+"""Group name -> BoolTensor [C]; True = the channel stays. Groups not named stay whole."""
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """The part of one parameter or buffer that a group's channels own.
+
+    ``index[i]`` along ``dim`` belongs to channel ``channel[i]``. ``side`` is "consumer" for the
+    input dimension of the layers that mix the channels, "producer" for everything else.
+    """
+
+    param: str
+    dim: int
+    index: Tensor
+    channel: Tensor
+    side: Literal["producer", "consumer"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One call that reads the channels: together, a group's readers are its cut.
+
+    ``call`` is the ordinal among the convolution and linear calls of one forward;
+    ``index[i]`` along ``channel_dim`` of its input belongs to channel ``channel[i]``.
+    """
+
+    call: int
+    module: str
+    channel_dim: int
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are removed one by one, each from everywhere it appears.
+
+    ``name`` is the qualified name of the first layer that produces them. ``blocked`` says why a
+    group cannot be pruned (None: it can). A unit is a "channel", an attention "head" or a
+    "conv group" (the channels of one group of a grouped convolution).
+    """
+
+    name: str
+    num_channels: int
+    slices: tuple[ParamSlice, ...]
+    readers: tuple[Reader, ...]
+    unit: str = "channel"
+    blocked: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Which channels own the positions of one axis; positions without an owner always stay."""
+
+    size: int
+    members: tuple[tuple[str, Tensor, Tensor], ...]  # (group name, index [n], channel [n])
+
+    def kept(self, kept: Mapping[str, Tensor]) -> Tensor:
+        """Return a BoolTensor [size]: which positions stay."""
+        mask = torch.ones(self.size, dtype=torch.bool)
+        for name, index, channel in self.members:
+            if name in kept:
+                mask[index] = kept[name].cpu()[channel]
+        return mask
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """MACs of one call for one input; they scale with the kept fraction of every axis."""
+
+    module: str
+    macs: float
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """A module that pads channels with zeros: its ``front`` and ``back`` follow the channels."""
+
+    module: str
+    front: Axis
+    back: Axis
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """The groups of one model: iterable over those that can be pruned, ``blocked`` the others."""
+
+    groups: tuple[ChannelGroup, ...]
+    blocked: tuple[ChannelGroup, ...]
+    costs: tuple[CallCost, ...]
+    param_axes: Mapping[str, tuple[tuple[int, Axis], ...]]
+    param_sizes: Mapping[str, int]
+    norms: Mapping[int, Axis]
+    pads: tuple[Pad, ...]
+    notes: tuple[str, ...] = ()
+    _by_name: dict[str, ChannelGroup] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.clear()
+        self._by_name.update({g.name: g for g in self.groups})
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def macs(self, kept: Mapping[str, Tensor] | None = None) -> float:
+        """Return the MACs of one input when ``kept`` stays (1 MAC = 1 fused multiply-add).
+
+        Counted: convolutions, linear layers and the two products of attention.
+        """
+        total = 0.0
+        for cost in self.costs:
+            part = cost.macs
+            for axis in cost.axes:
+                part *= axis.kept(kept or {}).double().mean().item()
+            total += part
+        return total
+
+    def params(self, kept: Mapping[str, Tensor] | None = None) -> int:
+        """Return the number of parameters when ``kept`` stays."""
+        total = 0
+        for name, size in self.param_sizes.items():
+            part = size
+            for _, axis in self.param_axes.get(name, ()):
+                part = part * int(axis.kept(kept or {}).sum()) // axis.size
+            total += part
+        return total
+
+
+def find_groups(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    ignore: Iterable[str] = (),
+    verify: bool = True,
+) -> ChannelGroups:
+    """Find the groups of coupled channels of a model, and prove that each can be cut.
+
+    The model may be frozen, in train mode, or called under ``no_grad``; it is not changed.
+
+    Args:
+        model: Any module whose forward runs on ``example_inputs``.
+        example_inputs: One batch [B, ...], or the tuple of positional arguments.
+        ignore: Qualified names of modules whose outputs are left whole.
+        verify: Check for every group that masking and removing channels give the same outputs;
+            groups that fail are listed in ``.blocked``. Default: ``True``.
+
+    Returns:
+        The groups in network order.
+
+    Raises:
+        ValueError: If ``ignore`` names no module, or the model does not run on the inputs.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    known = dict(model.named_modules())
+    for name in ignore:
+        if name not in known:
+            raise ValueError(f"ignore: expected the name of a module, found {name!r}; see named_modules().")
+    private = copy.deepcopy(model).eval()
+    try:
+        tracker = track(private, inputs)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the model does not run on the example inputs: {error}") from error
+    groups = _assemble(private, tracker, frozenset(ignore))
+    if not verify:
+        return groups
+    from tpvprune.verification import verify_groups  # noqa: PLC0415  (it needs this module)
+
+    return verify_groups(model, groups, inputs)
+
+
+def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
+    """Return the same groups with those named in ``reasons`` left whole.
+
+    Args:
+        groups: Groups of a model.
+        reasons: Group name -> why it cannot be pruned.
+
+    Returns:
+        New groups; nothing refers to the blocked ones any more.
+    """
+    if not reasons:
+        return groups
+
+    def strip(axis: Axis) -> Axis:
+        return replace(axis, members=tuple(m for m in axis.members if m[0] not in reasons))
+
+    return ChannelGroups(
+        groups=tuple(g for g in groups if g.name not in reasons),
+        blocked=groups.blocked
+        + tuple(replace(g, blocked=reasons[g.name]) for g in groups if g.name in reasons),
+        costs=tuple(replace(c, axes=tuple(strip(a) for a in c.axes)) for c in groups.costs),
+        param_axes={p: tuple((d, strip(a)) for d, a in ax) for p, ax in groups.param_axes.items()},
+        param_sizes=groups.param_sizes,
+        norms={i: strip(a) for i, a in groups.norms.items()},
+        pads=tuple(replace(p, front=strip(p.front), back=strip(p.back)) for p in groups.pads),
+        notes=groups.notes,
+    )
+
+
+# ---- from atoms to groups -------------------------------------------------------------------
+
+
+class _Units:
+    """Assigns every component of atoms to a (group, channel)."""
+
+    def __init__(self, tracker: Tracker, ignore: frozenset[str]) -> None:
+        self.owner: dict[int, tuple[str, int]] = {}  # atom representative -> group, channel
+        self.reason: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        roots = {key: tracker.find_all(a) for key, a in tracker.param_atoms.items()}
+        self.roots = roots
+        producers = [k for k in tracker.param_atoms if k in tracker.producers]
+        order = {call.module: i for i, call in reversed(list(enumerate(tracker.calls)))}
+        producers.sort(key=lambda k: order.get(k[0].rpartition(".")[0], len(order)))
+        self._connect(tracker, producers, ignore)
+
+    def _connect(
+        self, tracker: Tracker, producers: list[tuple[str, int]], ignore: frozenset[str]
+    ) -> None:
+        """Put components that share a producing layer into one group."""
+        clusters: list[tuple[set[int], list[tuple[str, int]]]] = []
+        for key in producers:
+            mine = set(self.roots[key].tolist()) - {0}
+            touching = [c for c in clusters if c[0] & mine]
+            first = touching[0] if touching else (set(), [])
+            if not touching:
+                clusters.append(first)
+            first[0].update(mine)
+            first[1].append(key)
+            for other in touching[1:]:
+                first[0].update(other[0])
+                first[1].extend(other[1])
+                clusters.remove(other)
+        for atoms, keys in clusters:
+            name = keys[0][0].rpartition(".")[0]
+            if name in self.sizes:  # two independent outputs of one module
+                name = keys[0][0]
+            ordered = dict.fromkeys(r for k in keys for r in self.roots[k].tolist() if r in atoms)
+            free = [r for r in ordered if r not in tracker.pinned]
+            ignored = next((i for k in keys for i in ignore if _inside(k[0], i)), None)
+            if ignored is not None:
+                self.reason[name] = f"{ignored} is ignored on request"
+            elif not free:
+                self.reason[name] = tracker.pinned[next(iter(ordered))]
+            elif len(free) == 1:
+                self.reason[name] = "has a single unit, which must stay"
+            members = free or list(ordered)
+            self.sizes[name] = len(members)
+            self.owner.update({r: (name, c) for c, r in enumerate(members)})
+
+    def axis(self, tracker: Tracker, atoms: Tensor) -> Axis:
+        """Translate an array of atoms [n] into owners."""
+        members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for i, root in enumerate(tracker.find_all(atoms).tolist()):
+            if root in self.owner:
+                name, channel = self.owner[root]
+                members[name][0].append(i)
+                members[name][1].append(channel)
+        return Axis(
+            len(atoms),
+            tuple((n, torch.tensor(i), torch.tensor(c)) for n, (i, c) in members.items()),
+        )
+
+
+def _inside(param: str, module: str) -> bool:
+    return param.startswith(module + ".")
+
+
+def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> ChannelGroups:
+    units = _Units(tracker, ignore)
+    consumers = {
+        (f"{c.module}.weight", _consumer_dim(model, c.module)) for c in tracker.calls if c.read is not None
+    }
+    slices: dict[str, list[ParamSlice]] = defaultdict(list)
+    param_axes: dict[str, list[tuple[int, Axis]]] = defaultdict(list)
+    for (param, dim), atoms in tracker.param_atoms.items():
+        axis = units.axis(tracker, atoms)
+        if axis.members:
+            param_axes[param].append((dim, axis))
+        for name, index, channel in axis.members:
+            side: Literal["producer", "consumer"] = (
+                "consumer" if (param, dim) in consumers and (param, dim) not in tracker.producers
+                else "producer"
+            )
+            slices[name].append(ParamSlice(param, dim, index, channel, side))
+    readers: dict[str, list[Reader]] = defaultdict(list)
+    for call in tracker.calls:
+        if call.read is None or call.ordinal is None:
+            continue
+        for name, index, channel in units.axis(tracker, call.read).members:
+            readers[name].append(Reader(call.ordinal, call.module, call.channel_dim, index, channel))
+    heads = set(tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.head_atoms])).tolist())
+    conv_groups = set(
+        tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.conv_group_atoms])).tolist()
+    )
+    kinds = {units.owner[r][0]: "conv group" for r in conv_groups if r in units.owner}
+    kinds.update({units.owner[r][0]: "head" for r in heads if r in units.owner})
+    found = [
+        ChannelGroup(name, size, tuple(slices[name]), tuple(readers[name]), kinds.get(name, "channel"))
+        for name, size in units.sizes.items()
+    ]
+    reasons = dict(units.reason)
+    reasons.update(
+        {g.name: "no layer reads its channels" for g in found if not g.readers and g.name not in reasons}
+    )
+    groups = ChannelGroups(
+        groups=tuple(found),
+        blocked=(),
+        costs=tuple(
+            CallCost(c.module, c.macs, tuple(units.axis(tracker, f) for f in c.factors))
+            for c in tracker.calls
+        ),
+        param_axes={p: tuple(a) for p, a in param_axes.items()},
+        param_sizes={n: p.numel() for n, p in model.named_parameters()},
+        norms={n.ordinal: units.axis(tracker, n.atoms) for n in tracker.norms},
+        pads=tuple(
+            Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back)) for p in tracker.pads
+        ),
+    )
+    return with_blocked(groups, reasons)
+
+
+def _consumer_dim(model: nn.Module, module: str) -> int:
+    layer = dict(model.named_modules()).get(module)
+    return 0 if getattr(layer, "transposed", False) else 1
