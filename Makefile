@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml Makefile
 	@echo "[1/2] virtual environment in $(VENV)"
 	@"$(PYTHON)" -m venv $(VENV) >/dev/null || { \
 	  "$(PYTHON)" -m venv --without-pip $(VENV) && \
-	  $(RUN) "$$("$(PYTHON)" -c 'import pip; print(*pip.__path__)')" install --quiet pip; }
+	  $(RUN) "$$("$(PYTHON)" -c 'import pip; print(*pip.__path__)')" install --quiet --ignore-installed pip; }
 	@echo "[2/2] tpvprune and its dependencies (torch is large: minutes the first time)"
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --editable '.[dev]' | \
 	  while IFS= read -r line; do case $$line in \

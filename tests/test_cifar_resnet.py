@@ -79,7 +79,7 @@ def test_preprocessing_leaves_32_pixel_images_whole():
 
 
 def _to_pil(pixels):
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image
 
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 

@@ -1,19 +1,14 @@
-"""Scores to compare against that need no labels and no gradients."""
+"""Scores to compare against that look at the weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from tpvprune.batches import unlabeled
-from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice
 from tpvprune.scores import Scores
-from tpvprune.tracking import CONTRACTIONS, function_name
 
 
 @torch.no_grad()
@@ -98,15 +93,17 @@ def bn_scale_scores(
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
     }
 
-    def scale(group: ChannelGroup) -> Tensor:
-        parts = [part for part in group.slices if part.param in scales]
-        if not parts:
+    parts = {g.name: [part for part in g.slices if part.param in scales] for g in groups}
+    for name, found in parts.items():
+        if not found:
             raise ValueError(
                 "bn_scale needs a BatchNorm with a scale in every group, "
-                f"{group.name!r} has none: ignore that group or choose another criterion"
+                f"{name!r} has none: ignore that group or choose another criterion"
             )
+
+    def scale(group: ChannelGroup) -> Tensor:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in parts:
+        for part in parts[group.name]:
             rows = _rows(scales[part.param], part).abs().sum(1)
             total.index_add_(0, part.channel.cpu(), rows)
         return total
@@ -147,9 +144,7 @@ def fpgm_scores(
     def distance(group: ChannelGroup) -> Tensor:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for channels, filters in _filters(weights, group):
-            pairwise = torch.cdist(
-                filters, filters, compute_mode="donot_use_mm_for_euclid_dist"
-            )
+            pairwise = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
             total[channels] += pairwise.sum(1)
         return total
 
@@ -180,106 +175,15 @@ def random_scores(
     return _data_free(
         groups,
         "random",
-        lambda group: torch.rand(
-            group.num_channels, generator=generator, dtype=torch.float64
-        ),
+        lambda group: torch.rand(group.num_channels, generator=generator, dtype=torch.float64),
     )
-
-
-@torch.no_grad()
-def activation_variance_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Any],
-    *,
-    seed: int = 0,
-) -> Scores:
-    """Score channels by how much their activation varies.
-
-    S_c = Σ_m Var_{x,p}(a_{m,c}(x, p)), with a_m the input of reader m and p its positions
-    or tokens. A reader that takes several features of one channel adds their variances.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Inputs; labels are dropped.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores in squared activation units, float64 [C] per group.
-
-    Reference:
-        Berisha et al. 2025, "Variance-based pruning", https://arxiv.org/abs/2507.12988
-        (hidden layers of transformer MLPs; here every cut).
-    """
-    channel_dims = {r.call: r.channel_dim for group in groups for r in group.readers}
-    moments = _InputMoments(channel_dims)
-    num_samples = 0
-    with evaluating(model):
-        for inputs in unlabeled(batches):
-            num_samples += len(inputs)
-            moments.restart()
-            with moments:
-                model(inputs)
-
-    values = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for reader in group.readers:
-            variance = moments.variance(reader.call)[reader.index.cpu()]
-            total.index_add_(0, reader.channel.cpu(), variance)
-        values[group.name] = total
-    return Scores(
-        values=values,
-        stderr=None,
-        num_samples=num_samples,
-        criterion="activation_variance",
-        used_labels=False,
-    )
-
-
-class _InputMoments(TorchFunctionMode):
-    """Sum the inputs of numbered convolution and linear calls, and their squares."""
-
-    def __init__(self, channel_dims: dict[int, int]) -> None:
-        super().__init__()
-        self._channel_dims = channel_dims
-        self._sums: dict[int, Tensor] = {}  # call -> count, Σ a, Σ a², float64 [3, features]
-        self._call = 0
-
-    def restart(self) -> None:
-        """Number the calls from 0 again, for another forward."""
-        self._call = 0
-
-    def variance(self, call: int) -> Tensor:
-        """Return the population variance of every input feature of a call."""
-        count, first, second = self._sums[call].cpu()
-        return (second / count - (first / count).square()).clamp_min(0)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function_name(func) in CONTRACTIONS:
-            call, self._call = self._call, self._call + 1
-            if call in self._channel_dims:
-                rows = args[0].detach().movedim(self._channel_dims[call], -1).double()
-                rows = rows.reshape(-1, rows.shape[-1])
-                count = torch.full_like(rows[0], len(rows))
-                sums = torch.stack([count, rows.sum(0), rows.square().sum(0)])
-                self._sums[call] = self._sums[call] + sums if call in self._sums else sums
-        return func(*args, **(kwargs or {}))
 
 
 def _data_free(
     groups: ChannelGroups, criterion: str, score: Callable[[ChannelGroup], Tensor]
 ) -> Scores:
     return Scores(
-        values={group.name: score(group) for group in groups},
-        stderr=None,
+        {group.name: score(group) for group in groups},
         num_samples=0,
         criterion=criterion,
         used_labels=False,
@@ -287,7 +191,7 @@ def _data_free(
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Collect every parameter but the biases, which no magnitude criterion counts."""
+    # No magnitude criterion counts biases.
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -301,9 +205,7 @@ def _rows(parameter: Tensor, part: ParamSlice) -> Tensor:
     return rows[part.index.to(rows.device)].double().cpu()
 
 
-def _filters(
-    weights: dict[str, Tensor], group: ChannelGroup
-) -> Iterable[tuple[Tensor, Tensor]]:
+def _filters(weights: dict[str, Tensor], group: ChannelGroup) -> Iterable[tuple[Tensor, Tensor]]:
     """Yield per writing layer the channels [m] and their filters [m, D].
 
     A channel with several positions in one layer has them concatenated; a channel

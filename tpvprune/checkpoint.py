@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import platform
-import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpvprune.atomic import check_folder, written_folder
 from tpvprune.removal import attribute_changes, shrink_to
 from tpvprune.report import report_data, write_report
+from tpvprune.skeleton import (
+    SAVED_TYPES,
+    build,
+    check_fits,
+    is_sizes,
+    plain,
+    put_preprocessing,
+    set_types,
+    tensors_of,
+)
 
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 * 2**20
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-# Keyword arguments of timm.create_model that name files, devices or downloads.
-_RESERVED = frozenset(
-    {"checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit"}
-)
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model": (str, type(None)),
     "model_kwargs": (dict,),
@@ -59,6 +60,8 @@ def save_pruned(
     The folder gets ``model.safetensors`` and ``config.json``, with a report also
     ``report.json`` and ``report.html``. It is written beside its place, read back and
     compared, then renamed: a crash leaves the old folder or the new one, never half.
+    A ValueError tells if the folder cannot be written or replaced, the dense model is not
+    known, a value is not plain JSON, or the model would not load back as it is.
 
     Args:
         result_or_model: A ``PruningResult`` or a pruned module.
@@ -73,10 +76,6 @@ def save_pruned(
 
     Returns:
         The folder.
-
-    Raises:
-        ValueError: If the folder cannot be written or replaced, the dense model is not
-            known, a value is not plain JSON, or the model would not load back as it is.
     """
     is_model = isinstance(result_or_model, nn.Module)
     pruned: nn.Module = result_or_model if is_model else result_or_model.model
@@ -91,10 +90,10 @@ def save_pruned(
         "format_version": FORMAT_VERSION,
         "model": name,
         "model_kwargs": kwargs,
-        "pretrained_cfg": _plain_entries(dict(pretrained_cfg or own_cfg)),
+        "pretrained_cfg": _plain_entries(pretrained_cfg or own_cfg),
         "kept": {group: mask.nonzero().flatten().tolist() for group, mask in kept.items()},
         "attributes": attribute_changes(skeleton, pruned),
-        "shapes": {key: list(value.shape) for key, value in _state(pruned).items()},
+        "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
         "provenance": {**_provenance(), **(provenance or {})},
     }
     text = _as_json(config)
@@ -103,13 +102,15 @@ def save_pruned(
         # Copies: safetensors refuses tensors that share memory.
         tensors = {
             key: value.cpu().clone(memory_format=torch.contiguous_format)
-            for key, value in _state(pruned).items()
+            for key, value in tensors_of(pruned).items()
         }
-        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        weights = unfinished / "model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        # safetensors writes for the owner's eyes only; the user's umask decides instead.
+        weights.chmod((unfinished / "config.json").stat().st_mode)
         if report is not None:
             write_report(dict(report), unfinished)
-        loaded = load_pruned(unfinished, model=None if name else skeleton)
-        _check_same(pruned, loaded)
+        _check_same(pruned, load_pruned(unfinished, model=None if name else skeleton))
     return folder
 
 
@@ -144,16 +145,13 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         )
     else:
         limit = max(2**28, 1000 * weights.stat().st_size)
-        loaded = _build(config["model"], config["model_kwargs"], limit)
-    _check_shapes(loaded, config["shapes"], types)
-    _check_attributes(loaded, config["attributes"])
+        loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
     shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
+    check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
-    for name, tensor in _state(loaded).items():
-        if tensor.dtype != types[name]:
-            _retype(loaded, name, types[name])
+    set_types(loaded, types)
     loaded.load_state_dict(load_file(weights), strict=True)
-    _put_preprocessing(loaded, config["pretrained_cfg"])
+    put_preprocessing(loaded, config["pretrained_cfg"])
     return loaded.eval()
 
 
@@ -192,9 +190,114 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"found {type(config.get(field)).__name__}: save again"
             )
     for name, indices in config["kept"].items():
-        if not _is_sizes(indices):
+        if not is_sizes(indices):
             raise ValueError(f"{path}: expected channel indices for {name!r}: save again")
     for name, shape in config["shapes"].items():
-        if not _is_sizes(shape) or len(shape) > 8:
+        if not is_sizes(shape) or len(shape) > 8:
             raise ValueError(f"{path}: expected a shape for {name!r}, found {shape!r:.60}")
     return config
+
+
+def _skeleton(
+    pruned: nn.Module,
+    name: str | None,
+    kwargs: Mapping[str, Any] | None,
+    dense: nn.Module | None,
+) -> tuple[str | None, dict[str, Any], nn.Module]:
+    # The model that loading will start from, and how timm makes it, if it does.
+    config = getattr(pruned, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture") if isinstance(config, Mapping) else None
+    if name is None or ":" in name:  # hf-hub: and local-dir: names must not be followed later
+        name = architecture
+    if kwargs is None:
+        kwargs = dict(getattr(pruned, "_model_args", None) or {})
+        if isinstance(getattr(pruned, "num_classes", None), int):
+            kwargs["num_classes"] = pruned.num_classes
+    reason = "timm does not say which model it is"
+    if name is not None:
+        plain_kwargs = plain(dict(kwargs), "model_kwargs")
+        try:
+            built = build(name, plain_kwargs, max_elements=2**40)
+            check_fits(built, {k: tuple(v.shape) for k, v in tensors_of(pruned).items()})
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return name, plain_kwargs, built
+    if dense is None:
+        raise ValueError(
+            f"the dense model cannot be rebuilt ({reason}): "
+            "pass model_name and model_kwargs of timm.create_model, or dense"
+        )
+    return None, {}, dense
+
+
+def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
+    differing = [
+        name
+        for name, tensor in tensors_of(pruned, persistent=False).items()
+        if not _equal(tensor.cpu(), tensors_of(loaded, persistent=False).get(name))
+    ]
+    differing += [path for path, values in attribute_changes(loaded, pruned).items() if values]
+    if differing:
+        raise ValueError(
+            f"expected the saved model to load back as it is, found other values in "
+            f"{', '.join(map(repr, differing[:3]))}: pass the model_kwargs that it was made with"
+        )
+
+
+def _equal(saved: Tensor, loaded: Tensor | None) -> bool:
+    if loaded is None or saved.shape != loaded.shape or saved.dtype != loaded.dtype:
+        return False
+    # Bit for bit, so that NaN equals NaN.
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (saved, loaded)))
+
+
+def _saved_types(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch.dtype]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            found = {name: list(part.get_shape()) for name, part in slices.items()}
+            types = {name: SAVED_TYPES[part.get_dtype()] for name, part in slices.items()}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected safetensors, found none or damage ({error}): save or copy it again"
+        ) from error
+    unequal = [name for name in {**found, **shapes} if found.get(name) != shapes.get(name)]
+    if unequal:
+        raise ValueError(
+            f"{path}: expected {unequal[0]!r} with shape {shapes.get(unequal[0])} as config.json "
+            f"says, found {found.get(unequal[0])}: the files are not from one save"
+        )
+    return types
+
+
+def _plain_entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    # Keep what JSON can hold: timm's record has entries for loaders, too.
+    kept = {}
+    for key, value in dict(record).items():
+        try:
+            kept[str(key)] = plain(value, key)
+        except ValueError:
+            continue
+    return kept
+
+
+def _as_json(config: dict[str, Any]) -> str:
+    return json.dumps(plain(config, "config"), indent=1, allow_nan=False) + "\n"
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in ("tpvprune", "torch", "timm", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+    }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -53,6 +56,41 @@ def bar(
     return wrap
 
 
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show which stage is running, and for how long, where stderr is a terminal.
+
+    Yields:
+        Function of (stage, done, total) that names the running stage.
+    """
+    start, stage, done = time.monotonic(), "", threading.Event()
+
+    def show() -> None:
+        while not done.wait(0.5):
+            if stage:
+                line = f"{stage} ... {time.monotonic() - start:.0f} s"
+                print(f"\r\x1b[K{line[: _WIDTH - 1]}", end="", file=sys.stderr, flush=True)
+
+    def name(running: str, finished: int, total: int) -> None:
+        nonlocal start, stage
+        number = min(finished + 1, total)
+        label = running if total == 1 else f"{running} {number}/{total}"
+        if label != stage:
+            start, stage = time.monotonic(), label
+
+    if not sys.stderr.isatty():
+        yield name
+        return
+    ticker = threading.Thread(target=show, daemon=True)
+    ticker.start()
+    try:
+        yield name
+    finally:
+        done.set()
+        ticker.join()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -95,6 +133,50 @@ def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
         first = next(group["name"] for group in blocked if str(group["reason"]) == reason)
         more = f" and {count - 1} more" if count > 1 else ""
         say(f"left whole: {first}{more}: {reason}", indent="  ")
+
+
+def show_pruned(document: Mapping[str, Any]) -> None:
+    """Print what pruning did and what it cost.
+
+    Args:
+        document: The JSON document of `tpvprune prune`.
+    """
+    say(
+        f"{document['model']}: keep {document['keep']:g} of {document['of']}, criterion "
+        f"{document['criterion']}, repair {document.get('repair_chosen') or document['repair']}"
+    )
+    before_after(document["dense"], document["pruned"])
+    blocked_lines(document["blocked"])
+    images = document["images"]
+    used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
+    held_out = images["num_held_out"]
+    measured = f"{held_out} other images" if held_out else "the same images"
+    say(f"{images['num_images']} images, {used}; agreement measured on {measured}")
+    if not document["reached"]:
+        of = document["of"]
+        left = document["pruned"][of] / document["dense"][of]
+        say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")
+    say(f"saved: {document['output']}")
+
+
+def show_evaluated(document: Mapping[str, Any]) -> None:
+    """Print the costs and the quality of one model.
+
+    Args:
+        document: The JSON document of `tpvprune evaluate`.
+    """
+    rows = [
+        ("MACs", short(document["macs"])),
+        ("parameters", short(document["params"])),
+    ]
+    if document["latency_ms"] is not None:
+        rows.append(("latency, 1 image", f"{document['latency_ms']:.2f} ms"))
+    for name, key in (("top-1", "top1"), ("top-5", "top5"), ("agreement", "agreement")):
+        if document[key] is not None:
+            rows.append((name, percent(document[key])))
+    table(rows)
+    if document["top1"] is None and document["agreement"] is None:
+        say("no labels found and no --dense given: only costs were measured")
 
 
 def short(count: float) -> str:

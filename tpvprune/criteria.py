@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from tpvprune.activation_baselines import activation_variance_scores
 from tpvprune.baselines import (
-    activation_variance_scores,
     bn_scale_scores,
     fpgm_scores,
     magnitude_scores,

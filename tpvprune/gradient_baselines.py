@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tpvprune.batches import unlabeled
 from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroups, ParamSlice
-from tpvprune.scores import Scores
+from tpvprune.scores import Scores, on_device
 
 
 def taylor_scores(
@@ -68,7 +68,7 @@ def taylor_scores(
     num_samples = 0
     with evaluating(model):
         for batch in batches:
-            inputs, targets = _labelled(batch)
+            inputs, targets = (on_device(t, model) for t in _labelled(batch))
             weight = len(inputs) if fixed else 1
             for name, gradient in _loss_gradients(model, names, inputs, targets):
                 step = gradient.double() * weight
@@ -88,8 +88,7 @@ def taylor_scores(
             total.index_add_(0, part.channel.cpu(), owned)
         values[group.name] = total.abs()
     return Scores(
-        values=values,
-        stderr=None,
+        values,
         num_samples=num_samples,
         criterion="taylor" if fixed else "taylor_torch_pruning",
         used_labels=True,
@@ -175,8 +174,7 @@ def jbr_scores(
                 total.index_add_(0, part.channel.cpu(), square[part.index.cpu()])
         values[group.name] = total
     return Scores(
-        values=values,
-        stderr=None,
+        values,
         num_samples=num_samples,
         criterion="jbr",
         used_labels=False,
@@ -197,6 +195,8 @@ def _loss_gradients(
             for name, parameter in model.named_parameters()
             if name in names
         }
+        # Tensors made in inference mode cannot enter autograd; their clones can.
+        inputs, targets = (t.clone() if t.is_inference() else t for t in (inputs, targets))
         outputs = functional_call(model, leaves, (inputs,))
         loss = F.cross_entropy(_logits(outputs), targets)
         gradients = torch.autograd.grad(
@@ -216,7 +216,8 @@ def _confident(
     size = 0
     images: list[Tensor] = []
     classes: list[Tensor] = []
-    for inputs in unlabeled(batches):
+    for batch in unlabeled(batches):
+        inputs = on_device(batch, teacher)
         size = size or len(inputs)
         with torch.no_grad():
             top = _logits(teacher(inputs)).softmax(1).max(1)
@@ -249,10 +250,8 @@ def _labelled(batch: object) -> tuple[Tensor, Tensor]:
     )
 
 
-def _scored_by_torch_pruning(
-    model: nn.Module, norms: tuple[type[nn.Module], ...]
-) -> set[str]:
-    """Name the weights that torch-pruning's gradient criteria look at."""
+def _scored_by_torch_pruning(model: nn.Module, norms: tuple[type[nn.Module], ...]) -> set[str]:
+    """Return the names of the weights that torch-pruning's gradient criteria look at."""
     mixing = (nn.modules.conv._ConvNd, nn.Linear)
     names = set()
     for name, module in model.named_modules():
@@ -267,5 +266,5 @@ def _bias(part: ParamSlice) -> str:
 
 
 def _by_position(values: Tensor, dim: int) -> Tensor:
-    """Sum over every other dimension, float64 [size of dim]."""
+    # Float64 [size of dim]: everything but the dimension itself is summed.
     return values.double().movedim(dim, 0).reshape(values.shape[dim], -1).sum(1).cpu()

@@ -13,7 +13,7 @@ from tpvprune.batches import unlabeled
 from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.removal import MaskedChannels
-from tpvprune.scores import Scores
+from tpvprune.scores import Scores, first_output, on_device
 from tpvprune.tracking import CONTRACTIONS, function_name
 
 
@@ -61,15 +61,16 @@ def ablation_scores(
     with evaluating(model):
         for inputs in unlabeled(batches):
             num_samples += len(inputs)
+            x = on_device(inputs, model)
             known = _KnownCalls()
             with known:
-                dense = model(inputs)
+                dense = first_output(model(x))
             for group in groups:
                 known.replay_before(min(reader.call for reader in group.readers))
                 for channel in chosen[group.name]:
                     with known, MaskedChannels(groups, {group.name: _without(group, channel)}):
-                        change = (model(inputs) - dense).double().square()
-                    moved = change.reshape(len(inputs), -1).sum(1)
+                        change = first_output(model(x)) - dense
+                    moved = change.double().square().reshape(len(x), -1).sum(1)
                     sums[group.name][:, channel] += torch.stack(
                         [moved.sum(), moved.square().sum()]
                     ).cpu()
@@ -84,8 +85,8 @@ def ablation_scores(
         error = (variance / max(num_samples - 1, 1)).sqrt()
         stderr[name] = error.masked_fill(skipped, torch.nan)
     return Scores(
-        values=values,
-        stderr=stderr,
+        values,
+        stderr,
         num_samples=num_samples,
         criterion="ablation",
         used_labels=False,

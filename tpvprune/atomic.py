@@ -1,0 +1,128 @@
+"""Write a folder whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OWN_FILES = frozenset({"config.json", "model.safetensors", "report.json", "report.html"})
+_AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Find out before any work is done whether a folder may be written.
+
+    Args:
+        folder: Where a saved model is to go.
+        overwrite: Whether one that is there already may be replaced.
+
+    Returns:
+        The folder, links resolved.
+
+    Raises:
+        ValueError: If it is a file, is not empty and not to be replaced, holds anything
+            but a saved model, or its place is not writable.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
+    present = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if present and not overwrite:
+        raise ValueError(
+            f"{folder}: expected no folder or an empty one, found {len(present)} entries: "
+            "pass overwrite (--overwrite) or choose another name"
+        )
+    if not _OWN_FILES.issuperset(present) and not _holds_saved_model(folder):
+        raise ValueError(
+            f"{folder}: expected a saved pruned model to overwrite, found other files "
+            f"({min(set(present) - _OWN_FILES)!r}): choose another folder"
+        )
+    parent = next(path for path in folder.parents if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: {parent} is not writable: choose another folder")
+    return folder
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill; at the end it takes the place of ``folder``.
+
+    It lies beside its final place. Only after everything in it has reached the disk is it
+    renamed, exchanging names with an old folder in one step where the system can. When
+    the body raises, the old folder stays and the new one goes.
+
+    Args:
+        folder: The final place; whatever folder is there is replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ValueError: If the system refuses to write, with its reason.
+    """
+    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            _flush(path)
+        _replace(folder, unfinished)
+        _flush(folder.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put ``new`` in the place of ``folder``; what was there is at ``new`` or gone."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    if _exchange(folder, new):
+        return
+    aside = new.with_suffix(".old")
+    folder.rename(aside)
+    try:
+        new.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    # In one step; False where the system or the file system cannot.
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    done = rename(_AT_CURRENT_FOLDER, names[0], _AT_CURRENT_FOLDER, names[1], _EXCHANGE)
+    return bool(done == 0)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _holds_saved_model(folder: Path) -> bool:
+    try:
+        return "format_version" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

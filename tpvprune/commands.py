@@ -1,0 +1,323 @@
+"""The commands behind the flags; imported only when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.atomic import check_folder
+from tpvprune.checkpoint import save_pruned
+from tpvprune.console import (
+    bar,
+    blocked_lines,
+    percent,
+    say,
+    short,
+    show_evaluated,
+    show_pruned,
+    stages,
+    table,
+)
+from tpvprune.criteria import SCORERS
+from tpvprune.data import ImageSource
+from tpvprune.evaluation import agreement, count_macs, count_params, evaluate, measure_latency
+from tpvprune.groups import ChannelGroup, ChannelGroups, find_groups
+from tpvprune.loading import in_memory
+from tpvprune.models import pretrained_config
+from tpvprune.pipeline import prune
+from tpvprune.report import report_data
+from tpvprune.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.session_images import (
+    Shown,
+    calibration,
+    choose,
+    has_labels,
+    is_labelled,
+    labelled_images,
+    num_images,
+    open_data,
+)
+
+Outcome = tuple[int, dict[str, Any]]
+
+
+def run_prune(args: argparse.Namespace) -> Outcome:
+    """Prune, save, measure, and show what it cost.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    _check_writable(check_folder(args.output, overwrite=args.overwrite))
+    used_labels = is_labelled(args.criterion)
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    images = open_data(args, labelled=used_labels)
+    batches, held_out = calibration(args, subject, images, labelled=used_labels)
+    labelled = labelled_images(args, subject)
+    with stages() as progress:
+        result = prune(
+            subject.model,
+            batches,
+            keep=args.keep,
+            of=args.of,
+            criterion=args.criterion,
+            repair=args.repair,
+            steps=args.steps,
+            allocation=args.allocation,
+            round_to=args.round_to,
+            min_channels=args.min_channels,
+            max_removed=args.max_removed,
+            num_probes=args.num_probes,
+            seed=args.seed,
+            ignore=layers,
+            labelled_batches=batches if used_labels else None,
+            progress=progress,
+        )
+    dense = _measured(args, subject, subject.model, labelled)
+    pruned = _measured(args, subject, result.model, labelled)
+    dense["agreement"] = 1.0
+    pruned["agreement"] = agreement(result.model, subject.model, Shown(held_out, "agreement"))
+    document = {
+        **provenance(args, subject),
+        **result.report,
+        "dense": {**result.report["dense"], **dense},
+        "pruned": {**result.report["pruned"], **pruned},
+        "images": _image_facts(images, batches, held_out),
+        "output": str(args.output),
+    }
+    save_pruned(
+        result,
+        args.output,
+        overwrite=args.overwrite,
+        dense=subject.model,
+        model_name=subject.made.name,
+        model_kwargs=subject.made.kwargs,
+        pretrained_cfg={
+            **pretrained_config(subject.model),
+            **subject.preprocessing.config,
+            "num_classes": getattr(subject.model, "num_classes", None),
+        },
+        provenance={
+            "command": args.command_line,
+            "weights": subject.made.weights,
+            "seed": args.seed,
+        },
+        report={**report_data(result), **document},
+    )
+    show_pruned(document)
+    return (0 if result.report["reached"] else 3), document
+
+
+def run_score(args: argparse.Namespace) -> Outcome:
+    """Score every channel and write the scores.
+
+    Args:
+        args: Parsed flags of `tpvprune score`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    _check_file(args.output, overwrite=args.overwrite)
+    used_labels = is_labelled(args.criterion)
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    images = open_data(args, labelled=used_labels)
+    batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
+    groups = find_groups(subject.model, subject.example, ignore=layers)
+    scorer = SCORERS[args.criterion]
+    options: dict[str, Any] = {"seed": args.seed}
+    if "num_probes" in inspect.signature(scorer).parameters:
+        options["num_probes"] = args.num_probes
+    scores = scorer(subject.model, groups, Shown(batches, "scoring"), **options)
+    document = {
+        **provenance(args, subject),
+        "criterion": args.criterion,
+        "used_labels": used_labels,
+        "num_images": scores.num_samples,
+        "groups": {
+            group.name: {
+                "unit": group.unit,
+                "num_channels": group.num_channels,
+                "scores": scores[group.name].tolist(),
+                "stderr": scores.stderr[group.name].tolist() if scores.stderr else None,
+            }
+            for group in groups
+        },
+        "blocked": _blocked(groups),
+    }
+    _write_json(args.output, document)
+    say(f"{len(list(groups))} groups scored with {args.criterion}: {args.output}")
+    blocked_lines(document["blocked"])
+    return 0, document
+
+
+def run_groups(args: argparse.Namespace) -> Outcome:
+    """Show what can be pruned, what not and why.
+
+    Args:
+        args: Parsed flags of `tpvprune groups`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    args.device = "cpu"
+    subject = open_subject(args)
+    groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
+    total = groups.macs()
+    smallest = {group.name: _first_channel(group) for group in groups}
+    rows = [("group", "unit", "channels", "MACs")]
+    listed = []
+    for group in groups:
+        share = 1 - groups.macs({group.name: smallest[group.name]}) / total
+        rows.append((group.name, group.unit, str(group.num_channels), percent(share)))
+        listed.append(
+            {
+                "name": group.name,
+                "unit": group.unit,
+                "num_channels": group.num_channels,
+                "macs_share": share,
+            }
+        )
+    document = {
+        **provenance(args, subject),
+        "dense": {"macs": total, "params": groups.params()},
+        "smallest": {"macs": groups.macs(smallest), "params": groups.params(smallest)},
+        "groups": listed,
+        "blocked": _blocked(groups),
+    }
+    table(rows)
+    say("MACs: the share that goes when only this group shrinks to one channel.")
+    blocked_lines(document["blocked"])
+    say(
+        f"{args.model}: {short(total)} MACs, {short(groups.params())} parameters; smallest "
+        f"reachable: {short(document['smallest']['macs'])} MACs "
+        f"({percent(document['smallest']['macs'] / total)})"
+    )
+    return 0, document
+
+
+def run_evaluate(args: argparse.Namespace) -> Outcome:
+    """Measure a model or a saved pruned model.
+
+    Args:
+        args: Parsed flags of `tpvprune evaluate`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    subject, dense = open_evaluated(args)
+    images = open_data(args, labelled=False)
+    labelled = has_labels(images, subject.model, explicit=bool(args.class_map or args.dataset))
+    if labelled:
+        images = open_data(args, labelled=True)
+    chosen = choose(args, subject, images, args.num_images, labelled=labelled)
+    batches = in_memory(chosen, progress=bar("reading images"))
+    found: dict[str, Any] = {"top1": None, "top5": None, "agreement": None}
+    if labelled:
+        measured = evaluate(subject.model, Shown(batches, "evaluating"), dense=dense)
+        found = {"top1": measured.top1, "top5": measured.top5, "agreement": measured.agreement}
+    elif dense is not None:
+        found["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
+    document = {
+        **provenance(args, subject),
+        "macs": count_macs(subject.model, subject.example),
+        "params": count_params(subject.model),
+        "latency_ms": _latency(args, subject, subject.model),
+        **found,
+        "images": _image_facts(images, batches),
+    }
+    show_evaluated(document)
+    return 0, document
+
+
+def run_demo(args: argparse.Namespace) -> Outcome:
+    """Run the offline demonstration.
+
+    Args:
+        args: Parsed flags of `tpvprune demo`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    demo = importlib.import_module("tpvprune.demo")
+    outcome: Outcome = demo.main_demo(args)
+    return outcome
+
+
+def _measured(
+    args: argparse.Namespace, subject: Subject, model: nn.Module, labelled: Any
+) -> dict[str, Any]:
+    top1, top5 = None, None
+    if labelled is not None:
+        measured = evaluate(model, Shown(labelled, "top-1"))
+        top1, top5 = measured.top1, measured.top5
+    latency = _latency(args, subject, model)
+    return {"latency_ms": latency, "top1": top1, "top5": top5}
+
+
+def _latency(args: argparse.Namespace, subject: Subject, model: nn.Module) -> float | None:
+    if args.latency_repeats <= 0:
+        return None
+    repeats = max(2, args.latency_repeats)
+    return measure_latency(model, subject.example[:1], repeats=repeats).median_ms
+
+
+def _first_channel(group: ChannelGroup) -> Tensor:
+    kept = torch.zeros(group.num_channels, dtype=torch.bool)
+    kept[0] = True
+    return kept
+
+
+def _blocked(groups: ChannelGroups) -> list[dict[str, Any]]:
+    return [
+        {"name": group.name, "num_channels": group.num_channels, "reason": group.blocked}
+        for group in groups.blocked
+    ]
+
+
+def _image_facts(images: ImageSource, batches: Any, held_out: Any = None) -> dict[str, Any]:
+    facts = {"source": images.name, "num_images": num_images(batches)}
+    if held_out is not None:
+        facts["num_held_out"] = 0 if held_out is batches else num_images(held_out)
+    return facts
+
+
+def _check_file(path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file name, found a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Make and remove a file where `path` will be: permission bits do not tell all.
+
+    Raises:
+        ValueError: If the system refuses.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,446 @@
+"""Repair 1: refit every layer to the dense network, in network order, without a gradient step.
+
+A layer of the pruned network sees fewer inputs, and inputs that earlier repairs have changed.
+Ridge least squares, towards its present weights, makes its pre-activation that of the dense
+network again. Where the pre-activation is added to a shortcut, the target is dense branch + dense
+shortcut - pruned shortcut, so that errors made upstream are corrected too.
+
+All calibration inputs advance together, call by call: a layer is refitted when its turn comes and
+its outputs are computed with the new weights, so one pass through the network does the whole
+sequential repair. Gram matrices are formed from a random sample of positions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.batches import unlabeled
+from tpvprune.groups import ChannelGroups
+from tpvprune.scores import evaluating, on_device
+from tpvprune.tracking import CONTRACTIONS, function_name
+
+_REFITTED = frozenset({"linear", "conv1d", "conv2d"})
+
+
+def compensate_weights(
+    pruned: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    ridge: float = 1e-3,
+    rows_per_input: int = 24,
+    min_rows: int = 16384,
+    seed: int = 0,
+) -> nn.Module:
+    r"""Return a copy of the pruned model whose layers are refitted to the dense one.
+
+    For each convolution or linear layer, in the order of execution,
+
+    .. math:: \min_{W, b} \; E \| W x + b - y^* \|^2 + \lambda \| W - W_0 \|^2
+
+    with x the inputs of the layer in the (already repaired) pruned network, W_0 its present
+    weights, y* the dense pre-activation (residual-corrected, see the module). The intercept b
+    goes into the layer's bias or the BatchNorm behind it; layers with neither get none.
+
+    Args:
+        pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
+        dense: The model it came from.
+        batches: Re-iterable of unlabeled inputs.
+        groups: Channel groups of ``dense``.
+        kept: What stayed, as given to :func:`tpvprune.remove_channels`.
+        ridge: lambda relative to the mean square of the layer's inputs.
+        rows_per_input: Sampled positions per unknown of a row of W ...
+        min_rows: ... but at least so many, where the inputs have them.
+        seed: Of the sampled positions.
+
+    Returns:
+        The repaired copy.
+    """
+    repaired = copy.deepcopy(pruned)
+    inputs = unlabeled(batches)
+    num_inputs = sum(len(x) for x in inputs)
+    layers = _layers(dense)
+    plan = _Plan(num_inputs, rows_per_input, min_rows, seed)
+    dense_run = _DenseRun(layers, plan)
+    with evaluating(dense), torch.no_grad():
+        for x in inputs:
+            dense_run.start_batch(len(x))
+            with dense_run:
+                dense(on_device(x, dense))
+    rows = {name: _kept_rows(groups, kept, name) for name in {lay.name for lay in layers.values()}}
+    everything = torch.cat([on_device(x, repaired) for x in inputs])
+    with evaluating(repaired), torch.no_grad():
+        run = _RefitRun(_layers(repaired), plan, dense_run.finish(), rows, ridge)
+        with run:
+            repaired(everything)
+    return repaired
+
+
+def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -> Tensor | None:
+    for dim, axis in groups.param_axes.get(f"{module}.weight", ()):
+        if dim == 0:
+            return axis.kept(kept).nonzero().squeeze(1)
+    return None
+
+
+# ---- what both runs share -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    module: Any
+
+
+def _layers(model: nn.Module) -> dict[int, _Layer]:
+    """Map the identity of a weight to the layer that owns it."""
+    return {
+        id(m.weight): _Layer(name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)) and isinstance(m.weight, nn.Parameter)
+    }
+
+
+class _Plan:
+    """Which positions of which inputs are looked at: the same in both runs."""
+
+    def __init__(self, num_inputs: int, rows_per_input: int, min_rows: int, seed: int) -> None:
+        self.num_inputs = num_inputs
+        self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
+        self._positions: dict[int, Tensor] = {}
+
+    def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
+        """Return [num_inputs, p] sampled positions of one call (all of them where few)."""
+        if call not in self._positions:
+            unknowns = layer.weight[0].numel()
+            wanted = max(self._min_rows, self._rows_per_input * unknowns)
+            per_input = min(num_positions, -(-wanted // self.num_inputs))
+            if per_input == num_positions:
+                drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
+            else:
+                generator = torch.Generator().manual_seed(self._seed * 100003 + call)
+                noise = torch.rand(self.num_inputs, num_positions, generator=generator)
+                drawn = noise.topk(per_input, 1).indices
+            self._positions[call] = drawn
+        return self._positions[call]
+
+
+@dataclass
+class _Branch:
+    """A tensor that is a layer's pre-activation up to a per-channel affine map."""
+
+    call: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    norm: Any = None
+    value: Tensor | None = None
+
+
+class _Run(TorchFunctionMode):
+    """Recognises layers, the BatchNorm behind them, and the additions that end a branch."""
+
+    def __init__(self, layers: dict[int, _Layer], plan: _Plan) -> None:
+        super().__init__()
+        self.layers, self.plan = layers, plan
+        self.norms: dict[int, nn.Module] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.call = -1
+        self.branches: dict[int, _Branch] = {}
+        self.alive: list[Tensor] = []
+
+    def __torch_function__(  # type: ignore[no-untyped-def]  # noqa: D105
+        self, func, types, args=(), kwargs=None
+    ):
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in CONTRACTIONS:
+            self.call += 1
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            layer = self.layers.get(id(weight))
+            if layer is not None and name in _REFITTED and args[0].ndim >= 2:
+                out = self.on_layer(layer, func, args, kwargs)
+                self._follow(out, _Branch(self.call))
+                return out
+        elif name == "add" and len(args) == 2 and not kwargs:
+            return self._on_add(func, args)
+        out = func(*args, **kwargs)
+        if name in {"batch_norm", "dropout", "to", "contiguous"} and id(args[0]) in self.branches:
+            branch = self.branches[id(args[0])]
+            if name == "batch_norm" and branch.scale is None:
+                branch = _through_norm(branch, args, kwargs)
+            elif name == "batch_norm":
+                return out
+            self._follow(out, branch)
+        return out
+
+    def _follow(self, out: Tensor, branch: _Branch) -> None:
+        self.alive.append(out)
+        self.branches[id(out)] = branch
+
+    def _on_add(self, func: Any, args: Any) -> Any:
+        a, b = args
+        found = [
+            (self.branches[id(t)], t, o)
+            for t, o in ((a, b), (b, a))
+            if isinstance(t, Tensor) and isinstance(o, Tensor) and id(t) in self.branches
+            and t.shape == o.shape
+        ]
+        if not found:
+            return func(*args)
+        # Two layers meet: the later one corrects for the earlier one.
+        branch, tensor, other = max(found, key=lambda f: f[0].call)
+        return self.on_add(func, args, branch, tensor, other)
+
+    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def _through_norm(branch: _Branch, args: Any, kwargs: Any) -> _Branch:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    v = {**dict(zip(names, args, strict=False)), **kwargs}
+    if v.get("running_mean") is None:
+        return branch
+    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
+    scale = scale * v["weight"] if v.get("weight") is not None else scale
+    shift = -v["running_mean"] * scale
+    shift = shift + v["bias"] if v.get("bias") is not None else shift
+    return _Branch(branch.call, scale, shift, v["running_mean"])
+
+
+# ---- the dense run: targets -----------------------------------------------------------------
+
+
+@dataclass
+class _Targets:
+    """Sampled dense values: pre-activations by call, branch + shortcut sums by call."""
+
+    outputs: dict[int, Tensor]
+    sums: dict[int, Tensor]
+
+
+class _DenseRun(_Run):
+    def __init__(self, layers: dict[int, _Layer], plan: _Plan) -> None:
+        super().__init__(layers, plan)
+        self._outputs: dict[int, list[Tensor]] = {}
+        self._sums: dict[int, list[Tensor]] = {}
+        self._start = self._size = 0
+
+    def start_batch(self, size: int) -> None:
+        self._start, self._size = self._start + self._size, size
+        self.reset()
+
+    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        out = func(*args, **kwargs)
+        self._outputs.setdefault(self.call, []).append(self._sample(out, self.call, layer.module))
+        self._modules = getattr(self, "_modules", {})
+        self._modules[self.call] = layer.module
+        return out
+
+    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
+        out = func(*args)
+        self._sums.setdefault(branch.call, []).append(
+            self._sample(out, branch.call, self._modules[branch.call])
+        )
+        return out
+
+    def _sample(self, out: Tensor, call: int, module: Any) -> Tensor:
+        rows = _positions_first(out, module, self._size)
+        picked = self.plan.positions(call, module, rows.shape[1])
+        return _gather(rows, picked[self._start : self._start + self._size])
+
+    def finish(self) -> _Targets:
+        return _Targets(
+            {c: torch.cat(v) for c, v in self._outputs.items()},
+            {c: torch.cat(v) for c, v in self._sums.items()},
+        )
+
+
+def _positions_first(out: Tensor, module: Any, num: int) -> Tensor:
+    """Return [B, positions, C] from a convolution's or linear layer's output."""
+    if not isinstance(module, nn.Linear):
+        out = out.movedim(1, -1)
+    return out.reshape(num, -1, out.shape[-1])
+
+
+def _gather(rows: Tensor, positions: Tensor) -> Tensor:
+    index = positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1])
+    return rows.gather(1, index)
+
+
+# ---- the pruned run: refits -----------------------------------------------------------------
+
+
+@dataclass
+class _Pending:
+    """A layer whose refit waits for the addition that ends its branch."""
+
+    layer: _Layer
+    func: Any
+    args: Any
+    kwargs: Any
+    patches: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class _RefitRun(_Run):
+    def __init__(
+        self,
+        layers: dict[int, _Layer],
+        plan: _Plan,
+        targets: _Targets,
+        rows: Mapping[str, Tensor | None],
+        ridge: float,
+    ) -> None:
+        super().__init__(layers, plan)
+        self._targets, self._rows, self._ridge = targets, rows, ridge
+        self._pending: dict[int, _Pending] = {}
+        self._norm_of: dict[int, Tensor] = {}
+
+    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        module, call = layer.module, self.call
+        num_positions = self._num_positions(module, args[0])
+        positions = self.plan.positions(call, module, num_positions)
+        patches = _patches(args[0], module, positions)
+        pending = _Pending(layer, func, args, kwargs, patches)
+        if call in self._targets.sums:
+            self._pending[call] = pending
+        else:
+            target = self._kept(self._targets.outputs[call], layer.name)
+            self._refit(pending, target, _Branch(call))
+        return func(*self._fresh(pending), **kwargs)
+
+    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
+        pending = self._pending.pop(branch.call, None)
+        if pending is None:
+            return func(*args)
+        module = pending.layer.module
+        num = self.plan.num_inputs
+        rows = _positions_first(other, module, num)
+        positions = self.plan.positions(branch.call, module, rows.shape[1])
+        shortcut = _gather(rows, positions)
+        target = self._kept(self._targets.sums[branch.call], pending.layer.name) - shortcut
+        if branch.scale is not None and branch.shift is not None:
+            scale = torch.where(branch.scale.abs() < 1e-8, torch.ones_like(branch.scale), branch.scale)
+            dead = branch.scale.abs() < 1e-8
+            target = (target - branch.shift) / scale
+            plain = self._kept(self._targets.outputs[branch.call], pending.layer.name)
+            target[..., dead] = plain[..., dead]
+        self._refit(pending, target, branch)
+        value = pending.func(*self._fresh(pending), **pending.kwargs)
+        if branch.scale is not None:
+            shape = [-1] + [1] * (value.ndim - 2) if not isinstance(module, nn.Linear) else [-1]
+            scale, shift = branch.scale, self._shift(branch, module)
+            value = value * scale.reshape(shape) + shift.reshape(shape)
+        tensor.copy_(value)
+        return func(*args)
+
+    def _kept(self, values: Tensor, name: str) -> Tensor:
+        rows = self._rows.get(name)
+        return values if rows is None else values[..., rows]
+
+    def _fresh(self, pending: _Pending) -> Any:
+        module = pending.layer.module
+        return (pending.args[0], module.weight, module.bias, *pending.args[3:])
+
+    def _num_positions(self, module: Any, x: Tensor) -> int:
+        if isinstance(module, nn.Linear):
+            return x.numel() // x.shape[-1] // self.plan.num_inputs
+        return _output_size(module, x)[0] * _output_size(module, x)[1]
+
+    def _shift(self, branch: _Branch, module: Any) -> Tensor:
+        """The shift of the BatchNorm behind the layer, after its mean took up the intercept."""
+        assert branch.shift is not None and branch.scale is not None
+        moved = self._norm_of.get(branch.call)
+        return branch.shift if moved is None else branch.shift + moved * branch.scale
+
+    def _refit(self, pending: _Pending, target: Tensor, branch: _Branch) -> None:
+        module = pending.layer.module
+        free = module.bias is not None or branch.norm is not None
+        change, intercept = _solve(
+            pending.patches, target.reshape(-1, target.shape[-1]), module, self._ridge, free
+        )
+        module.weight.add_(change)
+        if module.bias is not None:
+            module.bias.add_(intercept)
+        elif branch.norm is not None:
+            branch.norm.sub_(intercept)  # BN(y + b): the running mean takes up -b
+            self._norm_of[branch.call] = intercept
+
+
+def _output_size(module: Any, x: Tensor) -> tuple[int, int]:
+    """Return (height, width) of a convolution's output; conv1d counts as height 1."""
+    kernel, stride, padding, dilation = (_pair(getattr(module, k)) for k in
+                                         ("kernel_size", "stride", "padding", "dilation"))
+    sizes = [1, *x.shape[2:]] if x.ndim == 3 else list(x.shape[2:])
+    out = [
+        (s + 2 * p - d * (k - 1) - 1) // st + 1
+        for s, p, d, k, st in zip(sizes, padding, dilation, kernel, stride, strict=True)
+    ]
+    return out[0], out[1]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
+
+
+def _patches(x: Tensor, module: Any, positions: Tensor) -> Tensor:
+    """Return what one output position sees: [groups, rows, inputs per group * kernel]."""
+    num, per_input = positions.shape
+    if isinstance(module, nn.Linear):
+        rows = _gather(x.reshape(num, -1, x.shape[-1]), positions)
+        return rows.reshape(1, num * per_input, -1)
+    _, width = _output_size(module, x)
+    kernel, stride, padding, dilation = (_pair(getattr(module, k)) for k in
+                                         ("kernel_size", "stride", "padding", "dilation"))
+    padded = nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    positions = positions.to(x.device)
+    top, left = positions // width * stride[0], positions % width * stride[1]
+    flat = padded.flatten(2)
+    taps = []
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            at = (top + i * dilation[0]) * padded.shape[3] + left + j * dilation[1]
+            taps.append(flat.gather(2, at.unsqueeze(1).expand(-1, flat.shape[1], -1)))
+    patches = torch.stack(taps, 2).permute(0, 3, 1, 2)  # [B, p, C, k]
+    groups = module.groups
+    patches = patches.reshape(num * per_input, groups, -1)
+    return patches.transpose(0, 1)
+
+
+def _solve(
+    patches: Tensor, target: Tensor, module: Any, ridge: float, free: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the ridge change of the weights and the intercept, both in the layer's layout."""
+    groups, num_rows, unknowns = patches.shape
+    weight = module.weight.reshape(groups, -1, unknowns)
+    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
+    if module.bias is not None:
+        outputs = outputs + module.bias
+    error = (target - outputs).reshape(num_rows, groups, -1).transpose(0, 1)
+    x_mean = patches.mean(1, keepdim=True)
+    e_mean = error.mean(1, keepdim=True)
+    if not free:
+        x_mean, e_mean = torch.zeros_like(x_mean), torch.zeros_like(e_mean)
+    x, e = patches - x_mean, error - e_mean
+    gram = (x.transpose(1, 2) @ x).double() / num_rows
+    cross = (x.transpose(1, 2) @ e).double() / num_rows
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    eye = torch.eye(unknowns, dtype=torch.float64, device=gram.device)
+    change = torch.linalg.solve(gram + ridge * scale[:, None, None] * eye, cross)  # [g, u, o]
+    intercept = (e_mean.double() - x_mean.double() @ change).reshape(-1)
+    change = change.transpose(1, 2).reshape(module.weight.shape)
+    return change.to(module.weight), intercept.to(module.weight)

@@ -1,0 +1,277 @@
+"""The whole method: groups -> scores -> selection -> removal -> repair -> proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.allocation import allocate, variance_curves
+from tpvprune.batches import unlabeled
+from tpvprune.batchnorm import recalibrate_batchnorm
+from tpvprune.compensation import compensate_weights
+from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.evaluation import agreement, output_variance
+from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
+from tpvprune.removal import remove_channels
+from tpvprune.scores import Scores
+from tpvprune.selection import Budget, check_budget, cost, reaches, select_channels
+
+Repair = Literal["none", "bn", "compensate", "auto"]
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``."""
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What :func:`prune` returns: the smaller model and how it came about.
+
+    ``report`` is plain data (JSON-ready): budget, cost before and after, output variance of the
+    repairs on held-back images, steps, widths, blocked groups with reasons, timings in seconds.
+    """
+
+    model: nn.Module
+    groups: ChannelGroups
+    scores: Scores
+    kept: Kept
+    report: dict[str, Any]
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    keep: float = 0.5,
+    of: Budget = "macs",
+    criterion: str = "tpv",
+    repair: Repair = "compensate",
+    steps: int = 1,
+    allocation: Literal["curves", "rank"] | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_removed: float = 1.0,
+    num_probes: int = 1,
+    ignore: Iterable[str] = (),
+    labelled_batches: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PruningResult:
+    """Prune a pretrained model to a budget with unlabeled inputs, and repair it.
+
+    Args:
+        model: Any vision model; untouched.
+        batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
+            its labels are dropped before anything sees them. The last tenth is held back to
+            measure repairs.
+        keep: Fraction of the dense cost that stays, in (0, 1].
+        of: ``"macs"`` or ``"params"``.
+        criterion: A key of ``tpvprune.criteria.SCORERS``.
+        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
+            compensation), or ``"auto"``: the one with the least output variance on the held-back
+            inputs.
+        steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
+        allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
+            (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost.
+        round_to: Kept widths are multiples of this.
+        min_channels: Units every group keeps.
+        max_removed: Largest fraction of a group that may go.
+        num_probes: Random output directions per input.
+        ignore: Modules whose outputs stay whole.
+        labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
+            read it.
+        seed: Of everything random.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        The result; ``report["reached"]`` tells whether the budget was met.
+
+    Raises:
+        ValueError: If an argument is out of range, or the criterion needs labels and has none.
+    """
+    _check(keep, of, criterion, repair, steps, allocation, labelled_batches,
+           round_to, min_channels, max_removed)
+    clock = _Clock(progress)
+    fit, held = _hold_back(batches)
+    with clock("groups"):
+        groups = find_groups(model, fit[0][:1], ignore=ignore)
+    if not len(groups):
+        reasons = "; ".join(f"{b.name}: {b.blocked}" for b in groups.blocked[:3])
+        raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
+    source = labelled_batches if criterion in NEEDS_LABELS else fit
+    use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
+    floors = {"round_to": round_to, "min_channels": min_channels, "max_removed": max_removed}
+
+    pruned, kept, history, scores = model, _whole(groups), [], None
+    for step in range(1, steps + 1):
+        now = groups if step == 1 else _regrouped(pruned, groups, kept, fit[0][:1])
+        target = keep ** (step / steps) * cost(groups, {}, of) / cost(now, {}, of)
+        with clock("scores", step, steps):
+            if use_curves:
+                curves = variance_curves(pruned, now, fit, num_probes=num_probes, of=of, seed=seed)
+                chosen = allocate(now, curves, keep=min(target, 1.0), of=of, **floors)
+            found = _score(criterion, pruned, now, source, num_probes, seed)
+            scores = scores or found
+            if not use_curves:
+                chosen = select_channels(pruned, now, found, keep=min(target, 1.0), of=of, **floors)
+        with clock("removal", step, steps):
+            removed = remove_channels(pruned, now, chosen)
+            kept = _compose(kept, chosen)
+        pruned = removed
+        if repair in {"compensate", "auto"}:
+            with clock("compensation", step, steps):
+                pruned = compensate_weights(removed, model, fit, groups=groups, kept=kept, seed=seed)
+        history.append(_measure(groups, kept, pruned, model, held))
+    with clock("repair"):
+        candidates = _candidates(repair, remove_channels(model, groups, kept), pruned, fit)
+        variances = {n: output_variance(c, model, held) for n, c in candidates.items()}
+        best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
+    assert scores is not None
+    report = {
+        "keep": keep, "of": of, "criterion": criterion, "used_labels": criterion in NEEDS_LABELS,
+        "allocation": "curves" if use_curves else "rank", "repair": repair, "repair_chosen": best,
+        "seed": seed, "num_images": sum(len(x) for x in fit), "num_held_back": sum(len(x) for x in held),
+        "reached": reaches(groups, kept, keep=keep, of=of),
+        "dense": {"macs": groups.macs(), "params": groups.params()},
+        "pruned": {"macs": groups.macs(kept), "params": groups.params(kept)},
+        "output_variance": variances, "output_second_moment": _second_moment(model, held),
+        "steps": history,
+        "groups": [
+            {"name": g.name, "unit": g.unit, "num_channels": g.num_channels, "kept": int(kept[g.name].sum())}
+            for g in groups
+        ],
+        "blocked": [
+            {"name": b.name, "num_channels": b.num_channels, "reason": b.blocked} for b in groups.blocked
+        ],
+        "timings": clock.seconds,
+    }
+    return PruningResult(candidates[best], groups, scores, kept, report)
+
+
+# ---- pieces ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage, and the caller's progress display."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str, done: int = 1, total: int = 1) -> Iterator[None]:
+        if self.progress is not None:
+            self.progress(stage, done - 1, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def _check(
+    keep: float, of: str, criterion: str, repair: str, steps: int, allocation: str | None,
+    labelled: Any, round_to: int, min_channels: int, max_removed: float,
+) -> None:
+    check_budget(keep, of, round_to, min_channels, max_removed)
+    if criterion not in SCORERS:
+        raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
+    if repair not in {"none", "bn", "compensate", "auto"}:
+        raise ValueError(f"repair: expected none, bn, compensate or auto, found {repair!r}.")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, found {steps}.")
+    if allocation not in {None, "curves", "rank"} or (allocation == "curves" and criterion != "tpv"):
+        raise ValueError(
+            f"allocation: expected 'rank', or 'curves' with criterion 'tpv', found {allocation!r} "
+            f"with {criterion!r}."
+        )
+    if criterion in NEEDS_LABELS and labelled is None:
+        raise ValueError(
+            f"criterion {criterion!r} needs labels: pass labelled_batches, or use 'tpv', which needs none."
+        )
+
+
+def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split the inputs: the last tenth (at least one) measures, the others fit."""
+    inputs = [x for x in unlabeled(batches)]
+    total = sum(len(x) for x in inputs)
+    if total < 2:
+        raise ValueError(f"batches: expected at least 2 inputs, found {total}; a few hundred work well.")
+    num_fit = total - max(1, total // 10)
+    fit, held = [], []
+    for x in inputs:
+        take = max(0, min(len(x), num_fit - sum(len(f) for f in fit)))
+        fit += [x[:take]] if take else []
+        held += [x[take:]] if take < len(x) else []
+    return fit, held
+
+
+def _whole(groups: ChannelGroups) -> Kept:
+    return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
+
+
+def _regrouped(pruned: nn.Module, groups: ChannelGroups, kept: Kept, x: Tensor) -> ChannelGroups:
+    """Find the groups of a pruned model again; what was blocked stays blocked.
+
+    A cut that was proved on the dense model holds on its pruned form, so nothing is verified anew.
+    """
+    found = find_groups(pruned, x, verify=False)
+    gone = {
+        g.name: "blocked in the dense model"
+        for g in found
+        if g.name not in groups or g.num_channels != int(kept[g.name].sum())
+    }
+    return with_blocked(found, gone)
+
+
+def _compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
+    """Return what stays of the dense channels after ``chosen`` of the present ones stayed."""
+    composed = {name: mask.clone() for name, mask in kept.items()}
+    for name, mask in chosen.items():
+        composed[name][kept[name].nonzero().squeeze(1)[~mask]] = False
+    return composed
+
+
+def _score(
+    criterion: str, model: nn.Module, groups: ChannelGroups, source: Any, num_probes: int, seed: int
+) -> Scores:
+    if criterion == "tpv":
+        return SCORERS["tpv"](model, groups, source, num_probes=num_probes, seed=seed)
+    return SCORERS[criterion](model, groups, source, seed=seed)
+
+
+def _candidates(
+    repair: Repair, removed: nn.Module, compensated: nn.Module, fit: list[Tensor]
+) -> dict[str, nn.Module]:
+    candidates = {"none": removed}
+    if repair in {"bn", "auto"}:
+        candidates["bn"] = recalibrate_batchnorm(removed, fit)
+    if repair in {"compensate", "auto"}:
+        candidates["compensate"] = compensated
+    if repair == "auto":
+        candidates["compensate+bn"] = recalibrate_batchnorm(compensated, fit)
+    return candidates
+
+
+def _measure(
+    groups: ChannelGroups, kept: Kept, pruned: nn.Module, dense: nn.Module, held: list[Tensor]
+) -> dict[str, float]:
+    return {
+        "macs": groups.macs(kept),
+        "params": groups.params(kept),
+        "agreement": agreement(pruned, dense, held),
+        "output_variance": output_variance(pruned, dense, held),
+    }
+
+
+def _second_moment(model: nn.Module, held: list[Tensor]) -> float:
+    """Return E||f||^2, the yardstick of every output variance."""
+    from tpvprune.scores import evaluating, first_output, on_device  # noqa: PLC0415
+
+    with evaluating(model), torch.no_grad():
+        total = sum(float(first_output(model(on_device(x, model))).double().square().sum()) for x in held)
+    return total / sum(len(x) for x in held)

@@ -1,0 +1,179 @@
+"""From flags to a model that is ready on its device."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.checkpoint import load_pruned, read_config
+from tpvprune.models import ModelSource, load_model
+from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its device, and how images get into it."""
+
+    model: nn.Module
+    made: ModelSource
+    preprocessing: Preprocessing
+    device: torch.device
+
+    @property
+    def example(self) -> Tensor:
+        """Two random inputs [2, C, H, W]; only their shape matters."""
+        generator = torch.Generator().manual_seed(0)
+        size = (2, *self.preprocessing.input_size)
+        return torch.randn(size, generator=generator).to(self.device)
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """Load the model that the flags name and see that it runs on its input size.
+
+    Args:
+        args: Parsed flags.
+
+    Returns:
+        The model, ready on its device.
+    """
+    device = _device(args.device)
+    input_size = _input_size(args)
+    model, made = load_model(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        num_classes=args.num_classes,
+        input_size=input_size,
+        model_kwargs=dict(args.model_kwargs),
+        seed=args.seed,
+    )
+    return _checked_subject(args, model, made, device)
+
+
+def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
+    """Load what `evaluate` measures, and the dense model to compare it with.
+
+    Args:
+        args: Parsed flags of `tpvprune evaluate`.
+
+    Returns:
+        The model, and the dense one or None.
+
+    Raises:
+        ValueError: If neither or both of a folder and a model are given.
+    """
+    if (args.folder is None) == (args.model is None):
+        raise ValueError("expected either the folder of a pruned model or --model M")
+    if args.folder is None:
+        if args.dense is not None:
+            raise ValueError("--dense: expected the folder of a pruned model to compare it with")
+        return open_subject(args), None
+    device = _device(args.device)
+    config = read_config(args.folder)
+    made = ModelSource(str(config["model"]), dict(config["model_kwargs"]), str(args.folder))
+    subject = _checked_subject(args, load_pruned(args.folder), made, device)
+    if args.dense is None:
+        return subject, None
+    pretrained = args.dense == "pretrained"
+    dense, _ = load_model(
+        made.name,
+        pretrained=pretrained,
+        checkpoint=None if pretrained else args.dense,
+        num_classes=made.kwargs.get("num_classes"),
+        model_kwargs=made.kwargs,
+    )
+    return subject, dense.to(device)
+
+
+def _checked_subject(
+    args: argparse.Namespace, model: nn.Module, made: ModelSource, device: torch.device
+) -> Subject:
+    preprocessing = resolve_preprocessing(
+        model,
+        input_size=_input_size(args),
+        mean=args.mean,
+        std=args.std,
+        crop_pct=args.crop_pct,
+        interpolation=args.interpolation,
+    )
+    subject = Subject(model.to(device), made, preprocessing, device)
+    try:
+        with torch.no_grad():
+            model(subject.example)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        size = " x ".join(map(str, preprocessing.input_size))
+        raise ValueError(
+            f"{made.name} does not run on inputs of {size} ({reason}): set --input-size"
+        ) from error
+    return subject
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used ({reason[:100]})") from error
+    return device
+
+
+def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:
+    if args.img_size is not None:
+        return (3, args.img_size, args.img_size)
+    return tuple(args.input_size) if args.input_size else None
+
+
+def ignored(args: argparse.Namespace, subject: Subject) -> tuple[str, ...]:
+    """Return the layers of `--ignore`.
+
+    Args:
+        args: Parsed flags.
+        subject: The model.
+
+    Returns:
+        Their qualified names.
+
+    Raises:
+        ValueError: If the model has no such layer, with close matches.
+    """
+    names = dict(subject.model.named_modules())
+    for name in args.ignore:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3)
+            hint = f": did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"--ignore {name}: {subject.made.name} has no such layer{hint}")
+    return tuple(args.ignore)
+
+
+def provenance(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """Return what is needed to repeat a run: model, weights, input size, seed, versions."""
+    return {
+        "model": subject.made.name,
+        "model_kwargs": subject.made.kwargs,
+        "weights": subject.made.weights,
+        "preprocessing": subject.preprocessing.config,
+        "command": args.command_line,
+        "device": str(subject.device),
+        "seed": args.seed,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("tpvprune", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,217 @@
+"""From flags to the images that a command shows to a model."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tpvprune.console import bar, say
+from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.data import ImageSource, open_images
+from tpvprune.loading import ImageBatches, choose_images, in_memory
+from tpvprune.session import Subject
+
+_HELD_OUT = 512
+
+
+class Shown:
+    """Re-iterable batches whose every pass shows a progress bar."""
+
+    def __init__(self, batches: Any, title: str) -> None:
+        self.batches, self.title = batches, title
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(bar(self.title, total=_length(self.batches))(self.batches))
+
+
+def is_labelled(name: str) -> bool:
+    """Tell whether a criterion reads labels.
+
+    Args:
+        name: Name of the criterion.
+
+    Returns:
+        True if it needs labelled images.
+
+    Raises:
+        ValueError: If there is no such criterion, with close matches.
+    """
+    if name not in SCORERS:
+        close = difflib.get_close_matches(name, SCORERS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(SCORERS)}"
+        raise ValueError(f"unknown criterion {name!r}: {hint}")
+    return name in NEEDS_LABELS
+
+
+def open_data(args: argparse.Namespace, *, labelled: bool) -> ImageSource:
+    """Open the images that the flags name.
+
+    Args:
+        args: Parsed flags.
+        labelled: Whether labels will be read.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: If no source is given.
+    """
+    if args.data_dir is None and not args.dataset:
+        raise ValueError("no images given: pass --data-dir D or --dataset NAME")
+    return open_images(
+        args.data_dir,
+        dataset=args.dataset,
+        split=args.split,
+        class_map=args.class_map if labelled else None,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        labelled=labelled,
+        download=args.dataset_download,
+    )
+
+
+def choose(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    num_images: int | None,
+    *,
+    skip: int = 0,
+    labelled: bool = False,
+) -> ImageBatches:
+    """Choose images by the flags' seed; see `loading.choose_images`.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        num_images: How many; None for all.
+        skip: How many of the seed's permutation to leave out first.
+        labelled: Whether to yield labels too.
+
+    Returns:
+        Re-iterable batches.
+    """
+    return choose_images(
+        images,
+        subject.preprocessing,
+        num_images=num_images,
+        skip=skip,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        labelled=labelled,
+    )
+
+
+def calibration(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    *,
+    labelled: bool,
+    held_out: int = _HELD_OUT,
+) -> tuple[Any, Any]:
+    """Return the images that pruning sees, and others to measure agreement on.
+
+    A set that is used up by the former gives the same images for both.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        labelled: Whether the first of the two also yields labels.
+        held_out: How many images to hold out for measuring.
+
+    Returns:
+        Batches to prune with, batches to measure agreement on.
+
+    Raises:
+        ValueError: If no image can be read, or the classes are not the model's.
+    """
+    chosen = choose(args, subject, images, args.num_images, labelled=labelled)
+    if labelled:
+        _check_classes(images, subject.model, class_map=args.class_map)
+    batches = in_memory(chosen, progress=bar("reading images"))
+    if isinstance(batches, list) and not batches:
+        raise ValueError(f"{images.name}: expected images, found none")
+    if chosen.skipped:
+        say(
+            f"note: {chosen.skipped} of {chosen.total} images could not be decoded and were "
+            f"skipped (first: {chosen.first_skipped})"
+        )
+    if images.count is not None and images.count < args.num_images:
+        say(f"note: {images.name} holds {images.count} images, fewer than --num-images")
+    if not held_out or images.count is None or images.count <= args.num_images:
+        return batches, batches
+    return batches, in_memory(choose(args, subject, images, held_out, skip=args.num_images))
+
+
+def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
+    """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
+    if args.eval_dir is None:
+        return None
+    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    _check_classes(images, subject.model, class_map=args.class_map)
+    chosen = choose(args, subject, images, None, labelled=True)
+    return in_memory(chosen, progress=bar("reading labelled images"))
+
+
+def _check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
+    expected, found = getattr(model, "num_classes", None), images.num_classes
+    if expected is None or found is None:
+        return
+    if found > expected or (found < expected and class_map is None):
+        raise ValueError(
+            f"{images.name}: expected the model's {expected} classes, found {found}: pass "
+            "--class-map with the index of each class folder"
+        )
+
+
+def has_labels(images: ImageSource, model: nn.Module, *, explicit: bool) -> bool:
+    """Tell whether the subfolders of a source are the classes of the model.
+
+    Args:
+        images: The source.
+        model: The model, with `num_classes`.
+        explicit: The user has said that there are labels.
+
+    Returns:
+        True if top-1 can be measured.
+    """
+    if explicit:
+        return True
+    expected = getattr(model, "num_classes", None)
+    if images.num_classes == expected:
+        return True
+    if (images.num_classes or 1) > 1:
+        say(
+            f"note: {images.name} has {images.num_classes} subfolders, the model {expected} "
+            "classes: top-1 is not measured; --class-map gives each its index"
+        )
+    return False
+
+
+def num_images(batches: Any) -> int | None:
+    """Count the images of batches.
+
+    Args:
+        batches: Images as `calibration` returns them.
+
+    Returns:
+        Their number; None for a stream of unknown length.
+    """
+    if isinstance(batches, ImageBatches):
+        return batches.total
+    return sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
