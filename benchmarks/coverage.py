@@ -29,7 +29,7 @@ import timm
 import torch
 
 from tpvprune.groups import find_groups
-from tpvprune.removal import MaskedChannels, attribute_changes, remove_channels, shrink_to
+from tpvprune.removal import MaskedChannels, attribute_changes, remove_channels, restore_empty, shrink_to
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 COLUMNS = [
@@ -102,8 +102,8 @@ lcnetv2 lcnetv2_small 64
 levit levit_128s 224
 lowformer lowformer_b0 64
 mambaout test_mambaout 64
-maxxvit test_coatnet 64
-maxxvit test_maxvit 64
+maxxvit test_coatnet 160
+maxxvit test_maxvit 160
 metaformer poolformerv2_s12 64
 metaformer caformer_s18 64
 mlp_mixer gmlp_ti16_224 224
@@ -170,9 +170,10 @@ def uniform(groups, keep):
     """Keep the first channels of every group, the same fraction of each, within the budget."""
 
     def at(fraction):
-        return {
+        kept = {
             g.name: torch.arange(g.num_channels) < max(1, round(fraction * g.num_channels)) for g in groups
         }
+        return restore_empty(groups, kept)
 
     low, high, dense = 0.0, 1.0, groups.macs()
     for _ in range(12):
@@ -199,7 +200,7 @@ def relative_gap(a, b):
 def survey(name, size, kwargs, keep, export):
     """Return one row of the table."""
     model = build(name, kwargs)
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(1, 3, size, size)
     start = time.perf_counter()
     groups = find_groups(model, x)
     seconds = time.perf_counter() - start
@@ -219,7 +220,7 @@ def survey(name, size, kwargs, keep, export):
         plain = outputs(small(x))
     small.train()
     torch.save(small.state_dict(), io.BytesIO())
-    outputs(small(x)).sum().backward()
+    outputs(small(torch.cat([x, -x]))).sum().backward()
     row = {
         "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "groups": len(groups),

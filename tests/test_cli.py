@@ -15,6 +15,7 @@ from tpvprune.cli import main
 
 CLASSES = 6
 SMALL = ["--img-size", "32", "--crop-pct", "1", "-b", "8", "-j", "2", "--num-images", "24"]
+CHEAP = ["--criterion", "magnitude", "--repair", "none"]
 FAST = [*SMALL, "--steps", "1", "--latency-repeats", "0"]
 
 
@@ -49,9 +50,9 @@ def run(root, capsys, monkeypatch):
     return run
 
 
-def flags(output, *extra, data="flat", fast=FAST):
+def flags(output, *extra, data="flat"):
     model = ["--model", "test_resnet", "--checkpoint", "weights.pt"]
-    return ["prune", *model, "--data-dir", data, *fast, *extra, "--output", output]
+    return ["prune", *model, "--data-dir", data, *FAST, *extra, "--output", output]
 
 
 class TestPrune:
@@ -80,8 +81,16 @@ class TestPrune:
     def test_text_says_what_it_cost_and_that_no_label_was_used(self, run, tmp_path):
         code, out, err = run(*flags(tmp_path / "out"))
         assert (code, out) == (0, "")
-        assert "dense  pruned  ratio" in " ".join(err.split(" " * 2)) or "ratio" in err
-        for word in ("MACs", "parameters", "agreement", "no label was used", "left whole: fc"):
+        for word in (
+            "dense",
+            "pruned",
+            "ratio",
+            "MACs",
+            "parameters",
+            "agreement",
+            "no label was used",
+            "left whole: fc",
+        ):
             assert word in err
         assert "top-1" not in err
 
@@ -100,7 +109,7 @@ class TestPrune:
 
     @pytest.mark.parametrize("data", ["classes", "classes.tar"])
     def test_class_folders_and_tars_serve_as_unlabeled_images(self, run, tmp_path, data):
-        code, out, _ = run(*flags(tmp_path / "out", "--json", data=data))
+        code, out, _ = run(*flags(tmp_path / "out", *CHEAP, "--json", data=data))
         assert code == 0
         assert json.loads(out)["used_labels"] is False
 
@@ -127,7 +136,7 @@ class TestPrune:
 
     def test_budget_out_of_reach_is_saved_and_said(self, run, tmp_path):
         code, out, err = run(
-            *flags(tmp_path / "out", "--keep", "0.01", "--max-removed", "0.2", "--json")
+            *flags(tmp_path / "out", *CHEAP, "--keep", "0.01", "--max-removed", "0.2", "--json")
         )
         assert code == 3
         assert json.loads(out)["reached"] is False
@@ -136,7 +145,9 @@ class TestPrune:
 
     def test_overwrite_replaces_an_earlier_result(self, run, tmp_path):
         for keep in ("0.9", "0.5"):
-            code, out, _ = run(*flags(tmp_path / "out", "--keep", keep, "--overwrite", "--json"))
+            code, out, _ = run(
+                *flags(tmp_path / "out", "--keep", keep, *CHEAP, "--overwrite", "--json")
+            )
             assert code == 0
         params = sum(p.numel() for p in load_pruned(tmp_path / "out").parameters())
         assert params == json.loads(out)["pruned"]["params"]
@@ -144,7 +155,7 @@ class TestPrune:
     def test_few_undecodable_images_are_skipped_and_said(self, run, tmp_path):
         folder = write_images(tmp_path / "images", 110, size=8)
         spoil(folder / "0004.png")
-        code, _, err = run(*flags(tmp_path / "out", "--num-images", "110", data=folder, fast=FAST))
+        code, _, err = run(*flags(tmp_path / "out", *CHEAP, "--num-images", "110", data=folder))
         assert code == 0
         assert "1 of 110 images could not be decoded" in err
 

@@ -350,6 +350,18 @@ class TestModels:
         with pytest.raises(ValueError, match=message):
             load_model(name, **options)
 
+    @pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet18.a1_in1k"])
+    def test_no_network_is_said_at_once(self, name, tmp_path, monkeypatch):
+        def unreachable(*_):
+            raise OSError("Name or service not known")
+
+        monkeypatch.setattr("socket.getaddrinfo", unreachable)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
+        with pytest.raises(ValueError, match=r"not in the local cache, and the hub cannot be"):
+            load_model(name, pretrained=True, model_kwargs={"cache_dir": str(tmp_path)})
+
     def test_mismatch_names_keys_and_shapes(self, tmp_path, model):
         state = dict(model.state_dict())
         state["surplus.weight"] = state.pop("conv1.0.weight")

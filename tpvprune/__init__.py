@@ -8,7 +8,8 @@ from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, find_groups
 from tpvprune.scores import Scores, tpv_scores
 from tpvprune.criteria import SCORERS
 from tpvprune.selection import select_channels
-from tpvprune.allocation import allocate, variance_curves
+from tpvprune.allocation import allocate
+from tpvprune.curves import variance_curves
 from tpvprune.removal import remove_channels
 
 # repairs

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpvprune.atomic import check_folder
+from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.console import (
     bar,
@@ -28,14 +25,13 @@ from tpvprune.console import (
     table,
 )
 from tpvprune.criteria import SCORERS
-from tpvprune.data import ImageSource
-from tpvprune.evaluation import agreement, count_macs, count_params, evaluate, measure_latency
-from tpvprune.groups import ChannelGroup, ChannelGroups, find_groups
+from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
+from tpvprune.groups import ChannelGroup, find_groups
 from tpvprune.loading import in_memory
 from tpvprune.models import pretrained_config
 from tpvprune.pipeline import prune
 from tpvprune.report import report_data
-from tpvprune.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.session import ignored, open_evaluated, open_subject, provenance
 from tpvprune.session_images import (
     Shown,
     calibration,
@@ -43,8 +39,16 @@ from tpvprune.session_images import (
     has_labels,
     is_labelled,
     labelled_images,
-    num_images,
     open_data,
+)
+from tpvprune.session_results import (
+    blocked_facts,
+    check_file,
+    check_writable,
+    image_facts,
+    latencies,
+    measured,
+    write_json,
 )
 
 Outcome = tuple[int, dict[str, Any]]
@@ -59,7 +63,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    _check_writable(check_folder(args.output, overwrite=args.overwrite))
+    check_writable(check_folder(args.output, overwrite=args.overwrite))
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
     layers = ignored(args, subject)
@@ -69,7 +73,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     with stages() as progress:
         result = prune(
             subject.model,
-            batches,
+            unlabeled(batches, device=subject.device),
             keep=args.keep,
             of=args.of,
             criterion=args.criterion,
@@ -85,8 +89,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             labelled_batches=batches if used_labels else None,
             progress=progress,
         )
-    dense = _measured(args, subject, subject.model, labelled)
-    pruned = _measured(args, subject, result.model, labelled)
+    dense, pruned = measured(args, subject, result.model, labelled)
     dense["agreement"] = 1.0
     pruned["agreement"] = agreement(result.model, subject.model, Shown(held_out, "agreement"))
     document = {
@@ -94,7 +97,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": _image_facts(images, batches, held_out),
+        "images": image_facts(images, batches, held_out),
         "output": str(args.output),
     }
     save_pruned(
@@ -129,7 +132,7 @@ def run_score(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    _check_file(args.output, overwrite=args.overwrite)
+    check_file(args.output, overwrite=args.overwrite)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
     layers = ignored(args, subject)
@@ -155,9 +158,9 @@ def run_score(args: argparse.Namespace) -> Outcome:
             }
             for group in groups
         },
-        "blocked": _blocked(groups),
+        "blocked": blocked_facts(groups),
     }
-    _write_json(args.output, document)
+    write_json(args.output, document)
     say(f"{len(list(groups))} groups scored with {args.criterion}: {args.output}")
     blocked_lines(document["blocked"])
     return 0, document
@@ -195,7 +198,7 @@ def run_groups(args: argparse.Namespace) -> Outcome:
         "dense": {"macs": total, "params": groups.params()},
         "smallest": {"macs": groups.macs(smallest), "params": groups.params(smallest)},
         "groups": listed,
-        "blocked": _blocked(groups),
+        "blocked": blocked_facts(groups),
     }
     table(rows)
     say("MACs: the share that goes when only this group shrinks to one channel.")
@@ -226,17 +229,17 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     batches = in_memory(chosen, progress=bar("reading images"))
     found: dict[str, Any] = {"top1": None, "top5": None, "agreement": None}
     if labelled:
-        measured = evaluate(subject.model, Shown(batches, "evaluating"), dense=dense)
-        found = {"top1": measured.top1, "top5": measured.top5, "agreement": measured.agreement}
+        scored = evaluate(subject.model, Shown(batches, "evaluating"), dense=dense)
+        found = {"top1": scored.top1, "top5": scored.top5, "agreement": scored.agreement}
     elif dense is not None:
         found["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
     document = {
         **provenance(args, subject),
         "macs": count_macs(subject.model, subject.example),
         "params": count_params(subject.model),
-        "latency_ms": _latency(args, subject, subject.model),
+        "latency_ms": latencies(args, subject, [subject.model])[0],
         **found,
-        "images": _image_facts(images, batches),
+        "images": image_facts(images, batches),
     }
     show_evaluated(document)
     return 0, document
@@ -256,68 +259,7 @@ def run_demo(args: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _measured(
-    args: argparse.Namespace, subject: Subject, model: nn.Module, labelled: Any
-) -> dict[str, Any]:
-    top1, top5 = None, None
-    if labelled is not None:
-        measured = evaluate(model, Shown(labelled, "top-1"))
-        top1, top5 = measured.top1, measured.top5
-    latency = _latency(args, subject, model)
-    return {"latency_ms": latency, "top1": top1, "top5": top5}
-
-
-def _latency(args: argparse.Namespace, subject: Subject, model: nn.Module) -> float | None:
-    if args.latency_repeats <= 0:
-        return None
-    repeats = max(2, args.latency_repeats)
-    return measure_latency(model, subject.example[:1], repeats=repeats).median_ms
-
-
 def _first_channel(group: ChannelGroup) -> Tensor:
     kept = torch.zeros(group.num_channels, dtype=torch.bool)
     kept[0] = True
     return kept
-
-
-def _blocked(groups: ChannelGroups) -> list[dict[str, Any]]:
-    return [
-        {"name": group.name, "num_channels": group.num_channels, "reason": group.blocked}
-        for group in groups.blocked
-    ]
-
-
-def _image_facts(images: ImageSource, batches: Any, held_out: Any = None) -> dict[str, Any]:
-    facts = {"source": images.name, "num_images": num_images(batches)}
-    if held_out is not None:
-        facts["num_held_out"] = 0 if held_out is batches else num_images(held_out)
-    return facts
-
-
-def _check_file(path: Path, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file name, found a folder")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
-    _check_writable(path)
-
-
-def _check_writable(path: Path) -> None:
-    """Make and remove a file where `path` will be: permission bits do not tell all.
-
-    Raises:
-        ValueError: If the system refuses.
-    """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)

@@ -84,9 +84,7 @@ def _add_prune(sub: _Parser) -> None:
         default="compensate",
         help="what follows a cut; auto chooses by output variance (compensate)",
     )
-    how.add_argument(
-        "--steps", type=_count, default=1, metavar="N", help="rounds of cut and repair (1)"
-    )
+    how.add_argument("--steps", type=_count, default=1, metavar="N", help="rounds of cutting (1)")
     how.add_argument(
         "--allocation",
         choices=("curves", "rank"),
@@ -106,7 +104,7 @@ def _add_prune(sub: _Parser) -> None:
     _add_ignore(how)
     _add_device(sub)
     sub.section("run").add_argument(
-        "--latency-repeats", type=int, default=20, metavar="N", help="timed calls, 0 for none (20)"
+        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
     )
     _add_output(sub, "folder for the pruned model and its report")
 
@@ -137,7 +135,7 @@ def _add_evaluate(sub: _Parser) -> None:
     _add_data(sub, num_images=False)
     _add_device(sub)
     sub.section("run").add_argument(
-        "--latency-repeats", type=int, default=20, metavar="N", help="timed calls, 0 for none (20)"
+        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tpvprune.sizes import AxisSize, SizeRule, substitute
 from tpvprune.tracking import Tracker, track
 
 Kept = dict[str, Tensor]
@@ -114,6 +115,9 @@ class ChannelGroups:
     param_sizes: Mapping[str, int]
     norms: Mapping[int, Axis]
     pads: tuple[Pad, ...]
+    mixers: Mapping[int, tuple[tuple[int, Axis], ...]] = field(default_factory=dict)
+    sizes: tuple[SizeRule, ...] = ()
+    standardised: tuple[Axis, ...] = ()
     notes: tuple[str, ...] = ()
     _by_name: dict[str, ChannelGroup] = field(default_factory=dict, repr=False)
 
@@ -181,7 +185,7 @@ def find_groups(
     Raises:
         ValueError: If ``ignore`` names no module, or the model does not run on the inputs.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     known = dict(model.named_modules())
     for name in ignore:
         if name not in known:
@@ -197,6 +201,14 @@ def find_groups(
     from tpvprune.verification import verify_groups  # noqa: PLC0415  (it needs this module)
 
     return verify_groups(model, groups, inputs)
+
+
+def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the first two inputs of a batch: what is asked of them does not depend on more."""
+    sizes = {len(i) for i in inputs if isinstance(i, Tensor) and i.ndim > 1}
+    if len(sizes) != 1 or max(sizes) <= 2:
+        return inputs
+    return tuple(i[:2] if isinstance(i, Tensor) and i.ndim and len(i) in sizes else i for i in inputs)
 
 
 def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
@@ -215,6 +227,9 @@ def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGr
     def strip(axis: Axis) -> Axis:
         return replace(axis, members=tuple(m for m in axis.members if m[0] not in reasons))
 
+    def strip_size(size: AxisSize) -> AxisSize:
+        return replace(size, axis=None if size.axis is None else strip(size.axis))
+
     return ChannelGroups(
         groups=tuple(g for g in groups if g.name not in reasons),
         blocked=groups.blocked
@@ -223,7 +238,12 @@ def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGr
         param_axes={p: tuple((d, strip(a)) for d, a in ax) for p, ax in groups.param_axes.items()},
         param_sizes=groups.param_sizes,
         norms={i: strip(a) for i, a in groups.norms.items()},
+        mixers={i: tuple((d, strip(a)) for d, a in ax) for i, ax in groups.mixers.items()},
+        sizes=tuple(
+            SizeRule(substitute(r.expression, strip_size), strip(r.axis)) for r in groups.sizes
+        ),
         pads=tuple(replace(p, front=strip(p.front), back=strip(p.back)) for p in groups.pads),
+        standardised=tuple(strip(a) for a in groups.standardised),
         notes=groups.notes,
     )
 
@@ -299,9 +319,7 @@ def _inside(param: str, module: str) -> bool:
 
 def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> ChannelGroups:
     units = _Units(tracker, ignore)
-    consumers = {
-        (f"{c.module}.weight", _consumer_dim(model, c.module)) for c in tracker.calls if c.read is not None
-    }
+    consumers = tracker.consumers
     slices: dict[str, list[ParamSlice]] = defaultdict(list)
     param_axes: dict[str, list[tuple[int, Axis]]] = defaultdict(list)
     for (param, dim), atoms in tracker.param_atoms.items():
@@ -343,7 +361,10 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
         ),
         param_axes={p: tuple(a) for p, a in param_axes.items()},
         param_sizes={n: p.numel() for n, p in model.named_parameters()},
-        norms={n.ordinal: units.axis(tracker, n.atoms) for n in tracker.norms},
+        norms={i: units.axis(tracker, line) for i, _, line in tracker.coupling.norms()},
+        mixers=_mixers(tracker, units),
+        sizes=_size_rules(tracker, units),
+        standardised=tuple(units.axis(tracker, line) for line in tracker.coupling.standardised()),
         pads=tuple(
             Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back)) for p in tracker.pads
         ),
@@ -351,6 +372,22 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
     return with_blocked(groups, reasons)
 
 
-def _consumer_dim(model: nn.Module, module: str) -> int:
-    layer = dict(model.named_modules()).get(module)
-    return 0 if getattr(layer, "transposed", False) else 1
+def _mixers(tracker: Tracker, units: _Units) -> dict[int, tuple[tuple[int, Axis], ...]]:
+    found: dict[int, list[tuple[int, Axis]]] = defaultdict(list)
+    for ordinal, dim, line in tracker.coupling.mixers():
+        found[ordinal].append((dim, units.axis(tracker, line)))
+    return {i: tuple(axes) for i, axes in found.items()}
+
+
+def _size_rules(tracker: Tracker, units: _Units) -> tuple[SizeRule, ...]:
+    def with_axis(size: AxisSize) -> AxisSize:
+        atoms = tracker.coupling.axis_atoms(size.number)
+        return AxisSize(size.number, units.axis(tracker, atoms))
+
+    rules = {
+        (u.expression, tuple(u.atoms.tolist())): SizeRule(
+            substitute(u.expression, with_axis), units.axis(tracker, u.atoms)
+        )
+        for u in tracker.coupling.uses()
+    }
+    return tuple(rules.values())

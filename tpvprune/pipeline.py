@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.allocation import allocate, variance_curves
+from tpvprune.allocation import allocate
+from tpvprune.curves import variance_curves
 from tpvprune.batches import unlabeled
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.compensation import compensate_weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import Axis, ChannelGroups
-from tpvprune.tracking import CONTRACTIONS, NORMS, function_name
+from tpvprune.sizes import set_attribute, solve
+from tpvprune.tracking import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples of ints) and their values."""
@@ -35,19 +36,70 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, 
         The smaller model, same modes and ``requires_grad`` as the argument.
 
     Raises:
-        ValueError: If ``kept`` names an unknown group, has a wrong length, or empties a group.
+        ValueError: If ``kept`` names an unknown group, has a wrong length, or empties a group
+            or a parameter (see :func:`restore_empty`).
     """
     check_kept(groups, kept)
-    small = copy.deepcopy(model)
+    return _removed(copy.deepcopy(model), groups, kept)
+
+
+def removed_view(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
+    """Like :func:`remove_channels`, but parameters that stay whole are shared with the model."""
+    check_kept(groups, kept)
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return _removed(copy.deepcopy(model, shared), groups, kept)
+
+
+def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
+    attributes = solve(groups.sizes, kept, small)
+    places = _places(small)
     for name, axes in groups.param_axes.items():
         for dim, axis in axes:
             mask = axis.kept(kept)
             if not mask.all():
-                _take(small, name, dim, mask.nonzero().squeeze(1))
+                _take(small, name, dim, mask.nonzero().squeeze(1), places)
     _refresh_attributes(small)
+    for attribute, value in attributes.items():
+        set_attribute(small, attribute, value)
+    _clear_caches(small)
     for pad in groups.pads:
         _refresh_pad(small.get_submodule(pad.module), pad.front, pad.back, kept)
     return small
+
+
+def restore_empty(
+    groups: ChannelGroups, kept: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Put a channel back wherever a selection would leave a parameter without any.
+
+    A group may run through several layers of which each makes some of its channels (branches
+    that are concatenated); every one of them needs at least one.
+
+    Args:
+        groups: Groups of a model.
+        kept: Group name -> BoolTensor [C], ``True`` = stays; untouched.
+        scores: Group name -> Tensor [C], bigger = put back first. Default: the first channel.
+
+    Returns:
+        The same selection with as many channels put back as it takes.
+    """
+    filled = {name: mask.clone() for name, mask in kept.items()}
+    for axis, least in _least(groups):
+        while int(axis.kept(filled).sum()) < least:
+            gone = [(n, c[~filled[n][c]]) for n, _, c in axis.members if n in filled]
+            name, channel = next((n, c) for n, c in gone if len(c))
+            best = 0 if scores is None else int(scores[name].cpu()[channel].argmax())
+            filled[name][channel[best]] = True
+    return filled
+
+
+def _least(groups: ChannelGroups) -> Iterator[tuple[Axis, int]]:
+    """Yield the axes that must not become too short, and how many positions they need."""
+    for axes in groups.param_axes.values():
+        for _, axis in axes:
+            yield axis, 1
+    for axis in groups.standardised:
+        yield axis, min(2, axis.size)
 
 
 def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
@@ -63,6 +115,12 @@ def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
             )
         if not bool(mask.any()):
             raise ValueError(f"kept[{name!r}] removes every channel; at least one must stay.")
+    for axis, least in _least(groups):
+        if int(axis.kept(kept).sum()) < least:
+            raise ValueError(
+                f"kept leaves fewer than {least} of {axis.size} channels of a layer in {axis.members[0][0]!r}; "
+                "pass it through restore_empty() first."
+            )
 
 
 def attribute_changes(dense: nn.Module, pruned: nn.Module) -> Attributes:
@@ -102,16 +160,20 @@ def shrink_to(
         ValueError: If a name is unknown, or an attribute has another type than the model's.
     """
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    places = _places(model)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"expected a parameter or buffer of the model, found {name!r}.")
         if tuple(tensors[name].shape) != tuple(shape):
-            _put(model, name, torch.empty(shape, dtype=tensors[name].dtype, device=tensors[name].device))
+            old = tensors[name]
+            # Buffers that no state_dict holds are constant along channels: a slice is their value.
+            new = old.detach()[tuple(slice(n) for n in shape)].clone()
+            _put(old, new if new.shape == shape else old.new_empty(shape), places)
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for key, value in values.items():
             old = vars(module).get(key)
-            value = tuple(value) if isinstance(old, tuple) else value
+            value = type(old)(value) if isinstance(old, tuple) else value
             if old is None or type(old) is not type(value):
                 raise ValueError(f"expected {path}.{key} to be a {type(old).__name__}, found {value!r}.")
             setattr(module, key, value)
@@ -135,7 +197,12 @@ class MaskedChannels(TorchFunctionMode):
         for call, (dim, parts) in axes.items():
             self._masks[call] = (dim, torch.cat([g for g, _ in parts]))
         self._norms = {i: m for i, a in groups.norms.items() if not (m := a.kept(kept)).all()}
-        self._calls = self._num_norms = 0
+        self._mixers = {
+            i: parts
+            for i, axes in groups.mixers.items()
+            if (parts := [(d, m) for d, a in axes if not (m := a.kept(kept)).all()])
+        }
+        self._calls = self._num_norms = self._num_mixers = 0
 
     def __torch_function__(  # type: ignore[no-untyped-def]  # noqa: D105
         self, func, types, args=(), kwargs=None
@@ -151,6 +218,10 @@ class MaskedChannels(TorchFunctionMode):
             self._num_norms += 1
             if self._num_norms - 1 in self._norms:
                 return _restricted_norm(func, self._norms[self._num_norms - 1], args, kwargs)
+        elif name in MIXERS:
+            self._num_mixers += 1
+            if self._num_mixers - 1 in self._mixers:
+                return _restricted_mixer(name, func, self._mixers[self._num_mixers - 1], args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -168,25 +239,62 @@ def _restricted_norm(func: Any, mask: Tensor, args: Any, kwargs: Any) -> Tensor:
     return out
 
 
+def _restricted_mixer(
+    name: str, func: Any, parts: list[tuple[int, Tensor]], args: Any, kwargs: Any
+) -> Any:
+    """Run a mean, softmax, group norm or matrix product on the kept channels only."""
+    x, *rest = args
+    if name in MATMULS:
+        for dim, mask in parts:
+            x = x.index_fill(dim, (~mask).nonzero().squeeze(1).to(x.device), 0)
+        return func(x, *rest, **kwargs)
+    size = list(x.shape)
+    for dim, mask in parts:
+        index = mask.nonzero().squeeze(1).to(x.device)
+        x = x.index_select(dim, index)
+        if name == "group_norm":
+            rest = [r[index] if isinstance(r, Tensor) else r for r in rest]
+            kwargs = {k: v[index] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    out = func(x, *rest, **kwargs)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        return out
+    for dim, mask in reversed(parts):
+        shape = list(out.shape)
+        shape[dim] = size[dim]
+        index = mask.nonzero().squeeze(1).to(x.device)
+        out = out.new_zeros(shape).index_copy(dim, index, out)
+    return out
+
+
 # ---- surgery --------------------------------------------------------------------------------
 
 
-def _take(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    path, _, key = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), key)
-    _put(model, name, tensor.detach().index_select(dim, index.to(tensor.device)))
+_Places = dict[int, list[tuple[dict[str, Any], str]]]
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer, also where it is shared with another module."""
-    path, _, key = name.rpartition(".")
-    old = getattr(model.get_submodule(path), key)
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+def _places(model: nn.Module) -> _Places:
+    """Return where each parameter and buffer is held: in several modules if it is shared."""
+    places: _Places = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
-            for k, v in table.items():
-                if v is old:
-                    table[k] = new  # type: ignore[assignment]
+            for key, tensor in table.items():
+                places.setdefault(id(tensor), []).append((table, key))
+    return places
+
+
+def _take(model: nn.Module, name: str, dim: int, index: Tensor, places: _Places) -> None:
+    path, _, key = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), key)
+    _put(tensor, tensor.detach().index_select(dim, index.to(tensor.device)), places)
+
+
+def _put(old: Tensor, value: Tensor, places: _Places) -> None:
+    """Replace a parameter or buffer, also where it is shared with another module."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    held = places.pop(id(old), [])
+    for table, key in held:
+        table[key] = new
+    places[id(new)] = held
 
 
 def _refresh_attributes(model: nn.Module) -> None:
@@ -209,8 +317,6 @@ def _refresh_attributes(model: nn.Module) -> None:
         elif isinstance(module, nn.GroupNorm) and weight is not None and len(weight) != module.num_channels:
             module.num_groups = module.num_groups * len(weight) // module.num_channels
             module.num_channels = len(weight)
-    for module in model.modules():
-        _refresh_heads(module)
 
 
 def _refresh_conv(conv: Any) -> None:
@@ -224,15 +330,14 @@ def _refresh_conv(conv: Any) -> None:
     conv.out_channels, conv.in_channels = first, second * conv.groups
 
 
-def _refresh_heads(module: Any) -> None:
-    """Give attention modules of timm's kind (qkv, num_heads, head_dim) their new head count."""
-    qkv, dim = getattr(module, "qkv", None), getattr(module, "head_dim", None)
-    if not (isinstance(qkv, nn.Linear) and isinstance(dim, int) and hasattr(module, "num_heads")):
-        return
-    heads = qkv.out_features // (3 * dim)
-    if heads != module.num_heads and hasattr(module, "attn_dim"):
-        module.attn_dim = heads * dim
-    module.num_heads = heads
+def _clear_caches(model: nn.Module) -> None:
+    """Empty what modules remember from earlier forwards (gathered attention biases)."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key.startswith("_") or not isinstance(value, dict):
+                continue
+            if value and all(isinstance(v, Tensor) for v in value.values()):
+                value.clear()
 
 
 def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor]) -> None:
@@ -242,6 +347,6 @@ def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(isinstance(v, int) for v in value)
+    if isinstance(value, tuple | list):
+        return all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

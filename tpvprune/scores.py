@@ -132,9 +132,9 @@ def output_changes(
     maps: Mapping[int, Tensor] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Yield, batch by batch, v^T u_c(x) for every channel: ({group: [probes, B, C]}, B)."""
-    plan = _reader_plan(groups)
+    plan = reader_plan(groups)
     maps = maps or {}
-    for x, directions, tap in _passes(model, plan, inputs, metric, num_probes, seed):
+    for x, directions, tap in passes(model, groups, inputs, metric, num_probes, seed):
         parts: list[dict[str, Tensor]] = []
 
         def collect(call: int, activation: Tensor, grad: Tensor, num: int = len(x)) -> None:
@@ -166,13 +166,29 @@ def residual_maps(
     """
     maps = {}
     for call, (mean, covariance) in input_covariances(model, groups, inputs).items():
-        precision = _precision(covariance, ridge)
-        matrix = torch.zeros_like(precision)
-        for block in _blocks(_reader_plan(groups)[call]):
-            sub = precision[block][:, block]
-            matrix[:, block] = torch.linalg.solve(sub, precision[:, block].T).T
-        maps[call] = (mean, matrix)
+        units = list(_blocks(reader_plan(groups)[call]))
+        maps[call] = (mean, residual_map(ridge_inverse(covariance, ridge), units))
     return maps
+
+
+def residual_map(precision: Tensor, units: Iterable[Tensor]) -> Tensor:
+    """Return M [n, n] with (a - mean) M the part of each unit that the others cannot predict."""
+    units = list(units)
+    single = torch.cat([u for u in units if len(u) == 1] or [torch.zeros(0, dtype=torch.long)])
+    matrix = torch.zeros_like(precision)
+    matrix[:, single] = precision[:, single] / precision[single, single]
+    for unit in units:
+        if len(unit) > 1:
+            p = precision[:, unit]
+            matrix[:, unit] = torch.linalg.solve(p[unit], p.T).T
+    return matrix
+
+
+def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
+    """Return (covariance + ridge * mean variance * I)^-1."""
+    scale = covariance.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return torch.linalg.inv(covariance + ridge * scale * eye)
 
 
 def input_covariances(
@@ -183,7 +199,7 @@ def input_covariances(
     Calls with more than ``max_inputs`` inputs (a flattened feature map) are left out: they are
     scored without compensation.
     """
-    plan = _reader_plan(groups)
+    plan = reader_plan(groups)
     sums: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def observe(call: int, a: Tensor) -> None:
@@ -215,19 +231,21 @@ def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
     return flat.movedim(-1, dim)
 
 
-def _passes(
+def passes(
     model: nn.Module,
-    plan: Mapping[int, Any],
+    groups: ChannelGroups,
     inputs: Iterable[Tensor],
     metric: Metric,
     num_probes: int,
     seed: int,
 ) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
+    """Yield (inputs, directions, tap) batch by batch, with the model frozen and in eval mode."""
     generator = torch.Generator().manual_seed(seed)
+    calls = set(reader_plan(groups))
     with evaluating(model), frozen(model), torch.enable_grad():
         for x in inputs:
             x = on_device(x, model)
-            tap = InputTap(model, x, set(plan))
+            tap = InputTap(model, x, calls)
             yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
 
 
@@ -357,7 +375,8 @@ def first_output(value: Any) -> Tensor:
     return value
 
 
-def _reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
+def reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
+    """Return who reads at each call: call -> [(group, reader)]."""
     plan: dict[int, list[tuple[ChannelGroup, Reader]]] = {}
     for group in groups:
         for reader in group.readers:
@@ -369,12 +388,6 @@ def _sum_positions(values: Tensor, dim: int, num_samples: int) -> Tensor:
     """Sum over everything but sample and channel: [B, n]. Windows of one sample are adjacent."""
     rows = values.movedim(dim, -1)
     return rows.reshape(num_samples, -1, rows.shape[-1]).sum(1)
-
-
-def _precision(covariance: Tensor, ridge: float) -> Tensor:
-    scale = covariance.diagonal().mean().clamp_min(1e-30)
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.inv(covariance + ridge * scale * eye)
 
 
 def _blocks(plan: list[tuple[ChannelGroup, Reader]]) -> Iterator[Tensor]:

@@ -1,13 +1,16 @@
 """Prove that a cut is right before it is made: masking and removing must give the same outputs.
 
 The check runs in float64 on a copy whose parameters are jittered, so that zero-initialised
-branches cannot hide a misaligned cut. All groups are tried together first; where that fails,
-halves are tried, down to single groups, so that one bad group costs a few forwards, not the rest.
+branches cannot hide a misaligned cut. All groups are tried together first. Where that fails,
+families are tried (groups that have the same place in repeated blocks), then single groups, so
+that one bad group costs a few forwards, not the rest; a time limit bounds the whole search.
 """
 
 from __future__ import annotations
 
 import copy
+import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,48 +18,86 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, with_blocked
-from tpvprune.removal import MaskedChannels, remove_channels
+from tpvprune.removal import MaskedChannels, removed_view, restore_empty
 
 TOLERANCE = 1e-10  # relative, float64: rounding is below 1e-12 here, a misaligned cut above 1e-6
+TIME_LIMIT = 25.0  # seconds for all trials after the first
+
+_UNTIMELY = "could not be verified within the time limit"
 
 
-def verify_groups(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> ChannelGroups:
+def verify_groups(
+    model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...], *, time_limit: float = TIME_LIMIT
+) -> ChannelGroups:
     """Block every group for which masking and removal differ.
 
     Args:
         model: The dense model; untouched.
         groups: Its groups.
         inputs: Positional arguments of its forward.
+        time_limit: Seconds that trials may take in all; what is not verified by then is blocked.
 
     Returns:
         The groups, those that failed moved to ``.blocked`` with the reason.
     """
     checker = _Checker(model, groups, inputs)
+    names = [g.name for g in groups]
+    if not names or checker.compare(names):
+        return groups
+    checker.deadline = time.monotonic() + time_limit
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     reasons: dict[str, str] = {}
-    for part in _failing([g.name for g in groups], checker):
-        reasons[part] = checker.error
-    for name in reasons:
-        checker.compare([name])
-        reasons[name] = checker.error or "fails only together with other groups"
-    accepted = [g.name for g in groups if g.name not in reasons]
-    if reasons and accepted and not checker.compare(accepted):
-        # Passing alone but failing together: keep what a running set of survivors accepts.
-        survivors: list[str] = []
-        for name in accepted:
-            if checker.compare([*survivors, name]):
-                survivors.append(name)
-            else:
-                reasons[name] = f"together with other groups: {checker.error}"
+    for family in _failing(list(families.values()), checker):
+        reasons.update(_failing_members(family, checker))
+    reasons.update(_failing_together([n for n in names if n not in reasons], checker))
     return with_blocked(groups, reasons)
 
 
-def _failing(names: Sequence[str], checker: _Checker) -> list[str]:
-    if not names or checker.compare(names):
+def _failing(families: Sequence[list[str]], checker: _Checker) -> list[list[str]]:
+    """Return the families that fail, found by halving."""
+    if not families or checker.compare([n for family in families for n in family]):
         return []
-    if len(names) == 1:
-        return list(names)
-    half = len(names) // 2
-    return _failing(names[:half], checker) + _failing(names[half:], checker)
+    if len(families) == 1:
+        return [families[0]]
+    half = len(families) // 2
+    return _failing(families[:half], checker) + _failing(families[half:], checker)
+
+
+def _failing_members(family: list[str], checker: _Checker) -> dict[str, str]:
+    """Return the members that fail alone, with the reason; three that fail speak for all."""
+    reasons: dict[str, str] = {}
+    probes = list(dict.fromkeys([family[0], family[-1], family[len(family) // 2]]))
+    for name in probes:
+        if not checker.compare([name]):
+            reasons[name] = checker.error
+    if len(reasons) == len(probes):
+        return {name: reasons.get(name, reasons[probes[0]]) for name in family}
+    rest = [[name] for name in family if name not in probes]
+    for (name,) in _failing(rest, checker):
+        reasons[name] = checker.error if not checker.compare([name]) else "fails only with others"
+    return reasons
+
+
+def _failing_together(names: list[str], checker: _Checker) -> dict[str, str]:
+    """Return what passes alone but not together: keep what a growing set accepts."""
+    if not names or checker.compare(names):
+        return {}
+    reasons: dict[str, str] = {}
+    accepted: list[str] = []
+    step = max(len(names) // 8, 1)
+    parts = [names[i : i + step] for i in range(0, len(names), step)]
+    for part in parts:
+        if checker.compare([*accepted, *part]):
+            accepted += part
+            continue
+        for name in part:
+            if len(part) > 1 and checker.compare([*accepted, name]):
+                accepted.append(name)
+            else:
+                reasons[name] = f"together with other groups: {checker.error}"
+    return reasons
 
 
 class _Checker:
@@ -65,34 +106,36 @@ class _Checker:
     def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> None:
         self.groups = groups
         self.error = ""
+        self.deadline = float("inf")
         generator = torch.Generator().manual_seed(0)
         self.model = copy.deepcopy(model).eval().cpu().double()
         with torch.no_grad():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 if tensor.is_floating_point():
-                    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                    scale = tensor.std() if tensor.numel() > 1 and tensor.std() > 0 else torch.tensor(0.1)
-                    # Multiplicative where there is something to multiply: variances stay positive.
-                    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * noise, tensor * (1 + 0.1 * noise.tanh())))
+                    _jitter(tensor, generator)
         self.inputs = tuple(
             i.detach().cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs
         )
-        self.kept = {}
+        kept = {}
         for group in groups:
             mask = torch.rand(group.num_channels, generator=generator) > 1 / 3
             mask[torch.randint(group.num_channels, (1,), generator=generator)] = False
             if not mask.any():
                 mask[0], mask[1] = True, False
-            self.kept[group.name] = mask
+            kept[group.name] = mask
+        self.kept = restore_empty(groups, kept)
         with torch.no_grad():
             self.dense = _outputs(self.model(*self.inputs))
 
     def compare(self, names: Sequence[str]) -> bool:
         """Return whether masking and removing these groups agree."""
+        if time.monotonic() > self.deadline:
+            self.error = _UNTIMELY
+            return False
         kept = {name: self.kept[name] for name in names}
         try:
             with torch.no_grad():
-                small = remove_channels(self.model, self.groups, kept)
+                small = removed_view(self.model, self.groups, kept)
                 removed = _outputs(small(*self.inputs))
                 with MaskedChannels(self.groups, kept):
                     masked = _outputs(self.model(*self.inputs))
@@ -113,6 +156,14 @@ class _Checker:
             return False
         self.error = ""
         return True
+
+
+def _jitter(tensor: Tensor, generator: torch.Generator) -> None:
+    """Disturb a parameter in place; what is zero, too, but variances stay positive."""
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    deviation = tensor.std() if tensor.numel() > 1 else torch.zeros(())
+    scale = deviation if deviation > 0 else torch.tensor(0.1)
+    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * noise, tensor * (1 + 0.1 * noise.tanh())))
 
 
 def _outputs(value: Any) -> Tensor:

@@ -1,0 +1,244 @@
+"""Joint, compensated variance curves: what each group costs at every width, in one pass.
+
+For every cut and sample the matrix S(x)_jc = sum_p a_j(x, p) d_c(x, p), with
+d = d(v^T f)/da, is all that is needed: when the channels R leave and the others take over with
+the linear map B, the output of sample x changes, to first order, by
+u_R(x) = sum_{c in R} (S_cc - sum_j B_cj S_jc). Eliminating channels one after the other inside a
+group (as optimal brain surgeon does, updating the map) gives a curve width -> E[u^2] that
+includes the interactions inside the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.scores import (
+    Metric,
+    input_covariances,
+    passes,
+    reader_plan,
+    residual,
+    residual_map,
+    ridge_inverse,
+)
+from tpvprune.selection import Budget, unit_costs
+
+_MIN_ROWS = 64  # fewer (sample, direction) pairs cannot rank a group's channels
+_MAX_STEPS = 96  # wide groups leave several channels at a time
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the output variance grows as one group shrinks.
+
+    ``order`` [C] lists the channels in the order in which they leave; ``variance[k]`` is the
+    joint variance E[u^2] (squared output units) once the first k have left, k = 0..C-1.
+    """
+
+    order: Tensor
+    variance: Tensor
+
+
+def variance_curves(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    metric: Metric = "logits",
+    num_probes: int = 1,
+    ridge: float = 1e-3,
+    max_rows: int = 4096,
+    max_bytes: int = 1 << 28,
+    of: Budget = "macs",
+    seed: int = 0,
+) -> dict[str, Curve]:
+    """Measure the curve of every group.
+
+    Cuts too wide for the matrices S (``max_bytes`` at fewer than 64 rows) keep one number per
+    channel and sample instead, the compensated u_c of :func:`tpvprune.scores.tpv_scores`: their
+    curves still include the correlations between channels, but the map is not updated.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Re-iterable of unlabeled batches [B, ...].
+        metric: See :func:`tpvprune.scores.tpv_scores`.
+        num_probes: Directions per sample.
+        ridge: Relative ridge of the stand-in maps.
+        max_rows: At most so many (sample, direction) pairs enter a curve.
+        max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
+        of: The budget: units of one group that save more of it leave earlier.
+        seed: Of the directions.
+
+    Returns:
+        Group name -> :class:`Curve`.
+    """
+    covariances = input_covariances(model, groups, inputs)
+    cuts = _collect(
+        model, groups, inputs, covariances,
+        metric=metric, num_probes=num_probes, ridge=ridge, max_rows=max_rows, max_bytes=max_bytes,
+        seed=seed,
+    )
+    savings = unit_costs(groups, of)
+    return {g.name: _eliminate(g, cuts.pop(g.name), savings[g.name].float()) for g in groups}
+
+
+# ---- statistics -----------------------------------------------------------------------------
+
+
+class _Cut:
+    """One reader of a group: S [own, rows, n] (or u [own, rows, 1]), and the stand-in map."""
+
+    def __init__(self, reader: Reader, precision: Tensor | None) -> None:
+        self.index, self.channel = reader.index, reader.channel
+        self.precision = precision
+        self.parts: list[Tensor] = []
+        self.s = torch.empty(0)
+
+    def finish(self) -> None:
+        self.s = torch.cat(self.parts, 1)
+        self.parts = []
+
+    def changes(self, num_channels: int) -> Tensor:
+        """Return u [C, rows]: what each channel's leaving now would change."""
+        rows = self.s.shape[1]
+        if not len(self.index):
+            return torch.zeros(num_channels, rows)
+        if self.precision is None:
+            per_column = self.s[:, :, 0]
+        else:
+            weights = residual_map(self.precision, self._units())[:, self.index]
+            per_column = torch.bmm(self.s, weights.T.float().unsqueeze(2)).squeeze(2)
+        return torch.zeros(num_channels, rows).index_add_(0, self.channel, per_column)
+
+    def _units(self) -> list[Tensor]:
+        order = self.channel.argsort(stable=True)
+        counts = self.channel[order].unique_consecutive(return_counts=True)[1]
+        return list(self.index[order].split(counts.tolist()))
+
+    def remove(self, channels: Tensor) -> Tensor:
+        """Let channels leave together: return their joint change [rows]; the others take over."""
+        gone = torch.isin(self.channel, channels)
+        columns = gone.nonzero().squeeze(1)
+        change = torch.zeros(self.s.shape[1])
+        if not len(columns):
+            return change
+        leaving = self.s[columns]
+        if self.precision is None:
+            change = leaving.sum((0, 2))
+        else:
+            inputs = self.index[columns]
+            p = self.precision[:, inputs]
+            taken = torch.linalg.solve(p[inputs], p.T).T  # [n, |R|] = P[:, R] P_RR^-1
+            change = torch.einsum("crj,jc->r", leaving, taken.float())
+            # The inputs that stay predict those that leave: a_R ~ -P_RR^-1 P_RK a_K.
+            share = -taken[self.index[~gone]].float()
+            stays = self.s[~gone]
+            stays.flatten(1).addmm_(share, leaving.flatten(1))
+            self.s = stays
+            self.precision = self.precision - taken @ p.T
+            self.precision[inputs] = 0
+            self.precision[:, inputs] = 0
+            # Rows of inputs that left are never used again; one keeps the matrix invertible.
+            self.precision[inputs, inputs] = 1
+            self.index, self.channel = self.index[~gone], self.channel[~gone]
+            return change
+        self.s = self.s[~gone]
+        self.index, self.channel = self.index[~gone], self.channel[~gone]
+        return change
+
+
+def _collect(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    covariances: Mapping[int, tuple[Tensor, Tensor]],
+    *,
+    metric: Metric,
+    num_probes: int,
+    ridge: float,
+    max_rows: int,
+    max_bytes: int,
+    seed: int,
+) -> dict[str, list[_Cut]]:
+    plan = reader_plan(groups)
+    precisions = {c: ridge_inverse(cov.cpu(), ridge) for c, (_, cov) in covariances.items()}
+    means = {c: mean for c, (mean, _) in covariances.items()}
+    cuts: dict[tuple[str, int], _Cut] = {}
+    limits, maps = {}, {}
+    for group in groups:
+        numbers = sum(len(means.get(r.call, [0])) * len(r.index) for r in group.readers)
+        joint = max_bytes // (4 * max(numbers, 1)) >= _MIN_ROWS
+        limits[group.name] = min(max_rows, max_bytes // (4 * numbers)) if joint else max_rows
+        for r in group.readers:
+            known = precisions.get(r.call)
+            cuts[group.name, r.call] = _Cut(r, known if joint else None)
+            if known is not None and not joint:
+                maps[group.name, r.call] = residual_map(known, cuts[group.name, r.call]._units())
+    filled = dict.fromkeys(limits, 0)
+    for x, directions, tap in passes(model, groups, inputs, metric, num_probes, seed):
+
+        def collect(call: int, a: Tensor, grad: Tensor, num: int = len(x)) -> None:
+            dim = plan[call][0][1].channel_dim
+            rows, grads = _by_sample(a, dim, num), _by_sample(grad, dim, num)
+            for group, reader in plan[call]:
+                if filled[group.name] >= limits[group.name]:
+                    continue
+                index = reader.index.to(grads.device)
+                own, cut = grads[:, :, index], cuts[group.name, call]
+                if cut.precision is not None:
+                    s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
+                elif (group.name, call) in maps:
+                    r = residual(rows, -1, means[call], maps[group.name, call][:, reader.index])
+                    s = (r * own).sum(1).unsqueeze(2)
+                else:
+                    s = (rows[:, :, index] * own).sum(1).unsqueeze(2)
+                cut.parts.append(s.transpose(0, 1).float().cpu())
+
+        for v in directions:
+            tap.backward(v, collect)
+            for name in filled:
+                filled[name] += len(x)
+        if all(filled[n] >= limits[n] for n in filled):
+            break
+    found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
+    for (name, _), cut in cuts.items():
+        cut.finish()
+        found[name].append(cut)
+    return found
+
+
+def _by_sample(t: Tensor, dim: int, num: int) -> Tensor:
+    moved = t.movedim(dim, -1)
+    return moved.reshape(num, -1, moved.shape[-1])
+
+
+# ---- elimination ----------------------------------------------------------------------------
+
+
+def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
+    num = group.num_channels
+    block = -(-num // _MAX_STEPS)
+    left = torch.ones(num, dtype=torch.bool)
+    total = torch.zeros(cuts[0].s.shape[1])
+    order: list[Tensor] = []
+    variance = [0.0]
+    while (num_left := int(left.sum())) > 1:
+        changes = sum((cut.changes(num) for cut in cuts), torch.zeros(()))
+        growth = (total + changes).square().mean(1) - total.square().mean()
+        # Where units save the same this is the order of the variances themselves.
+        growth = (growth / savings.clamp_min(1e-12)).masked_fill(~left, torch.inf)
+        chosen = growth.argsort(stable=True)[: min(block, num_left - 1)]
+        total = total + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
+        last, now = variance[-1], max(variance[-1], float(total.square().mean()))
+        variance += [last + (now - last) * (i + 1) / len(chosen) for i in range(len(chosen))]
+        order.append(chosen)
+        left[chosen] = False
+    return Curve(
+        torch.cat([*order, left.nonzero().squeeze(1)]), torch.tensor(variance, dtype=torch.float64)
+    )

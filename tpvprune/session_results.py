@@ -1,0 +1,130 @@
+"""What a command found, as plain data, and the files that it goes to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tpvprune.data import ImageSource
+from tpvprune.evaluation import evaluate, measure_latency
+from tpvprune.groups import ChannelGroups
+from tpvprune.session import Subject
+from tpvprune.session_images import Shown, num_images
+
+_LATENCY_ROUNDS = 5
+
+
+def measured(
+    args: argparse.Namespace, subject: Subject, pruned: nn.Module, labelled: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return latency and accuracy of the dense and of the pruned model.
+
+    Args:
+        args: Parsed flags.
+        subject: The dense model.
+        pruned: The pruned one.
+        labelled: Labelled batches, or None.
+
+    Returns:
+        For each of the two: latency_ms, top1, top5, None where not measured.
+    """
+    models = (subject.model, pruned)
+    facts = [
+        {"latency_ms": latency, "top1": None, "top5": None}
+        for latency in latencies(args, subject, models)
+    ]
+    if labelled is not None:
+        for model, fact in zip(models, facts, strict=True):
+            scored = evaluate(model, Shown(labelled, "top-1"))
+            fact |= {"top1": scored.top1, "top5": scored.top5}
+    return facts[0], facts[1]
+
+
+def latencies(
+    args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
+) -> list[float | None]:
+    """Time several models by turns on one image.
+
+    Args:
+        args: Parsed flags.
+        subject: Says the input size and the device.
+        models: What to time.
+
+    Returns:
+        Milliseconds of each, None where `--latency-repeats` is 0.
+    """
+    if args.latency_repeats <= 0:
+        return [None for _ in models]
+    repeats = max(2, args.latency_repeats // _LATENCY_ROUNDS)
+    # By turns: whatever else the machine does then slows all of them alike.
+    rounds = [
+        [measure_latency(model, subject.example[:1], repeats=repeats).median_ms for model in models]
+        for _ in range(_LATENCY_ROUNDS)
+    ]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:
+    """Return the groups that stay whole, each with its reason."""
+    return [
+        {"name": group.name, "num_channels": group.num_channels, "reason": group.blocked}
+        for group in groups.blocked
+    ]
+
+
+def image_facts(images: ImageSource, batches: Any, held_out: Any = None) -> dict[str, Any]:
+    """Return where the images came from and how many there were."""
+    facts = {"source": images.name, "num_images": num_images(batches)}
+    if held_out is not None:
+        facts["num_held_out"] = 0 if held_out is batches else num_images(held_out)
+    return facts
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Find out before any work is done whether a file may be written.
+
+    Args:
+        path: The file.
+        overwrite: Whether one that is there already may be replaced.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file name, found a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file where `path` will be: permission bits do not tell all.
+
+    Args:
+        path: A file or folder that is there or not.
+
+    Raises:
+        ValueError: If the system refuses.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
