@@ -53,7 +53,8 @@ def allocate(
     check_budget(keep, of, round_to, min_channels, max_removed)
     full = {g.name: g.num_channels for g in groups}
     choices = {
-        g.name: _choices(g, round_to, floor_of(g, round_to, min_channels, max_removed)) for g in groups
+        g.name: _choices(g, round_to, floor_of(g, round_to, min_channels, max_removed))
+        for g in groups
     }
     model = CostModel(groups, of, {n: c.order for n, c in curves.items()})
     target = keep * model.total(full) * (1 + 1e-12)
@@ -62,7 +63,7 @@ def allocate(
     if model.total(smallest) > target:
         return _kept(groups, curves, smallest)
     for _ in range(num_rounds):
-        widths = _knapsack(model, curves, choices, widths, target, num_buckets)
+        widths = _knapsack(model, curves, choices, widths, target=target, num_buckets=num_buckets)
         widths = _repair(curves, choices, model, widths, target)
         damage = sum(float(curves[n].variance[full[n] - w]) for n, w in widths.items())
         if best is not None and widths == best[1]:
@@ -96,10 +97,11 @@ def _knapsack(
     curves: Mapping[str, Curve],
     choices: Mapping[str, list[int]],
     at: Mapping[str, int],
+    *,
     target: float,
     num_buckets: int,
 ) -> dict[str, int]:
-    """Minimise the summed variance with every group's cost linearised at the widths ``at``."""
+    """Return the widths of least summed variance, costs linearised at the widths ``at``."""
     names = list(choices)
     costs, linear = {}, 0.0
     for name in names:
@@ -137,7 +139,7 @@ def _repair(
     widths: dict[str, int],
     target: float,
 ) -> dict[str, int]:
-    """Shrink, then grow, one step at a time until the exact cost is just within the target."""
+    """Return the widths after shrinking, then growing, to just within the target."""
     widths = dict(widths)
 
     def step(name: str, by: int) -> tuple[float, float] | None:

@@ -13,8 +13,10 @@ sequential repair. Gram matrices are formed from a random sample of positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
+from tpvprune.fields import flatten
 from tpvprune.groups import ChannelGroups
+from tpvprune.patches import gather, patches_of, window_of
 from tpvprune.scores import evaluating, on_device
 from tpvprune.tracking import CONTRACTIONS, function_name
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
+_PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
 
 def compensate_weights(
@@ -39,6 +44,7 @@ def compensate_weights(
     ridge: float = 1e-3,
     rows_per_input: int = 24,
     min_rows: int = 16384,
+    max_bytes: int = 4 << 30,
     seed: int = 0,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose layers are refitted to the dense one.
@@ -60,14 +66,16 @@ def compensate_weights(
         ridge: lambda relative to the mean square of the layer's inputs.
         rows_per_input: Sampled positions per unknown of a row of W ...
         min_rows: ... but at least so many, where the inputs have them.
+        max_bytes: Memory for the activations of all inputs together; the first inputs that fit
+            are used (at 224 px a ResNet-50 takes about 30 MB each).
         seed: Of the sampled positions.
 
     Returns:
         The repaired copy.
     """
     repaired = copy.deepcopy(pruned)
-    inputs = unlabeled(batches)
-    num_inputs = sum(len(x) for x in inputs)
+    inputs = _first_inputs(unlabeled(batches), dense, max_bytes)
+    num_inputs = sum(map(len, inputs))
     layers = _layers(dense)
     plan = _Plan(num_inputs, rows_per_input, min_rows, seed)
     dense_run = _DenseRun(layers, plan)
@@ -83,6 +91,38 @@ def compensate_weights(
         with run:
             repaired(everything)
     return repaired
+
+
+def _first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
+    """Return the first inputs whose activations fit into ``max_bytes``, at least one."""
+    chosen: list[Tensor] = []
+    room = 0
+    for x in inputs:
+        if not chosen:
+            room = max(1, max_bytes // _bytes_per_input(dense, x[:1]))
+        take = x[: room - sum(map(len, chosen))]
+        if not len(take):
+            break
+        chosen.append(take)
+    return chosen
+
+
+def _bytes_per_input(model: nn.Module, x: Tensor) -> int:
+    """Return what one input needs: a few activations of the largest size are alive at a time."""
+    largest = _LargestOutput()
+    with evaluating(model), torch.no_grad(), largest:
+        model(on_device(x, model))
+    return 6 * largest.num_bytes
+
+
+class _LargestOutput(TorchFunctionMode):
+    num_bytes = 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.num_bytes = max(self.num_bytes, out.numel() * out.element_size())
+        return out
 
 
 def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -> Tensor | None:
@@ -102,7 +142,7 @@ class _Layer:
 
 
 def _layers(model: nn.Module) -> dict[int, _Layer]:
-    """Map the identity of a weight to the layer that owns it."""
+    """Return the layer that owns each weight, by the identity of the weight."""
     return {
         id(m.weight): _Layer(name, m)
         for name, m in model.named_modules()
@@ -142,7 +182,8 @@ class _Branch:
     scale: Tensor | None = None
     shift: Tensor | None = None
     norm: Any = None
-    value: Tensor | None = None
+    raw: bool = True  # still the pre-activation itself
+    passed: bool = False  # another tensor carries on the branch
 
 
 class _Run(TorchFunctionMode):
@@ -151,17 +192,14 @@ class _Run(TorchFunctionMode):
     def __init__(self, layers: dict[int, _Layer], plan: _Plan) -> None:
         super().__init__()
         self.layers, self.plan = layers, plan
-        self.norms: dict[int, nn.Module] = {}
         self.reset()
 
     def reset(self) -> None:
         self.call = -1
-        self.branches: dict[int, _Branch] = {}
-        self.alive: list[Tensor] = []
+        self.shared: set[int] = set()  # calls whose pre-activation has several readers
+        self._branches: dict[int, tuple[weakref.ref[Tensor], _Branch]] = {}
 
-    def __torch_function__(  # type: ignore[no-untyped-def]  # noqa: D105
-        self, func, types, args=(), kwargs=None
-    ):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
         if name in CONTRACTIONS:
@@ -169,38 +207,60 @@ class _Run(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             layer = self.layers.get(id(weight))
             if layer is not None and name in _REFITTED and args[0].ndim >= 2:
+                self._use(args[0])
                 out = self.on_layer(layer, func, args, kwargs)
                 self._follow(out, _Branch(self.call))
                 return out
         elif name == "add" and len(args) == 2 and not kwargs:
             return self._on_add(func, args)
+        before = branch = self._branch(args[0]) if name in _PASSING and args else None
+        if before is not None and name == "batch_norm":
+            branch = self.on_norm(before, args, kwargs)
         out = func(*args, **kwargs)
-        if name in {"batch_norm", "dropout", "to", "contiguous"} and id(args[0]) in self.branches:
-            branch = self.branches[id(args[0])]
-            if name == "batch_norm" and branch.scale is None:
-                branch = _through_norm(branch, args, kwargs)
-            elif name == "batch_norm":
-                return out
+        if before is not None and branch is not None and out is not args[0]:
+            self._follow(args[0], replace(before, passed=True))
             self._follow(out, branch)
+        elif branch is None and (out is None or any(isinstance(o, Tensor) for o in flatten(out))):
+            for t in flatten((args, kwargs)):
+                self._use(t)
         return out
 
     def _follow(self, out: Tensor, branch: _Branch) -> None:
-        self.alive.append(out)
-        self.branches[id(out)] = branch
+        # Weakly: an activation of all inputs together must not outlive its use.
+        self._branches[id(out)] = (weakref.ref(out), branch)
+
+    def _branch(self, tensor: Any, *, passed: bool = False) -> _Branch | None:
+        reference, branch = self._branches.get(id(tensor), (None, None))
+        if reference is None or branch is None or reference() is not tensor:
+            return None
+        return branch if passed or not (branch.passed or branch.call in self.shared) else None
+
+    def _use(self, tensor: Any) -> None:
+        """Note that something that is not followed reads, or overwrites, a tensor."""
+        branch = self._branch(tensor, passed=True)
+        if branch is not None:
+            del self._branches[id(tensor)]
+            if branch.raw:
+                self.shared.add(branch.call)
 
     def _on_add(self, func: Any, args: Any) -> Any:
-        a, b = args
-        found = [
-            (self.branches[id(t)], t, o)
-            for t, o in ((a, b), (b, a))
-            if isinstance(t, Tensor) and isinstance(o, Tensor) and id(t) in self.branches
-            and t.shape == o.shape
-        ]
-        if not found:
-            return func(*args)
+        found = []
+        for tensor, other in (args, args[::-1]):
+            branch = self._branch(tensor)
+            if branch is not None and isinstance(other, Tensor) and tensor.shape == other.shape:
+                found.append((branch, tensor, other))
         # Two layers meet: the later one corrects for the earlier one.
-        branch, tensor, other = max(found, key=lambda f: f[0].call)
-        return self.on_add(func, args, branch, tensor, other)
+        best = max(found, key=lambda f: f[0].call, default=None)
+        for t in args:
+            if best is None or t is not best[1] or args[0] is args[1]:
+                self._use(t)
+        if best is None or args[0] is args[1]:
+            return func(*args)
+        del self._branches[id(best[1])]
+        return self.on_add(func, args, *best)
+
+    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+        return _through_norm(branch, args, kwargs) if branch.scale is None else None
 
     def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         raise NotImplementedError
@@ -209,16 +269,25 @@ class _Run(TorchFunctionMode):
         raise NotImplementedError
 
 
-def _through_norm(branch: _Branch, args: Any, kwargs: Any) -> _Branch:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+def _through_norm(branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
     v = {**dict(zip(names, args, strict=False)), **kwargs}
     if v.get("running_mean") is None:
-        return branch
+        return None
     scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
     scale = scale * v["weight"] if v.get("weight") is not None else scale
     shift = -v["running_mean"] * scale
     shift = shift + v["bias"] if v.get("bias") is not None else shift
-    return _Branch(branch.call, scale, shift, v["running_mean"])
+    return _Branch(branch.call, scale, shift, v["running_mean"], raw=False)
 
 
 # ---- the dense run: targets -----------------------------------------------------------------
@@ -226,10 +295,14 @@ def _through_norm(branch: _Branch, args: Any, kwargs: Any) -> _Branch:
 
 @dataclass
 class _Targets:
-    """Sampled dense values: pre-activations by call, branch + shortcut sums by call."""
+    """Sampled dense values: pre-activations by call, branch + shortcut sums by call.
+
+    ``normed`` names the calls that nothing but a BatchNorm reads.
+    """
 
     outputs: dict[int, Tensor]
     sums: dict[int, Tensor]
+    normed: set[int]
 
 
 class _DenseRun(_Run):
@@ -237,6 +310,8 @@ class _DenseRun(_Run):
         super().__init__(layers, plan)
         self._outputs: dict[int, list[Tensor]] = {}
         self._sums: dict[int, list[Tensor]] = {}
+        self._modules: dict[int, Any] = {}
+        self._normed: set[int] = set()
         self._start = self._size = 0
 
     def start_batch(self, size: int) -> None:
@@ -246,7 +321,6 @@ class _DenseRun(_Run):
     def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         out = func(*args, **kwargs)
         self._outputs.setdefault(self.call, []).append(self._sample(out, self.call, layer.module))
-        self._modules = getattr(self, "_modules", {})
         self._modules[self.call] = layer.module
         return out
 
@@ -257,15 +331,22 @@ class _DenseRun(_Run):
         )
         return out
 
+    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+        through = super().on_norm(branch, args, kwargs)
+        if through is not None:
+            self._normed.add(branch.call)
+        return through
+
     def _sample(self, out: Tensor, call: int, module: Any) -> Tensor:
         rows = _positions_first(out, module, self._size)
         picked = self.plan.positions(call, module, rows.shape[1])
-        return _gather(rows, picked[self._start : self._start + self._size])
+        return gather(rows, picked[self._start : self._start + self._size])
 
     def finish(self) -> _Targets:
         return _Targets(
             {c: torch.cat(v) for c, v in self._outputs.items()},
-            {c: torch.cat(v) for c, v in self._sums.items()},
+            {c: torch.cat(v) for c, v in self._sums.items() if c not in self.shared},
+            self._normed - self.shared,
         )
 
 
@@ -274,11 +355,6 @@ def _positions_first(out: Tensor, module: Any, num: int) -> Tensor:
     if not isinstance(module, nn.Linear):
         out = out.movedim(1, -1)
     return out.reshape(num, -1, out.shape[-1])
-
-
-def _gather(rows: Tensor, positions: Tensor) -> Tensor:
-    index = positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1])
-    return rows.gather(1, index)
 
 
 # ---- the pruned run: refits -----------------------------------------------------------------
@@ -293,7 +369,6 @@ class _Pending:
     args: Any
     kwargs: Any
     patches: Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class _RefitRun(_Run):
@@ -312,11 +387,15 @@ class _RefitRun(_Run):
 
     def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         module, call = layer.module, self.call
-        num_positions = self._num_positions(module, args[0])
+        x, window = args[0], window_of(args, kwargs)
+        if window is None:
+            num_positions = x.numel() // x.shape[-1] // self.plan.num_inputs
+        else:
+            num_positions = math.prod(window.outputs(x))
         positions = self.plan.positions(call, module, num_positions)
-        patches = _patches(args[0], module, positions)
+        patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)
-        if call in self._targets.sums:
+        if call in self._targets.sums or (call in self._targets.normed and module.bias is None):
             self._pending[call] = pending
         else:
             target = self._kept(self._targets.outputs[call], layer.name)
@@ -331,10 +410,12 @@ class _RefitRun(_Run):
         num = self.plan.num_inputs
         rows = _positions_first(other, module, num)
         positions = self.plan.positions(branch.call, module, rows.shape[1])
-        shortcut = _gather(rows, positions)
+        shortcut = gather(rows, positions)
         target = self._kept(self._targets.sums[branch.call], pending.layer.name) - shortcut
         if branch.scale is not None and branch.shift is not None:
-            scale = torch.where(branch.scale.abs() < 1e-8, torch.ones_like(branch.scale), branch.scale)
+            scale = torch.where(
+                branch.scale.abs() < 1e-8, torch.ones_like(branch.scale), branch.scale
+            )
             dead = branch.scale.abs() < 1e-8
             target = (target - branch.shift) / scale
             plain = self._kept(self._targets.outputs[branch.call], pending.layer.name)
@@ -348,6 +429,19 @@ class _RefitRun(_Run):
         tensor.copy_(value)
         return func(*args)
 
+    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+        # A layer without a bias: its intercept goes into the mean of the norm, now known.
+        through = super().on_norm(branch, args, kwargs)
+        waits = branch.call in self._pending and branch.call not in self._targets.sums
+        if through is None or not waits:
+            return through
+        pending = self._pending.pop(branch.call)
+        self._refit(
+            pending, self._kept(self._targets.outputs[branch.call], pending.layer.name), through
+        )
+        args[0].copy_(pending.func(*self._fresh(pending), **pending.kwargs))
+        return super().on_norm(branch, args, kwargs)
+
     def _kept(self, values: Tensor, name: str) -> Tensor:
         rows = self._rows.get(name)
         return values if rows is None else values[..., rows]
@@ -356,13 +450,8 @@ class _RefitRun(_Run):
         module = pending.layer.module
         return (pending.args[0], module.weight, module.bias, *pending.args[3:])
 
-    def _num_positions(self, module: Any, x: Tensor) -> int:
-        if isinstance(module, nn.Linear):
-            return x.numel() // x.shape[-1] // self.plan.num_inputs
-        return _output_size(module, x)[0] * _output_size(module, x)[1]
-
     def _shift(self, branch: _Branch, module: Any) -> Tensor:
-        """The shift of the BatchNorm behind the layer, after its mean took up the intercept."""
+        """Return the shift of the BatchNorm behind the layer after it took up the intercept."""
         assert branch.shift is not None and branch.scale is not None
         moved = self._norm_of.get(branch.call)
         return branch.shift if moved is None else branch.shift + moved * branch.scale
@@ -379,46 +468,6 @@ class _RefitRun(_Run):
         elif branch.norm is not None:
             branch.norm.sub_(intercept)  # BN(y + b): the running mean takes up -b
             self._norm_of[branch.call] = intercept
-
-
-def _output_size(module: Any, x: Tensor) -> tuple[int, int]:
-    """Return (height, width) of a convolution's output; conv1d counts as height 1."""
-    kernel, stride, padding, dilation = (_pair(getattr(module, k)) for k in
-                                         ("kernel_size", "stride", "padding", "dilation"))
-    sizes = [1, *x.shape[2:]] if x.ndim == 3 else list(x.shape[2:])
-    out = [
-        (s + 2 * p - d * (k - 1) - 1) // st + 1
-        for s, p, d, k, st in zip(sizes, padding, dilation, kernel, stride, strict=True)
-    ]
-    return out[0], out[1]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
-
-
-def _patches(x: Tensor, module: Any, positions: Tensor) -> Tensor:
-    """Return what one output position sees: [groups, rows, inputs per group * kernel]."""
-    num, per_input = positions.shape
-    if isinstance(module, nn.Linear):
-        rows = _gather(x.reshape(num, -1, x.shape[-1]), positions)
-        return rows.reshape(1, num * per_input, -1)
-    _, width = _output_size(module, x)
-    kernel, stride, padding, dilation = (_pair(getattr(module, k)) for k in
-                                         ("kernel_size", "stride", "padding", "dilation"))
-    padded = nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    positions = positions.to(x.device)
-    top, left = positions // width * stride[0], positions % width * stride[1]
-    flat = padded.flatten(2)
-    taps = []
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            at = (top + i * dilation[0]) * padded.shape[3] + left + j * dilation[1]
-            taps.append(flat.gather(2, at.unsqueeze(1).expand(-1, flat.shape[1], -1)))
-    patches = torch.stack(taps, 2).permute(0, 3, 1, 2)  # [B, p, C, k]
-    groups = module.groups
-    patches = patches.reshape(num * per_input, groups, -1)
-    return patches.transpose(0, 1)
 
 
 def _solve(

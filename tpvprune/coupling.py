@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from tpvprune.fields import FIXED, Atoms, Field, unite_all_but, varying
-from tpvprune.sizes import Attribute, AxisSize, Expression, Operation, TracedInt, expression_of, leaves
+from tpvprune.sizes import (
+    Attribute,
+    AxisSize,
+    Expression,
+    Operation,
+    TracedInt,
+    expression_of,
+    leaves,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,9 @@ class SizeUse:
     atoms: Tensor
 
 
+_RESHAPED = "is reshaped to the width of channels that must stay"
+
+
 class Coupling:
     """Collects constraints during a forward pass; :meth:`settle` applies them."""
 
@@ -49,6 +60,7 @@ class Coupling:
         self._axes: list[_Axis] = []
         self._uses: list[tuple[Expression, _Axis, int]] = []
         self._equal: list[tuple[_Axis, _Axis]] = []
+        self._fixed: list[tuple[_Axis, range]] = []
         self._mixers: list[tuple[int, _Axis]] = []
         self._standardised: list[tuple[int, _Axis]] = []
         self._norms: list[tuple[int, _Axis]] = []
@@ -81,8 +93,19 @@ class Coupling:
         """Ask that two equally wide pieces lose the same positions."""
         self._equal.append((_Axis(tuple(first), dim, size), _Axis(tuple(second), dim, size)))
 
+    def fixed(self, fields: Sequence[Field], dim: int, size: int, positions: range) -> None:
+        """Note that a model counts on these positions of a dimension: none or all of them stay."""
+        mine = tuple(f for f in fields if f.shape[dim] > 1)
+        if mine:
+            self._fixed.append((_Axis(mine, dim, size), positions))
+
     def mix(
-        self, ordinal: int, fields: Sequence[Field], dims: Sequence[int], *, standardises: bool = False
+        self,
+        ordinal: int,
+        fields: Sequence[Field],
+        dims: Sequence[int],
+        *,
+        standardises: bool = False,
     ) -> None:
         """Note that mixer ``ordinal`` runs over ``dims`` of a tensor."""
         for d in dims:
@@ -112,8 +135,13 @@ class Coupling:
             for first, second in self._equal:
                 self._unite_axes(first, second, "is a chunk as wide as one that must stay")
             self._tie_attributes()
-            for expression, axis, size in self._uses:
-                self._tie(expression, axis, size)
+            for expression, axis, _ in self._uses:
+                if isinstance(expression, AxisSize):
+                    self._unite_axes(axis, self._axes[expression.number], _RESHAPED)
+            if self._atoms.num_unions == before:
+                self._tie_quotients()
+            if self._atoms.num_unions == before:
+                self._hold()
             if self._atoms.num_unions == before and not self._choose():
                 break
 
@@ -153,7 +181,7 @@ class Coupling:
         return found
 
     def _line(self, axis: _Axis) -> Tensor | None:
-        """Return the atoms along a dimension, 0 where fixed; ``None`` while fields vary jointly."""
+        """Return the atoms along a dimension (0: fixed); ``None`` while fields vary jointly."""
         atoms = torch.zeros(axis.size, dtype=torch.long)
         for field in axis.fields:
             if field.shape[axis.dim] == 1:
@@ -170,7 +198,7 @@ class Coupling:
         return self._atoms.roots(atoms)
 
     def _meet(self, field: Field, other: Field, reason: str) -> bool:
-        """Unite two fields where both vary; False while one of them still varies jointly."""
+        """Return whether two fields could be united where both vary, and do so."""
         a, b = self._atoms.simplify(field), self._atoms.simplify(other)
         fixed = not bool((other > 0).any())
         va, vb = set(varying(a)), set(varying(other if fixed else b))
@@ -200,32 +228,27 @@ class Coupling:
                 sized[expression].append(line)
         for attribute, found in sized.items():
             for line in found[1:]:
-                reason = f"is as wide as {attribute.module}.{attribute.name}, which sizes what must stay"
+                reason = (
+                    f"is as wide as {attribute.module}.{attribute.name}, which sizes what must stay"
+                )
                 self._atoms.unite(found[0], line, reason)
 
-    def _tie(self, expression: Expression, axis: _Axis, size: int) -> None:
-        """Unite a dimension with the one whose size it takes: ``x.view(B, N, C)``, ``C // heads``."""
-        line = self._line(axis)
-        if line is None:
-            return
-        reason = "is reshaped to the width of channels that must stay"
-        if isinstance(expression, AxisSize):
-            source = self._line(self._axes[expression.number])
-            if source is not None and len(source) == len(line):
-                self._atoms.unite(source, line, reason)
-        elif isinstance(expression, Operation) and expression.op == "floordiv":
-            self._tie_quotient(expression, line, size, reason)
+    def _tie_quotients(self) -> None:
+        """Unite for sizes such as ``x.view(B, N, self.num_heads, C // self.num_heads)``."""
+        for expression, axis, size in self._uses:
+            if isinstance(expression, Operation) and expression.op == "floordiv":
+                line = self._line(axis)
+                if line is not None and isinstance(expression.left, AxisSize):
+                    self._tie_quotient(expression.left, expression.right, line, size)
 
-    def _tie_quotient(self, quotient: Operation, line: Tensor, size: int, reason: str) -> None:
-        left, right = quotient.left, quotient.right
-        if not isinstance(left, AxisSize):
-            return
+    def _tie_quotient(self, left: AxisSize, right: Expression, line: Tensor, size: int) -> None:
         source = self._line(self._axes[left.number])
         if source is None or len(source) % size:
             return
         blocks = source.reshape(-1, size)
         if bool((line != line[0]).any()):
-            self._atoms.unite(blocks, line[None, :], reason)
+            if not _same_shares(source, line):
+                self._atoms.unite(blocks, line[None, :], _RESHAPED)
             return
         sized = None
         for expression, axis, _ in self._uses:
@@ -234,12 +257,22 @@ class Coupling:
                 if sized is not None and bool((sized != sized[0]).any()):
                     break
         if sized is not None and len(sized) == len(blocks):
-            self._atoms.unite(blocks, sized[:, None], reason)
+            if not _same_shares(source, sized):
+                self._atoms.unite(blocks, sized[:, None], _RESHAPED)
         elif not isinstance(right, Attribute):
-            self._atoms.unite(blocks, FIXED, reason)
+            self._atoms.unite(blocks, FIXED, _RESHAPED)
+
+    def _hold(self) -> None:
+        """Unite the positions that a model counts on, unless the axis also follows another size."""
+        for axis, positions in self._fixed:
+            line = self._line(axis)
+            if line is not None and bool((line != line[0]).any()):
+                part = line[list(positions)]
+                whole = len(part) == len(line)
+                self._atoms.unite(part, part[:1] if whole else FIXED, "is counted on by position")
 
     def _choose(self) -> bool:
-        """Decide for the first field that still varies jointly; False if there is none."""
+        """Return whether a field still varied jointly; decide for the first."""
         for i, (field, sizes) in enumerate(self._joint):
             simple = self._atoms.simplify(field)
             dims = varying(simple)
@@ -251,6 +284,15 @@ class Coupling:
             follow = [d for d in dims if isinstance(sizes[d], TracedInt) or sizes[d] == -1]
             free = max(follow or dims, key=lambda d: simple.shape[d])
             unite_all_but(self._atoms, simple, [free], "is reshaped beside fixed inputs")
-            del self._joint[: i]
+            del self._joint[:i]
             return True
         return False
+
+
+def _same_shares(source: Tensor, line: Tensor) -> bool:
+    """Return whether every channel owns the same share of both axes: then their ratio is kept."""
+    whole, owners = source.unique(return_counts=True)
+    part, counts = line.unique(return_counts=True)
+    if not torch.equal(whole, part):
+        return False
+    return bool((owners * len(line) == counts * len(source)).all())

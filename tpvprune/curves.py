@@ -80,8 +80,15 @@ def variance_curves(
     """
     covariances = input_covariances(model, groups, inputs)
     cuts = _collect(
-        model, groups, inputs, covariances,
-        metric=metric, num_probes=num_probes, ridge=ridge, max_rows=max_rows, max_bytes=max_bytes,
+        model,
+        groups,
+        inputs,
+        covariances,
+        metric=metric,
+        num_probes=num_probes,
+        ridge=ridge,
+        max_rows=max_rows,
+        max_bytes=max_bytes,
         seed=seed,
     )
     savings = unit_costs(groups, of)
@@ -122,7 +129,7 @@ class _Cut:
         return list(self.index[order].split(counts.tolist()))
 
     def remove(self, channels: Tensor) -> Tensor:
-        """Let channels leave together: return their joint change [rows]; the others take over."""
+        """Return the joint change [rows] of channels that leave now; the others take over."""
         gone = torch.isin(self.channel, channels)
         columns = gone.nonzero().squeeze(1)
         change = torch.zeros(self.s.shape[1])

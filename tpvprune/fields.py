@@ -6,7 +6,7 @@ broadcastable to it, that names for every element the atom it depends on. Atom 0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,9 @@ def along(atoms: Tensor, dim: int, ndim: int) -> Field:
 
 def right_align(field: Field, ndim: int) -> Field:
     """Return the field with leading dimensions of size 1, as broadcasting adds them."""
-    return field.reshape([1] * (ndim - field.ndim) + list(field.shape)) if field.ndim < ndim else field
+    return (
+        field.reshape([1] * (ndim - field.ndim) + list(field.shape)) if field.ndim < ndim else field
+    )
 
 
 def varying(field: Field) -> list[int]:
@@ -135,13 +137,9 @@ def compress(field: Field) -> Field:
     return field
 
 
-def lines(field: Field, dim: int) -> Tensor:
-    """Return [size of ``dim``, everything else]."""
-    return field.movedim(dim, 0).reshape(field.shape[dim], -1)
-
-
-def unite_all_but(atoms: Atoms, field: Field, free: Sequence[int], reason: str) -> None:
+def unite_all_but(atoms: Atoms, field: Field, free: Collection[int], reason: str) -> None:
     """Unite along every dimension except ``free``."""
     for d in varying(field):
         if d not in free:
             atoms.unite(field, field.narrow(d, 0, 1), reason)
+            field = field.narrow(d, 0, 1)

@@ -189,8 +189,19 @@ def find_groups(
     known = dict(model.named_modules())
     for name in ignore:
         if name not in known:
-            raise ValueError(f"ignore: expected the name of a module, found {name!r}; see named_modules().")
-    private = copy.deepcopy(model).eval()
+            raise ValueError(
+                f"ignore: expected the name of a module, found {name!r}; see named_modules()."
+            )
+    # On the CPU in single precision, whatever the model is in: labels live there.
+    private = copy.deepcopy(model).eval().cpu().float()
+    inputs = tuple(
+        i.detach().cpu().float()
+        if isinstance(i, Tensor) and i.is_floating_point()
+        else i.cpu()
+        if isinstance(i, Tensor)
+        else i
+        for i in inputs
+    )
     try:
         tracker = track(private, inputs)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
@@ -198,7 +209,7 @@ def find_groups(
     groups = _assemble(private, tracker, frozenset(ignore))
     if not verify:
         return groups
-    from tpvprune.verification import verify_groups  # noqa: PLC0415  (it needs this module)
+    from tpvprune.verification import verify_groups
 
     return verify_groups(model, groups, inputs)
 
@@ -208,7 +219,9 @@ def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     sizes = {len(i) for i in inputs if isinstance(i, Tensor) and i.ndim > 1}
     if len(sizes) != 1 or max(sizes) <= 2:
         return inputs
-    return tuple(i[:2] if isinstance(i, Tensor) and i.ndim and len(i) in sizes else i for i in inputs)
+    return tuple(
+        i[:2] if isinstance(i, Tensor) and i.ndim and len(i) in sizes else i for i in inputs
+    )
 
 
 def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
@@ -300,7 +313,7 @@ class _Units:
             self.owner.update({r: (name, c) for c, r in enumerate(members)})
 
     def axis(self, tracker: Tracker, atoms: Tensor) -> Axis:
-        """Translate an array of atoms [n] into owners."""
+        """Return the owners of an array of atoms [n]."""
         members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for i, root in enumerate(tracker.find_all(atoms).tolist()):
             if root in self.owner:
@@ -328,7 +341,8 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
             param_axes[param].append((dim, axis))
         for name, index, channel in axis.members:
             side: Literal["producer", "consumer"] = (
-                "consumer" if (param, dim) in consumers and (param, dim) not in tracker.producers
+                "consumer"
+                if (param, dim) in consumers and (param, dim) not in tracker.producers
                 else "producer"
             )
             slices[name].append(ParamSlice(param, dim, index, channel, side))
@@ -337,7 +351,9 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
         if call.read is None or call.ordinal is None:
             continue
         for name, index, channel in units.axis(tracker, call.read).members:
-            readers[name].append(Reader(call.ordinal, call.module, call.channel_dim, index, channel))
+            readers[name].append(
+                Reader(call.ordinal, call.module, call.channel_dim, index, channel)
+            )
     heads = set(tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.head_atoms])).tolist())
     conv_groups = set(
         tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.conv_group_atoms])).tolist()
@@ -345,12 +361,18 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
     kinds = {units.owner[r][0]: "conv group" for r in conv_groups if r in units.owner}
     kinds.update({units.owner[r][0]: "head" for r in heads if r in units.owner})
     found = [
-        ChannelGroup(name, size, tuple(slices[name]), tuple(readers[name]), kinds.get(name, "channel"))
+        ChannelGroup(
+            name, size, tuple(slices[name]), tuple(readers[name]), kinds.get(name, "channel")
+        )
         for name, size in units.sizes.items()
     ]
     reasons = dict(units.reason)
     reasons.update(
-        {g.name: "no layer reads its channels" for g in found if not g.readers and g.name not in reasons}
+        {
+            g.name: "no layer reads its channels"
+            for g in found
+            if not g.readers and g.name not in reasons
+        }
     )
     groups = ChannelGroups(
         groups=tuple(found),
@@ -366,7 +388,8 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
         sizes=_size_rules(tracker, units),
         standardised=tuple(units.axis(tracker, line) for line in tracker.coupling.standardised()),
         pads=tuple(
-            Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back)) for p in tracker.pads
+            Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back))
+            for p in tracker.pads
         ),
     )
     return with_blocked(groups, reasons)

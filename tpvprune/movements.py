@@ -14,56 +14,55 @@ import torch
 from torch import Tensor
 
 from tpvprune.fields import FIXED, Field, along, flatten, substitute_tensors, varying
+from tpvprune.operations import JOINS, SHAPED, SPLITS
 from tpvprune.sizes import TracedInt
 
 if TYPE_CHECKING:
     from tpvprune.tracking import Tracker
 
-_JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
-_SPLITS = frozenset({"split", "split_with_sizes", "chunk", "tensor_split"})
-_SHAPED = frozenset({"view", "reshape", "expand", "unflatten"})
-MOVES = frozenset(
-    "view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze "
-    "unsqueeze expand expand_as repeat tile repeat_interleave chunk split split_with_sizes "
-    "tensor_split unbind select narrow getitem index_select flip roll cat concat concatenate stack "
-    "hstack vstack pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as rot90 diagonal "
-    "broadcast_to get unfold_copy take_along_dim gather".split()
-)
 
-
-def move(tracker: Tracker, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def move(  # noqa: PLR0917
+    tracker: Tracker, name: str, func: Any, args: Any, kwargs: Any, out: Any
+) -> None:
     """Replay a movement on the fields of its arguments."""
-    if name in _JOINS:
+    if name in JOINS:
         _stay_rectangular(tracker, name, args, kwargs)
     tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
     data = [t for t in tensors if tracker.labels(t) or t.is_floating_point()]
     outs = [o for o in flatten(out) if isinstance(o, Tensor)]
     results: list[list[Field]] = [[] for _ in outs]
+    columns = name == "unfold" and getattr(func, "__module__", "") == "torch.nn.functional"
     # Fields that vary over the same dimensions are moved together: cat joins theirs.
     for dims in dict.fromkeys(tuple(varying(f)) for t in data for f in tracker.labels(t)):
         swap = {}
         for t in data:
             field = next((f for f in tracker.labels(t) if tuple(varying(f)) == dims), None)
             full = torch.zeros([1] * t.ndim).long() if field is None else field
-            swap[id(t)] = full.expand(t.shape).contiguous()
+            full = full.expand(t.shape).contiguous()
+            swap[id(t)] = full.double() if columns else full  # im2col knows no integers
         moved = func(*substitute_tensors(args, swap), **substitute_tensors(kwargs, swap))
         for i, ids in enumerate(o for o in flatten(moved) if isinstance(o, Tensor)):
-            results[i].append(ids)
+            results[i].append(ids.long())
     for o, fields in zip(outs, results, strict=True):
         tracker.set_labels(o, fields)
     _note_sizes(tracker, name, args, kwargs, outs)
 
 
-def _note_sizes(tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Sequence[Tensor]) -> None:
+def _note_sizes(
+    tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Sequence[Tensor]
+) -> None:
     coupling = tracker.coupling
-    if name in _SHAPED or name == "flatten":
+    if name in SHAPED or name == "flatten":
         sizes = _target_sizes(name, args, kwargs, outs[0])
         fields = tracker.labels(outs[0])
         for field in fields:
             coupling.join(field, sizes)
         for d, value in enumerate(sizes):
-            coupling.size(value, fields, d, outs[0].shape[d])
-    elif name in _SPLITS:
+            size = outs[0].shape[d]
+            coupling.size(value, fields, d, size)
+            if type(value) is int and value > 1 and name != "expand":
+                coupling.fixed(fields, d, size, range(size))
+    elif name in SPLITS:
         _note_split(tracker, name, args, kwargs, outs)
     elif name == "narrow":
         dim, start, length = (*args[1:], *kwargs.values())[:3]
@@ -71,6 +70,10 @@ def _note_sizes(tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Seque
         _note_prefix(tracker, args[0], dim, start)
     elif name == "getitem":
         _note_slices(tracker, args[0], args[1])
+    elif name in {"unbind", "select"}:
+        dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % args[0].ndim
+        size = args[0].shape[dim]
+        coupling.fixed(tracker.labels(args[0]), dim, size, range(size))
 
 
 def _target_sizes(name: str, args: Any, kwargs: Any, out: Tensor) -> list[Any]:
@@ -85,7 +88,9 @@ def _target_sizes(name: str, args: Any, kwargs: Any, out: Tensor) -> list[Any]:
     return sizes if len(sizes) == out.ndim else [-1] * out.ndim
 
 
-def _note_split(tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Sequence[Tensor]) -> None:
+def _note_split(
+    tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Sequence[Tensor]
+) -> None:
     rest = [*args[1:], *(v for k, v in kwargs.items() if k != "dim")]
     dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0) % outs[0].ndim
     how = rest[0]
@@ -93,6 +98,10 @@ def _note_split(tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Seque
         return
     for i, o in enumerate(outs):
         size = o.shape[dim]
+        if isinstance(how, (list, tuple)) and type(how[i]) is int:
+            start, x = sum(o.shape[dim] for o in outs[:i]), args[0]
+            places = range(start, start + size)
+            tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], places)
         if isinstance(how, (list, tuple)):
             tracker.coupling.size(how[i], tracker.labels(o), dim, size)
             continue
@@ -105,6 +114,9 @@ def _note_split(tracker: Tracker, name: str, args: Any, kwargs: Any, outs: Seque
 def _note_prefix(tracker: Tracker, x: Tensor, dim: int, stop: Any) -> None:
     """Note that ``stop`` counts the channels before it."""
     dim %= x.ndim
+    if type(stop) is int and stop and abs(stop) < x.shape[dim]:
+        positions = range(stop) if stop > 0 else range(x.shape[dim] + stop, x.shape[dim])
+        tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], positions)
     if not isinstance(stop, TracedInt) or not 0 < stop < x.shape[dim]:
         return
     fields = [f.narrow(dim, 0, int(stop)) for f in tracker.labels(x) if f.shape[dim] > 1]
@@ -123,10 +135,21 @@ def _note_slices(tracker: Tracker, x: Tensor, index: Any) -> None:
         if entry is Ellipsis:
             dim += x.ndim - given
             continue
+        if type(entry) is int:
+            tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], range(x.shape[dim]))
         if isinstance(entry, slice) and entry.step in {None, 1}:
+            size = x.shape[dim]
+            places = range(*slice(*map(_plain, (entry.start, entry.stop, None))).indices(size))
+            told = type(entry.start) is int and type(entry.stop) is int and entry.start > 0
+            if told or len(places) == 1:
+                tracker.coupling.fixed(tracker.labels(x), dim, size, places)
             _note_prefix(tracker, x, dim, entry.start)
             _note_prefix(tracker, x, dim, entry.stop)
         dim += 1
+
+
+def _plain(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _stay_rectangular(tracker: Tracker, name: str, args: Any, kwargs: Any) -> None:
@@ -152,9 +175,9 @@ def _meet(tracker: Tracker, field: Field, other: Tensor, dims: set[int], reason:
         met |= common
         if not common:
             continue
-        if common == set(varying(field)) == set(varying(g)):
-            tracker.unite(field, g, reason)
-        elif len(varying(field)) == 1 and len(varying(g)) == 1:
+        if common == set(varying(field)) == set(varying(g)) or (
+            len(varying(field)) == 1 and len(varying(g)) == 1
+        ):
             tracker.unite(field, g, reason)
         else:
             _meet_parts(tracker, field, g, reason)
@@ -187,11 +210,12 @@ def set_item(tracker: Tracker, args: Any) -> None:
 
 def pad(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
     """Follow zero padding; new zero channels get atoms of their own."""
-    from tpvprune.tracking import ChannelPad  # noqa: PLC0415
+    from tpvprune.tracking import ChannelPad
 
     x, widths = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
     fields = []
-    for field in tracker.labels(x):
+    for whole in tracker.labels(x):
+        field = whole
         for i in range(len(widths) // 2):
             dim, (front, back) = x.ndim - 1 - i, widths[2 * i : 2 * i + 2]
             if field.shape[dim] == 1 or (front == 0 and back == 0):

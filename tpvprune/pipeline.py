@@ -6,22 +6,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.allocation import allocate
-from tpvprune.curves import variance_curves
 from tpvprune.batches import unlabeled
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.compensation import compensate_weights
+from tpvprune.costs import evaluating
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.curves import variance_curves
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
-from tpvprune.removal import remove_channels
-from tpvprune.scores import Scores
-from tpvprune.selection import Budget, check_budget, cost, reaches, select_channels
+from tpvprune.removal import remove_channels, restore_empty
+from tpvprune.scores import Scores, first_output, on_device
+from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
 
 Repair = Literal["none", "bn", "compensate", "auto"]
 Progress = Callable[[str, int, int], None]
@@ -94,38 +96,41 @@ def prune(
     Raises:
         ValueError: If an argument is out of range, or the criterion needs labels and has none.
     """
-    _check(keep, of, criterion, repair, steps, allocation, labelled_batches,
-           round_to, min_channels, max_removed)
+    check_budget(keep, of, round_to, min_channels, max_removed)
+    _check(criterion, repair, steps, allocation, labelled_batches)
     clock = _Clock(progress)
     fit, held = _hold_back(batches)
+    example = on_device(fit[0][:1], model)
     with clock("groups"):
-        groups = find_groups(model, fit[0][:1], ignore=ignore)
-    if not len(groups):
-        reasons = "; ".join(f"{b.name}: {b.blocked}" for b in groups.blocked[:3])
-        raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
+        groups = _prunable(find_groups(model, example, ignore=ignore))
     source = labelled_batches if criterion in NEEDS_LABELS else fit
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
-    floors = {"round_to": round_to, "min_channels": min_channels, "max_removed": max_removed}
 
-    pruned, kept, history, scores = model, _whole(groups), [], None
+    floors = Floors(round_to=round_to, min_channels=min_channels, max_removed=max_removed)
+
+    pruned, kept, scores = model, _whole(groups), None
+    history: list[dict[str, float]] = []
     for step in range(1, steps + 1):
-        now = groups if step == 1 else _regrouped(pruned, groups, kept, fit[0][:1])
-        target = keep ** (step / steps) * cost(groups, {}, of) / cost(now, {}, of)
-        with clock("scores", step, steps):
+        now = groups if step == 1 else _regrouped(pruned, groups, kept, example)
+        target = min(1.0, keep ** (step / steps) * cost(groups, {}, of) / cost(now, {}, of))
+        if scores is None or not use_curves:
+            with clock("scores", step, steps):
+                found = _score(criterion, pruned, now, source, num_probes=num_probes, seed=seed)
+                scores = scores or found
+        with clock("selection", step, steps):
             if use_curves:
                 curves = variance_curves(pruned, now, fit, num_probes=num_probes, of=of, seed=seed)
-                chosen = allocate(now, curves, keep=min(target, 1.0), of=of, **floors)
-            found = _score(criterion, pruned, now, source, num_probes, seed)
-            scores = scores or found
-            if not use_curves:
-                chosen = select_channels(pruned, now, found, keep=min(target, 1.0), of=of, **floors)
+                ranks = {name: curve.order.argsort() for name, curve in curves.items()}
+                choose = partial(allocate, now, curves, of=of, **floors)
+            else:
+                choose = partial(select_channels, pruned, now, found, of=of, **floors)
+                ranks = {**found}
+            chosen = _feasible(choose, now, ranks, target, of)
         with clock("removal", step, steps):
-            removed = remove_channels(pruned, now, chosen)
-            kept = _compose(kept, chosen)
-        pruned = removed
+            pruned, kept = remove_channels(pruned, now, chosen), _compose(kept, chosen)
         if repair in {"compensate", "auto"}:
             with clock("compensation", step, steps):
-                pruned = compensate_weights(removed, model, fit, groups=groups, kept=kept, seed=seed)
+                pruned = compensate_weights(pruned, model, fit, groups=groups, kept=kept, seed=seed)
         history.append(_measure(groups, kept, pruned, model, held))
     with clock("repair"):
         candidates = _candidates(repair, remove_channels(model, groups, kept), pruned, fit)
@@ -133,22 +138,22 @@ def prune(
         best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
     assert scores is not None
     report = {
-        "keep": keep, "of": of, "criterion": criterion, "used_labels": criterion in NEEDS_LABELS,
-        "allocation": "curves" if use_curves else "rank", "repair": repair, "repair_chosen": best,
-        "seed": seed, "num_images": sum(len(x) for x in fit), "num_held_back": sum(len(x) for x in held),
+        "keep": keep,
+        "of": of,
+        "criterion": criterion,
+        "used_labels": criterion in NEEDS_LABELS,
+        "allocation": "curves" if use_curves else "rank",
+        "repair": repair,
+        "repair_chosen": best,
+        "seed": seed,
+        "num_images": sum(map(len, fit)),
+        "num_held_back": sum(map(len, held)),
         "reached": reaches(groups, kept, keep=keep, of=of),
-        "dense": {"macs": groups.macs(), "params": groups.params()},
-        "pruned": {"macs": groups.macs(kept), "params": groups.params(kept)},
-        "output_variance": variances, "output_second_moment": _second_moment(model, held),
+        "output_variance": variances,
+        "output_second_moment": _second_moment(model, held),
         "steps": history,
-        "groups": [
-            {"name": g.name, "unit": g.unit, "num_channels": g.num_channels, "kept": int(kept[g.name].sum())}
-            for g in groups
-        ],
-        "blocked": [
-            {"name": b.name, "num_channels": b.num_channels, "reason": b.blocked} for b in groups.blocked
-        ],
         "timings": clock.seconds,
+        **_widths(groups, kept),
     }
     return PruningResult(candidates[best], groups, scores, kept, report)
 
@@ -174,41 +179,80 @@ class _Clock:
             self.progress(stage, done, total)
 
 
-def _check(
-    keep: float, of: str, criterion: str, repair: str, steps: int, allocation: str | None,
-    labelled: Any, round_to: int, min_channels: int, max_removed: float,
-) -> None:
-    check_budget(keep, of, round_to, min_channels, max_removed)
+def _check(criterion: str, repair: str, steps: int, allocation: str | None, labelled: Any) -> None:
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
     if repair not in {"none", "bn", "compensate", "auto"}:
         raise ValueError(f"repair: expected none, bn, compensate or auto, found {repair!r}.")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
-    if allocation not in {None, "curves", "rank"} or (allocation == "curves" and criterion != "tpv"):
+    if allocation not in {None, "curves", "rank"} or (
+        allocation == "curves" and criterion != "tpv"
+    ):
         raise ValueError(
             f"allocation: expected 'rank', or 'curves' with criterion 'tpv', found {allocation!r} "
             f"with {criterion!r}."
         )
     if criterion in NEEDS_LABELS and labelled is None:
         raise ValueError(
-            f"criterion {criterion!r} needs labels: pass labelled_batches, or use 'tpv', which needs none."
+            f"criterion {criterion!r} needs labels: pass labelled_batches, "
+            "or use 'tpv', which needs none."
         )
 
 
 def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Split the inputs: the last tenth (at least one) measures, the others fit."""
-    inputs = [x for x in unlabeled(batches)]
+    """Return (fit, held): the last tenth of the inputs, at least one, is held back to measure.
+
+    Returns:
+        Two lists of batches.
+
+    Raises:
+        ValueError: If there are fewer than two inputs.
+    """
+    inputs = list(unlabeled(batches))
     total = sum(len(x) for x in inputs)
     if total < 2:
-        raise ValueError(f"batches: expected at least 2 inputs, found {total}; a few hundred work well.")
+        raise ValueError(
+            f"batches: expected at least 2 inputs, found {total}; a few hundred work well."
+        )
     num_fit = total - max(1, total // 10)
-    fit, held = [], []
+    fit: list[Tensor] = []
+    held: list[Tensor] = []
     for x in inputs:
-        take = max(0, min(len(x), num_fit - sum(len(f) for f in fit)))
+        take = min(len(x), num_fit - sum(map(len, fit)))
         fit += [x[:take]] if take else []
         held += [x[take:]] if take < len(x) else []
     return fit, held
+
+
+def _prunable(groups: ChannelGroups) -> ChannelGroups:
+    """Return the groups.
+
+    Raises:
+        ValueError: If there is nothing to prune.
+    """
+    if len(groups):
+        return groups
+    reasons = "; ".join(f"{b.name}: {b.blocked}" for b in groups.blocked[:3])
+    raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
+
+
+def _feasible(
+    choose: Callable[..., Kept],
+    groups: ChannelGroups,
+    ranks: Mapping[str, Tensor],
+    keep: float,
+    of: Budget,
+) -> Kept:
+    """Return a selection that fits the budget and leaves every layer a channel."""
+    aim = keep
+    for _ in range(4):
+        chosen = restore_empty(groups, choose(keep=aim), ranks)
+        if reaches(groups, chosen, keep=keep, of=of):
+            break
+        # Channels were put back where a layer would have none: the others must pay for them.
+        aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
+    return chosen
 
 
 def _whole(groups: ChannelGroups) -> Kept:
@@ -216,10 +260,8 @@ def _whole(groups: ChannelGroups) -> Kept:
 
 
 def _regrouped(pruned: nn.Module, groups: ChannelGroups, kept: Kept, x: Tensor) -> ChannelGroups:
-    """Find the groups of a pruned model again; what was blocked stays blocked.
-
-    A cut that was proved on the dense model holds on its pruned form, so nothing is verified anew.
-    """
+    """Return the groups of a pruned model; what was blocked stays blocked."""
+    # A cut that was proved on the dense model holds on its pruned form: no new verification.
     found = find_groups(pruned, x, verify=False)
     gone = {
         g.name: "blocked in the dense model"
@@ -238,7 +280,13 @@ def _compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
 
 
 def _score(
-    criterion: str, model: nn.Module, groups: ChannelGroups, source: Any, num_probes: int, seed: int
+    criterion: str,
+    model: nn.Module,
+    groups: ChannelGroups,
+    source: Any,
+    *,
+    num_probes: int,
+    seed: int,
 ) -> Scores:
     if criterion == "tpv":
         return SCORERS["tpv"](model, groups, source, num_probes=num_probes, seed=seed)
@@ -269,10 +317,30 @@ def _measure(
     }
 
 
+def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
+    return {
+        "dense": {"macs": groups.macs(), "params": groups.params()},
+        "pruned": {"macs": groups.macs(kept), "params": groups.params(kept)},
+        "groups": [
+            {
+                "name": g.name,
+                "unit": g.unit,
+                "num_channels": g.num_channels,
+                "kept": int(kept[g.name].sum()),
+            }
+            for g in groups
+        ],
+        "blocked": [
+            {"name": b.name, "num_channels": b.num_channels, "reason": b.blocked}
+            for b in groups.blocked
+        ],
+    }
+
+
 def _second_moment(model: nn.Module, held: list[Tensor]) -> float:
     """Return E||f||^2, the yardstick of every output variance."""
-    from tpvprune.scores import evaluating, first_output, on_device  # noqa: PLC0415
-
     with evaluating(model), torch.no_grad():
-        total = sum(float(first_output(model(on_device(x, model))).double().square().sum()) for x in held)
+        total = sum(
+            float(first_output(model(on_device(x, model))).double().square().sum()) for x in held
+        )
     return total / sum(len(x) for x in held)

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import Axis, ChannelGroups
+from tpvprune.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
 from tpvprune.sizes import set_attribute, solve
-from tpvprune.tracking import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples of ints) and their values."""
 
 
-def remove_channels(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
+def remove_channels(
+    model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
+) -> nn.Module:
     """Return a smaller copy of the model in which only the kept channels are left.
 
     Args:
@@ -44,7 +46,7 @@ def remove_channels(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, 
 
 
 def removed_view(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
-    """Like :func:`remove_channels`, but parameters that stay whole are shared with the model."""
+    """Return what :func:`remove_channels` does, but share parameters that stay whole."""
     check_kept(groups, kept)
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return _removed(copy.deepcopy(model, shared), groups, kept)
@@ -98,12 +100,19 @@ def _least(groups: ChannelGroups) -> Iterator[tuple[Axis, int]]:
     for axes in groups.param_axes.values():
         for _, axis in axes:
             yield axis, 1
+    for rule in groups.sizes:
+        if rule.axis.members:
+            yield rule.axis, 1
     for axis in groups.standardised:
         yield axis, min(2, axis.size)
 
 
 def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` unless ``kept`` fits the groups and leaves a channel in each."""
+    """Check that a selection fits the groups and leaves a channel in each.
+
+    Raises:
+        ValueError: If it does not.
+    """
     for name, mask in kept.items():
         if name not in groups:
             raise ValueError(f"kept: expected names of prunable groups, found {name!r}.")
@@ -118,8 +127,8 @@ def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
     for axis, least in _least(groups):
         if int(axis.kept(kept).sum()) < least:
             raise ValueError(
-                f"kept leaves fewer than {least} of {axis.size} channels of a layer in {axis.members[0][0]!r}; "
-                "pass it through restore_empty() first."
+                f"kept leaves fewer than {least} of {axis.size} channels of a layer in "
+                f"{axis.members[0][0]!r}; pass it through restore_empty() first."
             )
 
 
@@ -147,7 +156,9 @@ def attribute_changes(dense: nn.Module, pruned: nn.Module) -> Attributes:
 
 
 def shrink_to(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, Mapping[str, Any]]
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    attributes: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Give a dense skeleton the shapes and attributes of a pruned model, in place.
 
@@ -159,7 +170,10 @@ def shrink_to(
     Raises:
         ValueError: If a name is unknown, or an attribute has another type than the model's.
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
     places = _places(model)
     for name, shape in shapes.items():
         if name not in tensors:
@@ -167,16 +181,22 @@ def shrink_to(
         if tuple(tensors[name].shape) != tuple(shape):
             old = tensors[name]
             # Buffers that no state_dict holds are constant along channels: a slice is their value.
-            new = old.detach()[tuple(slice(n) for n in shape)].clone()
-            _put(old, new if new.shape == shape else old.new_empty(shape), places)
+            part = old.detach()[tuple(slice(n) for n in shape)].clone()
+            _put(
+                old,
+                part if tuple(part.shape) == tuple(shape) else part.new_empty(tuple(shape)),
+                places,
+            )
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for key, value in values.items():
-            old = vars(module).get(key)
-            value = type(old)(value) if isinstance(old, tuple) else value
-            if old is None or type(old) is not type(value):
-                raise ValueError(f"expected {path}.{key} to be a {type(old).__name__}, found {value!r}.")
-            setattr(module, key, value)
+            present = vars(module).get(key)
+            new_value = type(present)(value) if isinstance(present, tuple) else value
+            if present is None or type(present) is not type(new_value):
+                raise ValueError(
+                    f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
+                )
+            setattr(module, key, new_value)
 
 
 class MaskedChannels(TorchFunctionMode):
@@ -198,15 +218,13 @@ class MaskedChannels(TorchFunctionMode):
             self._masks[call] = (dim, torch.cat([g for g, _ in parts]))
         self._norms = {i: m for i, a in groups.norms.items() if not (m := a.kept(kept)).all()}
         self._mixers = {
-            i: parts
-            for i, axes in groups.mixers.items()
-            if (parts := [(d, m) for d, a in axes if not (m := a.kept(kept)).all()])
+            i: found
+            for i, noted in groups.mixers.items()
+            if (found := [(d, m) for d, a in noted if not (m := a.kept(kept)).all()])
         }
         self._calls = self._num_norms = self._num_mixers = 0
 
-    def __torch_function__(  # type: ignore[no-untyped-def]  # noqa: D105
-        self, func, types, args=(), kwargs=None
-    ):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
         if name in CONTRACTIONS:
@@ -221,12 +239,14 @@ class MaskedChannels(TorchFunctionMode):
         elif name in MIXERS:
             self._num_mixers += 1
             if self._num_mixers - 1 in self._mixers:
-                return _restricted_mixer(name, func, self._mixers[self._num_mixers - 1], args, kwargs)
+                return _restricted_mixer(
+                    name, func, self._mixers[self._num_mixers - 1], args, kwargs
+                )
         return func(*args, **kwargs)
 
 
 def _restricted_norm(func: Any, mask: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Normalise over the kept channels only; the others come out as zeros."""
+    """Return the norm over the kept channels only; the others come out as zeros."""
     x, _, *rest = args
     mask = mask.to(x.device)
 
@@ -242,12 +262,14 @@ def _restricted_norm(func: Any, mask: Tensor, args: Any, kwargs: Any) -> Tensor:
 def _restricted_mixer(
     name: str, func: Any, parts: list[tuple[int, Tensor]], args: Any, kwargs: Any
 ) -> Any:
-    """Run a mean, softmax, group norm or matrix product on the kept channels only."""
-    x, *rest = args
+    """Return a mean, softmax, group norm or matrix product of the kept channels only."""
     if name in MATMULS:
+        place = 1 if name == "einsum" else 0
+        x = args[place]
         for dim, mask in parts:
             x = x.index_fill(dim, (~mask).nonzero().squeeze(1).to(x.device), 0)
-        return func(x, *rest, **kwargs)
+        return func(*args[:place], x, *args[place + 1 :], **kwargs)
+    x, *rest = args
     size = list(x.shape)
     for dim, mask in parts:
         index = mask.nonzero().squeeze(1).to(x.device)
@@ -290,7 +312,11 @@ def _take(model: nn.Module, name: str, dim: int, index: Tensor, places: _Places)
 
 def _put(old: Tensor, value: Tensor, places: _Places) -> None:
     """Replace a parameter or buffer, also where it is shared with another module."""
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    new = (
+        nn.Parameter(value, requires_grad=old.requires_grad)
+        if isinstance(old, nn.Parameter)
+        else value
+    )
     held = places.pop(id(old), [])
     for table, key in held:
         table[key] = new
@@ -313,9 +339,10 @@ def _refresh_attributes(model: nn.Module) -> None:
             module.num_features = module.num_features if stats is None else len(stats)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
             if isinstance(weight, Tensor):
-                module.normalized_shape = tuple(weight.shape)
-        elif isinstance(module, nn.GroupNorm) and weight is not None and len(weight) != module.num_channels:
-            module.num_groups = module.num_groups * len(weight) // module.num_channels
+                module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+        elif isinstance(module, nn.GroupNorm) and weight is not None:
+            if module.num_groups > 1:  # whole groups go, so each keeps its width
+                module.num_groups = module.num_groups * len(weight) // module.num_channels
             module.num_channels = len(weight)
 
 

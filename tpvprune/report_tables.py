@@ -193,6 +193,7 @@ def making(data: Mapping[str, Any]) -> str:
     settings = {
         label: data.get(key)
         for key, label in (
+            ("weights", "Weights"),
             ("criterion", "Criterion"),
             ("repair", "Repair"),
             ("repair_chosen", "Repair chosen"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.positions import by_channel, contract, sampled_rows
 from tpvprune.tracking import CONTRACTIONS, function_name
 
 Metric = Literal["logits", "pseudo", "fisher", "features"]
+
+# What stands in for a channel is fitted on so many samples: that pass is a forward of its own.
+_MAP_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,9 @@ def tpv_scores(
     if num_probes < 1:
         raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
     inputs = unlabeled(batches)
-    maps = residual_maps(model, groups, inputs, ridge=ridge) if compensated else {}
+    maps = {}
+    if compensated:
+        maps = residual_maps(model, groups, inputs, ridge=ridge, max_samples=_MAP_SAMPLES)
     first = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     second = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     num_samples = 0
@@ -133,31 +140,41 @@ def output_changes(
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Yield, batch by batch, v^T u_c(x) for every channel: ({group: [probes, B, C]}, B)."""
     plan = reader_plan(groups)
-    maps = maps or {}
+    device = next(model.parameters()).device
+    places = {
+        call: [(g, r.index.to(device), r.channel.to(device)) for g, r in readers]
+        for call, readers in plan.items()
+    }
+    maps = {call: (mean.to(device), m.to(device)) for call, (mean, m) in (maps or {}).items()}
     for x, directions, tap in passes(model, groups, inputs, metric, num_probes, seed):
+        num = len(x)
         parts: list[dict[str, Tensor]] = []
 
-        def collect(call: int, activation: Tensor, grad: Tensor, num: int = len(x)) -> None:
+        def collect(
+            call: int, a: Tensor, grad: Tensor, num: int = num, parts: Any = parts
+        ) -> None:
             dim = plan[call][0][1].channel_dim
-            if call in maps:
-                mean, matrix = maps[call]
-                activation = residual(activation, dim, mean, matrix)
-            per_channel = _sum_positions(activation * grad, dim, num)
-            for group, reader in plan[call]:
+            a, grad = by_channel(a, dim, num), by_channel(grad, dim, num)
+            per_channel = contract(a, grad, num, maps.get(call))
+            for group, index, channel in places[call]:
                 u = parts[-1].setdefault(
                     group.name, per_channel.new_zeros(num, group.num_channels)
                 )
-                index, channel = reader.index.to(u.device), reader.channel.to(u.device)
                 u.index_add_(1, channel, per_channel[:, index])
 
-        for v in directions:
+        for i, v in enumerate(directions, 1):
             parts.append({})
-            tap.backward(v, collect)
-        yield {g.name: torch.stack([p[g.name] for p in parts]) for g in groups}, len(x)
+            tap.backward(v, collect, last=i == len(directions))
+        yield {g.name: torch.stack([p[g.name] for p in parts]) for g in groups}, num
 
 
 def residual_maps(
-    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], *, ridge: float
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    ridge: float,
+    max_samples: int | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Return, per reader call, (mean [n], M [n, n]) with residuals r = (a - mean) M.
 
@@ -165,7 +182,9 @@ def residual_maps(
     channels (a head) leave together, so M there is P[:, R] P_RR^-1.
     """
     maps = {}
-    for call, (mean, covariance) in input_covariances(model, groups, inputs).items():
+    for call, (mean, covariance) in input_covariances(
+        model, groups, inputs, max_samples=max_samples
+    ).items():
         units = list(_blocks(reader_plan(groups)[call]))
         maps[call] = (mean, residual_map(ridge_inverse(covariance, ridge), units))
     return maps
@@ -188,35 +207,50 @@ def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
     """Return (covariance + ridge * mean variance * I)^-1."""
     scale = covariance.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.inv(covariance + ridge * scale * eye)
+    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
+    if bool(failed.any()):  # rounding, or NaN, which the scores report
+        return torch.linalg.inv(covariance + ridge * scale * eye)
+    return torch.cholesky_inverse(factor)
 
 
 def input_covariances(
-    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], *, max_inputs: int = 4096
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    max_inputs: int = 4096,
+    max_positions: int = 64,
+    max_samples: int | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Return, per reader call, mean [n] and covariance [n, n] of its inputs over positions.
 
     Calls with more than ``max_inputs`` inputs (a flattened feature map) are left out: they are
-    scored without compensation.
+    scored without compensation. At most ``max_positions`` positions of a sample are read, of the
+    first ``max_samples`` samples; neither depends on how the samples are split into batches.
     """
     plan = reader_plan(groups)
     sums: dict[int, tuple[Tensor, Tensor, int]] = {}
+    seen = num = 0
 
     def observe(call: int, a: Tensor) -> None:
         dim = plan[call][0][1].channel_dim
         if a.shape[dim] > max_inputs:
             return
-        rows = a.movedim(dim, -1).reshape(-1, a.shape[dim])
-        gram, total = (rows.T @ rows).double(), rows.sum(0).double()
-        if call in sums:
-            old = sums[call]
-            gram, total = gram + old[0], total + old[1]
-        sums[call] = (gram, total, len(rows) + (sums[call][2] if call in sums else 0))
+        rows = sampled_rows(by_channel(a, dim, num), num, seen, max_positions)
+        gram, total, count = sums.get(call, (0, 0, 0))
+        sums[call] = (
+            gram + (rows.T @ rows).double(), total + rows.sum(0).double(), count + len(rows)
+        )
 
     with evaluating(model), torch.no_grad():
         for x in inputs:
+            x = x if max_samples is None else x[: max_samples - seen]
+            num = len(x)
+            if not num:
+                break
             with _Observer(set(plan), observe):
                 model(on_device(x, model))
+            seen += num
     out = {}
     for call, (gram, total, num) in sums.items():
         mean = total / num
@@ -242,11 +276,13 @@ def passes(
     """Yield (inputs, directions, tap) batch by batch, with the model frozen and in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     calls = set(reader_plan(groups))
+    cloned: set[int] = set()
     with evaluating(model), frozen(model), torch.enable_grad():
         for x in inputs:
-            x = on_device(x, model)
-            tap = InputTap(model, x, calls)
+            x = on_device(x.detach(), model)
+            tap = InputTap(model, x, calls, cloned)
             yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
+            tap.close()  # whoever still holds it must not hold two graphs at a time
 
 
 def probe_directions(
@@ -255,8 +291,10 @@ def probe_directions(
     """Return directions v [B, K] for outputs [B, K]."""
     outputs = outputs.detach()
     if metric in {"logits", "features"}:
-        signs = torch.randint(0, 2, (num_probes, *outputs.shape), generator=generator) * 2 - 1
-        return list(signs.to(outputs))
+        num, width = outputs.shape
+        # Sample by sample, so that the directions do not depend on how the inputs are batched.
+        signs = torch.randint(0, 2, (num, num_probes, width), generator=generator) * 2 - 1
+        return list(signs.to(outputs).unbind(1))
     if metric not in {"pseudo", "fisher"}:
         raise ValueError(f"metric: expected logits, pseudo, fisher or features, found {metric!r}.")
     p = outputs.softmax(-1)
@@ -273,9 +311,12 @@ class InputTap:
     layers is then a sum over ten readers, each counted once.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, calls: set[int]) -> None:
+    def __init__(
+        self, model: nn.Module, x: Tensor, calls: set[int], cloned: set[int] | None = None
+    ) -> None:
+        """Run the model; ``cloned`` names (and learns) the calls whose input must be cloned."""
         self._model, self._x, self._calls = model, x, calls
-        self._cloned: set[int] = set()
+        self._cloned = set() if cloned is None else cloned
         self._forward()
 
     def _forward(self) -> None:
@@ -292,28 +333,38 @@ class InputTap:
         self._versions[call] = copied._version
         return copied
 
-    def backward(self, v: Tensor, collect: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Call ``collect(call, activation, gradient of v^T f)`` for every reader call."""
+    def backward(
+        self, v: Tensor, collect: Callable[[int, Tensor, Tensor], None], *, last: bool = False
+    ) -> None:
+        """Call ``collect(call, activation, gradient of v^T f)`` for every reader call.
+
+        With ``last`` the graph is given up on the way, layer by layer.
+        """
         stale = {c for c, t in self._copies.items() if t._version != self._versions[c]}
         if stale:
             # The model wrote into the activation after it was read; keep private copies instead.
             self._cloned |= stale
             self._forward()
-        hooks = []
-        for call, copied in self._copies.items():
-            activation = copied.detach()
-            hooks.append(
-                copied.register_hook(
-                    lambda g, call=call, a=activation: collect(call, a, g)  # type: ignore[misc]
-                )
-            )
-        seen = [t for t in self._copies.values()]
+        held = {call: copied.detach() for call, copied in self._copies.items()}
+
+        def show(call: int, grad: Tensor) -> None:
+            collect(call, held.pop(call) if last else held[call], grad)
+
+        hooks = [t.register_hook(partial(show, call)) for call, t in self._copies.items()]
+        copies, outputs = list(self._copies.values()), self.outputs
+        leaves = [t for t in copies if t.is_leaf] or copies[:1]
+        del copies
+        if last:
+            self.close()
         try:
-            leaves = [t for t in seen if t.is_leaf] or seen[:1]
-            torch.autograd.grad(self.outputs, leaves, v, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(outputs, leaves, v, retain_graph=not last, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def close(self) -> None:
+        """Let go of the graph and of every activation."""
+        self._copies, self.outputs = {}, self.outputs.detach()
 
 
 class _Observer(TorchFunctionMode):
@@ -332,7 +383,22 @@ class _Observer(TorchFunctionMode):
                 replaced = self._see(call, args[0])
                 if replaced is not None:
                     args = (replaced, *args[1:])
+        elif function_name(func) == "batch_norm" and torch.is_grad_enabled():
+            return _normalize(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _normalize(  # type: ignore[no-untyped-def]
+    func, x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    """Batch-normalize; with fixed statistics as one affine map, which keeps no input for later."""
+    fixed = [t for t in (mean, var, weight, bias) if t is not None]
+    if training or mean is None or any(t.requires_grad or t.dtype != x.dtype for t in fixed):
+        return func(x, mean, var, weight, bias, training, momentum, eps)
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (-1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
 
 
 # ---- small pieces ---------------------------------------------------------------------------
@@ -382,12 +448,6 @@ def reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Rea
         for reader in group.readers:
             plan.setdefault(reader.call, []).append((group, reader))
     return plan
-
-
-def _sum_positions(values: Tensor, dim: int, num_samples: int) -> Tensor:
-    """Sum over everything but sample and channel: [B, n]. Windows of one sample are adjacent."""
-    rows = values.movedim(dim, -1)
-    return rows.reshape(num_samples, -1, rows.shape[-1]).sum(1)
 
 
 def _blocks(plan: list[tuple[ChannelGroup, Reader]]) -> Iterator[Tensor]:

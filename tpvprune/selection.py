@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from tpvprune.groups import Axis, ChannelGroup, ChannelGroups, Kept
 
 Budget = Literal["macs", "params"]
+
+
+class Floors(TypedDict):
+    """How far one group may shrink; see :func:`select_channels`."""
+
+    round_to: int
+    min_channels: int
+    max_removed: float
 
 
 def select_channels(
@@ -87,10 +95,17 @@ def cost(groups: ChannelGroups, kept: Mapping[str, Tensor], of: Budget) -> float
 
 
 def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
-    """Return, per group, what removing each single unit from the dense model saves: [C].
+    """Return, per group, what removing each single unit from the dense model saves.
 
     Units of one group need not cost the same: in a padded residual stream some channels exist in
     every stage, others only in the last.
+
+    Args:
+        groups: Channel groups.
+        of: ``"macs"`` or ``"params"``.
+
+    Returns:
+        Group name -> Tensor [C], in MACs or parameters.
     """
     if of == "macs":
         entries = [(c.macs, c.axes) for c in groups.costs]
@@ -108,8 +123,14 @@ def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
     return savings
 
 
-def check_budget(keep: float, of: str, round_to: int, min_channels: int, max_removed: float) -> None:
-    """Raise ``ValueError`` for a budget argument out of range."""
+def check_budget(
+    keep: float, of: str, round_to: int, min_channels: int, max_removed: float
+) -> None:
+    """Check the budget arguments.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}; 0.5 keeps half.")
     if of not in {"macs", "params"}:
@@ -220,6 +241,7 @@ def _greedy(
     heap = [(priority(g.name)[0], i, g.name) for i, g in enumerate(groups)]
     heap = [h for h in heap if widths[h[2]] - block(h[2]) >= floors[h[2]]]
     heapq.heapify(heap)
+    removed: list[tuple[str, int]] = []
     while heap and total > target:
         old, i, name = heapq.heappop(heap)
         now, saving = priority(name)
@@ -227,10 +249,25 @@ def _greedy(
         if heap and now > old and now > heap[0][0]:
             heapq.heappush(heap, (now, i, name))
             continue
+        removed.append((name, block(name)))
         widths[name] -= block(name)
         total -= saving
         if widths[name] - block(name) >= floors[name]:
             heapq.heappush(heap, (priority(name)[0], i, name))
+    return _refill(model, widths, removed, target)
+
+
+def _refill(
+    model: CostModel, widths: dict[str, int], removed: list[tuple[str, int]], target: float
+) -> dict[str, int]:
+    """Return the widths after giving back, latest first, what still fits into the budget.
+
+    The last channels of a greedy run can be expensive ones that overshoot the target.
+    """
+    for name, size in dict(reversed(removed)).items():
+        grown = {**widths, name: widths[name] + size}
+        if model.total(grown) <= target:
+            widths = grown
     return widths
 
 
@@ -247,6 +284,7 @@ def _checked(scores: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
     if score.shape != (group.num_channels,) or not bool(score.isfinite().all()):
         raise ValueError(
             f"scores[{group.name!r}]: expected {group.num_channels} finite values, "
-            f"found shape {tuple(score.shape)}{'' if score.isfinite().all() else ' with NaN or infinity'}."
+            f"found shape {tuple(score.shape)}"
+            f"{'' if score.isfinite().all() else ' with NaN or infinity'}."
         )
     return score

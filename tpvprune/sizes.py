@@ -1,6 +1,6 @@
 """Where the sizes in a forward pass come from, and what they must become after a removal.
 
-Models write sizes down: ``x.view(B, N, self.num_heads, self.head_dim)``, ``x.split(self.width, 1)``.
+Models write sizes down: ``x.view(B, N, self.num_heads, -1)``, ``x.split(self.width, 1)``.
 While a model is tracked, its integer attributes and the sizes of labelled dimensions are
 :class:`TracedInt`: integers that remember the expression they were computed by. Each time one of
 them sizes a dimension whose channels may go, that is a :class:`SizeRule`; :func:`solve` finds the
@@ -9,7 +9,7 @@ attribute values under which every rule holds for the channels that stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,9 @@ def trace_attributes(model: nn.Module) -> None:
     Those of torch's own layers are left alone: their meaning is known.
     """
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch."):
-            continue
+        torchs = type(module).__module__.startswith("torch.")
         for name, value in list(vars(module).items()):
-            if name.startswith("_") or name == "training":
+            if name.startswith("_") or (torchs and name != "normalized_shape"):
                 continue
             if _is_size(value):
                 vars(module)[name] = TracedInt(value, Attribute(path, name))
@@ -168,7 +167,10 @@ def solve(
         target = int(rule.axis.kept(kept).sum())
         if isinstance(rule.expression, Attribute):
             if values.setdefault(rule.expression, target) != target:
-                raise _conflict(rule.expression, values[rule.expression], target)
+                raise ValueError(
+                    f"{rule.expression.module}.{rule.expression.name} would have to be "
+                    f"{values[rule.expression]} and {target} at once."
+                )
         else:
             open_rules.append((rule, target))
 
@@ -187,21 +189,24 @@ def solve(
         free = [leaf for leaf in free if leaf not in values]
         if evaluate(rule.expression) == target:
             values.update({leaf: get_attribute(model, leaf) for leaf in free})
-        elif not _adjust(rule, target, free, values, model, evaluate):
-            raise ValueError(f"no attribute makes {evaluate(rule.expression)} channels {target} in {rule.expression}.")
+        elif not _adjust(
+            rule, target, {leaf: get_attribute(model, leaf) for leaf in free}, values, evaluate
+        ):
+            raise ValueError(
+                f"no attribute makes {evaluate(rule.expression)} channels {target} "
+                f"in {rule.expression}."
+            )
     return {a: v for a, v in values.items() if v != get_attribute(model, a)}
 
 
 def _adjust(
     rule: SizeRule,
     target: int,
-    free: Sequence[Attribute],
+    free: Mapping[Attribute, int],
     values: dict[Attribute, int],
-    model: nn.Module,
     evaluate: Callable[[Expression], int],
 ) -> bool:
-    for leaf in free:
-        dense = get_attribute(model, leaf)
+    for leaf, dense in free.items():
         size = rule.axis.size
         for candidate in (dense * target // size, dense - size + target, target):
             values[leaf] = candidate
@@ -209,12 +214,6 @@ def _adjust(
                 return True
             del values[leaf]
     return False
-
-
-def _conflict(attribute: Attribute, first: int, second: int) -> ValueError:
-    return ValueError(
-        f"{attribute.module}.{attribute.name} would have to be {first} and {second} at once."
-    )
 
 
 def get_attribute(model: nn.Module, attribute: Attribute) -> int:

@@ -15,7 +15,7 @@ not matter; 4. sizes that a model writes down are traced to its attributes (:mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,43 +25,22 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune import contractions, movements
 from tpvprune.coupling import Coupling
-from tpvprune.fields import FIXED, Atoms, Field, along, flatten, right_align, varying
+from tpvprune.fields import FIXED, Atoms, Field, along, flatten, right_align, unite_all_but, varying
+from tpvprune.operations import (
+    CONTRACTIONS,
+    MATMULS,
+    MIXERS,
+    MOVES,
+    NEW,
+    NORMS,
+    POINTWISE,
+    POOLS,
+    REDUCTIONS,
+    function_name,
+)
 from tpvprune.sizes import AxisSize, TracedInt, trace_attributes
 
-CONTRACTIONS = frozenset(
-    {"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-)
-NORMS = frozenset({"layer_norm", "rms_norm"})
-# What mixes channels without weights of its own: over labelled channels it becomes the same
-# over those that stay. The matrix products are here because they contract.
-MIXERS = frozenset(
-    "group_norm mean sum amax amin max min var std var_mean std_mean norm vector_norm linalg_vector_norm "
-    "linalg_norm normalize softmax log_softmax logsumexp matmul bmm mm batch_norm".split()
-)
-MATMULS = frozenset({"matmul", "bmm", "mm"})
-_POINTWISE = frozenset(
-    "add sub rsub mul div truediv true_divide maximum minimum where masked_fill addcmul addcdiv lerp "
-    "pow rpow relu relu6 gelu silu sigmoid logsigmoid tanh hardswish hardsigmoid hardtanh leaky_relu "
-    "elu celu selu mish softplus softsign exp expm1 log log1p sqrt rsqrt abs neg clamp clamp_min "
-    "clamp_max clip square reciprocal erf sin cos sign clone contiguous to float double half "
-    "bfloat16 type type_as detach dropout dropout1d dropout2d alpha_dropout feature_dropout softmax "
-    "log_softmax normalize nan_to_num prelu threshold identity alias requires_grad copy "
-    "gt lt ge le eq ne logical_not logical_and logical_or".split()
-)
-_POOLS = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d lp_pool2d "
-    "interpolate upsample grid_sample max_pool2d_with_indices boolean_dispatch "
-    "_max_pool2d _max_pool1d".split()
-)
-_REDUCTIONS = frozenset(
-    "mean sum amax amin max min var std var_mean std_mean logsumexp norm prod vector_norm "
-    "linalg_vector_norm linalg_norm".split()
-)
-_NEW = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full new_tensor bernoulli is_floating_point size dim numel stride is_contiguous".split()
-)
+__all__ = ["CONTRACTIONS", "Call", "ChannelPad", "Norm", "Tracker", "function_name", "track"]
 
 
 @dataclass(frozen=True)
@@ -99,19 +78,6 @@ class ChannelPad:
     back: Tensor
 
 
-def function_name(func: Callable[..., Any]) -> str:
-    """Return the plain name of a torch function: ``__iadd__`` and ``add_`` are both ``add``."""
-    name = getattr(func, "__name__", type(func).__name__)
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-        # __radd__, __iadd__ and __add__ unite the same operands.
-        if name[:1] in "ir" and name[1:] in {"add", "sub", "mul", "truediv", "pow", "matmul"}:
-            name = name[1:]
-    elif name.endswith("_") and not name.startswith("_"):
-        name = name.rstrip("_")
-    return name
-
-
 class Tracker(TorchFunctionMode):
     """Torch-function mode that labels tensors with the atoms they depend on.
 
@@ -128,6 +94,7 @@ class Tracker(TorchFunctionMode):
         self._keep_alive: list[Tensor] = []
         self._fields: dict[int, list[Field]] = {}
         self.param_atoms: dict[tuple[str, int], Tensor] = {}
+        self.kernels: set[str] = set()  # weights whose dimensions from the third on are positions
         self.producers: set[tuple[str, int]] = set()
         self.consumers: set[tuple[str, int]] = set()
         self.calls: list[Call] = []
@@ -169,7 +136,7 @@ class Tracker(TorchFunctionMode):
             self._fields[key] = [
                 along(self._param_axis(name, dim, size), dim, tensor.ndim)
                 for dim, size in enumerate(tensor.shape)
-                if size > 1
+                if size > 1 and not (dim > 1 and name in self.kernels)
             ]
         return self._fields.get(key, [])
 
@@ -212,9 +179,7 @@ class Tracker(TorchFunctionMode):
 
     # ---- dispatch ---------------------------------------------------------------------------
 
-    def __torch_function__(  # type: ignore[no-untyped-def]  # noqa: D105
-        self, func, types, args=(), kwargs=None
-    ):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
         if name in CONTRACTIONS:
@@ -229,7 +194,9 @@ class Tracker(TorchFunctionMode):
         if name == "size" and isinstance(out, int):
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._traced_size(args[0], args[0].shape)[dim]
-        if name == "set" or not any(isinstance(o, Tensor) for o in flatten(out)) and name != "setitem":
+        if name == "set" or (
+            not any(isinstance(o, Tensor) for o in flatten(out)) and name != "setitem"
+        ):
             return out
         try:
             self._propagate(name, func, args, kwargs, out)
@@ -256,11 +223,10 @@ class Tracker(TorchFunctionMode):
         tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
         if name in CONTRACTIONS:
             contractions.contract(self, name, args, kwargs, out)
-        elif not any(self.labels(t) for t in tensors):
-            if name in MATMULS:
-                contractions.multiply(self, args[0], args[1], out)
         elif name in MATMULS:
-            contractions.multiply(self, args[0], args[1], out)
+            self._product(name, args, out)
+        elif not any(self.labels(t) for t in tensors):
+            return
         elif name == "scaled_dot_product_attention":
             contractions.attend(self, args, kwargs, out)
         elif name in {"batch_norm", "instance_norm"}:
@@ -269,23 +235,35 @@ class Tracker(TorchFunctionMode):
             self._layer_norm(args, kwargs, out)
         elif name == "group_norm":
             self._group_norm(args, kwargs, out)
-        elif name in movements.MOVES:
+        elif name in MOVES:
             movements.move(self, name, func, args, kwargs, out)
-        elif name == "pad":
+        else:
+            self._propagate_rest(name, args, kwargs, out)
+
+    def _propagate_rest(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
+        if name == "pad":
             movements.pad(self, args, kwargs, out)
         elif name == "setitem":
             movements.set_item(self, args)
-        elif name in _POINTWISE:
+        elif name in POINTWISE:
             self.pointwise(name, tensors, out)
             if name in MIXERS:
                 self._mix(args, kwargs, default=-1 if "softmax" in name else 1)
-        elif name in _POOLS:
+        elif name in POOLS:
             self._pool(name, args[0], out)
-        elif name in _REDUCTIONS:
+        elif name in REDUCTIONS:
             self._mix(args, kwargs, default=None)
             self._reduce(args, kwargs, out)
-        elif name not in _NEW and not name.startswith("_"):
+        elif name not in NEW and not name.startswith("_"):
             self.pin(tensors, f"passes through {name}, which is not followed")
+
+    def _product(self, name: str, args: Any, out: Tensor) -> None:
+        if name == "einsum":
+            flat = args if len(args) > 2 else (args[0], *args[1])
+            contractions.sum_products(self, flat, out)
+        else:
+            contractions.multiply(self, args[0], args[1], out)
 
     # ---- element-wise, pooling, reduction ---------------------------------------------------
 
@@ -301,13 +279,15 @@ class Tracker(TorchFunctionMode):
             for field in fields:
                 for j, (shape, others) in enumerate(operands):
                     if i != j:
-                        self._meet(name, field, shape, others)
+                        self.meet(name, field, shape, others)
                 merged.append(field)
         # A field along fewer dimensions than another one is implied by it.
         dims = [set(varying(f)) for f in merged]
-        self.set_labels(out, [f for f, d in zip(merged, dims, strict=True) if not any(d < e for e in dims)])
+        self.set_labels(
+            out, [f for f, d in zip(merged, dims, strict=True) if not any(d < e for e in dims)]
+        )
 
-    def _meet(self, name: str, field: Field, shape: Sequence[int], others: list[Field]) -> None:
+    def meet(self, name: str, field: Field, shape: Sequence[int], others: list[Field]) -> None:
         """Unite a field with what another operand of ``shape`` has in the same places."""
         dims = set(varying(field))
         met: set[int] = set()
@@ -317,7 +297,9 @@ class Tracker(TorchFunctionMode):
             if common == dims == set(varying(other)):
                 self.atoms.unite(field, other, f"is combined ({name}) with channels that must stay")
             elif common:
-                self.coupling.defer(field, other, f"is combined ({name}) with channels of another shape")
+                self.coupling.defer(
+                    field, other, f"is combined ({name}) with channels of another shape"
+                )
         fixed = [d for d in dims - met if shape[d] > 1]
         if fixed:
             zeros = torch.zeros([s if d in fixed else 1 for d, s in enumerate(field.shape)]).long()
@@ -325,13 +307,23 @@ class Tracker(TorchFunctionMode):
 
     def _pool(self, name: str, x: Tensor, out: Any) -> None:
         spatial = range(max(x.ndim - 2, 2) if "2d" in name else 2, x.ndim)
+        self.level(x, spatial, f"varies over the positions that {name} pools")
         kept = [f for f in self.labels(x) if all(f.shape[d] == 1 for d in spatial)]
-        for field in self.labels(x):
-            if not any(field is k for k in kept):
-                self.unite(field, FIXED, f"varies over the positions that {name} pools")
         for o in flatten(out):
             if isinstance(o, Tensor) and o.is_floating_point():
                 self.set_labels(o, kept)
+
+    def level(self, x: Tensor, positions: Iterable[int], reason: str) -> None:
+        """Make fields constant over positions that are mixed; pin what varies over nothing else."""
+        positions = list(positions)
+        uneven = [f for f in self.labels(x) if any(f.shape[d] > 1 for d in positions)]
+        for field in uneven:
+            if set(varying(field)) <= set(positions):
+                self.unite(field, FIXED, reason)
+            else:
+                unite_all_but(self.atoms, field, set(range(x.ndim)) - set(positions), reason)
+        if uneven:
+            self.set_labels(x, self.labels(x))
 
     def _mix(self, args: Any, kwargs: Any, default: int | None) -> None:
         dims = _dims(args, kwargs, default)
@@ -362,7 +354,9 @@ class Tracker(TorchFunctionMode):
         names = ("input", "running_mean", "running_var", "weight", "bias", "training")
         values = named(args, kwargs, names)
         vectors = [values[k] for k in names[1:5] if isinstance(values.get(k), Tensor)]
-        if values.get("running_mean") is None:  # normalised over what is seen: weight standardisation
+        if (
+            values.get("running_mean") is None
+        ):  # normalised over what is seen: weight standardisation
             others = [d for d in range(x.ndim) if d != 1]
             self.coupling.mix(self.num_mixers - 1, self.labels(x), others, standardises=True)
         if not vectors:
@@ -378,6 +372,8 @@ class Tracker(TorchFunctionMode):
         x, shape = args[0], values["normalized_shape"]
         operands = [values[k] for k in ("weight", "bias") if isinstance(values.get(k), Tensor)]
         self.pointwise("layer_norm", [x, *operands], out)
+        for d, size in zip(range(x.ndim - len(shape), x.ndim), shape, strict=True):
+            self.coupling.size(size, self.labels(x), d, x.shape[d])
         if len(shape) == 1:
             self.coupling.normalise(self.num_norms - 1, self.labels(x), x.ndim - 1)
 
@@ -411,12 +407,16 @@ def track(model: nn.Module, inputs: tuple[Any, ...]) -> Tracker:
         *model.named_buffers(remove_duplicate=False),
     ]
     tracker = Tracker(named_tensors)
-    tracker.batch_size = next((len(i) for i in flatten(inputs) if isinstance(i, Tensor) and i.ndim), 1)
+    tracker.batch_size = next(
+        (len(i) for i in flatten(inputs) if isinstance(i, Tensor) and i.ndim), 1
+    )
 
     def leave(*_: Any) -> None:
         tracker.module_path.pop()
 
     for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            tracker.kernels.add(f"{name}.weight")
         module.register_forward_pre_hook(lambda *_, name=name: tracker.module_path.append(name))
         module.register_forward_hook(leave)
     trace_attributes(model)

@@ -27,7 +27,11 @@ _UNTIMELY = "could not be verified within the time limit"
 
 
 def verify_groups(
-    model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...], *, time_limit: float = TIME_LIMIT
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: tuple[Any, ...],
+    *,
+    time_limit: float = TIME_LIMIT,
 ) -> ChannelGroups:
     """Block every group for which masking and removal differ.
 
@@ -114,16 +118,18 @@ class _Checker:
                 if tensor.is_floating_point():
                     _jitter(tensor, generator)
         self.inputs = tuple(
-            i.detach().cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs
+            i.detach().cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else i
+            for i in inputs
         )
-        kept = {}
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
         for group in groups:
-            mask = torch.rand(group.num_channels, generator=generator) > 1 / 3
-            mask[torch.randint(group.num_channels, (1,), generator=generator)] = False
-            if not mask.any():
-                mask[0], mask[1] = True, False
-            kept[group.name] = mask
-        self.kept = restore_empty(groups, kept)
+            # Between the two trials every channel is removed once.
+            order = torch.randperm(group.num_channels, generator=generator)
+            gone = torch.zeros(group.num_channels, dtype=torch.bool)
+            gone[order[: group.num_channels // 2]] = True
+            first[group.name], second[group.name] = gone.logical_not(), gone
+        self.trials = [restore_empty(groups, first), restore_empty(groups, second)]
         with torch.no_grad():
             self.dense = _outputs(self.model(*self.inputs))
 
@@ -132,16 +138,19 @@ class _Checker:
         if time.monotonic() > self.deadline:
             self.error = _UNTIMELY
             return False
-        kept = {name: self.kept[name] for name in names}
+        return all(self._compare({name: trial[name] for name in names}) for trial in self.trials)
+
+    def _compare(self, kept: dict[str, Tensor]) -> bool:
         try:
             with torch.no_grad():
                 small = removed_view(self.model, self.groups, kept)
                 removed = _outputs(small(*self.inputs))
                 with MaskedChannels(self.groups, kept):
                     masked = _outputs(self.model(*self.inputs))
-        except Exception as error:  # noqa: BLE001  (whatever a model raises, the group stays whole)
+        except Exception as error:
             text = str(error).strip().splitlines()
-            self.error = f"removal breaks the forward: {type(error).__name__}: {text[0][:120] if text else ''}"
+            first = text[0][:120] if text else ""
+            self.error = f"removal breaks the forward: {type(error).__name__}: {first}"
             return False
         if removed.shape != masked.shape:
             self.error = f"removal changes the output shape to {tuple(removed.shape)}"
@@ -167,7 +176,7 @@ def _jitter(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _outputs(value: Any) -> Tensor:
-    """Concatenate everything a model returns into one vector."""
+    """Return everything that a model returns as one vector."""
     if isinstance(value, Tensor):
         return value.double().reshape(len(value) if value.ndim else 1, -1)
     if isinstance(value, dict):

@@ -1,0 +1,187 @@
+"""One-shot accuracy: prune, repair, evaluate on the full test set. No labels, no gradient step.
+
+    python benchmarks/oneshot.py --model cifar_resnet56 --checkpoint FILE \
+        --train-dir cifar10-train.tar --test-dir cifar10-test.tar --keep 0.7 0.5 0.3 --seeds 3
+
+A seed draws the unlabeled training images and the probes. One CSV row per (model, criterion,
+allocation, repair, steps, images, keep, seed); rows that exist are skipped, so a run that was
+stopped goes on. Ends with a Markdown table, mean ± sd over the seeds. The dense accuracy is the
+row with keep 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import write_environment
+
+from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.data import open_images
+from tpvprune.evaluation import evaluate
+from tpvprune.loading import choose_images, in_memory
+from tpvprune.models import load_model
+from tpvprune.pipeline import prune
+from tpvprune.preprocessing import resolve_preprocessing
+
+KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "keep", "seed"]
+COLUMNS = [*KEY, "labels", "macs_kept", "params_kept", "top1", "dense_top1", "agreement", "seconds"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"oneshot-{args.model}.csv"
+    done = read(path)
+    model, _ = load_model(args.model, checkpoint=args.checkpoint)
+    test = images(args, model, args.test_dir, None, 0)
+    dense: float | None = None
+    for seed in range(args.seeds):
+        wanted = [w for w in settings(args, seed) if tuple(map(str, w)) not in done]
+        if not wanted:
+            continue
+        dense = dense or evaluate(model, test).top1
+        train = images(args, model, args.train_dir, args.num_images, seed)
+        for key in wanted:
+            row = measure(args, model, train, test, dict(zip(KEY, key, strict=True)))
+            row["dense_top1"] = f"{100 * dense:.2f}"
+            append(path, row)
+            print(f"{row['criterion']} keep {row['keep']} seed {seed}: {row['top1']}", flush=True)
+    write_environment(path.with_suffix(".json"), args)
+    print(markdown(path))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description="one-shot pruning accuracy")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--train-dir", required=True)
+    parser.add_argument("--test-dir", required=True)
+    parser.add_argument("--input-size", type=int, nargs=3, default=None)
+    parser.add_argument("--crop-pct", type=float, default=None)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--criteria", nargs="+", default=["tpv"], choices=list(SCORERS))
+    parser.add_argument("--allocation", choices=["curves", "rank"], default=None)
+    parser.add_argument("--repair", default="compensate")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(argv)
+
+
+def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
+    """Return the keys of all rows of one seed."""
+    return [
+        (
+            args.model,
+            criterion,
+            args.allocation or ("curves" if criterion == "tpv" else "rank"),
+            args.repair,
+            args.steps,
+            args.num_images,
+            keep,
+            seed,
+        )
+        for criterion in args.criteria
+        for keep in args.keep
+    ]
+
+
+def images(args: argparse.Namespace, model: Any, folder: str, num: int | None, seed: int) -> Any:
+    """Return labelled batches held in memory; ``num`` of them, or all."""
+    return in_memory(
+        choose_images(
+            open_images(folder, labelled=True),
+            resolve_preprocessing(model, input_size=args.input_size, crop_pct=args.crop_pct),
+            num_images=num,
+            seed=seed,
+            batch_size=125,
+            workers=2,
+            labelled=True,
+        )
+    )
+
+
+def measure(
+    args: argparse.Namespace, model: Any, train: Any, test: Any, key: dict[str, Any]
+) -> dict[str, Any]:
+    """Prune once and return the finished row."""
+    start = time.perf_counter()
+    result = prune(
+        model,
+        train,
+        keep=key["keep"],
+        criterion=key["criterion"],
+        allocation=key["allocation"],
+        repair=key["repair"],
+        steps=key["steps"],
+        seed=key["seed"],
+        labelled_batches=train if key["criterion"] in NEEDS_LABELS else None,
+    )
+    seconds = time.perf_counter() - start
+    found = evaluate(result.model, test, dense=model)
+    macs, params = (result.report["pruned"][k] / result.report["dense"][k] for k in ("macs", "params"))
+    if not args.keep or macs > key["keep"] + 1e-9:
+        raise RuntimeError(f"budget missed: {macs:.4f} of the MACs for keep {key['keep']}")
+    return key | {
+        "labels": "yes" if key["criterion"] in NEEDS_LABELS else "no",
+        "macs_kept": f"{macs:.4f}",
+        "params_kept": f"{params:.4f}",
+        "top1": f"{100 * found.top1:.2f}",
+        "agreement": f"{100 * (found.agreement or 0):.2f}",
+        "seconds": f"{seconds:.1f}",
+    }
+
+
+def read(path: Path) -> set[tuple[str, ...]]:
+    """Return the keys of the rows that exist."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Write one finished row."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        if new:
+            table.writeheader()
+        table.writerow(row)
+
+
+def markdown(path: Path) -> str:
+    """Return the table of a result file: mean ± sd of top-1 over the seeds."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            groups[tuple(row[k] for k in KEY[:-1])].append(row)
+    lines = [
+        "| model | criterion | widths | repair | steps | images | MACs kept | top-1 | dense | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, rows in groups.items():
+        top1 = [float(r["top1"]) for r in rows]
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        macs = statistics.mean(float(r["macs_kept"]) for r in rows)
+        cells = [*key[:6], f"{macs:.3f}", f"{statistics.mean(top1):.2f}{spread}"]
+        lines.append("| " + " | ".join([*cells, rows[0]["dense_top1"], str(len(rows))]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""Variance curves against the closed form by least squares, at every width."""
+
+import pytest
+import torch
+from cases import NUM_CLASSES, Chain, batches, build, duplicate_channel, images, kill_channel
+from oracles import output_changes, unpredictable
+from torch import nn
+
+from tpvprune import find_groups, tpv_scores, variance_curves
+
+SINGLE = {"rtol": 2e-3, "atol": 1e-9}  # the matrices S are kept in float32
+RIDGE = 1e-3
+
+
+
+@torch.no_grad()
+def pseudo_direction(model, x):
+    p = model(x).softmax(1)
+    return p - nn.functional.one_hot(p.argmax(1), NUM_CLASSES)
+
+
+def joint_variance(model, group, x, channels):
+    """Return E[u_R^2] when the channels leave together and the others stand in for them."""
+    replace = unpredictable(model, group, x, channels, ridge=RIDGE)
+    u = output_changes(model, group, x, replace)[:, :, channels].sum(2)
+    return float((u.detach() * pseudo_direction(model, x)).sum(1).square().mean())
+
+
+def curves_of(model, groups, data=None, **kwargs):
+    data = batches(32, 12) if data is None else data
+    return variance_curves(model, groups, data, metric="pseudo", ridge=RIDGE, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("case", "unit"),
+    [("chain", "channel"), ("residual", "channel"), ("concat", "channel"), ("gate", "channel"),
+     ("flatten", "channel"), ("grouped", "conv group"), ("attention", "head")],
+)  # fmt: skip
+def test_curves_equal_the_closed_form_at_every_width(case, unit):
+    model, x = build(case), images(32)
+    groups = find_groups(model, x[:2])
+    assert unit in {g.unit for g in groups}
+    curves = curves_of(model, groups)
+    for group in groups:
+        curve, most = curves[group.name], 0.0
+        for k in range(group.num_channels):
+            # Never less than at a larger width: what was lost before can only look regained.
+            most = max(most, joint_variance(model, group, x, curve.order[:k]) if k else 0.0)
+            torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
+
+
+def test_curves_of_wide_cuts_add_up_what_each_channel_leaves():
+    model, x = build("residual"), images(32)
+    groups = find_groups(model, x[:2])
+    curves = curves_of(model, groups, max_bytes=0)
+    v = pseudo_direction(model, x)
+    for group in groups:
+        u = torch.stack(
+            [
+                torch.einsum(
+                    "bk,bk->b",
+                    output_changes(
+                        model, group, x, unpredictable(model, group, x, [c], ridge=RIDGE)
+                    )[:, :, c],
+                    v,
+                )
+                for c in range(group.num_channels)
+            ],
+            1,
+        )
+        curve, most = curves[group.name], 0.0
+        for k in range(group.num_channels):
+            most = max(most, float(u.detach()[:, curve.order[:k]].sum(1).square().mean()))
+            torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
+
+
+@pytest.mark.parametrize("case", ["residual", "depthwise", "flatten", "attention"])
+def test_curves_are_monotone_permutations_from_zero(case):
+    model = build(case)
+    groups = find_groups(model, images(2))
+    for group in groups:
+        curve = variance_curves(model, groups, batches())[group.name]
+        assert sorted(curve.order.tolist()) == list(range(group.num_channels))
+        assert curve.variance[0] == 0
+        assert (curve.variance.diff() >= 0).all()
+
+
+def test_first_to_leave_has_the_smallest_compensated_score():
+    model = build("chain")
+    groups = find_groups(model, images(2))
+    curves = curves_of(model, groups)
+    scores = tpv_scores(model, groups, batches(32, 12), metric="pseudo", ridge=RIDGE)
+    for name, curve in curves.items():
+        assert curve.order[0] == scores[name].argmin()
+        torch.testing.assert_close(float(curve.variance[1]), float(scores[name].min()), **SINGLE)
+
+
+def test_dead_and_duplicated_channels_leave_first_and_for_nothing():
+    model = kill_channel(duplicate_channel(build("chain"), 0, 1), 2)
+    groups = find_groups(model, images(2))
+    curve = variance_curves(model, groups, batches(), ridge=1e-6)["conv1"]
+    assert curve.order[0] == 2
+    assert int(curve.order[1]) in {0, 1}
+    assert curve.variance[2] < 1e-4 * curve.variance[3]
+
+
+def test_curves_do_not_depend_on_batch_split():
+    model, x = build("residual"), images(32)
+    groups = find_groups(model, x[:2])
+    a, b = (
+        variance_curves(model, groups, parts, num_probes=2) for parts in ([x], x.split([1, 20, 11]))
+    )
+    for name in a:
+        assert torch.equal(a[name].order, b[name].order)
+        torch.testing.assert_close(a[name].variance, b[name].variance, **SINGLE)
+
+
+def test_wide_groups_leave_in_blocks():
+    model = build(Chain, 200)
+    groups = find_groups(model, images(2))
+    curve = variance_curves(model, groups, batches())["conv1"]
+    assert sorted(curve.order.tolist()) == list(range(200))
+    assert len(curve.variance) == 200
+    assert (curve.variance.diff() >= 0).all()
+    assert curve.variance.isfinite().all()

@@ -1,0 +1,65 @@
+"""The examples and every code block of the README run as they are written."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tpvprune.flags import build_parser
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(language):
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "your_own_model.py"])
+def test_example_runs_and_is_short(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = ROOT / "examples" / name
+    assert len(path.read_text("utf-8").splitlines()) <= 50
+    runpy.run_path(str(path), run_name="__main__")
+    assert "MACs" in capsys.readouterr().out
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert {path.name for path in Path("smaller").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "report.html",
+        "report.json",
+    }
+
+
+def test_commands_of_the_readme_are_understood():
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("tpvprune ")]
+    assert {build_parser().parse_args(command).command for command in commands} == {
+        "prune",
+        "evaluate",
+    }
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert {line.split()[1] for line in lines if line.startswith("make ")} <= set(targets)
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for page in ("README.md", "docs/method.md"):
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text("utf-8")):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_functions_named_in_the_method_exist():
+    text = (ROOT / "docs" / "method.md").read_text("utf-8")
+    for module, name in re.findall(r"`(\w+)\.(\w+)(?:\(|`)", text):
+        if module == "tpvprune" or (ROOT / "tpvprune" / f"{module}.py").exists():
+            home = "tpvprune" if module == "tpvprune" else f"tpvprune.{module}"
+            assert hasattr(__import__(home, fromlist=[name]), name) or name == "py", (module, name)

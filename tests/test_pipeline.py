@@ -1,0 +1,247 @@
+"""The whole flow: budgets, repairs, reports, and labels that nobody reads."""
+
+import json
+
+import pytest
+import torch
+from cases import CASES, batches, build, images
+
+from tpvprune import count_macs, count_params, prune
+from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.evaluation import agreement, output_variance
+
+
+class Poison:
+    """A label that raises whenever it is looked at."""
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"a label was read: {name}")
+
+    __len__ = __iter__ = __bool__ = __getitem__ = lambda *_: (_ for _ in ()).throw(
+        AssertionError("a label was read")
+    )
+
+
+def data(num=40, size=16):
+    return batches(num, size)
+
+
+def labelled(num=40, size=16):
+    return [(x, torch.arange(len(x)) % 3) for x in data(num, size)]
+
+
+def confident(model):
+    """Scale the logits up, so that the criterion that reads confident inputs only has some."""
+    with torch.no_grad():
+        model.fc.weight.mul_(100)
+    return model
+
+
+# ---- the budget -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("case", CASES)
+def test_budget_is_met_and_measured(case, of):
+    model = build(case)
+    result = prune(model, data(), keep=0.6, of=of)
+    assert result.report["reached"]
+    pruned, dense = result.report["pruned"], result.report["dense"]
+    assert pruned[of] <= 0.6 * dense[of] * (1 + 1e-9)
+    assert pruned["macs"] == pytest.approx(count_macs(result.model, images(2)), rel=1e-9)
+    assert pruned["params"] == count_params(result.model)
+    assert dense == {"macs": count_macs(model, images(2)), "params": count_params(model)}
+    assert result.model(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("allocation", ["curves", "rank"])
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.3, 0.1])
+def test_every_layer_keeps_a_channel(allocation, keep):
+    model = build("concat_residual")
+    result = prune(model, data(), keep=keep, allocation=allocation)
+    fits = count_macs(result.model, images(2)) <= keep * count_macs(model, images(2))
+    assert result.report["reached"] == fits
+    assert min(p.numel() for p in result.model.parameters()) > 0
+
+
+def test_unreachable_budget_is_said_and_still_works():
+    result = prune(build("chain"), data(), keep=0.001)
+    assert not result.report["reached"]
+    assert all(g["kept"] == 1 for g in result.report["groups"])
+    assert result.model(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("repair", ["none", "compensate"])
+def test_keeping_everything_returns_the_same_function(repair):
+    model = build("residual")
+    result = prune(model, data(), keep=1.0, repair=repair)
+    assert all(mask.all() for mask in result.kept.values())
+    torch.testing.assert_close(result.model(images()), model(images()), rtol=1e-9, atol=1e-11)
+    assert result.report["output_variance"][repair] < 1e-18
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("allocation", ["curves", "rank"])
+def test_steps_go_down_to_the_budget(steps, allocation):
+    model = build("residual")
+    result = prune(model, data(), keep=0.5, steps=steps, allocation=allocation)
+    history = result.report["steps"]
+    assert len(history) == steps
+    dense = count_macs(model, images(2))
+    for step, entry in enumerate(history, 1):
+        assert entry["macs"] <= 0.5 ** (step / steps) * dense * (1 + 1e-9)
+    assert history[-1]["macs"] == count_macs(result.model, images(2))
+    for group in result.report["groups"]:
+        assert group["kept"] == result.kept[group["name"]].sum()
+
+
+def test_floors_and_ignored_modules_hold():
+    result = prune(
+        build("residual"), data(), keep=0.5, min_channels=2, max_removed=0.5, ignore=["stem"]
+    )
+    assert "stem" not in {g["name"] for g in result.report["groups"]}
+    assert any("ignored" in b["reason"] for b in result.report["blocked"])
+    for mask in result.kept.values():
+        assert mask.sum() >= max(2, 0.5 * len(mask))
+    rounded = prune(build("attention"), data(), keep=0.7, round_to=4)
+    for group in rounded.report["groups"]:
+        assert group["unit"] == "head" or group["kept"] in {group["num_channels"], 4}
+
+
+# ---- criteria and repairs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", SCORERS)
+def test_every_criterion_meets_the_budget(criterion):
+    needs = criterion in NEEDS_LABELS
+    result = prune(
+        confident(build("chain")), data(), keep=0.6, criterion=criterion,
+        labelled_batches=labelled() if needs else None,
+    )  # fmt: skip
+    assert result.report["reached"]
+    assert result.report["criterion"] == criterion
+    assert result.report["used_labels"] == needs
+    assert result.scores.used_labels == needs
+
+
+@pytest.mark.parametrize("repair", ["none", "bn", "compensate", "auto"])
+def test_every_repair_is_measured_on_held_back_inputs(repair):
+    model = build("residual")
+    result = prune(model, data(), keep=0.5, repair=repair)
+    variances, chosen = result.report["output_variance"], result.report["repair_chosen"]
+    held = [images(40)[36:]]
+    assert chosen in variances
+    assert variances[chosen] == pytest.approx(output_variance(result.model, model, held))
+    assert result.report["num_held_back"] == 4
+    assert result.report["num_images"] == 36
+    if repair == "auto":
+        assert set(variances) == {"none", "bn", "compensate", "compensate+bn"}
+        assert variances[chosen] == min(variances.values())
+    else:
+        assert chosen == repair
+    assert set(variances) >= {"none"}
+
+
+def test_compensation_beats_doing_nothing():
+    result = prune(build("residual"), data(120, 40), keep=0.5)
+    variances = result.report["output_variance"]
+    assert variances["compensate"] < 0.5 * variances["none"]
+
+
+# ---- the report -----------------------------------------------------------------------------
+
+
+def test_report_is_plain_data_with_the_documented_keys():
+    model = build("attention")
+    result = prune(model, data(), keep=0.6, seed=3)
+    report = json.loads(json.dumps(result.report, allow_nan=False))
+    assert report.keys() >= {
+        "keep", "of", "criterion", "used_labels", "repair", "repair_chosen", "seed", "reached",
+        "dense", "pruned", "output_variance", "output_second_moment", "steps", "groups", "blocked",
+        "timings",
+    }  # fmt: skip
+    assert report["seed"] == 3
+    assert report["used_labels"] is False
+    held = images(40)[36:]
+    moment = model(held).square().sum(1).mean().item()
+    assert report["output_second_moment"] == pytest.approx(moment)
+    assert report["steps"][-1]["agreement"] == agreement(result.model, model, [held])
+    assert {g["unit"] for g in report["groups"]} == {"channel", "head"}
+    assert all(b["reason"] for b in report["blocked"])
+    assert all(seconds >= 0 for seconds in report["timings"].values())
+
+
+def test_progress_is_told_stage_by_stage():
+    calls = []
+    prune(build("chain"), data(), steps=2, progress=lambda *call: calls.append(call))
+    assert {stage for stage, _, _ in calls} >= {"groups", "scores", "removal", "compensation"}
+    assert all(0 <= done <= total for _, done, total in calls)
+    assert [c for c in calls if c[0] == "removal"][-1] == ("removal", 2, 2)
+
+
+# ---- labels and randomness ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repair", ["compensate", "auto"])
+def test_poisoned_labels_give_the_same_bits(repair):
+    model = build("residual")
+    plain = prune(model, data(), keep=0.5, repair=repair)
+    poisoned = prune(model, [(x, Poison()) for x in data()], keep=0.5, repair=repair)
+    assert all(torch.equal(plain.kept[n], poisoned.kept[n]) for n in plain.kept)
+    assert all(torch.equal(plain.scores[n], poisoned.scores[n]) for n in plain.scores)
+    weights = poisoned.model.state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in plain.model.state_dict().items())
+    del plain.report["timings"], poisoned.report["timings"]
+    assert plain.report == poisoned.report
+
+
+@pytest.mark.parametrize("criterion", sorted(set(SCORERS) - NEEDS_LABELS))
+def test_criteria_without_labels_never_look_at_them(criterion):
+    model = confident(build("chain"))
+    poisoned = prune(model, [(x, Poison()) for x in data()], criterion=criterion)
+    assert not poisoned.report["used_labels"]
+
+
+def test_same_seed_gives_the_same_bits():
+    model = build("residual")
+    a, b = (prune(model, data(), keep=0.5, seed=5).model.state_dict() for _ in range(2))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("criterion", sorted(NEEDS_LABELS))
+def test_criteria_that_need_labels_say_so(criterion):
+    with pytest.raises(ValueError, match="needs labels: pass labelled_batches"):
+        prune(build("chain"), data(), criterion=criterion)
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 0}, "keep: expected a fraction"),
+        ({"of": "watts"}, "of: expected"),
+        ({"criterion": "luck"}, "criterion: expected one of tpv"),
+        ({"repair": "prayer"}, "repair: expected none"),
+        ({"steps": 0}, "steps: expected at least 1"),
+        ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
+        ({"ignore": ["nobody"]}, "ignore: expected the name of a module"),
+        ({"num_probes": 0}, "num_probes"),
+    ],
+)
+def test_bad_arguments_are_rejected(arguments, message, untouched):
+    model = build("chain")
+    with untouched(model), pytest.raises(ValueError, match=message):
+        prune(model, data(), **arguments)
+
+
+def test_too_few_inputs_are_rejected():
+    with pytest.raises(ValueError, match="at least 2 inputs, found 1"):
+        prune(build("chain"), [images(1)])
+
+
+def test_models_with_nothing_to_prune_are_rejected():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).double()
+    with pytest.raises(ValueError, match="found none"):
+        prune(model, data())

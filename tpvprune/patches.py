@@ -1,0 +1,86 @@
+"""What one output position of a convolution or linear call sees of its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gather(rows: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C]."""
+    index = positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1])
+    return rows.gather(1, index)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution call looks at, each as (vertical, horizontal); conv1d has height 1."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+    def outputs(self, x: Tensor) -> tuple[int, int]:
+        """Return (height, width) of the output."""
+        sizes, taps = [1, *x.shape[2:]][-2:], (self.dilation, self.kernel)
+        high, wide = (
+            (sizes[i] + self.before[i] + self.after[i] - reach) // self.stride[i] + 1
+            for i, reach in enumerate(d * (k - 1) + 1 for d, k in zip(*taps, strict=True))
+        )
+        return high, wide
+
+
+def window_of(args: Any, kwargs: Any) -> Window | None:
+    """Return the window of a call with these arguments: None for a linear layer."""
+    # Of the call, not of the module: modules that pad by themselves hold other values.
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    v = {"stride": 1, "padding": 0, "dilation": 1, **dict(zip(names, args, strict=False)), **kwargs}
+    if v["weight"].ndim == 2:
+        return None
+    kernel = _pair(tuple(v["weight"].shape[2:]), 1)
+    stride, dilation = _pair(v["stride"], 1), _pair(v["dilation"], 1)
+    if v["weight"].ndim == 3:
+        stride, dilation = (1, stride[1]), (1, dilation[1])
+    if v["padding"] == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        before = (totals[0] // 2, totals[1] // 2)
+        return Window(
+            kernel, stride, dilation, before, (totals[0] - before[0], totals[1] - before[1])
+        )
+    padding = _pair(0 if v["padding"] == "valid" else v["padding"], 0)
+    padding = (0, padding[1]) if v["weight"].ndim == 3 else padding
+    return Window(kernel, stride, dilation, padding, padding)
+
+
+def _pair(value: Any, first: int) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (first, value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int = 1) -> Tensor:
+    """Return what these output positions see: [groups, rows, inputs per group * kernel]."""
+    num, per_input = positions.shape
+    if window is None:
+        rows = gather(x.reshape(num, -1, x.shape[-1]), positions)
+        return rows.reshape(1, num * per_input, -1)
+    _, width = window.outputs(x)
+    (up, left), (down, right) = window.before, window.after
+    padded = F.pad(x.unsqueeze(2) if x.ndim == 3 else x, (left, right, up, down))
+    positions = positions.to(x.device)
+    rows, columns = positions // width * window.stride[0], positions % width * window.stride[1]
+    flat, size = padded.flatten(2), padded.shape[3]
+    taps = []
+    for i in range(window.kernel[0]):
+        for j in range(window.kernel[1]):
+            at = (rows + i * window.dilation[0]) * size + columns + j * window.dilation[1]
+            taps.append(flat.gather(2, at.unsqueeze(1).expand(-1, flat.shape[1], -1)))
+    patches = torch.stack(taps, 2).permute(0, 3, 1, 2)  # [B, p, C, k]
+    patches = patches.reshape(num * per_input, groups, -1)
+    return patches.transpose(0, 1)
