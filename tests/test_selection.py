@@ -57,7 +57,7 @@ def test_selection_equals_plain_greedy_loops(case, of):
     groups = found(case)
     scores = random_scores(groups)
     for keep in (0.8, 0.5, 0.3):
-        kept = select_channels(None, groups, scores, keep=keep, of=of)
+        kept = select_channels(None, groups, scores, keep=keep, of=of, refill=False)
         expected = greedy(groups, scores, keep, of)
         assert all(torch.equal(kept[n], expected[n]) for n in expected)
 
@@ -97,9 +97,23 @@ def test_smaller_budgets_keep_subsets(per_cost):
     groups = found("residual")
     scores, before = random_scores(groups), whole(groups)
     for keep in torch.linspace(1, 0.1, 19).tolist():
-        kept = select_channels(None, groups, scores, keep=keep, per_cost=per_cost)
+        kept = select_channels(
+            None, groups, scores, keep=keep, per_cost=per_cost, refill=False
+        )
         assert all((kept[n] <= before[n]).all() for n in kept)
         before = kept
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refill_gives_back_only_what_fits(case):
+    groups = found(case)
+    scores = random_scores(groups)
+    for keep in (0.8, 0.5, 0.3):
+        plain = select_channels(None, groups, scores, keep=keep, refill=False)
+        kept = select_channels(None, groups, scores, keep=keep)
+        assert all((plain[n] <= kept[n]).all() for n in plain)
+        if reaches(groups, plain, keep=keep, of="macs"):
+            assert reaches(groups, kept, keep=keep, of="macs")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,7 +135,7 @@ def test_among_equal_scores_the_later_channel_goes_first():
 def test_ranking_without_costs_goes_by_score_alone():
     groups = found("residual")
     scores = random_scores(groups)
-    kept = select_channels(None, groups, scores, keep=0.5, per_cost=False)
+    kept = select_channels(None, groups, scores, keep=0.5, per_cost=False, refill=False)
     removed = torch.cat([scores[n][~kept[n]] for n in kept])
     stays = torch.cat([scores[n][kept[n]] for n in kept if kept[n].sum() > 1])
     assert removed.max() < stays.min()

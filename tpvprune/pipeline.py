@@ -25,6 +25,7 @@ from tpvprune.removal import remove_channels, restore_empty
 from tpvprune.scores import Scores, first_output, on_device
 from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
 
+_MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
 Repair = Literal["none", "bn", "compensate", "auto"]
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
@@ -69,8 +70,8 @@ def prune(
     Args:
         model: Any vision model; untouched.
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
-            its labels are dropped before anything sees them. The last tenth is held back to
-            measure repairs.
+            its labels are dropped before anything sees them. The last tenth, at most 64, is
+            held back to measure repairs.
         keep: Fraction of the dense cost that stays, in (0, 1].
         of: ``"macs"`` or ``"params"``.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
@@ -201,7 +202,7 @@ def _check(criterion: str, repair: str, steps: int, allocation: str | None, labe
 
 
 def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return (fit, held): the last tenth of the inputs, at least one, is held back to measure.
+    """Return (fit, held): the last tenth of the inputs, 1 to 64, is held back to measure.
 
     Returns:
         Two lists of batches.
@@ -215,7 +216,7 @@ def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
         raise ValueError(
             f"batches: expected at least 2 inputs, found {total}; a few hundred work well."
         )
-    num_fit = total - max(1, total // 10)
+    num_fit = total - min(_MOST_HELD_BACK, max(1, total // 10))
     fit: list[Tensor] = []
     held: list[Tensor] = []
     for x in inputs:

@@ -30,6 +30,7 @@ def select_channels(
     keep: float,
     of: Budget = "macs",
     per_cost: bool = True,
+    refill: bool = True,
     round_to: int = 1,
     min_channels: int = 1,
     max_removed: float = 1.0,
@@ -51,6 +52,8 @@ def select_channels(
         keep: Fraction of the dense cost that stays, in (0, 1].
         of: What the fraction is of: ``"macs"`` or ``"params"``.
         per_cost: Rank by score per saving; ``False`` ranks by score alone.
+        refill: Where the last, expensive channels overshot the target, give back what still
+            fits, so that criteria are compared at the same cost.
         round_to: Kept widths of groups of single channels are multiples of this, >= 1.
         min_channels: Units that every group keeps, >= 1.
         max_removed: Largest fraction of a group's units that may go, in [0, 1].
@@ -80,7 +83,12 @@ def select_channels(
         return float(score[channels[start : start + block]].sum())
 
     costs = CostModel(groups, of, {n: o for n, (o, _) in order.items()})
-    widths = _greedy(groups, costs, floors, gain, keep=keep, per_cost=per_cost, round_to=round_to)
+    target = keep * costs.total({g.name: g.num_channels for g in groups}) * (1 + 1e-12)
+    widths, removed = _greedy(
+        groups, costs, floors, gain, target=target, per_cost=per_cost, round_to=round_to
+    )
+    if refill:
+        widths = _refill(costs, widths, removed, target)
     return {name: _keep_last(order[name][0], width) for name, width in widths.items()}
 
 
@@ -218,13 +226,12 @@ def _greedy(
     floors: Mapping[str, int],
     gain: Callable[[str, int, int], float],
     *,
-    keep: float,
+    target: float,
     per_cost: bool,
     round_to: int,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[tuple[str, int]]]:
     widths = {g.name: g.num_channels for g in groups}
     total = model.total(widths)
-    target = keep * total * (1 + 1e-12)
 
     def block(name: str) -> int:
         step = round_step(groups[name], round_to)
@@ -254,7 +261,7 @@ def _greedy(
         total -= saving
         if widths[name] - block(name) >= floors[name]:
             heapq.heappush(heap, (priority(name)[0], i, name))
-    return _refill(model, widths, removed, target)
+    return widths, removed
 
 
 def _refill(
