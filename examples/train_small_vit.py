@@ -2,7 +2,7 @@
 
     python examples/train_small_vit.py --data-dir cifar10-train.tar --output vit.safetensors
     tpvprune prune --model vit_tiny_patch16_224 --checkpoint vit.safetensors --num-classes 10 \
-        --model-kwargs img_size=32 patch_size=4 embed_dim=128 depth=6 num_heads=4 \
+        --model-kwargs img_size=32 patch_size=4 embed_dim=96 depth=4 num_heads=3 \
         --img-size 32 --crop-pct 1 --data-dir cifar10-train.tar --keep 0.7 --output pruned
 
 Some minutes an epoch on one CPU core, seconds on a GPU. This step uses labels (it makes the
@@ -20,11 +20,15 @@ from safetensors.torch import save_file
 from timm.data import create_dataset
 from torch import Tensor, nn
 
-MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
 
 def load(path: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return normalised images [N, 3, 32, 32] and labels [N] of a folder or tar."""
+    """Read a folder or tar.
+
+    Returns:
+        Normalised images [N, 3, 32, 32] and labels [N].
+    """
     pairs = [(np.asarray(image), label) for image, label in create_dataset("", root=path)]
     x = torch.from_numpy(np.stack([p[0] for p in pairs])).permute(0, 3, 1, 2).float() / 255
     shape = (3, 1, 1)
@@ -45,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="train a small ViT on CIFAR-10")
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--output", default="vit.safetensors")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
@@ -63,7 +67,8 @@ def main() -> None:
         total, order = 0.0, torch.randperm(len(x), generator=generator)
         for index in order.split(args.batch_size)[: len(x) // args.batch_size]:
             logits = model(augment(x[index], generator).to(args.device))
-            loss = nn.functional.cross_entropy(logits, y[index].to(args.device), label_smoothing=0.1)
+            target = y[index].to(args.device)
+            loss = nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
-from tpvprune.fields import flatten
+from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
 from tpvprune.groups import ChannelGroups
 from tpvprune.patches import gather, patches_of, window_of
 from tpvprune.scores import evaluating, on_device
-from tpvprune.tracking import CONTRACTIONS, function_name
-
-_REFITTED = frozenset({"linear", "conv1d", "conv2d"})
-_PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
 
 def compensate_weights(
@@ -76,8 +71,8 @@ def compensate_weights(
     repaired = copy.deepcopy(pruned)
     inputs = _first_inputs(unlabeled(batches), dense, max_bytes)
     num_inputs = sum(map(len, inputs))
-    layers = _layers(dense)
-    plan = _Plan(num_inputs, rows_per_input, min_rows, seed)
+    layers = layers_by_weight(dense)
+    plan = Plan(num_inputs, rows_per_input, min_rows, seed)
     dense_run = _DenseRun(layers, plan)
     with evaluating(dense), torch.no_grad():
         for x in inputs:
@@ -87,7 +82,7 @@ def compensate_weights(
     rows = {name: _kept_rows(groups, kept, name) for name in {lay.name for lay in layers.values()}}
     everything = torch.cat([on_device(x, repaired) for x in inputs])
     with evaluating(repaired), torch.no_grad():
-        run = _RefitRun(_layers(repaired), plan, dense_run.finish(), rows, ridge)
+        run = _RefitRun(layers_by_weight(repaired), plan, dense_run.finish(), rows, ridge)
         with run:
             repaired(everything)
     return repaired
@@ -132,164 +127,6 @@ def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -
     return None
 
 
-# ---- what both runs share -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    module: Any
-
-
-def _layers(model: nn.Module) -> dict[int, _Layer]:
-    """Return the layer that owns each weight, by the identity of the weight."""
-    return {
-        id(m.weight): _Layer(name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)) and isinstance(m.weight, nn.Parameter)
-    }
-
-
-class _Plan:
-    """Which positions of which inputs are looked at: the same in both runs."""
-
-    def __init__(self, num_inputs: int, rows_per_input: int, min_rows: int, seed: int) -> None:
-        self.num_inputs = num_inputs
-        self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
-        self._positions: dict[int, Tensor] = {}
-
-    def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
-        """Return [num_inputs, p] sampled positions of one call (all of them where few)."""
-        if call not in self._positions:
-            unknowns = layer.weight[0].numel()
-            wanted = max(self._min_rows, self._rows_per_input * unknowns)
-            per_input = min(num_positions, -(-wanted // self.num_inputs))
-            if per_input == num_positions:
-                drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
-            else:
-                generator = torch.Generator().manual_seed(self._seed * 100003 + call)
-                noise = torch.rand(self.num_inputs, num_positions, generator=generator)
-                drawn = noise.topk(per_input, 1).indices
-            self._positions[call] = drawn
-        return self._positions[call]
-
-
-@dataclass
-class _Branch:
-    """A tensor that is a layer's pre-activation up to a per-channel affine map."""
-
-    call: int
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    norm: Any = None
-    raw: bool = True  # still the pre-activation itself
-    passed: bool = False  # another tensor carries on the branch
-
-
-class _Run(TorchFunctionMode):
-    """Recognises layers, the BatchNorm behind them, and the additions that end a branch."""
-
-    def __init__(self, layers: dict[int, _Layer], plan: _Plan) -> None:
-        super().__init__()
-        self.layers, self.plan = layers, plan
-        self.reset()
-
-    def reset(self) -> None:
-        self.call = -1
-        self.shared: set[int] = set()  # calls whose pre-activation has several readers
-        self._branches: dict[int, tuple[weakref.ref[Tensor], _Branch]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = function_name(func)
-        if name in CONTRACTIONS:
-            self.call += 1
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            layer = self.layers.get(id(weight))
-            if layer is not None and name in _REFITTED and args[0].ndim >= 2:
-                self._use(args[0])
-                out = self.on_layer(layer, func, args, kwargs)
-                self._follow(out, _Branch(self.call))
-                return out
-        elif name == "add" and len(args) == 2 and not kwargs:
-            return self._on_add(func, args)
-        before = branch = self._branch(args[0]) if name in _PASSING and args else None
-        if before is not None and name == "batch_norm":
-            branch = self.on_norm(before, args, kwargs)
-        out = func(*args, **kwargs)
-        if before is not None and branch is not None and out is not args[0]:
-            self._follow(args[0], replace(before, passed=True))
-            self._follow(out, branch)
-        elif branch is None and (out is None or any(isinstance(o, Tensor) for o in flatten(out))):
-            for t in flatten((args, kwargs)):
-                self._use(t)
-        return out
-
-    def _follow(self, out: Tensor, branch: _Branch) -> None:
-        # Weakly: an activation of all inputs together must not outlive its use.
-        self._branches[id(out)] = (weakref.ref(out), branch)
-
-    def _branch(self, tensor: Any, *, passed: bool = False) -> _Branch | None:
-        reference, branch = self._branches.get(id(tensor), (None, None))
-        if reference is None or branch is None or reference() is not tensor:
-            return None
-        return branch if passed or not (branch.passed or branch.call in self.shared) else None
-
-    def _use(self, tensor: Any) -> None:
-        """Note that something that is not followed reads, or overwrites, a tensor."""
-        branch = self._branch(tensor, passed=True)
-        if branch is not None:
-            del self._branches[id(tensor)]
-            if branch.raw:
-                self.shared.add(branch.call)
-
-    def _on_add(self, func: Any, args: Any) -> Any:
-        found = []
-        for tensor, other in (args, args[::-1]):
-            branch = self._branch(tensor)
-            if branch is not None and isinstance(other, Tensor) and tensor.shape == other.shape:
-                found.append((branch, tensor, other))
-        # Two layers meet: the later one corrects for the earlier one.
-        best = max(found, key=lambda f: f[0].call, default=None)
-        for t in args:
-            if best is None or t is not best[1] or args[0] is args[1]:
-                self._use(t)
-        if best is None or args[0] is args[1]:
-            return func(*args)
-        del self._branches[id(best[1])]
-        return self.on_add(func, args, *best)
-
-    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
-        return _through_norm(branch, args, kwargs) if branch.scale is None else None
-
-    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        raise NotImplementedError
-
-    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
-        raise NotImplementedError
-
-
-def _through_norm(branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
-    names = (
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    )
-    v = {**dict(zip(names, args, strict=False)), **kwargs}
-    if v.get("running_mean") is None:
-        return None
-    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
-    scale = scale * v["weight"] if v.get("weight") is not None else scale
-    shift = -v["running_mean"] * scale
-    shift = shift + v["bias"] if v.get("bias") is not None else shift
-    return _Branch(branch.call, scale, shift, v["running_mean"], raw=False)
-
-
 # ---- the dense run: targets -----------------------------------------------------------------
 
 
@@ -305,8 +142,8 @@ class _Targets:
     normed: set[int]
 
 
-class _DenseRun(_Run):
-    def __init__(self, layers: dict[int, _Layer], plan: _Plan) -> None:
+class _DenseRun(BranchFollower):
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
         self._outputs: dict[int, list[Tensor]] = {}
         self._sums: dict[int, list[Tensor]] = {}
@@ -318,27 +155,27 @@ class _DenseRun(_Run):
         self._start, self._size = self._start + self._size, size
         self.reset()
 
-    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         out = func(*args, **kwargs)
         self._outputs.setdefault(self.call, []).append(self._sample(out, self.call, layer.module))
         self._modules[self.call] = layer.module
         return out
 
-    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         out = func(*args)
         self._sums.setdefault(branch.call, []).append(
             self._sample(out, branch.call, self._modules[branch.call])
         )
         return out
 
-    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
         through = super().on_norm(branch, args, kwargs)
         if through is not None:
             self._normed.add(branch.call)
         return through
 
     def _sample(self, out: Tensor, call: int, module: Any) -> Tensor:
-        rows = _positions_first(out, module, self._size)
+        rows = positions_first(out, module, self._size)
         picked = self.plan.positions(call, module, rows.shape[1])
         return gather(rows, picked[self._start : self._start + self._size])
 
@@ -350,13 +187,6 @@ class _DenseRun(_Run):
         )
 
 
-def _positions_first(out: Tensor, module: Any, num: int) -> Tensor:
-    """Return [B, positions, C] from a convolution's or linear layer's output."""
-    if not isinstance(module, nn.Linear):
-        out = out.movedim(1, -1)
-    return out.reshape(num, -1, out.shape[-1])
-
-
 # ---- the pruned run: refits -----------------------------------------------------------------
 
 
@@ -364,18 +194,18 @@ def _positions_first(out: Tensor, module: Any, num: int) -> Tensor:
 class _Pending:
     """A layer whose refit waits for the addition that ends its branch."""
 
-    layer: _Layer
+    layer: Layer
     func: Any
     args: Any
     kwargs: Any
     patches: Tensor
 
 
-class _RefitRun(_Run):
+class _RefitRun(BranchFollower):
     def __init__(
         self,
-        layers: dict[int, _Layer],
-        plan: _Plan,
+        layers: dict[int, Layer],
+        plan: Plan,
         targets: _Targets,
         rows: Mapping[str, Tensor | None],
         ridge: float,
@@ -385,7 +215,7 @@ class _RefitRun(_Run):
         self._pending: dict[int, _Pending] = {}
         self._norm_of: dict[int, Tensor] = {}
 
-    def on_layer(self, layer: _Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         module, call = layer.module, self.call
         x, window = args[0], window_of(args, kwargs)
         if window is None:
@@ -399,16 +229,16 @@ class _RefitRun(_Run):
             self._pending[call] = pending
         else:
             target = self._kept(self._targets.outputs[call], layer.name)
-            self._refit(pending, target, _Branch(call))
+            self._refit(pending, target, Branch(call))
         return func(*self._fresh(pending), **kwargs)
 
-    def on_add(self, func: Any, args: Any, branch: _Branch, tensor: Tensor, other: Tensor) -> Any:
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         pending = self._pending.pop(branch.call, None)
         if pending is None:
             return func(*args)
         module = pending.layer.module
         num = self.plan.num_inputs
-        rows = _positions_first(other, module, num)
+        rows = positions_first(other, module, num)
         positions = self.plan.positions(branch.call, module, rows.shape[1])
         shortcut = gather(rows, positions)
         target = self._kept(self._targets.sums[branch.call], pending.layer.name) - shortcut
@@ -429,7 +259,7 @@ class _RefitRun(_Run):
         tensor.copy_(value)
         return func(*args)
 
-    def on_norm(self, branch: _Branch, args: Any, kwargs: Any) -> _Branch | None:
+    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
         # A layer without a bias: its intercept goes into the mean of the norm, now known.
         through = super().on_norm(branch, args, kwargs)
         waits = branch.call in self._pending and branch.call not in self._targets.sums
@@ -450,13 +280,13 @@ class _RefitRun(_Run):
         module = pending.layer.module
         return (pending.args[0], module.weight, module.bias, *pending.args[3:])
 
-    def _shift(self, branch: _Branch, module: Any) -> Tensor:
+    def _shift(self, branch: Branch, module: Any) -> Tensor:
         """Return the shift of the BatchNorm behind the layer after it took up the intercept."""
         assert branch.shift is not None and branch.scale is not None
         moved = self._norm_of.get(branch.call)
         return branch.shift if moved is None else branch.shift + moved * branch.scale
 
-    def _refit(self, pending: _Pending, target: Tensor, branch: _Branch) -> None:
+    def _refit(self, pending: _Pending, target: Tensor, branch: Branch) -> None:
         module = pending.layer.module
         free = module.bias is not None or branch.norm is not None
         change, intercept = _solve(
