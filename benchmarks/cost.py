@@ -147,9 +147,7 @@ def prepare(args: argparse.Namespace, spec: str) -> tuple[nn.Module, ChannelGrou
     return model, find_groups(model, x[:1], verify=False), batches
 
 
-def compare(
-    args: argparse.Namespace, spec: str, peaks: dict[str, float]
-) -> list[dict[str, Any]]:
+def compare(args: argparse.Namespace, spec: str, peaks: dict[str, float]) -> list[dict[str, Any]]:
     """Time all procedures of one model, their repeats taking turns."""
     model, groups, batches = prepare(args, spec)
     cpu: dict[str, list[float]] = {name: [] for name in args.procedures}

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dense = dense or evaluate(model, test).top1
         train = images(args, model, args.train_dir, args.num_images, seed)
         for key in wanted:
-            row = measure(args, model, train, test, dict(zip(KEY, key, strict=True)))
+            row = measure(model, train, test, dict(zip(KEY, key, strict=True)))
             row["dense_top1"] = f"{100 * dense:.2f}"
             append(path, row)
             print(f"{row['criterion']} keep {row['keep']} seed {seed}: {row['top1']}", flush=True)
@@ -115,9 +115,7 @@ def images(args: argparse.Namespace, model: Any, folder: str, num: int | None, s
     )
 
 
-def measure(
-    args: argparse.Namespace, model: Any, train: Any, test: Any, key: dict[str, Any]
-) -> dict[str, Any]:
+def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str, Any]:
     """Prune once and return the finished row."""
     start = time.perf_counter()
     result = prune(
@@ -133,8 +131,9 @@ def measure(
     )
     seconds = time.perf_counter() - start
     found = evaluate(result.model, test, dense=model)
-    macs, params = (result.report["pruned"][k] / result.report["dense"][k] for k in ("macs", "params"))
-    if not args.keep or macs > key["keep"] + 1e-9:
+    before, after = result.report["dense"], result.report["pruned"]
+    macs, params = (after[k] / before[k] for k in ("macs", "params"))
+    if macs > key["keep"] + 1e-9:
         raise RuntimeError(f"budget missed: {macs:.4f} of the MACs for keep {key['keep']}")
     return key | {
         "labels": "yes" if key["criterion"] in NEEDS_LABELS else "no",
@@ -171,7 +170,8 @@ def markdown(path: Path) -> str:
         for row in csv.DictReader(file):
             groups[tuple(row[k] for k in KEY[:-1])].append(row)
     lines = [
-        "| model | criterion | widths | repair | steps | images | MACs kept | top-1 | dense | seeds |",
+        "| model | criterion | widths | repair | steps | images | MACs kept | top-1 | dense "
+        "| seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, rows in groups.items():

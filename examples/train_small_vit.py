@@ -37,7 +37,7 @@ def load(path: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images, and shift the batch by up to four pixels."""
+    """Return the images, half of them flipped, the batch shifted by up to four pixels."""
     flip = torch.rand(len(x), generator=generator) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     top, left = torch.randint(0, 9, (2,), generator=generator).tolist()

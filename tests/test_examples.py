@@ -18,7 +18,9 @@ def blocks(language):
     return found
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "your_own_model.py"])
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "your_own_model.py", "embeddings_and_adapters.py"]
+)
 def test_example_runs_and_is_short(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     path = ROOT / "examples" / name

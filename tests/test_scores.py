@@ -17,7 +17,7 @@ from cases import (
 from oracles import all_signs, output_changes, removal_variance, unpredictable
 from torch import nn
 
-import tpvprune.scores
+import tpvprune.taps
 from tpvprune import find_groups, tpv_scores
 from tpvprune.baselines import magnitude_scores
 
@@ -41,7 +41,7 @@ def every_direction(monkeypatch):
     def directions(outputs, metric, num_probes, generator):
         return [v.expand(len(outputs), -1).to(outputs) for v in all_signs(outputs.shape[1])]
 
-    monkeypatch.setattr(tpvprune.scores, "probe_directions", directions)
+    monkeypatch.setattr(tpvprune.taps, "probe_directions", directions)
 
 
 # ---- oracles --------------------------------------------------------------------------------
@@ -76,13 +76,13 @@ def test_compensated_scores_equal_jacobian_contraction_of_residuals(case, every_
 def test_scores_with_one_probe_equal_contraction_with_that_probe(monkeypatch):
     model = build("residual")
     groups, drawn = found(model), []
-    original = tpvprune.scores.probe_directions
+    original = tpvprune.taps.probe_directions
 
     def record(*args):
         drawn.append(original(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(tpvprune.scores, "probe_directions", record)
+    monkeypatch.setattr(tpvprune.taps, "probe_directions", record)
     scores = tpv_scores(model, groups, batches(), compensated=False, num_probes=2, seed=3)
     v = torch.cat([torch.stack(d, 1) for d in drawn])  # [B, probes, K]
     assert v.shape == (24, 2, NUM_CLASSES)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tpvprune.batches import unlabeled
 from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroups
-from tpvprune.scores import Scores, _Observer, on_device
+from tpvprune.scores import Scores, on_device
+from tpvprune.taps import Observer
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def activation_variance_scores(
     with evaluating(model):
         for inputs in unlabeled(batches):
             num_samples += len(inputs)
-            with _Observer(set(channel_dims), add):
+            with Observer(set(channel_dims), add):
                 model(on_device(inputs, model))
 
     values = {}

@@ -188,7 +188,9 @@ def _collect(
             if known is not None and not joint:
                 maps[group.name, r.call] = residual_map(known, cuts[group.name, r.call]._units())
     filled = dict.fromkeys(limits, 0)
-    for x, directions, tap in passes(model, groups, inputs, metric, num_probes, seed):
+    for x, directions, tap in passes(
+        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed
+    ):
 
         def collect(call: int, a: Tensor, grad: Tensor, num: int = len(x)) -> None:
             dim = plan[call][0][1].channel_dim

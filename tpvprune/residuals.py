@@ -1,0 +1,136 @@
+"""What the other inputs of a layer cannot predict: covariances and residual maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.positions import by_channel, sampled_rows
+from tpvprune.taps import Observer, evaluating, on_device, reader_plan
+
+
+def residual_maps(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    ridge: float,
+    max_samples: int | None = None,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Fit what the other inputs of a reader cannot predict linearly: r = (a - mean) M.
+
+    Column c of M is P[:, c] / P_cc for single channels; the inputs of one unit of several
+    channels (a head) leave together, so M there is P[:, R] P_RR^-1.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...].
+        ridge: See :func:`ridge_inverse`.
+        max_samples: See :func:`input_covariances`.
+
+    Returns:
+        Reader call -> (mean [n], M [n, n]).
+    """
+    maps = {}
+    for call, (mean, covariance) in input_covariances(
+        model, groups, inputs, max_samples=max_samples
+    ).items():
+        units = list(_blocks(reader_plan(groups)[call]))
+        maps[call] = (mean, residual_map(ridge_inverse(covariance, ridge), units))
+    return maps
+
+
+def residual_map(precision: Tensor, units: Iterable[Tensor]) -> Tensor:
+    """Return M [n, n] with (a - mean) M the part of each unit that the others cannot predict."""
+    units = list(units)
+    single = torch.cat([u for u in units if len(u) == 1] or [torch.zeros(0, dtype=torch.long)])
+    matrix = torch.zeros_like(precision)
+    matrix[:, single] = precision[:, single] / precision[single, single]
+    for unit in units:
+        if len(unit) > 1:
+            p = precision[:, unit]
+            matrix[:, unit] = torch.linalg.solve(p[unit], p.T).T
+    return matrix
+
+
+def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
+    """Return (covariance + ridge * mean variance * I)^-1."""
+    scale = covariance.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
+    if bool(failed.any()):  # rounding, or NaN, which the scores report
+        return torch.linalg.inv(covariance + ridge * scale * eye)
+    return torch.cholesky_inverse(factor)
+
+
+def input_covariances(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    max_inputs: int = 4096,
+    max_positions: int = 64,
+    max_samples: int | None = None,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Measure how the inputs of every reader vary together over samples and positions.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...]; how the samples are split into them does not matter.
+        max_inputs: Calls with more inputs (a flattened feature map) are left out.
+        max_positions: At most so many positions of a sample are read, spread evenly.
+        max_samples: Only so many samples, the first, are read; None for all.
+
+    Returns:
+        Reader call -> (mean [n], covariance [n, n]), float64.
+    """
+    plan = reader_plan(groups)
+    sums: dict[int, tuple[Tensor, Tensor, int]] = {}
+    seen = num = 0
+
+    def observe(call: int, a: Tensor) -> None:
+        dim = plan[call][0][1].channel_dim
+        if a.shape[dim] > max_inputs:
+            return
+        rows = sampled_rows(by_channel(a, dim, num), num, seen, max_positions)
+        gram, total, count = sums.get(call, (0, 0, 0))
+        sums[call] = (
+            gram + (rows.T @ rows).double(),
+            total + rows.sum(0).double(),
+            count + len(rows),
+        )
+
+    with evaluating(model), torch.no_grad():
+        for batch in inputs:
+            x = batch if max_samples is None else batch[: max_samples - seen]
+            num = len(x)
+            if not num:
+                break
+            with Observer(set(plan), observe):
+                model(on_device(x, model))
+            seen += num
+    out = {}
+    for call, (gram, total, num) in sums.items():
+        mean = total / num
+        out[call] = (mean, gram / num - torch.outer(mean, mean))
+    return out
+
+
+def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
+    """Return (a - mean) M along ``dim``."""
+    mean, matrix = mean.to(a), matrix.to(a)
+    flat = (a.movedim(dim, -1) - mean) @ matrix
+    return flat.movedim(-1, dim)
+
+
+def _blocks(plan: list[tuple[ChannelGroup, Reader]]) -> Iterator[Tensor]:
+    """Yield the input positions of every unit that one reader call reads."""
+    for _, reader in plan:
+        order = reader.channel.argsort(stable=True)
+        counts = reader.channel[order].unique_consecutive(return_counts=True)[1]
+        yield from reader.index[order].split(counts.tolist())

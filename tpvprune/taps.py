@@ -1,0 +1,230 @@
+"""The passes: one forward that gives every cut its own input, backward by activations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.tracking import CONTRACTIONS, function_name
+
+Metric = Literal["logits", "pseudo", "fisher", "features"]
+
+
+def passes(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    metric: Metric,
+    num_probes: int,
+    seed: int,
+) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
+    """Run the forwards, batch by batch, with the model frozen and in eval mode.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...].
+        metric: See :func:`tpvprune.scores.tpv_scores`.
+        num_probes: Directions per sample.
+        seed: Of the directions.
+
+    Yields:
+        (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    calls = set(reader_plan(groups))
+    cloned: set[int] = set()
+    with evaluating(model), frozen(model), torch.enable_grad():
+        for batch in inputs:
+            x = on_device(batch.detach(), model)
+            tap = InputTap(model, x, calls, cloned)
+            yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
+            tap.close()  # whoever still holds it must not hold two graphs at a time
+
+
+def probe_directions(
+    outputs: Tensor, metric: Metric, num_probes: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Draw directions v with E[v v^T] = I, or those that a metric sets.
+
+    Args:
+        outputs: Of the model, [B, K].
+        metric: See :func:`tpvprune.scores.tpv_scores`.
+        num_probes: Directions per sample.
+        generator: Source of randomness.
+
+    Returns:
+        Directions v [B, K].
+
+    Raises:
+        ValueError: If the metric is unknown.
+    """
+    outputs = outputs.detach()
+    if metric in {"logits", "features"}:
+        num, width = outputs.shape
+        # Sample by sample, so that the directions do not depend on how the inputs are batched.
+        signs = torch.randint(0, 2, (num, num_probes, width), generator=generator) * 2 - 1
+        return list(signs.to(outputs).unbind(1))
+    if metric not in {"pseudo", "fisher"}:
+        raise ValueError(f"metric: expected logits, pseudo, fisher or features, found {metric!r}.")
+    p = outputs.softmax(-1)
+    if metric == "pseudo":
+        return [p - nn.functional.one_hot(p.argmax(-1), p.shape[-1])]
+    drawn = torch.multinomial(p.cpu(), num_probes, replacement=True, generator=generator)
+    return [p - nn.functional.one_hot(y, p.shape[-1]).to(p) for y in drawn.T]
+
+
+class InputTap:
+    """One forward that gives every reader call its own autograd copy of its input.
+
+    The gradient of such a copy is that reader's own contribution: a residual stream read by ten
+    layers is then a sum over ten readers, each counted once.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, calls: set[int], cloned: set[int] | None = None
+    ) -> None:
+        """Run the model; ``cloned`` names (and learns) the calls whose input must be cloned."""
+        self._model, self._x, self._calls = model, x, calls
+        self._cloned = set() if cloned is None else cloned
+        self._forward()
+
+    def _forward(self) -> None:
+        self._copies: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+        with Observer(self._calls, self._copy):
+            self.outputs = first_output(self._model(self._x)).flatten(1)
+
+    def _copy(self, call: int, a: Tensor) -> Tensor:
+        copied = a.clone() if call in self._cloned else a.view_as(a)
+        if not copied.requires_grad:
+            copied = copied.detach().requires_grad_()
+        self._copies[call] = copied
+        self._versions[call] = copied._version
+        return copied
+
+    def backward(
+        self, v: Tensor, collect: Callable[[int, Tensor, Tensor], None], *, last: bool = False
+    ) -> None:
+        """Call ``collect(call, activation, gradient of v^T f)`` for every reader call.
+
+        With ``last`` the graph is given up on the way, layer by layer.
+        """
+        stale = {c for c, t in self._copies.items() if t._version != self._versions[c]}
+        if stale:
+            # The model wrote into the activation after it was read; keep private copies instead.
+            self._cloned |= stale
+            self._forward()
+        held = {call: copied.detach() for call, copied in self._copies.items()}
+
+        def show(call: int, grad: Tensor) -> None:
+            collect(call, held.pop(call) if last else held[call], grad)
+
+        hooks = [t.register_hook(partial(show, call)) for call, t in self._copies.items()]
+        copies, outputs = list(self._copies.values()), self.outputs
+        leaves = [t for t in copies if t.is_leaf] or copies[:1]
+        del copies
+        if last:
+            self.close()
+        try:
+            torch.autograd.grad(outputs, leaves, v, retain_graph=not last, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def close(self) -> None:
+        """Let go of the graph and of every activation."""
+        self._copies, self.outputs = {}, self.outputs.detach()
+
+
+class Observer(TorchFunctionMode):
+    """Show the inputs of the given convolution and linear calls to ``see``; it may replace them."""
+
+    def __init__(self, calls: set[int], see: Callable[[int, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self._calls, self._see, self._count = calls, see, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function_name(func) in CONTRACTIONS:
+            call, self._count = self._count, self._count + 1
+            if call in self._calls:
+                replaced = self._see(call, args[0])
+                if replaced is not None:
+                    args = (replaced, *args[1:])
+        elif function_name(func) == "batch_norm" and torch.is_grad_enabled():
+            return _normalize(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # With fixed statistics it is one affine map, whose backward needs no input.
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "-", "eps")
+    v = {"training": False, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
+    x, mean, weight, bias = v["input"], v["running_mean"], v.get("weight"), v.get("bias")
+    fixed = [t for t in (mean, v["running_var"], weight, bias) if t is not None]
+    if v["training"] or mean is None or any(t.requires_grad or t.dtype != x.dtype for t in fixed):
+        return func(*args, **kwargs)
+    scale = (v["running_var"] + v["eps"]).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (-1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
+
+
+# ---- small pieces ---------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode and give every module its own flag back afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switch off the gradients of all parameters, and restore each flag afterwards."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+def on_device(x: Tensor, model: nn.Module) -> Tensor:
+    """Return ``x`` on the device and in the dtype of the model's parameters."""
+    p = next(model.parameters())
+    return x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device)
+
+
+def first_output(value: Any) -> Tensor:
+    """Return the first tensor of what a model returns (dict, tuple or tensor)."""
+    while not isinstance(value, Tensor):
+        value = next(iter(value.values() if isinstance(value, dict) else value))
+    return value
+
+
+def reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
+    """Return who reads at each call: call -> [(group, reader)]."""
+    plan: dict[int, list[tuple[ChannelGroup, Reader]]] = {}
+    for group in groups:
+        for reader in group.readers:
+            plan.setdefault(reader.call, []).append((group, reader))
+    return plan
