@@ -8,10 +8,10 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
-from tpvprune.activation_baselines import activation_variance_scores
-from tpvprune.baselines import bn_scale_scores, fpgm_scores, magnitude_scores, random_scores
+from tpvprune.baselines.activations import activation_variance_scores
+from tpvprune.baselines.gradients import jbr_scores, taylor_scores
+from tpvprune.baselines.weights import bn_scale_scores, fpgm_scores, magnitude_scores, random_scores
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.gradient_baselines import jbr_scores, taylor_scores
 from tpvprune.groups import ChannelGroup, ParamSlice, Reader
 
 C = 5  # channels of the one group of Net

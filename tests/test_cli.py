@@ -9,9 +9,9 @@ import timm
 import torch
 from images import as_tar, spoil, write_classes, write_images
 
-from tpvprune import commands
 from tpvprune.checkpoint import load_pruned
 from tpvprune.cli import main
+from tpvprune.command_line import commands
 
 CLASSES = 6
 SMALL = ["--img-size", "32", "--crop-pct", "1", "-b", "8", "-j", "2", "--num-images", "24"]

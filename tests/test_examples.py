@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpvprune.flags import build_parser
+from tpvprune.command_line.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
 

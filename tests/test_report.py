@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tpvprune.charts import percent, scale_of, short, significant, whole
 from tpvprune.evaluation import Evaluation
 from tpvprune.report import render, report_data, write_report
+from tpvprune.reporting.charts import percent, scale_of, short, significant, whole
 
 EVIL = '<script>alert("x")</script>&'
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import tpvprune.taps
 from tpvprune import find_groups, tpv_scores
-from tpvprune.baselines import magnitude_scores
+from tpvprune.baselines.weights import magnitude_scores
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}  # float64, the same sums in another order
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tpvprune.fields import Atoms
 from tpvprune.groups import find_groups
-from tpvprune.sizes import TracedInt, solve
-from tpvprune.tracking import function_name, track
+from tpvprune.tracing.fields import Atoms
+from tpvprune.tracing.sizes import TracedInt, solve
+from tpvprune.tracing.tracking import function_name, track
 
 
 class Residual(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.fields import flatten
-from tpvprune.tracking import CONTRACTIONS, function_name
+from tpvprune.tracing.fields import flatten
+from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
 _PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from tpvprune.flags import build_parser
+from tpvprune.command_line.flags import build_parser
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command_line = shlex.join(["tpvprune", *argv])
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with contextlib.redirect_stdout(sys.stderr):
-            commands = importlib.import_module("tpvprune.commands")
+            commands = importlib.import_module("tpvprune.command_line.commands")
             code, document = getattr(commands, f"run_{args.command}")(args)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tpvprune.activation_baselines import activation_variance_scores
-from tpvprune.baselines import (
+from tpvprune.baselines.activations import activation_variance_scores
+from tpvprune.baselines.gradients import jbr_scores, taylor_scores
+from tpvprune.baselines.weights import (
     bn_scale_scores,
     fpgm_scores,
     magnitude_scores,
     random_scores,
 )
-from tpvprune.gradient_baselines import jbr_scores, taylor_scores
 from tpvprune.scores import Scores, tpv_scores
 
 SCORERS: dict[str, Callable[..., Scores]] = {

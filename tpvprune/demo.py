@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from tpvprune.atomic import check_folder
 from tpvprune.checkpoint import save_pruned
-from tpvprune.console import bar, before_after, percent, say, stages, table
+from tpvprune.command_line.console import bar, before_after, percent, say, stages, table
+from tpvprune.command_line.session import Subject, provenance
+from tpvprune.command_line.session_results import check_writable, measured
 from tpvprune.evaluation import evaluate
 from tpvprune.models import load_model
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.preprocessing import resolve_preprocessing
 from tpvprune.removal import remove_channels
 from tpvprune.report import report_data
-from tpvprune.session import Subject, provenance
-from tpvprune.session_results import check_writable, measured
 
 _MODEL, _SIZE, _MEAN, _STD = "cifar_resnet20", (1, 16, 16), (0.305,), (0.35,)
 _KEEP = 0.4

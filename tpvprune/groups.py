@@ -1,6 +1,6 @@
 """Channel groups: which parts of which parameters stand or fall together.
 
-:func:`find_groups` follows the channels through one forward pass (:mod:`tpvprune.tracking`) and
+:func:`find_groups` follows the channels through one forward pass (:mod:`tpvprune.tracing`) and
 returns plain records. Everything later in the flow (scores, costs, masks, removal) is a loop over
 these records; no layer type is looked at again.
 """
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.sizes import AxisSize, SizeRule, substitute
-from tpvprune.tracking import Tracker, track
+from tpvprune.tracing.sizes import AxisSize, SizeRule, substitute
+from tpvprune.tracing.tracking import Tracker, track
 
 Kept = dict[str, Tensor]
 """Group name -> BoolTensor [C]; True = the channel stays. Groups not named stay whole."""

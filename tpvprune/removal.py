@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import Axis, ChannelGroups
-from tpvprune.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
-from tpvprune.sizes import set_attribute, solve
+from tpvprune.tracing.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
+from tpvprune.tracing.sizes import set_attribute, solve
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples of ints) and their values."""

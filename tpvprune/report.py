@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tpvprune.report_pictures import blocked, repairs, scores, steps, widths
-from tpvprune.report_style import STYLE
-from tpvprune.report_tables import before_after, comparison, figures, header, making, title_of
+from tpvprune.reporting.pictures import blocked, repairs, scores, steps, widths
+from tpvprune.reporting.style import STYLE
+from tpvprune.reporting.tables import before_after, comparison, figures, header, making, title_of
 
 _SECTIONS = (before_after, comparison, widths, steps, scores, repairs, blocked, making)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
-from tpvprune.tracking import CONTRACTIONS, function_name
+from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 Metric = Literal["logits", "pseudo", "fisher", "features"]
 

@@ -14,7 +14,7 @@ from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.removal import MaskedChannels
 from tpvprune.scores import Scores, first_output, on_device
-from tpvprune.tracking import CONTRACTIONS, function_name
+from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 
 @torch.no_grad()

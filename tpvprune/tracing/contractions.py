@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpvprune.fields import FIXED, Field, along, right_align, unite_all_but, varying
+from tpvprune.tracing.fields import FIXED, Field, along, right_align, unite_all_but, varying
 
 if TYPE_CHECKING:
-    from tpvprune.tracking import Tracker
+    from tpvprune.tracing.tracking import Tracker
 
 
 def contract(tracker: Tracker, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
     """Follow a convolution or linear call."""
-    from tpvprune.tracking import Call, named
+    from tpvprune.tracing.tracking import Call, named
 
     values = named(args, kwargs, ("input", "weight", "bias"))
     x, weight, bias = values["input"], values["weight"], values.get("bias")
@@ -87,7 +87,7 @@ def conv_groups(args: Any, kwargs: Any, transposed: bool) -> int:
 
 def multiply(tracker: Tracker, a: Any, b: Any, out: Tensor) -> None:
     """Follow a matrix product of two activations."""
-    from tpvprune.tracking import Call
+    from tpvprune.tracing.tracking import Call
 
     if a.ndim < 2 or b.ndim < 2:
         tracker.pin([a, b], "is multiplied as a vector, which is not followed")
@@ -156,7 +156,7 @@ def _join(tracker: Tracker, out: Tensor, parts: list[tuple[Tensor, list[Field]]]
 
 def attend(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
     """Follow ``scaled_dot_product_attention``."""
-    from tpvprune.tracking import Call, named
+    from tpvprune.tracing.tracking import Call, named
 
     values = named(args, kwargs, ("query", "key", "value", "attn_mask"))
     query, key, value = values["query"], values["key"], values["value"]
@@ -189,7 +189,7 @@ def attend(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
 
 def sum_products(tracker: Tracker, args: Any, out: Tensor) -> None:
     """Follow ``einsum`` of two operands."""
-    from tpvprune.tracking import Call
+    from tpvprune.tracing.tracking import Call
 
     equation, *operands = args
     left, _, target = str(equation).replace(" ", "").partition("->")

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.command_line.session import Subject
+from tpvprune.command_line.session_images import Shown, num_images
 from tpvprune.data import ImageSource
 from tpvprune.evaluation import evaluate, measure_latency
 from tpvprune.groups import ChannelGroups
-from tpvprune.session import Subject
-from tpvprune.session_images import Shown, num_images
 
 _LATENCY_ROUNDS = 5
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from tpvprune.charts import (
+from tpvprune.reporting.charts import (
     MAX_SPREAD,
     percent,
     power_of_ten,
@@ -21,7 +21,7 @@ from tpvprune.charts import (
     whole,
     width_rows,
 )
-from tpvprune.report_tables import both, section
+from tpvprune.reporting.tables import both, section
 
 
 def widths(data: Mapping[str, Any]) -> str:

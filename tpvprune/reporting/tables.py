@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tpvprune.charts import percent, short, significant, whole
+from tpvprune.reporting.charts import percent, short, significant, whole
 
 _COLUMNS = {
     "criterion": "Criterion",

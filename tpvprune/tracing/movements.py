@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpvprune.fields import FIXED, Field, along, flatten, substitute_tensors, varying
-from tpvprune.operations import JOINS, SHAPED, SPLITS
-from tpvprune.sizes import TracedInt
+from tpvprune.tracing.fields import FIXED, Field, along, flatten, substitute_tensors, varying
+from tpvprune.tracing.operations import JOINS, SHAPED, SPLITS
+from tpvprune.tracing.sizes import TracedInt
 
 if TYPE_CHECKING:
-    from tpvprune.tracking import Tracker
+    from tpvprune.tracing.tracking import Tracker
 
 
 def move(  # noqa: PLR0917
@@ -210,7 +210,7 @@ def set_item(tracker: Tracker, args: Any) -> None:
 
 def pad(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
     """Follow zero padding; new zero channels get atoms of their own."""
-    from tpvprune.tracking import ChannelPad
+    from tpvprune.tracing.tracking import ChannelPad
 
     x, widths = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
     fields = []

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from tpvprune.console import bar, say
+from tpvprune.command_line.console import bar, say
+from tpvprune.command_line.session import Subject
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.data import ImageSource, open_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
-from tpvprune.session import Subject
 
 _HELD_OUT = 512
 

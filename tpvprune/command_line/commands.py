@@ -13,7 +13,7 @@ from torch import Tensor
 from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
-from tpvprune.console import (
+from tpvprune.command_line.console import (
     bar,
     blocked_lines,
     percent,
@@ -24,15 +24,8 @@ from tpvprune.console import (
     stages,
     table,
 )
-from tpvprune.criteria import SCORERS
-from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
-from tpvprune.groups import ChannelGroup, find_groups
-from tpvprune.loading import in_memory
-from tpvprune.models import pretrained_config
-from tpvprune.pipeline import prune
-from tpvprune.report import report_data
-from tpvprune.session import ignored, open_evaluated, open_subject, provenance
-from tpvprune.session_images import (
+from tpvprune.command_line.session import ignored, open_evaluated, open_subject, provenance
+from tpvprune.command_line.session_images import (
     Shown,
     calibration,
     choose,
@@ -41,7 +34,7 @@ from tpvprune.session_images import (
     labelled_images,
     open_data,
 )
-from tpvprune.session_results import (
+from tpvprune.command_line.session_results import (
     blocked_facts,
     check_file,
     check_writable,
@@ -50,6 +43,13 @@ from tpvprune.session_results import (
     measured,
     write_json,
 )
+from tpvprune.criteria import SCORERS
+from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
+from tpvprune.groups import ChannelGroup, find_groups
+from tpvprune.loading import in_memory
+from tpvprune.models import pretrained_config
+from tpvprune.pipeline import prune
+from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
 

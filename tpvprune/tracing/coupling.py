@@ -5,7 +5,7 @@ one of them only, or the array would not stay rectangular; which one is known wh
 reads it has been seen. Until then this module collects what depends on it:
 
 - operands that are broadcast against such a field (a norm's weight shared by all heads);
-- sizes written down by the model (:mod:`tpvprune.sizes`), which tie widths to each other;
+- sizes written down by the model (:mod:`tpvprune.tracing.sizes`), which tie widths to each other;
 - chunks that must stay equally wide;
 - norms, means and softmaxes over channels, which are restricted to those that stay.
 """
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvprune.fields import FIXED, Atoms, Field, unite_all_but, varying
-from tpvprune.sizes import (
+from tpvprune.tracing.fields import FIXED, Atoms, Field, unite_all_but, varying
+from tpvprune.tracing.sizes import (
     Attribute,
     AxisSize,
     Expression,

@@ -10,7 +10,7 @@ be followed is pinned with a reason, never guessed.
 This differs from torch-pruning's walk over autograd nodes in: 1. indices are tracked per
 dimension, so heads, chunks and windows need no index arithmetic; 2. weights used functionally
 (``F.linear(x, self.qkv.weight)``) are seen; 3. frozen parameters, ``no_grad`` and train mode do
-not matter; 4. sizes that a model writes down are traced to its attributes (:mod:`tpvprune.sizes`).
+not matter; 4. sizes that a model writes down are traced to its attributes (``sizes.py``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune import contractions, movements
-from tpvprune.coupling import Coupling
-from tpvprune.fields import FIXED, Atoms, Field, along, flatten, right_align, unite_all_but, varying
-from tpvprune.operations import (
+from tpvprune.tracing import contractions, movements
+from tpvprune.tracing.coupling import Coupling
+from tpvprune.tracing.fields import (
+    FIXED,
+    Atoms,
+    Field,
+    along,
+    flatten,
+    right_align,
+    unite_all_but,
+    varying,
+)
+from tpvprune.tracing.operations import (
     CONTRACTIONS,
     MATMULS,
     MIXERS,
@@ -38,7 +47,7 @@ from tpvprune.operations import (
     REDUCTIONS,
     function_name,
 )
-from tpvprune.sizes import AxisSize, TracedInt, trace_attributes
+from tpvprune.tracing.sizes import AxisSize, TracedInt, trace_attributes
 
 __all__ = ["CONTRACTIONS", "Call", "ChannelPad", "Norm", "Tracker", "function_name", "track"]
 

@@ -1,0 +1,1 @@
+"""Criteria to compare with: from weights, activations and gradients."""

@@ -1,0 +1,1 @@
+"""What the commands behind ``tpvprune.cli`` are made of."""
