@@ -17,8 +17,9 @@ help:
 demo: $(STAMP)
 	$(RUN) -m tpvprune demo --output demo-output --overwrite
 
+# One thread per worker: two libraries that both use all cores slow each other down many times over.
 test: $(STAMP)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -36,14 +36,14 @@ from tpvprune.scores import tpv_scores
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = [
-    "cifar_resnet20:32",
-    "cifar_resnet56:32",
+    "cifar_resnet20",
+    "cifar_resnet56",
     "resnet18:128",
     "resnet50:128",
     "mobilenetv2_100:128",
     "convnext_tiny:128",
-    "vit_small_patch16_224:224",
-    "swin_tiny_patch4_window7_224:224",
+    "vit_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
 ]
 COLUMNS = [
     "model", "image_size", "num_images", "batch_size", "threads", "repeats", "procedure",
@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=MODELS, help="name:image size")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="name or name:image size")
     parser.add_argument("--num-images", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -136,12 +136,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def name_and_size(spec: str) -> tuple[str, int]:
+    """Split "name:size"; the size the model was made for is the default."""
+    name, _, size = spec.partition(":")
+    return name, int(size or timm.get_pretrained_cfg_value(name, "input_size")[-1])
+
+
 def prepare(args: argparse.Namespace, spec: str) -> tuple[nn.Module, ChannelGroups, Batches]:
     """Return a model with random weights, its groups and random images: cost knows no values."""
-    name, _, size = spec.partition(":")
+    name, size = name_and_size(spec)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    x = torch.randn(args.num_images, 3, int(size or 224), int(size or 224))
+    x = torch.randn(args.num_images, 3, size, size)
     y = torch.randint(0, model.num_classes, (args.num_images,))
     batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
     return model, find_groups(model, x[:1], verify=False), batches
@@ -161,7 +167,7 @@ def compare(args: argparse.Namespace, spec: str, peaks: dict[str, float]) -> lis
             cpu[name].append(time.process_time() - start[0])
             wall[name].append(time.perf_counter() - start[1])
             model.zero_grad()
-    name, _, size = spec.partition(":")
+    name, size = name_and_size(spec)
     rows = []
     for procedure in args.procedures:
         # Ratios within a round: what else the machine does hits both alike.
@@ -169,7 +175,7 @@ def compare(args: argparse.Namespace, spec: str, peaks: dict[str, float]) -> lis
         rows.append(
             {
                 "model": name,
-                "image_size": int(size or 224),
+                "image_size": size,
                 "num_images": args.num_images,
                 "batch_size": args.batch_size,
                 "threads": args.threads,
@@ -237,10 +243,16 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of the models measured now; those of other models stay."""
+    measured = {row["model"] for row in rows}
+    others = []
+    if path.exists():
+        with path.open(newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["model"] not in measured]
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(others + rows)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from environment import write_environment
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -217,34 +215,7 @@ def write(
             for channel, value in enumerate(values.tolist()):
                 found = [f"{scores[c][name][channel].item():.6g}" for c in scores]
                 lines.writerow([name, channel, f"{value:.6g}", *found])
-    environment = {
-        "arguments": {
-            k: v if isinstance(v, int | float | list | None) else str(v)
-            for k, v in vars(args).items()
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "timm", "torch-pruning")},
-        },
-        "hardware": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if args.device != "cpu" else None,
-        },
-    }
-    # Folders of one machine mean nothing on another.
-    for key in ("checkpoint", "data_dir", "truth", "output"):
-        value = environment["arguments"][key]
-        environment["arguments"][key] = value and Path(value).name
-    stem.with_suffix(".json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    write_environment(stem.with_suffix(".json"), args)
 
 
 if __name__ == "__main__":
