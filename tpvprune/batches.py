@@ -40,7 +40,7 @@ class UnlabeledBatches:
             ValueError: If there is no batch, or one is not a finite float tensor.
         """
         count = 0
-        for batch in _private_randomness(self._batches):
+        for batch in private_randomness(self._batches):
             inputs = _checked(_inputs(batch), count)
             count += 1
             yield inputs.to(device=self._device, dtype=self._dtype)
@@ -120,7 +120,7 @@ def _checked(inputs: Any, position: int) -> Tensor:
     return inputs
 
 
-def _private_randomness(batches: Iterable[Any]) -> Iterator[Any]:
+def private_randomness(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterate with an own random state, swapped in only while a batch is made.
 
     DataLoader draws a seed from the global generator on every pass, even without

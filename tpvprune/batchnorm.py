@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
-from tpvprune.scores import evaluating, on_device
+from tpvprune.running import evaluating, on_device
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:

@@ -26,7 +26,7 @@ from tpvprune.batches import unlabeled
 from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
 from tpvprune.groups import ChannelGroups
 from tpvprune.patches import gather, patches_of, window_of
-from tpvprune.scores import evaluating, on_device
+from tpvprune.running import evaluating, on_device
 
 
 def compensate_weights(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from tpvprune.running import evaluating
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,6 @@ def measure_latency(
         device=str(device),
         num_threads=torch.get_num_threads(),
     )
-
-
-@contextmanager
-def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Put models into eval mode and put every module's own mode back at the end.
-
-    Args:
-        *models: Models, or ``None`` for "no model here".
-
-    Yields:
-        Nothing.
-    """
-    modules = [module for model in models if model is not None for module in model.modules()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:

@@ -17,16 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
-from tpvprune.scores import (
-    Metric,
-    input_covariances,
-    passes,
-    reader_plan,
-    residual,
-    residual_map,
-    ridge_inverse,
-)
+from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
+from tpvprune.taps import Metric, passes, reader_plan
 
 _MIN_ROWS = 64  # fewer (sample, direction) pairs cannot rank a group's channels
 _MAX_STEPS = 96  # wide groups leave several channels at a time

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import _private_randomness, unlabeled
-from tpvprune.costs import (
-    Latency,
-    call_arguments,
-    count_macs,
-    count_params,
-    evaluating,
-    measure_latency,
-)
+from tpvprune.batches import private_randomness, unlabeled
+from tpvprune.costs import Latency, call_arguments, count_macs, count_params, measure_latency
+from tpvprune.running import evaluating, first_output
 
 __all__ = [
     "Evaluation",
@@ -26,7 +20,6 @@ __all__ = [
     "count_macs",
     "count_params",
     "evaluate",
-    "evaluating",
     "measure_latency",
     "output_variance",
 ]
@@ -91,7 +84,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, agreement, variance
     num_images, num_classes = 0, 0
     with evaluating(model), evaluating(dense):
-        for batch in _private_randomness(labelled_batches):
+        for batch in private_randomness(labelled_batches):
             inputs, labels = _labelled(batch)
             first = inputs if first is None else first
             outputs = _call(model, inputs)
@@ -194,26 +187,13 @@ def _top_classes(outputs: Tensor, num: int) -> Tensor:
 
 
 def _call(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs = _first_tensor(model(*call_arguments(model, inputs)))
+    outputs = first_output(model(*call_arguments(model, inputs)))
     if outputs.ndim < 2:
         raise ValueError(
             f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "
             "wrap the model so that it returns one row per input"
         )
     return outputs.double()
-
-
-def _first_tensor(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if not isinstance(outputs, (tuple, list)) or not outputs:
-        raise ValueError(
-            f"expected a model that returns a tensor, found {type(outputs).__name__}: "
-            "wrap the model so that it returns its logits"
-        )
-    return _first_tensor(outputs[0])
 
 
 def _labelled(batch: Any) -> tuple[Tensor, Tensor]:

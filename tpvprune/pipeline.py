@@ -16,13 +16,13 @@ from tpvprune.allocation import allocate
 from tpvprune.batches import unlabeled
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.compensation import compensate_weights
-from tpvprune.costs import evaluating
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.curves import variance_curves
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.removal import remove_channels, restore_empty
-from tpvprune.scores import Scores, first_output, on_device
+from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
 
 _MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.positions import by_channel, sampled_rows
-from tpvprune.taps import Observer, evaluating, on_device, reader_plan
+from tpvprune.running import evaluating, on_device
+from tpvprune.taps import Observer, reader_plan
 
 
 def residual_maps(

@@ -19,46 +19,8 @@ from torch import Tensor, nn
 from tpvprune.batches import unlabeled
 from tpvprune.groups import ChannelGroups
 from tpvprune.positions import by_channel, contract
-from tpvprune.residuals import (
-    input_covariances,
-    residual,
-    residual_map,
-    residual_maps,
-    ridge_inverse,
-)
-from tpvprune.taps import (
-    InputTap,
-    Metric,
-    Observer,
-    evaluating,
-    first_output,
-    frozen,
-    on_device,
-    passes,
-    probe_directions,
-    reader_plan,
-)
-
-__all__ = [
-    "InputTap",
-    "Metric",
-    "Observer",
-    "Scores",
-    "evaluating",
-    "first_output",
-    "frozen",
-    "input_covariances",
-    "on_device",
-    "output_changes",
-    "passes",
-    "probe_directions",
-    "reader_plan",
-    "residual",
-    "residual_map",
-    "residual_maps",
-    "ridge_inverse",
-    "tpv_scores",
-]
+from tpvprune.residuals import residual_maps
+from tpvprune.taps import Metric, passes, reader_plan
 
 # What stands in for a channel is fitted on so many samples: that pass is a forward of its own.
 _MAP_SAMPLES = 256

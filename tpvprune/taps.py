@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.running import evaluating, first_output, frozen, on_device
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 Metric = Literal["logits", "pseudo", "fisher", "features"]
@@ -182,43 +182,6 @@ def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 # ---- small pieces ---------------------------------------------------------------------------
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and give every module its own flag back afterwards."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch off the gradients of all parameters, and restore each flag afterwards."""
-    flags = {p: p.requires_grad for p in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-
-
-def on_device(x: Tensor, model: nn.Module) -> Tensor:
-    """Return ``x`` on the device and in the dtype of the model's parameters."""
-    p = next(model.parameters())
-    return x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device)
-
-
-def first_output(value: Any) -> Tensor:
-    """Return the first tensor of what a model returns (dict, tuple or tensor)."""
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
-    return value
 
 
 def reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Reader]]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
-from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroups
-from tpvprune.scores import Scores, on_device
+from tpvprune.running import evaluating, on_device
+from tpvprune.scores import Scores
 from tpvprune.taps import Observer
 
 

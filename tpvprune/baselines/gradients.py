@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tpvprune.batches import unlabeled
-from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroups, ParamSlice
-from tpvprune.scores import Scores, on_device
+from tpvprune.running import evaluating, on_device
+from tpvprune.scores import Scores
 
 
 def taylor_scores(

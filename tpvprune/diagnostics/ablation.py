@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
-from tpvprune.costs import evaluating
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.removal import MaskedChannels
-from tpvprune.scores import Scores, first_output, on_device
+from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.scores import Scores
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 
