@@ -75,7 +75,9 @@ class TestPrune:
         assert document["dense"]["latency_ms"] > 0
         assert 0 <= document["pruned"]["top1"] <= 1
         assert document["pruned"]["macs"] <= 0.5 * document["dense"]["macs"]
-        assert document["images"] == {"source": "flat", "num_images": 24, "num_held_out": 16}
+        assert document["images"] == {
+            "source": "flat", "num_images": 24, "agreement_on": "24 labelled images"
+        }
         assert max(map(len, err.splitlines())) <= 80
 
     def test_text_says_what_it_cost_and_that_no_label_was_used(self, run, tmp_path):

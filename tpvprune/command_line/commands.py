@@ -68,8 +68,11 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
-    batches, held_out = calibration(args, subject, images, labelled=used_labels)
     labelled = labelled_images(args, subject)
+    # Labelled images are new to the model; others of the calibration source may not be.
+    spare = {} if labelled is None else {"held_out": 0}
+    batches, held_out = calibration(args, subject, images, labelled=used_labels, **spare)
+    witnesses = held_out if labelled is None else labelled
     with stages() as progress:
         result = prune(
             subject.model,
@@ -91,13 +94,13 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         )
     dense, pruned = measured(args, subject, result.model, labelled)
     dense["agreement"] = 1.0
-    pruned["agreement"] = agreement(result.model, subject.model, Shown(held_out, "agreement"))
+    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
     document = {
         **provenance(args, subject),
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, held_out),
+        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
         "output": str(args.output),
     }
     save_pruned(

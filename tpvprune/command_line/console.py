@@ -149,9 +149,7 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     blocked_lines(document["blocked"])
     images = document["images"]
     used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
-    held_out = images["num_held_out"]
-    measured = f"{held_out} other images" if held_out else "the same images"
-    say(f"{images['num_images']} images, {used}; agreement measured on {measured}")
+    say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
     if not document["reached"]:
         of = document["of"]
         left = document["pruned"][of] / document["dense"][of]

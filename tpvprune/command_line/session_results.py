@@ -80,11 +80,16 @@ def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:
     ]
 
 
-def image_facts(images: ImageSource, batches: Any, held_out: Any = None) -> dict[str, Any]:
-    """Return where the images came from and how many there were."""
-    facts = {"source": images.name, "num_images": num_images(batches)}
-    if held_out is not None:
-        facts["num_held_out"] = 0 if held_out is batches else num_images(held_out)
+def image_facts(
+    images: ImageSource, batches: Any, witnesses: Any = None, *, labelled: bool = False
+) -> dict[str, Any]:
+    """Return where the images came from, how many, and what agreement was measured on."""
+    facts: dict[str, Any] = {"source": images.name, "num_images": num_images(batches)}
+    if witnesses is batches:
+        facts["agreement_on"] = "the same images"
+    elif witnesses is not None:
+        kind = "labelled" if labelled else "other"
+        facts["agreement_on"] = f"{num_images(witnesses)} {kind} images"
     return facts
 
 

@@ -53,9 +53,10 @@ def header(data: Mapping[str, Any]) -> str:
     sentences = []
     agreement = pruned.get("agreement")
     if agreement is not None:
+        seen_on = str((data.get("images") or {}).get("agreement_on", "the images"))
         sentences.append(
             f"It chooses the same class as the dense model on "
-            f"<strong>{percent(agreement)}</strong> of the images."
+            f"<strong>{percent(agreement)}</strong> of {escape(seen_on)}."
         )
     if data.get("used_labels") is False:
         sentences.append("<strong>No label was used</strong> to score, cut or repair it.")
