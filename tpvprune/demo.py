@@ -241,6 +241,6 @@ def _show(document: dict[str, Any]) -> None:
     ):
         say(note, indent="  ")
     say()
-    say("the first row is saved:")
+    say("saved is the row 'TPV, joint curves':")
     before_after(document["dense"], document["pruned"])
     say(f"saved: {document['output']} (open {document['output']}/report.html)")

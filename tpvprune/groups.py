@@ -64,8 +64,8 @@ class ChannelGroup:
 
     name: str
     num_channels: int
-    slices: tuple[ParamSlice, ...]
-    readers: tuple[Reader, ...]
+    slices: tuple[ParamSlice, ...] = field(repr=False)
+    readers: tuple[Reader, ...] = field(repr=False)
     unit: str = "channel"
     blocked: str | None = None
 

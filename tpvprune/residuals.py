@@ -34,14 +34,16 @@ def residual_maps(
         max_samples: See :func:`input_covariances`.
 
     Returns:
-        Reader call -> (mean [n], M [n, n]).
+        Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters.
     """
+    plan = reader_plan(groups)
+    dtype = next(model.parameters()).dtype
+    covariances = input_covariances(model, groups, inputs, max_samples=max_samples)
     maps = {}
-    for call, (mean, covariance) in input_covariances(
-        model, groups, inputs, max_samples=max_samples
-    ).items():
-        units = list(_blocks(reader_plan(groups)[call]))
-        maps[call] = (mean, residual_map(ridge_inverse(covariance, ridge), units))
+    for call in list(covariances):
+        mean, covariance = covariances.pop(call)  # one matrix in float64 at a time
+        matrix = residual_map(ridge_inverse(covariance, ridge), _blocks(plan[call]))
+        maps[call] = (mean.to(dtype), matrix.to(dtype))
     return maps
 
 
@@ -91,7 +93,8 @@ def input_covariances(
         Reader call -> (mean [n], covariance [n, n]), float64.
     """
     plan = reader_plan(groups)
-    sums: dict[int, tuple[Tensor, Tensor, int]] = {}
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    counts: dict[int, int] = {}
     seen = num = 0
 
     def observe(call: int, a: Tensor) -> None:
@@ -99,12 +102,13 @@ def input_covariances(
         if a.shape[dim] > max_inputs:
             return
         rows = sampled_rows(by_channel(a, dim, num), num, seen, max_positions)
-        gram, total, count = sums.get(call, (0, 0, 0))
-        sums[call] = (
-            gram + (rows.T @ rows).double(),
-            total + rows.sum(0).double(),
-            count + len(rows),
-        )
+        if call not in sums:
+            zeros = torch.zeros(a.shape[dim], dtype=torch.float64, device=a.device)
+            sums[call] = (zeros, torch.diag(zeros))
+            counts[call] = 0
+        sums[call][0].add_(rows.sum(0))
+        sums[call][1].add_(rows.T @ rows)
+        counts[call] += len(rows)
 
     with evaluating(model), torch.no_grad():
         for batch in inputs:
@@ -115,11 +119,10 @@ def input_covariances(
             with Observer(set(plan), observe):
                 model(on_device(x, model))
             seen += num
-    out = {}
-    for call, (gram, total, num) in sums.items():
-        mean = total / num
-        out[call] = (mean, gram / num - torch.outer(mean, mean))
-    return out
+    for call, (total, gram) in sums.items():
+        mean = total.div_(counts[call])
+        gram.div_(counts[call]).addr_(mean, mean, alpha=-1)
+    return sums
 
 
 def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
