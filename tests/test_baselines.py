@@ -9,8 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from tpvprune.baselines.activations import activation_variance_scores
-from tpvprune.baselines.gradients import jbr_scores, taylor_scores
-from tpvprune.baselines.weights import bn_scale_scores, fpgm_scores, magnitude_scores, random_scores
+from tpvprune.baselines.filters import fpgm_scores, whc_scores
+from tpvprune.baselines.hessian import hessian_scores, lfh_scores
+from tpvprune.baselines.jacobian import jacobian_scores, jbr_scores
+from tpvprune.baselines.taylor import taylor_scores
+from tpvprune.baselines.weights import (
+    bn_scale_scores,
+    lamp_scores,
+    magnitude_scores,
+    random_scores,
+)
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.groups import ChannelGroup, ParamSlice, Reader
 
@@ -150,6 +158,38 @@ def test_fpgm_joins_the_positions_of_a_head():
     torch.testing.assert_close(fpgm_scores(linear, [group])[""], want)
 
 
+def test_whc_weighs_the_angles_between_filters_by_their_norms(net, groups):
+    w = net.conv.weight.detach().flatten(1)
+    want = torch.zeros(C, dtype=torch.float64)
+    for c in range(C):
+        for j in range(C):
+            if j != c:
+                cosine = F.cosine_similarity(w[c], w[j], dim=0)
+                want[c] += w[c].norm() * w[j].norm() * (1 - cosine.abs())
+    torch.testing.assert_close(whc_scores(net, groups)["conv"], want)
+
+
+def test_whc_is_zero_for_parallel_and_for_empty_filters(net, groups):
+    w = net.conv.weight.data
+    w[:] = w[:1] * torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0], dtype=w.dtype)[:, None, None, None]
+    got = whc_scores(net, groups)["conv"]
+    torch.testing.assert_close(got, torch.zeros_like(got))
+
+
+def test_lamp_is_the_share_of_what_would_be_left(net, groups):
+    size = magnitude_scores(net, groups)["conv"]
+    want = torch.stack([s / size[size >= s].sum() for s in size])
+    got = lamp_scores(net, groups)["conv"]
+    torch.testing.assert_close(got, want)
+    assert got.max() == 1
+
+
+def test_lamp_of_a_group_without_weights_is_zero(net, groups):
+    for layer in (net.conv, net.bn, net.mix, net.fc):
+        layer.weight.data.zero_()
+    assert (lamp_scores(net, groups)["conv"] == 0).all()
+
+
 def test_random_scores_follow_the_seed(net, groups):
     first, again, other = (random_scores(net, groups, seed=s)["conv"] for s in (3, 3, 4))
     assert torch.equal(first, again)
@@ -185,13 +225,14 @@ def test_fixed_taylor_is_the_gradient_by_a_gate(net, groups, labelled):
     assert got.num_samples == 24
 
 
-def test_stock_taylor_equals_torch_pruning(labelled):
+def chain(bias=True):
+    """Return a model for torch-pruning and its group of C channels."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 4, 3), nn.Flatten(),
-        nn.Linear(16, 4),
+        nn.Conv2d(3, C, 3, bias=bias), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 4, 3),
+        nn.Flatten(), nn.Linear(16, 4),
     ).double()  # fmt: skip
-    model.eval()
+    nn.init.normal_(model[1].weight)
     channels = torch.arange(C)
     slices = [
         ParamSlice(name, dim, channels, channels, side)
@@ -202,24 +243,153 @@ def test_stock_taylor_equals_torch_pruning(labelled):
             ("1.bias", 0, "producer"),
             ("3.weight", 1, "consumer"),
         ]
+        if bias or name != "0.bias"
     ]
-    group = ChannelGroup("0", C, tuple(slices), (), "channel", None)
-    got = taylor_scores(model, [group], labelled, variant="torch_pruning")["0"]
+    return model.eval(), [ChannelGroup("0", C, tuple(slices), (), "channel", None)]
 
-    graph = tp.DependencyGraph().build_dependency(model, labelled[0][0][:1])
+
+def by_torch_pruning(model, importance):
+    graph = tp.DependencyGraph().build_dependency(model, torch.zeros(1, 3, 6, 6).double())
+    group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, idxs=list(range(C)))
+    return importance(group).double()
+
+
+SUMMED = {"group_reduction": "sum", "normalizer": None}
+# torch-pruning sums in float32 whatever the model's type.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-8}
+
+
+def test_stock_taylor_equals_torch_pruning(labelled):
+    model, groups = chain()
+    got = taylor_scores(model, groups, labelled, variant="torch_pruning")["0"]
     for x, y in labelled:
         F.cross_entropy(model(x), y).backward()
-    theirs = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, idxs=list(range(C)))
-    importance = tp.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None)
-    # torch-pruning sums in float32 whatever the model's type.
-    torch.testing.assert_close(got, importance(theirs).double(), rtol=1e-5, atol=1e-8)
+    want = by_torch_pruning(model, tp.importance.GroupTaylorImportance(**SUMMED))
+    torch.testing.assert_close(got, want, **FLOAT32)
 
 
-def test_taylor_asks_for_labels(net, groups, images):
+def test_lamp_equals_torch_pruning():
+    model, groups = chain()
+    want = by_torch_pruning(model, tp.importance.LAMPImportance())
+    torch.testing.assert_close(lamp_scores(model, groups)["0"], want, **FLOAT32)
+
+
+def test_stock_hessian_equals_torch_pruning_and_its_last_image(labelled):
+    model, groups = chain()
+    got = hessian_scores(model, groups, labelled, variant="torch_pruning")["0"]
+    importance = tp.importance.GroupHessianImportance(**SUMMED)
+    for x, y in labelled:
+        for loss in F.cross_entropy(model(x), y, reduction="none"):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            importance.accumulate_grad(model)
+    torch.testing.assert_close(got, by_torch_pruning(model, importance), **FLOAT32)
+    x, y = labelled[-1]
+    alone = hessian_scores(model, groups, [(x[-1:], y[-1:])], variant="torch_pruning")["0"]
+    torch.testing.assert_close(got, alone)
+
+
+def test_stock_obdc_equals_torch_pruning(labelled):
+    model, groups = chain(bias=False)
+    got = hessian_scores(model, groups, labelled, variant="obdc_torch_pruning")["0"]
+    importance = tp.importance.OBDCImportance(**SUMMED)
+    for layer in (model[0], model[3]):  # its own set-up takes attention only, and fails here
+        layer.register_forward_pre_hook(importance._save_input)
+        layer.register_full_backward_hook(importance._save_grad_output)
+        importance.modules.append(layer)
+    for x, y in labelled:
+        F.cross_entropy(model(x.requires_grad_()), y).backward()
+        importance.step()
+    torch.testing.assert_close(got, by_torch_pruning(model, importance), **FLOAT32)
+
+
+def per_sample_gradients(model, labelled):
+    for x, y in labelled:
+        for i in range(len(x)):
+            yield loss_gradients(model, x[i : i + 1], y[i : i + 1])
+
+
+def test_fixed_hessian_is_the_fisher_weighted_size_of_the_group(net, groups, labelled):
+    want = torch.zeros(C, dtype=torch.float64)
+    for gradients in per_sample_gradients(net, labelled):
+        squares = {k: (w * g).square() for k, (w, g) in gradients.items()}
+        for c in range(C):
+            want[c] += squares["conv.weight"][c].sum()
+            want[c] += squares["bn.weight"][c]
+            want[c] += squares["mix.weight"][:, c].sum()
+            want[c] += flat_columns(squares["fc.weight"])[:, c].sum()
+    got = hessian_scores(net, groups, labelled)
+    torch.testing.assert_close(got["conv"], want / 24)
+    assert got.num_samples == 24
+
+
+def test_fixed_hessian_is_torch_prunings_with_a_working_sum(labelled):
+    model, groups = chain()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for gradients in per_sample_gradients(model, labelled):
+        for name, parameter in model.named_parameters():
+            parameter.grad += gradients[name][1].square() / 24
+    want = by_torch_pruning(model, tp.importance.GroupHessianImportance(**SUMMED))
+    torch.testing.assert_close(hessian_scores(model, groups, labelled)["0"], want, **FLOAT32)
+
+
+def test_fixed_hessian_does_not_depend_on_the_split(net, groups, labelled):
+    x, y = (torch.cat(t) for t in zip(*labelled, strict=True))
+    other = list(zip(x.split(7), y.split(7), strict=True))
+    a, b = (hessian_scores(net, groups, batches)["conv"] for batches in (labelled, other))
+    torch.testing.assert_close(a, b)
+
+
+def filter_traces(model, images):
+    """Return E_x ‖∂f/∂w_c‖² of conv's filters from the whole Jacobian, [C]."""
+    params = {k: p.detach() for k, p in model.named_parameters()}
+
+    def outputs(weight, x):
+        return torch.func.functional_call(model, params | {"conv.weight": weight}, (x[None],))[0]
+
+    samples = torch.cat(images)
+    jacobians = [torch.func.jacrev(outputs)(params["conv.weight"], x) for x in samples]
+    return torch.stack(jacobians).square().sum((1, 3, 4, 5)).mean(0)
+
+
+def test_lfh_is_the_trace_times_the_mean_squared_weight(net, groups, images):
+    # One output: every probe is +1 or -1 and its square is exact.
+    net.fc = nn.Linear(2 * 4 + C * 4, 1).double()
+    w = net.conv.weight.detach().flatten(1)
+    want = filter_traces(net, images) * w.square().sum(1) / w.shape[1]
+    got = lfh_scores(net, groups, images)
+    torch.testing.assert_close(got["conv"], want)
+    assert not got.used_labels
+
+
+def test_lfh_converges_to_the_trace_over_all_outputs(net, groups, images):
+    few = [images[0][:2]]
+    w = net.conv.weight.detach().flatten(1)
+    want = filter_traces(net, few) * w.square().mean(1)
+    got = lfh_scores(net, groups, few, num_probes=400, seed=1)["conv"]
+    # (vᵀa)² of random signs has a standard deviation below √2 of its mean: 0.05 over 800 draws.
+    torch.testing.assert_close(got, want, rtol=0.2, atol=0)
+    assert not torch.equal(got, lfh_scores(net, groups, few, num_probes=400, seed=2)["conv"])
+
+
+def test_lfh_does_not_depend_on_the_split(net, groups, images):
+    a = lfh_scores(net, groups, images)["conv"]
+    b = lfh_scores(net, groups, torch.cat(images).split(5))["conv"]
+    torch.testing.assert_close(a, b)
+
+
+def test_lfh_needs_a_probe(net, groups, images):
+    with pytest.raises(ValueError, match="num_probes: expected at least 1, found 0"):
+        lfh_scores(net, groups, images, num_probes=0)
+
+
+@pytest.mark.parametrize("score", [taylor_scores, hessian_scores, jacobian_scores])
+def test_criteria_with_labels_ask_for_them(net, groups, images, score):
     with pytest.raises(ValueError, match="needs labelled batches"):
-        taylor_scores(net, groups, images)
+        score(net, groups, images)
     with pytest.raises(ValueError, match="found none"):
-        taylor_scores(net, groups, [])
+        score(net, groups, [])
 
 
 def confident_batches(model, images, size, confidence=0.9):
@@ -230,19 +400,36 @@ def confident_batches(model, images, size, confidence=0.9):
     return list(zip(x[sure].split(size), top.indices[sure].split(size), strict=True))
 
 
+def squared_changes(model, batches):
+    """Return the formula of the Jacobian criteria, written out."""
+    total = torch.zeros(C, dtype=torch.float64)
+    for x, y in batches:
+        wg = {k: w * g for k, (w, g) in loss_gradients(model, x, y).items()}
+        for c in range(C):
+            total[c] += (wg["conv.weight"][c].sum() + wg["conv.bias"][c]) ** 2
+            total[c] += (wg["bn.weight"][c] + wg["bn.bias"][c]) ** 2
+            total[c] += wg["mix.weight"][:, c].sum() ** 2
+            total[c] += flat_columns(wg["fc.weight"])[:, c].sum(0).square().sum()
+    return total
+
+
+def test_jacobian_is_the_formula_of_the_authors_code(net, groups, labelled):
+    got = jacobian_scores(net, groups, labelled)
+    torch.testing.assert_close(got["conv"], squared_changes(net, labelled))
+    assert got.num_samples == 24
+
+
+def test_jacobian_with_predictions_for_labels_is_jbr(net, groups, images):
+    predicted = [(x, net(x).argmax(1)) for x in images]
+    want = jbr_scores(net, groups, images, confidence=0)["conv"]
+    torch.testing.assert_close(jacobian_scores(net, groups, predicted)["conv"], want)
+
+
 def test_jbr_is_the_formula_of_the_reference_code(net, groups, images):
-    want = torch.zeros(C, dtype=torch.float64)
     batches = confident_batches(net, images, 8)
     assert len(batches) >= 2
-    for x, y in batches:
-        wg = {k: w * g for k, (w, g) in loss_gradients(net, x, y).items()}
-        for c in range(C):
-            want[c] += (wg["conv.weight"][c].sum() + wg["conv.bias"][c]) ** 2
-            want[c] += (wg["bn.weight"][c] + wg["bn.bias"][c]) ** 2
-            want[c] += wg["mix.weight"][:, c].sum() ** 2
-            want[c] += flat_columns(wg["fc.weight"])[:, c].sum(0).square().sum()
     got = jbr_scores(net, groups, images)
-    torch.testing.assert_close(got["conv"], want)
+    torch.testing.assert_close(got["conv"], squared_changes(net, batches))
     assert got.num_samples == sum(len(x) for x, _ in batches)
     assert not got.used_labels
 
@@ -288,7 +475,12 @@ def test_rescaling_changes_magnitude_but_not_the_gradient_criteria(net, groups, 
         before, after = score(net, groups)["conv"], score(scaled, groups)["conv"]
         assert not torch.isclose(before[0], after[0], rtol=1e-2)
         assert torch.equal(before[1:], after[1:])
-    for score, batches in ((taylor_scores, labelled), (jbr_scores, images)):
+    for score, batches in (
+        (taylor_scores, labelled),
+        (hessian_scores, labelled),
+        (jacobian_scores, labelled),
+        (jbr_scores, images),
+    ):
         before = score(net, groups, batches)["conv"]
         torch.testing.assert_close(score(scaled, groups, batches)["conv"], before)
 
@@ -344,7 +536,9 @@ def test_baselines_take_frozen_parameters_and_any_grad_mode(net, groups, labelle
     assert got.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["activation_variance", "jbr", "taylor"])
+@pytest.mark.parametrize(
+    "name", ["activation_variance", "jbr", "lfh", "taylor", "hessian", "jacobian"]
+)
 def test_baselines_leave_the_model_as_it_was_after_an_exception(net, groups, labelled, name):
     class Breaks(nn.Module):
         def forward(self, x):
@@ -359,7 +553,7 @@ def test_baselines_leave_the_model_as_it_was_after_an_exception(net, groups, lab
 
 
 def test_label_free_criteria_drop_labels_unread(net, groups, labelled, images):
-    for name in ("activation_variance", "jbr"):
+    for name in ("activation_variance", "jbr", "lfh"):
         poisoned = [(x, object()) for x in images]
         got = SCORERS[name](net, groups, poisoned)
         assert torch.equal(got["conv"], SCORERS[name](net, groups, images)["conv"])

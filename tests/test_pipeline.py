@@ -223,7 +223,7 @@ def test_criteria_that_need_labels_say_so(criterion):
         ({"keep": 0}, "keep: expected a fraction"),
         ({"of": "watts"}, "of: expected"),
         ({"criterion": "luck"}, "criterion: expected one of tpv"),
-        ({"repair": "prayer"}, "repair: expected none"),
+        ({"repair": "prayer"}, "repair: expected one of none"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
         ({"ignore": ["nobody"]}, "ignore: expected the name of a module"),

@@ -116,6 +116,7 @@ def calls(model):
             small, model, data, groups=groups, kept=kept
         ),
         "recalibrate_batchnorm": lambda: tpvprune.recalibrate_batchnorm(model, data),
+        "distill": lambda: tpvprune.distill(model, model, data, epochs=1, ema_decay=0.5),
         "evaluate": lambda: tpvprune.evaluate(model, labelled, dense=model),
         "agreement": lambda: tpvprune.agreement(model, model, data),
         "output_variance": lambda: output_variance(model, model, data),
@@ -134,11 +135,11 @@ def calls(model):
 NAMES = list(calls(lived_in()))
 DATA_FREE = {
     "allocate", "select_channels", "remove_channels", "scorer magnitude", "scorer magnitude_l1",
-    "scorer bn_scale", "scorer fpgm", "scorer random",
+    "scorer bn_scale", "scorer fpgm", "scorer random", "scorer lamp", "scorer whc",
 }  # fmt: skip
 BACKWARD = [
     "tpv_scores", "tpv_scores plain", "variance_curves", "scorer jbr", "scorer taylor",
-    "scorer taylor_torch_pruning", "prune",
+    "scorer taylor_torch_pruning", "prune", "distill",
 ]  # fmt: skip
 
 

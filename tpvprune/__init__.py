@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from tpvprune.costs import count_macs, count_params, measure_latency
     from tpvprune.criteria import SCORERS
     from tpvprune.curves import variance_curves
+    from tpvprune.distillation import distill
     from tpvprune.evaluation import Evaluation, agreement, evaluate
     from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, find_groups
     from tpvprune.importance import TPVImportance
     from tpvprune.pipeline import PruningResult, prune
+    from tpvprune.reconstruction import reconstruct_blocks
     from tpvprune.removal import remove_channels
     from tpvprune.scores import Scores, tpv_scores
     from tpvprune.selection import select_channels
@@ -41,7 +43,9 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "remove_channels",
     # repairs
     "compensate_weights",
+    "reconstruct_blocks",
     "recalibrate_batchnorm",
+    "distill",
     # proof
     "evaluate",
     "Evaluation",
@@ -64,10 +68,12 @@ _MODULES = {
     "costs": ("count_macs", "count_params", "measure_latency"),
     "criteria": ("SCORERS",),
     "curves": ("variance_curves",),
+    "distillation": ("distill",),
     "evaluation": ("Evaluation", "agreement", "evaluate"),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups"),
     "importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune"),
+    "reconstruction": ("reconstruct_blocks",),
     "removal": ("remove_channels",),
     "scores": ("Scores", "tpv_scores"),
     "selection": ("select_channels",),

@@ -83,6 +83,34 @@ def written_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Give the name of a new file to write; at the end it takes the place of ``path``.
+
+    Args:
+        path: The final place; a file that is there is replaced.
+
+    Yields:
+        The file to write, beside its final place.
+
+    Raises:
+        ValueError: If the system refuses to write, with its reason.
+    """
+    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror or error}): choose another place"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _replace(folder: Path, new: Path) -> None:
     """Put ``new`` in the place of ``folder``; what was there is at ``new`` or gone."""
     if not folder.exists():

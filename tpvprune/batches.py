@@ -21,10 +21,12 @@ class UnlabeledBatches:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         self._batches = batches
         self._device = device
         self._dtype = dtype
+        self._seed = seed
 
     def __len__(self) -> int:
         """Return the number of batches; TypeError where the source has no length."""
@@ -40,7 +42,7 @@ class UnlabeledBatches:
             ValueError: If there is no batch, or one is not a finite float tensor.
         """
         count = 0
-        for batch in private_randomness(self._batches):
+        for batch in private_randomness(self._batches, seed=self._seed):
             inputs = _checked(_inputs(batch), count)
             count += 1
             yield inputs.to(device=self._device, dtype=self._dtype)
@@ -53,6 +55,7 @@ def unlabeled(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> UnlabeledBatches:
     """Return the input tensors of `batches` and nothing else.
 
@@ -65,6 +68,7 @@ def unlabeled(
         batches: Re-iterable of batches, such as a list or a DataLoader.
         device: Where to move each input; None leaves it.
         dtype: Floating-point type of each input; None leaves it.
+        seed: Of the private random state.
 
     Returns:
         A re-iterable of tensors [B, ...]. Each pass raises ValueError for an
@@ -75,8 +79,16 @@ def unlabeled(
         ValueError: If `batches` is one tensor, a mapping, not iterable, or can be
             iterated only once.
     """
-    if isinstance(batches, UnlabeledBatches) and device is None and dtype is None:
-        return batches
+    if isinstance(batches, UnlabeledBatches):
+        if (device, dtype, seed) == (None, None, batches._seed):
+            return batches
+        # Not wrapped again: the random state of the inner one would hide the seed.
+        return UnlabeledBatches(
+            batches._batches,
+            device=device or batches._device,
+            dtype=dtype or batches._dtype,
+            seed=seed,
+        )
     if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
         raise ValueError(
             "batches: expected a re-iterable of input tensors, found "
@@ -87,7 +99,7 @@ def unlabeled(
             "batches: expected a re-iterable (several passes are made), found "
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
-    return UnlabeledBatches(batches, device=device, dtype=dtype)
+    return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
 
 
 def _inputs(batch: Any) -> Any:
@@ -120,18 +132,22 @@ def _checked(inputs: Any, position: int) -> Tensor:
     return inputs
 
 
-def private_randomness(batches: Iterable[Any]) -> Iterator[Any]:
+def private_randomness(batches: Iterable[Any], *, seed: int = 0) -> Iterator[Any]:
     """Iterate with an own random state, swapped in only while a batch is made.
 
     DataLoader draws a seed from the global generator on every pass, even without
     shuffling, so plain iteration would change the caller's random state.
 
+    Args:
+        batches: What to iterate over.
+        seed: Of the private state.
+
     Yields:
         The batches as they are.
     """
     state = (
-        torch.Generator().manual_seed(0).get_state(),
-        random.Random(0).getstate(),
+        torch.Generator().manual_seed(seed).get_state(),
+        random.Random(seed).getstate(),
     )
     iterator: Iterator[Any] | None = None
     while True:

@@ -7,6 +7,8 @@ and its target meet at the same place in both.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +82,7 @@ class BranchFollower(TorchFunctionMode):
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__()
         self.layers, self.plan = layers, plan
+        self._seeing = True
         self.reset()
 
     def reset(self) -> None:
@@ -88,8 +91,19 @@ class BranchFollower(TorchFunctionMode):
         self.shared: set[int] = set()  # calls whose pre-activation has several readers
         self._branches: dict[int, tuple[weakref.ref[Tensor], Branch]] = {}
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let what runs meanwhile (a hook that runs a module again) pass unseen."""
+        self._seeing = False
+        try:
+            yield
+        finally:
+            self._seeing = True
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._seeing:
+            return func(*args, **kwargs)
         name = function_name(func)
         if name in CONTRACTIONS:
             self.call += 1

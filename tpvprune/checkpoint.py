@@ -54,6 +54,7 @@ def save_pruned(
     pretrained_cfg: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
+    origin: str | Path | None = None,
 ) -> Path:
     """Write a pruned model to a folder that ``load_pruned`` rebuilds bit for bit.
 
@@ -73,6 +74,9 @@ def save_pruned(
         pretrained_cfg: timm's preprocessing record; by default the model's own.
         provenance: Command, seed and the like; date and versions are added.
         report: Data of the report; by default the result's own, if there is one.
+        origin: Folder that this model was loaded from before its weights changed. What is not
+            given is taken from there: name, arguments, preprocessing and kept channels; its
+            provenance becomes the ``origin`` entry of the new one.
 
     Returns:
         The folder.
@@ -84,17 +88,23 @@ def save_pruned(
         dense = getattr(result_or_model, "dense", None) if dense is None else dense
         report = report_data(result_or_model) if report is None else report
     folder = check_folder(folder, overwrite=overwrite)
+    earlier = {} if origin is None else read_config(origin)
+    if earlier:
+        model_name = model_name or earlier["model"]
+        model_kwargs = earlier["model_kwargs"] if model_kwargs is None else model_kwargs
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense)
-    own_cfg = getattr(pruned, "pretrained_cfg", None) or {}
+    own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
+    chain = {"origin": earlier["provenance"]} if earlier else {}
     config = {
         "format_version": FORMAT_VERSION,
         "model": name,
         "model_kwargs": kwargs,
         "pretrained_cfg": _plain_entries(pretrained_cfg or own_cfg),
-        "kept": {group: mask.nonzero().flatten().tolist() for group, mask in kept.items()},
+        "kept": {group: mask.nonzero().flatten().tolist() for group, mask in kept.items()}
+        or earlier.get("kept", {}),
         "attributes": attribute_changes(skeleton, pruned),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
-        "provenance": {**_provenance(), **(provenance or {})},
+        "provenance": {**_provenance(), **(provenance or {}), **chain},
     }
     text = _as_json(config)
     with written_folder(folder) as unfinished:

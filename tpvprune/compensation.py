@@ -69,10 +69,39 @@ def compensate_weights(
         The repaired copy.
     """
     repaired = copy.deepcopy(pruned)
-    inputs = _first_inputs(unlabeled(batches), dense, max_bytes)
-    num_inputs = sum(map(len, inputs))
+    inputs = first_inputs(unlabeled(batches), dense, max_bytes)
+    plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
+    run = refit_run(repaired, dense, inputs, groups=groups, kept=kept, plan=plan, ridge=ridge)
+    with evaluating(repaired), torch.no_grad(), run:
+        repaired(torch.cat([on_device(x, repaired) for x in inputs]))
+    return repaired
+
+
+def refit_run(
+    pruned: nn.Module,
+    dense: nn.Module,
+    inputs: Iterable[Tensor],
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    plan: Plan,
+    ridge: float = 1e-3,
+) -> RefitRun:
+    """Run the dense network, and return the mode under which the pruned one is refitted.
+
+    Args:
+        pruned: What is refitted, in place, when it runs once on all inputs together.
+        dense: The model it came from.
+        inputs: Batches, in the order in which the pruned model will see them.
+        groups: Channel groups of ``dense``.
+        kept: What stayed.
+        plan: Sampled positions.
+        ridge: See :func:`compensate_weights`.
+
+    Returns:
+        The mode.
+    """
     layers = layers_by_weight(dense)
-    plan = Plan(num_inputs, rows_per_input, min_rows, seed)
     dense_run = _DenseRun(layers, plan)
     with evaluating(dense), torch.no_grad():
         for x in inputs:
@@ -80,15 +109,10 @@ def compensate_weights(
             with dense_run:
                 dense(on_device(x, dense))
     rows = {name: _kept_rows(groups, kept, name) for name in {lay.name for lay in layers.values()}}
-    everything = torch.cat([on_device(x, repaired) for x in inputs])
-    with evaluating(repaired), torch.no_grad():
-        run = _RefitRun(layers_by_weight(repaired), plan, dense_run.finish(), rows, ridge)
-        with run:
-            repaired(everything)
-    return repaired
+    return RefitRun(layers_by_weight(pruned), plan, dense_run.finish(), rows, ridge)
 
 
-def _first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
+def first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
     """Return the first inputs whose activations fit into ``max_bytes``, at least one."""
     chosen: list[Tensor] = []
     room = 0
@@ -201,7 +225,9 @@ class _Pending:
     patches: Tensor
 
 
-class _RefitRun(BranchFollower):
+class RefitRun(BranchFollower):
+    """Refits every layer when its turn comes in one forward of the pruned network."""
+
     def __init__(
         self,
         layers: dict[int, Layer],
@@ -216,6 +242,11 @@ class _RefitRun(BranchFollower):
         self._norm_of: dict[int, Tensor] = {}
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Refit a layer, or let it wait for the addition or norm behind it.
+
+        Returns:
+            Its output, refitted or not yet.
+        """
         module, call = layer.module, self.call
         x, window = args[0], window_of(args, kwargs)
         if window is None:
@@ -233,6 +264,11 @@ class _RefitRun(BranchFollower):
         return func(*self._fresh(pending), **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        """Refit the layer whose branch ends here, towards dense sum - pruned shortcut.
+
+        Returns:
+            The sum.
+        """
         pending = self._pending.pop(branch.call, None)
         if pending is None:
             return func(*args)
@@ -260,7 +296,11 @@ class _RefitRun(BranchFollower):
         return func(*args)
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-        # A layer without a bias: its intercept goes into the mean of the norm, now known.
+        """Refit a layer without a bias: the mean of its norm takes up the intercept.
+
+        Returns:
+            The branch behind the norm, if it goes on there.
+        """
         through = super().on_norm(branch, args, kwargs)
         waits = branch.call in self._pending and branch.call not in self._targets.sums
         if through is None or not waits:

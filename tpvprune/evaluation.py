@@ -89,7 +89,7 @@ def evaluate(
             first = inputs if first is None else first
             outputs = _call(model, inputs)
             num_classes = outputs.shape[-1]
-            labels = _class_indices(labels, outputs)
+            labels = class_indices(labels, outputs)
             ranked = _top_classes(outputs, min(5, num_classes))
             hits = ranked == labels[:, None]
             totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
@@ -209,7 +209,19 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
     return batch[0], batch[1]
 
 
-def _class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
+def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Check that labels are classes of these outputs.
+
+    Args:
+        labels: Class indices [B].
+        outputs: Logits [B, K].
+
+    Returns:
+        The labels, on the device of the outputs.
+
+    Raises:
+        ValueError: If they are not whole numbers in [0, K), one per input.
+    """
     if outputs.ndim != 2:
         raise ValueError(
             f"expected logits [batch, classes], found outputs of shape {tuple(outputs.shape)}: "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tpvprune.tracing.fields import varying
 from tpvprune.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.tracing.tracking import Tracker, track
 
@@ -118,6 +119,7 @@ class ChannelGroups:
     mixers: Mapping[int, tuple[tuple[int, Axis], ...]] = field(default_factory=dict)
     sizes: tuple[SizeRule, ...] = ()
     standardised: tuple[Axis, ...] = ()
+    output_axes: Mapping[str, tuple[int, Axis]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _by_name: dict[str, ChannelGroup] = field(default_factory=dict, repr=False)
 
@@ -257,6 +259,7 @@ def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGr
         ),
         pads=tuple(replace(p, front=strip(p.front), back=strip(p.back)) for p in groups.pads),
         standardised=tuple(strip(a) for a in groups.standardised),
+        output_axes={m: (d, strip(a)) for m, (d, a) in groups.output_axes.items()},
         notes=groups.notes,
     )
 
@@ -387,12 +390,28 @@ def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> Cha
         mixers=_mixers(tracker, units),
         sizes=_size_rules(tracker, units),
         standardised=tuple(units.axis(tracker, line) for line in tracker.coupling.standardised()),
+        output_axes=_output_axes(tracker, units),
         pads=tuple(
             Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back))
             for p in tracker.pads
         ),
     )
     return with_blocked(groups, reasons)
+
+
+def _output_axes(tracker: Tracker, units: _Units) -> dict[str, tuple[int, Axis]]:
+    """Return who owns the channels of a module's output, where they lie along one dimension."""
+    found = {}
+    for module, out in tracker.outputs.items():
+        lines = {}
+        for field_ in tracker.labels(out):
+            dims = varying(field_)
+            if len(dims) == 1:
+                lines[dims[0]] = units.axis(tracker, field_.reshape(-1))
+        owned = {dim: axis for dim, axis in lines.items() if axis.members}
+        if len(owned) == 1 and len(lines) == len(tracker.labels(out)):
+            found[module] = next(iter(owned.items()))
+    return found
 
 
 def _mixers(tracker: Tracker, units: _Units) -> dict[int, tuple[tuple[int, Axis], ...]]:

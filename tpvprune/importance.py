@@ -90,7 +90,7 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
         Raises:
             ValueError: If the model is not the one that was scored or has been pruned since.
         """
-        cuts = [(axis, item) for item in group.items if (axis := _axis(item.dep)) is not None]
+        cuts = [(axis, item) for item in group.items if (axis := cut_axis(item.dep)) is not None]
         if not cuts:
             return None
         if not any(param in self._params for (param, _), _ in cuts):
@@ -137,7 +137,7 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
         return torch.zeros(num_roots, dtype=torch.float64).index_add_(0, roots, values)
 
 
-def _axis(dep: Any) -> tuple[str, int] | None:
+def cut_axis(dep: Any) -> tuple[str, int] | None:
     """Return (parameter, dimension) that a dependency cuts, for convolutions and linear layers."""
     module, handler = dep.target.module, dep.handler.__name__
     if not isinstance(module, _LAYERS) or dep.target._name is None:

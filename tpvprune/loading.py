@@ -170,19 +170,7 @@ def choose_images(
             f"expected a batch size and a number of images of at least 1, found "
             f"{batch_size} and {num_images}"
         )
-    stop = None if num_images is None else skip + num_images
-    items: Callable[[], Iterable[Any]]
-    if source.count is None:
-        total = num_images
-        items = lambda: itertools.islice(source.items(), skip, stop)  # noqa: E731
-    else:
-        order: Sequence[int] = range(source.count)
-        if num_images is not None:
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(source.count, generator=generator).tolist()
-        chosen = order[skip:stop]
-        total = len(chosen)
-        items = lambda: chosen  # noqa: E731
+    items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
     return ImageBatches(
         source,
         items,
@@ -192,6 +180,31 @@ def choose_images(
         workers=workers,
         labelled=labelled,
     )
+
+
+def chosen_items(
+    source: ImageSource, *, num_images: int | None, skip: int = 0, seed: int = 0
+) -> tuple[Callable[[], Iterable[Any]], int | None]:
+    """Choose items of a source at random; see ``choose_images``.
+
+    Args:
+        source: Where from.
+        num_images: How many; None for all, in the source's order.
+        skip: How many of the permutation to leave out first.
+        seed: Seed of the permutation.
+
+    Returns:
+        Function that gives the items, the same on each call, and their number if known.
+    """
+    stop = None if num_images is None else skip + num_images
+    if source.count is None:
+        return lambda: itertools.islice(source.items(), skip, stop), num_images
+    order: Sequence[int] = range(source.count)
+    if num_images is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(source.count, generator=generator).tolist()
+    chosen = order[skip:stop]
+    return lambda: chosen, len(chosen)
 
 
 def in_memory(

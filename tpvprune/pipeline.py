@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.curves import variance_curves
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
+from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.removal import remove_channels, restore_empty
 from tpvprune.running import evaluating, first_output, on_device
 from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
 
 _MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
-Repair = Literal["none", "bn", "compensate", "auto"]
+Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
+Allocation = Literal["curves", "rank", "plain"]
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
 
@@ -55,7 +57,7 @@ def prune(
     criterion: str = "tpv",
     repair: Repair = "compensate",
     steps: int = 1,
-    allocation: Literal["curves", "rank"] | None = None,
+    allocation: Allocation | None = None,
     round_to: int = 1,
     min_channels: int = 1,
     max_removed: float = 1.0,
@@ -76,11 +78,13 @@ def prune(
         of: ``"macs"`` or ``"params"``.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
-            compensation), or ``"auto"``: the one with the least output variance on the held-back
-            inputs.
+            compensation), ``"reconstruct"`` (compensation, then block reconstruction: minutes
+            where compensation takes seconds, and better), or ``"auto"``: of none, bn and
+            compensate the one with the least output variance on the held-back inputs.
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
-            (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost.
+            (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
+            ``"plain"``: by score alone.
         round_to: Kept widths are multiples of this.
         min_channels: Units every group keeps.
         max_removed: Largest fraction of a group that may go.
@@ -124,14 +128,17 @@ def prune(
                 ranks = {name: curve.order.argsort() for name, curve in curves.items()}
                 choose = partial(allocate, now, curves, of=of, **floors)
             else:
-                choose = partial(select_channels, pruned, now, found, of=of, **floors)
+                per_cost = allocation != "plain"
+                choose = partial(
+                    select_channels, pruned, now, found, of=of, per_cost=per_cost, **floors
+                )
                 ranks = {**found}
             chosen = _feasible(choose, now, ranks, target, of)
         with clock("removal", step, steps):
             pruned, kept = remove_channels(pruned, now, chosen), _compose(kept, chosen)
-        if repair in {"compensate", "auto"}:
-            with clock("compensation", step, steps):
-                pruned = compensate_weights(pruned, model, fit, groups=groups, kept=kept, seed=seed)
+        for stage, refit in _repairs(repair, last=step == steps).items():
+            with clock(stage, step, steps):
+                pruned = refit(pruned, model, fit, groups=groups, kept=kept, seed=seed)
         history.append(_measure(groups, kept, pruned, model, held))
     with clock("repair"):
         candidates = _candidates(repair, remove_channels(model, groups, kept), pruned, fit)
@@ -143,7 +150,7 @@ def prune(
         "of": of,
         "criterion": criterion,
         "used_labels": criterion in NEEDS_LABELS,
-        "allocation": "curves" if use_curves else "rank",
+        "allocation": "curves" if use_curves else allocation or "rank",
         "repair": repair,
         "repair_chosen": best,
         "seed": seed,
@@ -183,16 +190,17 @@ class _Clock:
 def _check(criterion: str, repair: str, steps: int, allocation: str | None, labelled: Any) -> None:
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
-    if repair not in {"none", "bn", "compensate", "auto"}:
-        raise ValueError(f"repair: expected none, bn, compensate or auto, found {repair!r}.")
+    if repair not in get_args(Repair):
+        known = ", ".join(get_args(Repair))
+        raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
-    if allocation not in {None, "curves", "rank"} or (
+    if allocation not in {None, *get_args(Allocation)} or (
         allocation == "curves" and criterion != "tpv"
     ):
         raise ValueError(
-            f"allocation: expected 'rank', or 'curves' with criterion 'tpv', found {allocation!r} "
-            f"with {criterion!r}."
+            "allocation: expected 'rank' or 'plain', or 'curves' with criterion 'tpv', found "
+            f"{allocation!r} with {criterion!r}."
         )
     if criterion in NEEDS_LABELS and labelled is None:
         raise ValueError(
@@ -294,14 +302,24 @@ def _score(
     return SCORERS[criterion](model, groups, source, seed=seed)
 
 
+def _repairs(repair: Repair, *, last: bool) -> dict[str, Callable[..., nn.Module]]:
+    """Return the refits that follow one round of cutting, in order."""
+    refits: dict[str, Callable[..., nn.Module]] = {}
+    if repair == "reconstruct" and last:
+        refits["reconstruction"] = reconstruct_blocks
+    elif repair in {"compensate", "reconstruct", "auto"}:
+        refits["compensation"] = compensate_weights
+    return refits
+
+
 def _candidates(
     repair: Repair, removed: nn.Module, compensated: nn.Module, fit: list[Tensor]
 ) -> dict[str, nn.Module]:
     candidates = {"none": removed}
     if repair in {"bn", "auto"}:
         candidates["bn"] = recalibrate_batchnorm(removed, fit)
-    if repair in {"compensate", "auto"}:
-        candidates["compensate"] = compensated
+    if repair in {"compensate", "reconstruct", "auto"}:
+        candidates["reconstruct" if repair == "reconstruct" else "compensate"] = compensated
     if repair == "auto":
         candidates["compensate+bn"] = recalibrate_batchnorm(compensated, fit)
     return candidates

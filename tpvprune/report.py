@@ -6,17 +6,17 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tpvprune.reporting.page import page
 from tpvprune.reporting.pictures import blocked, repairs, scores, steps, widths
-from tpvprune.reporting.style import STYLE
 from tpvprune.reporting.tables import before_after, comparison, figures, header, making, title_of
+from tpvprune.reporting.training import training
 
-_SECTIONS = (before_after, comparison, widths, steps, scores, repairs, blocked, making)
+_SECTIONS = (before_after, comparison, training, widths, steps, scores, repairs, blocked, making)
 
 
 def report_data(result: Any) -> dict[str, Any]:
@@ -75,15 +75,7 @@ def render(data: Mapping[str, Any]) -> str:
         The page.
     """
     parts = [header(data), figures(data), *(section(data) for section in _SECTIONS)]
-    title = escape(title_of(data))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n<footer>MACs are multiply-accumulates of one input. Written by tpvprune.</footer>"
-        "\n</main></body></html>\n"
-    )
+    return page(title_of(data), parts)
 
 
 def _plain(value: Any) -> Any:

@@ -45,17 +45,55 @@ def magnitude_scores(
     """
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, found {p}: choose L1 or L2 magnitude")
-    weights = _weights(model)
+    weights = weights_of(model)
 
     def magnitude(group: ChannelGroup) -> Tensor:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for part in group.slices:
             if part.param in weights:
-                rows = _rows(weights[part.param], part).abs().pow(p).sum(1)
+                rows = owned_rows(weights[part.param], part).abs().pow(p).sum(1)
                 total.index_add_(0, part.channel.cpu(), rows)
         return total
 
-    return _data_free(groups, "magnitude" if p == 2 else "magnitude_l1", magnitude)
+    return data_free(groups, "magnitude" if p == 2 else "magnitude_l1", magnitude)
+
+
+@torch.no_grad()
+def lamp_scores(
+    model: nn.Module,
+    groups: ChannelGroups,
+    batches: Iterable[Tensor] = (),
+    *,
+    seed: int = 0,
+) -> Scores:
+    """Score channels by layer-adaptive magnitude, in its group form.
+
+    S_c = s_c / Σ_{j: s_j ≥ s_c} s_j with s the squared magnitude of the whole group, both
+    sides of the cut (:func:`magnitude_scores`): what a channel weighs among those that would be
+    left. The largest of every group scores 1; of equals the later counts as the larger. This is
+    `LAMPImportance` of torch-pruning, which however leaves depthwise convolutions out of s.
+
+    Args:
+        model: Model that the groups were found in.
+        groups: Channel groups to score.
+        batches: Ignored; the criterion reads weights only.
+        seed: Ignored; the criterion is deterministic.
+
+    Returns:
+        Scores in [0, 1], float64 [C] per group.
+
+    Reference:
+        Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning",
+        https://arxiv.org/abs/2010.07611
+    """
+    squared = magnitude_scores(model, groups)
+
+    def share(group: ChannelGroup) -> Tensor:
+        ascending, order = squared[group.name].sort(stable=True)
+        left = ascending.flip(0).cumsum(0).flip(0)
+        return torch.empty_like(left).scatter_(0, order, ascending / left.clamp_min(1e-300))
+
+    return data_free(groups, "lamp", share)
 
 
 @torch.no_grad()
@@ -104,51 +142,11 @@ def bn_scale_scores(
     def scale(group: ChannelGroup) -> Tensor:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for part in parts[group.name]:
-            rows = _rows(scales[part.param], part).abs().sum(1)
+            rows = owned_rows(scales[part.param], part).abs().sum(1)
             total.index_add_(0, part.channel.cpu(), rows)
         return total
 
-    return _data_free(groups, "bn_scale", scale)
-
-
-@torch.no_grad()
-def fpgm_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
-) -> Scores:
-    """Score channels by the distance of their filter to the layer's other filters.
-
-    S_c = Σ_layers Σ_j ‖w_c − w_j‖₂, over the layers that write the channels. A filter
-    near the geometric median of its layer is the one that the others can replace.
-    Differs from torch-pruning, which measures distances of *squared* weights and adds
-    the input side.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores, float64 [C] per group.
-
-    Reference:
-        He et al. 2019, "Filter pruning via geometric median", equation 6,
-        https://arxiv.org/abs/1811.00250
-    """
-    weights = _weights(model)
-
-    def distance(group: ChannelGroup) -> Tensor:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for channels, filters in _filters(weights, group):
-            pairwise = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
-            total[channels] += pairwise.sum(1)
-        return total
-
-    return _data_free(groups, "fpgm", distance)
+    return data_free(groups, "bn_scale", scale)
 
 
 def random_scores(
@@ -172,16 +170,17 @@ def random_scores(
         Scores, float64 [C] per group.
     """
     generator = torch.Generator().manual_seed(seed)
-    return _data_free(
+    return data_free(
         groups,
         "random",
         lambda group: torch.rand(group.num_channels, generator=generator, dtype=torch.float64),
     )
 
 
-def _data_free(
+def data_free(
     groups: ChannelGroups, criterion: str, score: Callable[[ChannelGroup], Tensor]
 ) -> Scores:
+    """Return the scores of a criterion that sees neither images nor labels."""
     return Scores(
         {group.name: score(group) for group in groups},
         num_samples=0,
@@ -190,8 +189,8 @@ def _data_free(
     )
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    # No magnitude criterion counts biases.
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that criteria of size count: all but biases."""
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -199,31 +198,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _rows(parameter: Tensor, part: ParamSlice) -> Tensor:
+def owned_rows(parameter: Tensor, part: ParamSlice) -> Tensor:
     """Return the owned positions as float64 rows [n, numel per position]."""
     rows = parameter.movedim(part.dim, 0).reshape(parameter.shape[part.dim], -1)
     return rows[part.index.to(rows.device)].double().cpu()
-
-
-def _filters(weights: dict[str, Tensor], group: ChannelGroup) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield per writing layer the channels [m] and their filters [m, D].
-
-    A channel with several positions in one layer has them concatenated; a channel
-    with fewer than its neighbours is padded with zeros.
-    """
-    for part in group.slices:
-        weight = weights.get(part.param)
-        # Normalisation scales and position embeddings are written too, but no filters.
-        if weight is None or weight.ndim < 2 or not part.param.endswith("weight"):
-            continue
-        if part.side != "producer":
-            continue
-        rows = _rows(weight, part)
-        order = torch.argsort(part.channel.cpu(), stable=True)
-        channels, local, counts = torch.unique(
-            part.channel.cpu()[order], return_inverse=True, return_counts=True
-        )
-        slot = torch.arange(len(order)) - (counts.cumsum(0) - counts)[local]
-        filters = rows.new_zeros(len(channels), int(counts.max()), rows.shape[1])
-        filters[local, slot] = rows[order]
-        yield channels, filters.flatten(1)

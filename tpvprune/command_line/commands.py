@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
+from tpvprune.command_line import training
 from tpvprune.command_line.console import (
     bar,
     blocked_lines,
@@ -24,7 +26,7 @@ from tpvprune.command_line.console import (
     stages,
     table,
 )
-from tpvprune.command_line.session import ignored, open_evaluated, open_subject, provenance
+from tpvprune.command_line.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.command_line.session_images import (
     Shown,
     calibration,
@@ -44,14 +46,16 @@ from tpvprune.command_line.session_results import (
     write_json,
 )
 from tpvprune.criteria import SCORERS
+from tpvprune.data import ImageSource
 from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
 from tpvprune.groups import ChannelGroup, find_groups
 from tpvprune.loading import in_memory
 from tpvprune.models import pretrained_config
-from tpvprune.pipeline import prune
+from tpvprune.pipeline import PruningResult, prune
 from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
+run_distill, run_finetune = training.run_distill, training.run_finetune
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
@@ -65,12 +69,16 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     """
     check_writable(check_folder(args.output, overwrite=args.overwrite))
     used_labels = is_labelled(args.criterion)
+    training.recipe_of(args)
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
     labelled = labelled_images(args, subject)
+    distilling = args.repair == "distill"
     # Labelled images are new to the model; others of the calibration source may not be.
     spare = {} if labelled is None else {"held_out": 0}
+    if distilling:
+        spare["apart"] = training.num_held_back(images)
     batches, held_out = calibration(args, subject, images, labelled=used_labels, **spare)
     witnesses = held_out if labelled is None else labelled
     with stages() as progress:
@@ -80,7 +88,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             keep=args.keep,
             of=args.of,
             criterion=args.criterion,
-            repair=args.repair,
+            repair="compensate" if distilling else args.repair,
             steps=args.steps,
             allocation=args.allocation,
             round_to=args.round_to,
@@ -92,6 +100,8 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             labelled_batches=batches if used_labels else None,
             progress=progress,
         )
+    if distilling:
+        result = _distilled(args, subject, images, result)
     dense, pruned = measured(args, subject, result.model, labelled)
     dense["agreement"] = 1.0
     pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
@@ -122,6 +132,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         },
         report={**report_data(result), **document},
     )
+    training.state_file(args.output).unlink(missing_ok=True)
     show_pruned(document)
     return (0 if result.report["reached"] else 3), document
 
@@ -248,6 +259,20 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     return 0, document
 
 
+def run_benchmark(args: argparse.Namespace) -> Outcome:
+    """Compare criteria.
+
+    Args:
+        args: Parsed flags of `tpvprune benchmark`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    benchmark = importlib.import_module("tpvprune.command_line.benchmark")
+    outcome: Outcome = benchmark.run(args)
+    return outcome
+
+
 def run_demo(args: argparse.Namespace) -> Outcome:
     """Run the offline demonstration.
 
@@ -260,6 +285,16 @@ def run_demo(args: argparse.Namespace) -> Outcome:
     demo = importlib.import_module("tpvprune.demo")
     outcome: Outcome = demo.main_demo(args)
     return outcome
+
+
+def _distilled(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, result: PruningResult
+) -> PruningResult:
+    """Return the result with its model trained on all images of the source."""
+    small = dataclasses.replace(subject, model=result.model)
+    model, facts = training.trained(args, small, subject.model, images, num_images=None)
+    report = {**result.report, "repair": "distill", "repair_chosen": None, "training": facts}
+    return dataclasses.replace(result, model=model, report=report)
 
 
 def _first_channel(group: ChannelGroup) -> Tensor:

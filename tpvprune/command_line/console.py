@@ -91,6 +91,46 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def updates() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far a training is and how long it will take: a bar, or a line per stage.
+
+    Yields:
+        Function of (stage, updates done, all updates).
+    """
+    shown = tqdm(
+        unit="update", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    start, stage, first, last = time.monotonic(), "", 0, (0, 0)
+
+    def report() -> None:
+        done, total = last
+        took = time.monotonic() - start
+        left = took * (total - done) / (done - first)
+        say(f"{stage}: {took:.0f} s, about {left:.0f} s left")
+
+    def name(running: str, done: int, total: int) -> None:
+        nonlocal start, stage, first, last
+        if running != stage:
+            if stage and shown.disable:
+                report()
+            if not stage:
+                # A run that goes on does not begin at 0.
+                start, first = time.monotonic(), done - 1
+                shown.reset(total)
+                shown.initial = shown.n = first
+            stage = running
+            shown.set_description(stage, refresh=False)
+        shown.update(done - shown.n)
+        last = done, total
+
+    with shown:
+        yield name
+    if stage and not sys.stderr.isatty():
+        report()
+
+
 def table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -147,6 +187,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     )
     before_after(document["dense"], document["pruned"])
     blocked_lines(document["blocked"])
+    if "training" in document:
+        trained_line(document["training"])
     images = document["images"]
     used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
     say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
@@ -157,6 +199,39 @@ def show_pruned(document: Mapping[str, Any]) -> None:
         left = document["pruned"][of] / document["dense"][of]
         say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")
     say(f"saved: {document['output']}")
+
+
+def show_trained(document: Mapping[str, Any]) -> None:
+    """Print what training a pruned model did.
+
+    Args:
+        document: The JSON document of `tpvprune distill`.
+    """
+    training = document["training"]
+    say(
+        f"{document['model']}: {training['epochs']} epochs, peak rate {training['lr']:g}, on "
+        f"{training['num_images'] or 'streamed'} images"
+    )
+    before_after(document["dense"], document["pruned"])
+    trained_line(training)
+    say(f"saved: {document['output']}")
+
+
+def trained_line(training: Mapping[str, Any]) -> None:
+    """Print how much closer training brought the outputs, and whether labels were used.
+
+    Args:
+        training: The facts of the training.
+    """
+    used = "LABELS WERE USED to train" if training["used_labels"] else "no label was used to train"
+    before, after = training["before"], training["after"]
+    say(
+        f"{used}; {training['num_held_back']} held-back images: output variance "
+        f"{before['output_variance']:.4g} before, {after['output_variance']:.4g} after, agreement "
+        f"{percent(before['agreement'])} before, {percent(after['agreement'])} after"
+    )
+    if not after["output_variance"] <= before["output_variance"]:
+        say("note: training took the outputs further from the dense model's: try a lower --lr")
 
 
 def show_evaluated(document: Mapping[str, Any]) -> None:

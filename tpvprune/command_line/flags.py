@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from tpvprune.command_line.flag_groups import (
+    Parser,
+    add_criterion,
+    add_data,
+    add_device,
+    add_eval_dir,
+    add_ignore,
+    add_latency,
+    add_model,
+    add_output,
+    add_preprocessing,
+    add_training,
+    count,
+    fraction,
+    listed,
+    word,
+)
 
 _EPILOG = (
     "exit codes: 0 done; 2 bad input; 3 budget not reachable (the best effort is saved); 1 bug. "
@@ -15,23 +30,9 @@ _EPILOG = (
 )
 
 
-class _UsageError(ValueError):
-    """Wrong flags: reported in one line like every other bad input."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def section(self, title: str) -> argparse._ArgumentGroup:
-        """Return the help section of that title, made where there is none."""
-        titled = [group for group in self._action_groups if group.title == title]
-        return titled[0] if titled else self.add_argument_group(title)
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; wrong flags raise ValueError, in one line."""
-    parser = _Parser(
+    parser = Parser(
         prog="tpvprune",
         description="Prune a pretrained vision model with unlabeled images.",
         epilog=_EPILOG,
@@ -64,177 +65,156 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_prune(sub: _Parser) -> None:
-    _add_model(sub)
-    _add_data(sub, num_images=True)
-    sub.section("images").add_argument(
-        "--eval-dir", metavar="D", help="labelled images, only to measure top-1 before and after"
-    )
-    _add_criterion(sub)
+def _add_prune(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True)
+    add_eval_dir(sub)
+    add_criterion(sub)
     how = sub.section("pruning")
     how.add_argument(
-        "--keep", type=_fraction, default=0.5, metavar="X", help="fraction that stays, 0 to 1 (0.5)"
+        "--keep", type=fraction, default=0.5, metavar="X", help="fraction that stays, 0 to 1 (0.5)"
     )
     how.add_argument(
         "--of", choices=("macs", "params"), default="macs", help="what --keep is a fraction of"
     )
     how.add_argument(
         "--repair",
-        choices=("none", "bn", "compensate", "auto"),
+        choices=("none", "bn", "compensate", "reconstruct", "auto", "distill"),
         default="compensate",
-        help="what follows a cut; auto chooses by output variance (compensate)",
+        help="what follows a cut; reconstruct: refit whole blocks, better and minutes instead of "
+        "seconds; auto chooses by output variance; distill: compensate, then train towards the "
+        "dense model on all of the images (compensate)",
     )
-    how.add_argument("--steps", type=_count, default=1, metavar="N", help="rounds of cutting (1)")
+    how.add_argument("--steps", type=count, default=1, metavar="N", help="rounds of cutting (1)")
     how.add_argument(
         "--allocation",
-        choices=("curves", "rank"),
-        help="widths by joint variance curves (tpv), or by rank per cost",
+        choices=("curves", "rank", "plain"),
+        help="widths by joint variance curves (tpv), by score per cost, or by score alone",
     )
-    how.add_argument("--round-to", type=_count, default=1, metavar="N", help="width multiples (1)")
+    how.add_argument("--round-to", type=count, default=1, metavar="N", help="width multiples (1)")
     how.add_argument(
-        "--min-channels", type=_count, default=1, metavar="N", help="narrowest width allowed (1)"
+        "--min-channels", type=count, default=1, metavar="N", help="narrowest width allowed (1)"
     )
     how.add_argument(
         "--max-removed",
-        type=_fraction,
+        type=fraction,
         default=1.0,
         metavar="X",
         help="largest fraction of one group that may go (1)",
     )
-    _add_ignore(how)
-    _add_device(sub)
-    sub.section("run").add_argument(
-        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
-    )
-    _add_output(sub, "folder for the pruned model and its report")
+    add_ignore(how)
+    add_training(sub, "training (with --repair distill)")
+    add_device(sub)
+    add_latency(sub)
+    add_output(sub, "folder for the pruned model and its report")
 
 
-def _add_score(sub: _Parser) -> None:
-    _add_model(sub)
-    _add_data(sub, num_images=True)
-    _add_criterion(sub)
-    _add_ignore(sub.section("pruning"))
-    _add_device(sub)
-    _add_output(sub, "JSON file for the scores")
+def _add_score(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True)
+    add_criterion(sub)
+    add_ignore(sub.section("pruning"))
+    add_device(sub)
+    add_output(sub, "JSON file for the scores")
 
 
-def _add_groups(sub: _Parser) -> None:
-    _add_model(sub)
-    _add_preprocessing(sub)
-    _add_ignore(sub.section("pruning"))
+def _add_groups(sub: Parser) -> None:
+    add_model(sub)
+    add_preprocessing(sub)
+    add_ignore(sub.section("pruning"))
 
 
-def _add_evaluate(sub: _Parser) -> None:
+def _add_evaluate(sub: Parser) -> None:
     sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
-    _add_model(sub, required=False)
+    add_model(sub, required=False)
     sub.section("model").add_argument(
         "--dense",
         metavar="F",
         help="OUT is compared with this checkpoint of the dense model, or with `pretrained`",
     )
-    _add_data(sub, num_images=False)
-    _add_device(sub)
-    sub.section("run").add_argument(
-        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
+    add_data(sub, num_images=False)
+    add_device(sub)
+    add_latency(sub)
+
+
+def _add_distill(sub: Parser) -> None:
+    _add_trained(sub)
+    add_training(sub, "training")
+
+
+def _add_finetune(sub: Parser) -> None:
+    _add_trained(sub)
+    add_training(sub, "training", teacher=False)
+
+
+def _add_trained(sub: Parser) -> None:
+    sub.add_argument("folder", metavar="OUT", help="folder that `prune` wrote; it stays as it is")
+    sub.section("model").add_argument(
+        "--dense",
+        metavar="F",
+        help="checkpoint of the dense model, or `pretrained` (else what OUT was pruned from)",
     )
+    add_data(sub, num_images=False, split="train")
+    add_eval_dir(sub)
+    add_device(sub)
+    add_latency(sub)
+    add_output(sub, "folder for the trained model and its report")
 
 
-def _add_demo(sub: _Parser) -> None:
-    _add_output(sub, "folder for the report (demo-output)", default="demo-output")
-
-
-def _add_model(sub: _Parser, *, required: bool = True) -> None:
-    group = sub.section("model")
-    group.add_argument(
-        "--model", required=required, metavar="M", help="timm's name, or hf-hub:..., local-dir:..."
+def _add_benchmark(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True)
+    add_eval_dir(sub)
+    how = sub.section("comparison (lists with commas between)")
+    how.add_argument(
+        "--criteria",
+        type=listed(word),
+        default=["tpv", "magnitude", "taylor"],
+        metavar="LIST",
+        help="criteria; tp:magnitude, tp:taylor, ... are torch-pruning as it comes "
+        "(tpv,magnitude,taylor)",
     )
-    weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", metavar="F", help="safetensors or weights-only torch file")
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-    group.add_argument(
-        "--num-classes", type=int, metavar="N", help="classifier size (else the checkpoint's)"
+    how.add_argument(
+        "--keep",
+        type=listed(fraction),
+        default=[0.9, 0.7, 0.5],
+        metavar="LIST",
+        help="fractions of the MACs that stay (0.9,0.7,0.5)",
     )
-    group.add_argument(
-        "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V", help="model arguments"
+    how.add_argument(
+        "--repair",
+        type=listed(word),
+        default=["none", "bn", "compensate"],
+        metavar="LIST",
+        help="what follows a cut, of none, bn, compensate, reconstruct (none,bn,compensate)",
     )
-
-
-def _add_data(sub: _Parser, *, num_images: bool) -> None:
-    group = sub.section("images")
-    group.add_argument("--data-dir", metavar="D", help="folder or .tar of images, no labels needed")
-    group.add_argument("--dataset", default="", metavar="NAME", help="torch/..., hfds/..., wds/...")
-    group.add_argument(
-        "--split",
-        default="train" if num_images else "validation",
-        metavar="S",
-        help="split of the dataset (%(default)s)",
+    how.add_argument(
+        "--ranking",
+        type=listed(word),
+        default=["curves", "per_cost", "plain"],
+        metavar="LIST",
+        help="channels go by score per MAC saved (per_cost), by score alone (plain), or, tpv "
+        "only, by joint variance curves (curves,per_cost,plain)",
     )
-    group.add_argument("--dataset-download", action="store_true", help="let timm download it")
-    group.add_argument("--class-map", metavar="F", help="file: class name -> index")
-    group.add_argument("--input-key", metavar="K", help="image column of the dataset")
-    group.add_argument("--target-key", metavar="K", help="label column of the dataset")
-    group.add_argument(
-        "--num-images",
-        type=_count,
-        default=1024 if num_images else None,
+    how.add_argument(
+        "--seeds", type=count, default=3, metavar="N", help="repetitions, from --seed on (3)"
+    )
+    how.add_argument(
+        "--iterative",
+        type=count,
+        default=1,
         metavar="N",
-        help="images used, chosen by the seed " + ("(1024)" if num_images else "(all)"),
+        help="go to the one --keep in N equal steps, scored anew each, and measure after each (1)",
     )
-    group.add_argument(
-        "-b", "--batch-size", type=_count, default=64, metavar="N", help="images per batch (64)"
-    )
-    group.add_argument(
-        "-j", "--workers", type=int, default=4, metavar="N", help="decoding threads (4)"
-    )
-    _add_preprocessing(sub)
+    add_device(sub)
+    add_output(sub, "folder for rows, table and page; a run that was stopped goes on")
 
 
-def _add_preprocessing(sub: _Parser) -> None:
-    group = sub.section("preprocessing (default: the model's pretrained_cfg)")
-    size = group.add_mutually_exclusive_group()
-    size.add_argument(
-        "--input-size",
-        nargs=3,
-        type=_count,
-        metavar=("C", "H", "W"),
-        help="channels, height, width",
-    )
-    size.add_argument("--img-size", type=_count, metavar="N", help="short for --input-size 3 N N")
-    group.add_argument("--mean", nargs="+", type=float, metavar="X", help="one, or one per channel")
-    group.add_argument("--std", nargs="+", type=float, metavar="X", help="likewise")
-    group.add_argument("--crop-pct", type=float, metavar="X", help="part of the image that stays")
-    group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
+def _add_demo(sub: Parser) -> None:
+    add_output(sub, "folder for the report (demo-output)", default="demo-output")
 
 
-def _add_criterion(sub: _Parser) -> None:
-    group = sub.section("pruning")
-    group.add_argument("--criterion", default="tpv", metavar="NAME", help="how to score (tpv)")
-    group.add_argument(
-        "--num-probes", type=_count, default=1, metavar="N", help="random output directions (1)"
-    )
-
-
-def _add_ignore(group: Any) -> None:
-    group.add_argument(
-        "--ignore", nargs="+", default=(), metavar="NAME", help="layers whose channels stay"
-    )
-
-
-def _add_device(sub: _Parser) -> None:
-    sub.section("run").add_argument(
-        "--device", default="cpu", metavar="DEV", help="cpu, cuda, cuda:1, mps (cpu)"
-    )
-
-
-def _add_output(sub: _Parser, text: str, default: str | None = None) -> None:
-    group = sub.section("run")
-    group.add_argument(
-        "--output", type=Path, required=default is None, default=default, metavar="OUT", help=text
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
-
-
-_COMMANDS: tuple[tuple[str, Callable[[_Parser], None], str, str], ...] = (
+_COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
     (
         "prune",
         _add_prune,
@@ -259,34 +239,25 @@ _COMMANDS: tuple[tuple[str, Callable[[_Parser], None], str, str], ...] = (
         "(OUT | --model M) --data-dir D [options]",
         "Measure a model or a saved pruned model.",
     ),
+    (
+        "distill",
+        _add_distill,
+        "OUT --data-dir D --output OUT2 [options]",
+        "Train a saved pruned model towards the dense one, without labels. A run that was "
+        "stopped goes on when it is started again.",
+    ),
+    (
+        "finetune",
+        _add_finetune,
+        "OUT --data-dir D --output OUT2 [options]",
+        "Train a saved pruned model with labels, to compare distillation with.",
+    ),
+    (
+        "benchmark",
+        _add_benchmark,
+        "--model M --data-dir D --eval-dir D --output OUT [options]",
+        "Compare criteria at equal images, budgets and repairs. A run that was stopped goes on "
+        "when it is started again.",
+    ),
     ("demo", _add_demo, "[options]", "Prune a small model on handwritten digits, offline."),
 )
-
-
-def _checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Any:
-    def check(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
-        return value
-
-    return check
-
-
-_fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
-
-
-_count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value

@@ -75,6 +75,18 @@ def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]
         if args.dense is not None:
             raise ValueError("--dense: expected the folder of a pruned model to compare it with")
         return open_subject(args), None
+    return open_pruned(args)
+
+
+def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
+    """Load a saved pruned model and, where `--dense` says its weights, the dense one.
+
+    Args:
+        args: Parsed flags with `folder` and `dense`.
+
+    Returns:
+        The pruned model, and the dense one or None.
+    """
     device = _device(args.device)
     config = read_config(args.folder)
     made = ModelSource(str(config["model"]), dict(config["model_kwargs"]), str(args.folder))

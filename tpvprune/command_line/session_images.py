@@ -102,7 +102,7 @@ def choose(
         num_images=num_images,
         skip=skip,
         seed=args.seed,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or 64,
         workers=args.workers,
         labelled=labelled,
     )
@@ -115,6 +115,7 @@ def calibration(
     *,
     labelled: bool,
     held_out: int = _HELD_OUT,
+    apart: int = 0,
 ) -> tuple[Any, Any]:
     """Return the images that pruning sees, and others to measure agreement on.
 
@@ -125,7 +126,8 @@ def calibration(
         subject: The model and its preprocessing.
         images: Where from.
         labelled: Whether the first of the two also yields labels.
-        held_out: How many images to hold out for measuring.
+        held_out: How many images to hold out for measuring, beyond those for pruning.
+        apart: How many images to set apart before; if any, they are the ones to measure on.
 
     Returns:
         Batches to prune with, batches to measure agreement on.
@@ -133,9 +135,9 @@ def calibration(
     Raises:
         ValueError: If no image can be read, or the classes are not the model's.
     """
-    chosen = choose(args, subject, images, args.num_images, labelled=labelled)
+    chosen = choose(args, subject, images, args.num_images, skip=apart, labelled=labelled)
     if labelled:
-        _check_classes(images, subject.model, class_map=args.class_map)
+        check_classes(images, subject.model, class_map=args.class_map)
     batches = in_memory(chosen, progress=bar("reading images"))
     if isinstance(batches, list) and not batches:
         raise ValueError(f"{images.name}: expected images, found none")
@@ -144,8 +146,10 @@ def calibration(
             f"note: {chosen.skipped} of {chosen.total} images could not be decoded and were "
             f"skipped (first: {chosen.first_skipped})"
         )
-    if images.count is not None and images.count < args.num_images:
-        say(f"note: {images.name} holds {images.count} images, fewer than --num-images")
+    if images.count is not None and images.count - apart < args.num_images:
+        say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
+    if apart:
+        return batches, in_memory(choose(args, subject, images, apart))
     if not held_out or images.count is None or images.count <= args.num_images:
         return batches, batches
     return batches, in_memory(choose(args, subject, images, held_out, skip=args.num_images))
@@ -156,12 +160,22 @@ def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     if args.eval_dir is None:
         return None
     images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
-    _check_classes(images, subject.model, class_map=args.class_map)
+    check_classes(images, subject.model, class_map=args.class_map)
     chosen = choose(args, subject, images, None, labelled=True)
     return in_memory(chosen, progress=bar("reading labelled images"))
 
 
-def _check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
+def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
+    """Check that the classes of a source are those of the model.
+
+    Args:
+        images: The source.
+        model: The model, with `num_classes`.
+        class_map: The user's own map of classes, which may leave some out.
+
+    Raises:
+        ValueError: If their numbers differ.
+    """
     expected, found = getattr(model, "num_classes", None), images.num_classes
     if expected is None or found is None:
         return

@@ -150,7 +150,7 @@ def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]])
     """
     points = [point for _, _, line in series for point in line]
     left, right = max(x for x, _ in points), min(x for x, _ in points)
-    low, step = _nice_floor(min(y for _, y in points))
+    low, step = nice_floor(min(y for _, y in points))
     top, bottom = 18.0, 208.0
 
     def across(x: float) -> float:
@@ -164,7 +164,7 @@ def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]])
         value, y = percent(1 - tick * step, 0), down(1 - tick * step)
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="0" y="{y - 4:.1f}">{value}</text>')
-    for x in _spaced(sorted({x for x, _ in points}, reverse=True), (left - right) / 6):
+    for x in spaced(sorted({x for x, _ in points}, reverse=True), (left - right) / 6):
         place = f'x="{across(x):.2f}%" y="{bottom + 18}" text-anchor="middle"'
         parts.append(f"<text {place}>{percent(x, 0)}</text>")
     for label, colour, line in series:
@@ -246,8 +246,15 @@ def scale_of(values: Sequence[float]) -> tuple[float, float] | None:
     return max(low - margin, high - 6), high + margin
 
 
-def _nice_floor(lowest: float) -> tuple[float, float]:
-    # Where a scale of fractions up to 1 starts, and the distance of its lines.
+def nice_floor(lowest: float) -> tuple[float, float]:
+    """Choose a scale of fractions up to 1.
+
+    Args:
+        lowest: Smallest value to be drawn.
+
+    Returns:
+        Where the scale starts, and the distance of its lines.
+    """
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25):
         low = math.floor(lowest / step - 0.2) * step
         if round((1 - low) / step) <= 5 and low >= 0:
@@ -255,8 +262,16 @@ def _nice_floor(lowest: float) -> tuple[float, float]:
     return 0.0, 0.25
 
 
-def _spaced(ticks: Sequence[float], distance: float) -> list[float]:
-    # Falling ticks without those that would touch; the first and the last stay.
+def spaced(ticks: Sequence[float], distance: float) -> list[float]:
+    """Leave out ticks that would touch others.
+
+    Args:
+        ticks: Falling.
+        distance: Least distance of two.
+
+    Returns:
+        Those that stay, the first and the last among them.
+    """
     chosen = list(ticks[:1])
     for tick in ticks[1:-1]:
         if min(chosen[-1] - tick, tick - ticks[-1]) >= distance:

@@ -60,6 +60,8 @@ def header(data: Mapping[str, Any]) -> str:
         )
     if data.get("used_labels") is False:
         sentences.append("<strong>No label was used</strong> to score, cut or repair it.")
+    elif (data.get("training") or {}).get("used_labels"):
+        sentences.append("It was trained with labels after the cut.")
     elif data.get("used_labels"):
         sentences.append(f"The criterion {escape(str(data.get('criterion')))} used labels.")
     lead = f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
@@ -222,7 +224,7 @@ def making(data: Mapping[str, Any]) -> str:
             about += " Labels were read afterwards, to measure the accuracy above."
         about += "</p>"
     elif data.get("used_labels"):
-        about = "<p>Labels were used for scoring.</p>"
+        about = "<p>Labels were used.</p>"
     return section("How it was made", about, f'{body}<div class="facts">{facts}</div>')
 
 

@@ -111,6 +111,7 @@ class Tracker(TorchFunctionMode):
         self.conv_group_atoms: list[Tensor] = []
         self.head_atoms: list[Tensor] = []
         self.module_path: list[str] = [""]
+        self.outputs: dict[str, Tensor | None] = {}  # module -> its output; None: ran twice
         self.num_contractions = self.num_norms = self.num_mixers = 0
         self.batch_size = 1
 
@@ -420,8 +421,10 @@ def track(model: nn.Module, inputs: tuple[Any, ...]) -> Tracker:
         (len(i) for i in flatten(inputs) if isinstance(i, Tensor) and i.ndim), 1
     )
 
-    def leave(*_: Any) -> None:
-        tracker.module_path.pop()
+    def leave(_module: nn.Module, _args: Any, out: Any) -> None:
+        name = tracker.module_path.pop()
+        once = name not in tracker.outputs and isinstance(out, Tensor)
+        tracker.outputs[name] = out if once else None
 
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):

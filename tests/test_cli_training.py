@@ -1,0 +1,236 @@
+"""`tpvprune distill`, `finetune` and `prune --repair distill`: round trips, resuming, bad input."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from images import write_classes, write_images
+
+from tpvprune.checkpoint import load_pruned, read_config
+from tpvprune.cli import main
+
+CLASSES = 4
+SMALL = ["-b", "8", "-j", "2", "--latency-repeats", "0"]
+PRUNE = [
+    *("prune", "--model", "test_resnet", "--checkpoint", "weights.pt", "--img-size", "32"),
+    *("--crop-pct", "1", "--num-images", "24", *SMALL),
+]
+CHEAP = ["--criterion", "magnitude", "--repair", "none"]
+TRAIN = [*SMALL, "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Weights, images, and a pruned folder `small`; nothing is written into it."""
+    root = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=CLASSES)
+    with torch.no_grad():
+        model.fc.weight.mul_(100)  # classes that depend on the image
+    torch.save(model.state_dict(), root / "weights.pt")
+    write_images(root / "flat", 40)
+    write_images(root / "two", 2)
+    write_classes(root / "classes", "abcd", 8)
+    write_classes(root / "other", "ab", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        data = ["--data-dir", "flat", "--keep", "0.8", "--output", "small"]
+        assert main([*PRUNE, *CHEAP, *data]) == 0
+    return root
+
+
+@pytest.fixture
+def run(root, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*argv):
+        capsys.readouterr()
+        code = main([str(arg) for arg in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def distil(output, *extra, data="flat"):
+    return ["distill", "small", "--data-dir", data, *TRAIN, *extra, "--output", output]
+
+
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(run, tmp_path):
+    code, out, err = run(*distil(tmp_path / "out", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) >= {
+        *("model", "dense", "pruned", "blocked", "criterion", "used_labels", "keep", "of"),
+        *("seed", "versions", "training", "output"),
+    }
+    training = document["training"]
+    assert (training["epochs"], training["lr"], training["num_images"]) == (2, 0.01, 36)
+    assert training["num_held_back"] == 4
+    assert training["seconds"] > 0
+    for side in ("before", "after"):
+        assert training[side]["output_variance"] > 0
+        assert 0 <= training[side]["agreement"] <= 1
+    assert document["pruned"]["agreement"] == training["after"]["agreement"]
+    assert document["used_labels"] is training["used_labels"] is False
+    assert document["pruned"]["macs"] < document["dense"]["macs"]
+    assert "no label was used" in err
+    assert max(map(len, err.splitlines())) <= 80
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["training"] == training
+    assert "held back from training" in (tmp_path / "out" / "report.html").read_text()
+
+    small, trained = load_pruned("small"), load_pruned(tmp_path / "out")
+    assert trained.fc.in_features == small.fc.in_features
+    assert not torch.equal(trained.fc.weight, small.fc.weight)
+    before, after = read_config("small"), read_config(tmp_path / "out")
+    for key in ("model", "model_kwargs", "pretrained_cfg", "kept", "attributes", "shapes"):
+        assert after[key] == before[key]
+    assert after["provenance"]["origin"] == before["provenance"]
+    assert "distill" in after["provenance"]["command"]
+
+    code, _, _ = run(
+        "distill", tmp_path / "out", "--data-dir", "flat", *TRAIN, "--output", tmp_path / "again"
+    )
+    assert code == 0
+    origin = read_config(tmp_path / "again")["provenance"]["origin"]
+    assert origin["origin"] == before["provenance"]
+
+
+def test_killed_command_goes_on_to_the_bytes_of_the_unbroken_one(run, tmp_path, monkeypatch):
+    argv = ["--model-ema-decay", "0.9", "--amp", "--epochs", "3"]
+    assert run(*distil(tmp_path / "whole", *argv))[0] == 0
+
+    from tpvprune import training
+
+    update, done = training._Run.update, []
+
+    def stopped(self, *args):
+        done.append(1)
+        if len(done) == 11:  # in the third epoch of four updates
+            raise KeyboardInterrupt
+        update(self, *args)
+
+    monkeypatch.setattr(training._Run, "update", stopped)
+    code, _, err = run(*distil(tmp_path / "out", *argv))
+    assert code == 130
+    assert "the same command goes on" in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [
+        "out.unfinished.safetensors"
+    ]
+    code, _, err = run(*distil(tmp_path / "out", "--lr", "0.5", *argv))
+    assert_one_line(code, err, "expected the state of this run")
+    code, out, _ = run(*distil(tmp_path / "out", *argv, "--json"))
+    assert code == 0
+    assert len(done) == 11 + 4
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert json.loads(out)["training"]["seconds"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_class_folders_serve_as_unlabeled_images(run, root, tmp_path):
+    # The order of the images stays, their labels become nonsense.
+    garbage = tmp_path / "garbage"
+    for i, image in enumerate(sorted((root / "classes").rglob("*.png"))):
+        folder = garbage / ("x" if i < 7 else "y")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{i:04d}.png")
+    for name, data in (("true", "classes"), ("false", garbage)):
+        assert run(*distil(tmp_path / name, data=data))[0] == 0
+    assert weights_of(tmp_path / "true") == weights_of(tmp_path / "false")
+
+
+def test_finetuning_says_that_it_used_labels(run, tmp_path):
+    code, out, err = run(
+        *("finetune", "small", "--data-dir", "classes", "--eval-dir", "classes", *TRAIN),
+        *("--output", tmp_path / "out", "--json"),
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert document["used_labels"] is document["training"]["used_labels"] is True
+    assert 0 <= document["pruned"]["top1"] <= 1
+    assert "LABELS WERE USED to train" in err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "trained with labels" in page
+    assert "No label was used" not in page
+
+
+def test_pruning_repairs_by_distillation(run, tmp_path):
+    code, out, err = run(
+        *PRUNE, *("--data-dir", "flat", "--criterion", "magnitude", "--repair", "distill"),
+        *("--epochs", "2", "--output", tmp_path / "out", "--json"),
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    assert document["repair"] == "distill"
+    assert document["images"]["num_images"] == 24
+    assert document["training"]["num_images"] == 36
+    assert document["training"]["batch_size"] == 8
+    assert document["pruned"]["agreement"] == document["training"]["after"]["agreement"]
+    assert document["used_labels"] is False
+    assert "repair distill" in err
+    load_pruned(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+BAD_INPUT = {
+    "no folder": (["distill", "none"], "none: expected config.json"),
+    "no images": (["distill", "small", "--data-dir", "none"], "none: no such folder"),
+    "too few images": (["distill", "small", "--data-dir", "two"], "expected at least 3 images"),
+    "no dense weights": (["distill", "small", "--dense", "none.pt"], "none.pt: no such checkpoint"),
+    "no epochs": (["distill", "small", "--epochs", "0"], "--epochs: expected a whole number"),
+    "no rate": (["distill", "small", "--lr", "0"], "--lr: expected a number above 0"),
+    "cold": (["distill", "small", "--temperature", "0"], "--temperature: expected a number above"),
+    "unknown optimizer": (["distill", "small", "--opt", "sdg"], "opt: expected a name of timm"),
+    "unknown schedule": (["distill", "small", "--sched", "x"], "sched: expected one of cosine"),
+    "long warm-up": (["distill", "small", "--warmup-epochs", "2"], "warmup_epochs: expected 0 to"),
+    "negative decay": (["distill", "small", "--weight-decay", "-1"], "weight_decay: expected"),
+    "average without end": (["distill", "small", "--model-ema-decay", "1"], "ema_decay: expected"),
+    "float16 on the CPU": (
+        ["distill", "small", "--amp", "--amp-dtype", "float16"],
+        "amp: expected bfloat16 on cpu, found float16",
+    ),
+    "temperature without teacher": (["finetune", "small", "--temperature", "1"], "unrecognized"),
+    "no labels": (["finetune", "small"], "one subfolder per class"),
+    "other classes": (["finetune", "small", "--data-dir", "other"], "the model's 4 classes"),
+    "prune without a rate": ([*PRUNE, "--repair", "distill", "--lr", "x"], "--lr: expected"),
+    "prune with a long warm-up": ([*PRUNE, "--warmup-epochs", "99"], "warmup_epochs: expected"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, argv, message):
+    train = TRAIN if argv[0] != "prune" else []
+    command, *rest = argv
+    folder = rest[:1] if train else []
+    options = rest[len(folder) :]
+    code, _, err = run(
+        command, *folder, "--data-dir", "flat", *train, *options, "--output", tmp_path / "out"
+    )
+    assert_one_line(code, err, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_weights_that_are_gone_are_asked_for(run, root, tmp_path):
+    folder = shutil.copytree(root / "small", tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    config["provenance"]["weights"] = "gone.pt"
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = ["distill", folder, "--data-dir", "flat", *TRAIN, "--output", tmp_path / "out"]
+    code, _, err = run(*argv)
+    assert_one_line(code, err, "expected the weights that it was pruned from, found 'gone.pt'")
+    assert run(*argv, "--dense", "weights.pt")[0] == 0
+
+
+def assert_one_line(code, err, message):
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("tpvprune: error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err

@@ -1,0 +1,64 @@
+"""Training with labels, to compare distillation with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tpvprune.baselines.gradients import labelled_pairs
+from tpvprune.batches import private_randomness
+from tpvprune.evaluation import class_indices
+from tpvprune.training import Recipe, count_batches, outputs_of, train
+
+Labelled = tuple[Tensor, Tensor]
+
+
+def finetune(
+    model: nn.Module,
+    labelled_batches: Iterable[Any],
+    *,
+    recipe: Recipe,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    state: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """Train a copy of a model with labels and cross-entropy; else as ``distill`` does.
+
+    A ValueError tells if the batches are not labelled, the labels are not the model's classes,
+    or training fails.
+
+    Args:
+        model: Classifier with outputs [B, K]; left as it is.
+        labelled_batches: Re-iterable of (inputs [B, ...], class indices [B]).
+        recipe: How to train; the defaults are those of ``distill``.
+        augment: Inputs -> inputs, by torch's global random state.
+        state: File for the state of the unfinished run; see ``distill``.
+        progress: Called with (stage, updates done, all updates).
+
+    Returns:
+        The trained copy, in the modes of the argument.
+    """
+
+    def epoch_batches(seed: int) -> Iterator[Labelled]:
+        source = private_randomness(labelled_batches, seed=seed)
+        for inputs, labels in labelled_pairs("fine-tuning", model, source):
+            yield inputs if augment is None else augment(inputs), labels
+
+    def loss_of(trained: nn.Module, batch: Labelled, _: tuple[int, int]) -> Tensor:
+        outputs = outputs_of(trained, batch[0], recipe.amp)
+        return F.cross_entropy(outputs, class_indices(batch[1], outputs))
+
+    return train(
+        model,
+        epoch_batches,
+        count_batches(labelled_batches),
+        loss_of,
+        recipe,
+        state=state,
+        identity=("labels",),
+        progress=progress,
+    )

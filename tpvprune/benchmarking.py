@@ -1,0 +1,220 @@
+"""Compare criteria: the same images, budgets and repairs for all, over several seeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from tpvprune.baselines.stock import STOCK, stock_prune
+from tpvprune.batchnorm import recalibrate_batchnorm
+from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
+from tpvprune.benchmark_rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
+from tpvprune.compensation import compensate_weights
+from tpvprune.costs import count_macs, count_params
+from tpvprune.evaluation import evaluate
+from tpvprune.groups import ChannelGroups, Kept, find_groups
+from tpvprune.pipeline import Allocation, _compose, _hold_back, prune
+from tpvprune.reconstruction import reconstruct_blocks
+from tpvprune.running import on_device
+
+_WITHOUT_GROUPS = frozenset({"none", "bn"})
+
+
+class Task(NamedTuple):
+    """The rows of one series that are yet to be measured: stop -> repairs."""
+
+    plan: Plan
+    series: Series
+    missing: Mapping[Stop, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The dense model, and what one seed draws: batches, and the inputs of scores and repairs."""
+
+    dense: nn.Module
+    batches: list[Any]
+    fit: list[Tensor]
+
+    def labelled(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the inputs with their class indices."""
+        return [(x, y[: len(x)]) for x, (_, y) in zip(self.fit, self.batches, strict=False)]
+
+    def share(self, model: nn.Module) -> float:
+        """Return the MACs of a model as a fraction of the dense one's."""
+        example = self.fit[0][:1]
+        return count_macs(model, example) / count_macs(self.dense, example)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pruned model before any repair; ``kept`` is None where our groups cannot express it."""
+
+    model: nn.Module
+    groups: ChannelGroups
+    kept: Kept | None
+    seconds: float
+
+
+def run_benchmark(
+    plan: Plan,
+    model: nn.Module,
+    images: Callable[[int], Sequence[Any]],
+    test: Any,
+    path: Path,
+    *,
+    report: Callable[[Row, int, int], None] | None = None,
+) -> tuple[list[Row], dict[str, str]]:
+    """Measure the rows that are missing; each is on disk as soon as it is finished.
+
+    All criteria and repairs see the same inputs: all but those that ``tpvprune.prune`` holds
+    back, so that its rows are what it returns.
+
+    Args:
+        plan: Which rows.
+        model: The dense model; untouched.
+        images: Seed -> batches to score and repair with: inputs, or pairs with class indices if
+            the plan needs labels. Only criteria that need labels see those.
+        test: Re-iterable of labelled batches that accuracy is measured on.
+        path: CSV file of the rows; those it holds are not measured again.
+        report: Called with (row, number of rows finished, number of all rows).
+
+    Returns:
+        All rows in the plan's order, and what was left out: criterion -> reason.
+
+    Raises:
+        ValueError: If the file holds rows that the plan has not, or nothing could be measured.
+    """
+    wanted = plan.keys()
+    rows = {key_of(row): row for row in read_rows(path)}
+    _check_superset(path, rows, wanted)
+    dense: float | None = None
+    left_out: dict[str, str] = {}
+    drawn: tuple[int, Material] | None = None
+    for series in plan.series():
+        missing = _missing(plan, series, rows)
+        if not missing or series.criterion in left_out:
+            continue
+        if drawn is None or drawn[0] != series.seed:
+            batches = list(images(series.seed))
+            drawn = series.seed, Material(model, batches, _hold_back(batches)[0])
+        dense = evaluate(model, test).top1 if dense is None else dense
+        try:
+            for row in _measured(Task(plan, series, missing), drawn[1], test, left_out):
+                rows[key_of(row)] = row | {"dense_top1": f"{100 * dense:.2f}"}
+                write_rows(path, _in_order(rows, wanted))
+                if report is not None:
+                    report(row, len(rows), len(wanted))
+        except ValueError as error:
+            # Some criteria do not fit some models; the others can still be compared.
+            left_out[series.criterion] = " ".join(str(error).split())
+    if not rows:
+        raise ValueError(f"nothing could be measured: {'; '.join(left_out.values())}")
+    return _in_order(rows, wanted), left_out
+
+
+def _check_superset(
+    path: Path, rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, ...]]
+) -> None:
+    extra = next(iter(rows.keys() - {*wanted}), None)
+    if extra is not None:
+        found = ", ".join(f"{name} {value}" for name, value in zip(KEY, extra, strict=True))
+        raise ValueError(
+            f"{path}: holds a row that is not asked for ({found}): ask for what it holds too, "
+            "or choose another --output"
+        )
+
+
+def _missing(
+    plan: Plan, series: Series, rows: Mapping[tuple[str, ...], Row]
+) -> dict[Stop, list[str]]:
+    """Return the repairs that are yet to be measured at each stop; stops without any are out."""
+    found = {
+        stop: [r for r in plan.repairs if key_of(plan.row(series, stop, r)) not in rows]
+        for stop in plan.stops()
+    }
+    return {stop: repairs for stop, repairs in found.items() if repairs}
+
+
+def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, ...]]) -> list[Row]:
+    return [rows[key] for key in wanted if key in rows]
+
+
+def _measured(task: Task, material: Material, test: Any, left_out: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of a task, but for the dense accuracy."""
+    plan, series, missing = task
+    cuts = _stock_cuts if series.criterion in STOCK else _cuts
+    for stop, cut in cuts(task, material):
+        for repair in missing[stop]:
+            if cut.kept is None and repair not in _WITHOUT_GROUPS:
+                left_out[f"{series.criterion}, {repair}"] = (
+                    "torch-pruning narrowed heads or convolution groups, which tpvprune removes "
+                    "as a whole or not at all"
+                )
+                continue
+            start = time.perf_counter()
+            repaired = _repaired(cut, material, repair, series.seed)
+            seconds = cut.seconds + time.perf_counter() - start
+            found = evaluate(repaired, test, dense=material.dense)
+            assert found.agreement is not None
+            yield plan.row(series, stop, repair) | {
+                "macs_kept": f"{material.share(repaired):.4f}",
+                "params_kept": f"{found.params / count_params(material.dense):.4f}",
+                "top1": f"{100 * found.top1:.2f}",
+                "agreement": f"{100 * found.agreement:.2f}",
+                "seconds": f"{seconds:.1f}",
+            }
+
+
+def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Cut]]:
+    # By one of our scorers: each time from the dense model, or step after step.
+    plan, series, missing = task
+    pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
+    for stop in plan.stops():
+        if plan.steps == 1:
+            if stop not in missing:
+                continue
+            pruned, kept, start = material.dense, {}, time.perf_counter()
+        result = prune(
+            pruned,
+            material.batches,
+            keep=min(1.0, stop.keep / material.share(pruned)),
+            criterion=series.criterion,
+            allocation=cast(Allocation, RANKINGS[series.ranking]),
+            repair="none",
+            labelled_batches=material.labelled() if needs_labels(series.criterion) else None,
+            seed=series.seed,
+        )
+        groups = groups or result.groups
+        pruned, kept = result.model, _compose(kept, result.kept) if kept else result.kept
+        if stop in missing:
+            yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
+
+
+def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Cut]]:
+    _, (seed, criterion, _), missing = task
+    example = on_device(material.fit[0][:1], material.dense)
+    groups = find_groups(material.dense, example)
+    labelled = material.labelled() if needs_labels(criterion) else ()
+    for stop in missing:
+        start = time.perf_counter()
+        found = stock_prune(
+            material.dense, groups, example, criterion, labelled, keep=stop.keep, seed=seed
+        )
+        yield stop, Cut(found.model, groups, found.kept, time.perf_counter() - start)
+
+
+def _repaired(cut: Cut, material: Material, repair: str, seed: int) -> nn.Module:
+    if repair == "none":
+        return cut.model
+    if repair == "bn":
+        return recalibrate_batchnorm(cut.model, material.fit)
+    assert cut.kept is not None
+    dense, fit, groups, kept = material.dense, material.fit, cut.groups, cut.kept
+    refit = reconstruct_blocks if repair == "reconstruct" else compensate_weights
+    return refit(cut.model, dense, fit, groups=groups, kept=kept, seed=seed)

@@ -1,0 +1,197 @@
+"""The blocks of a network that can be refitted as one: repeated modules with several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tpvprune.groups import ChannelGroups
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_LISTS = (nn.Sequential, nn.ModuleList)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that runs once and returns one tensor, of which the pruned one has ``kept``.
+
+    ``dim`` is the channel dimension of its output; None: all of it stays.
+    """
+
+    name: str
+    bytes_per_input: int
+    dim: int | None = None
+    kept: Tensor | None = None
+
+    def kept_of(self, dense_output: Tensor) -> Tensor:
+        """Return the part of the dense block's output that the pruned block still makes."""
+        if self.dim is None or self.kept is None:
+            return dense_output
+        return dense_output.index_select(self.dim, self.kept.to(dense_output.device))
+
+
+def find_blocks(
+    dense: nn.Module,
+    pruned: nn.Module,
+    x: Tensor,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+) -> list[Block]:
+    """Find the blocks whose outputs can be matched between the two networks.
+
+    A block has at least two convolutions or linear layers and is an element of a ``Sequential``
+    or ``ModuleList``, or one of several children of the same kind; where such modules lie in each
+    other the innermost are taken. It runs once, and its output is one tensor of which the kept
+    channels are known.
+
+    Args:
+        dense: The dense network, in eval mode.
+        pruned: The pruned one.
+        x: Example inputs [B, ...].
+        groups: Channel groups of ``dense``.
+        kept: What stayed.
+
+    Returns:
+        The blocks in the order in which they run.
+    """
+    names = _candidates(dense)
+    before, after = _calls(dense, names, x), _calls(pruned, names, x)
+    blocks = []
+    for name, call in before.items():
+        small = after.get(name)
+        if call is None or small is None or not _splits(pruned.get_submodule(name), small, len(x)):
+            continue
+        size = small.out.numel() * small.out.element_size() // len(x)
+        if call.out.shape == small.out.shape:
+            blocks.append(Block(name, size))
+            continue
+        dim, axis = groups.output_axes.get(name, (None, None))
+        if dim is None or axis is None:
+            continue
+        block = Block(name, size, dim, axis.kept(kept).nonzero().squeeze(1))
+        if block.kept_of(call.out).shape == small.out.shape:
+            blocks.append(block)
+    return blocks
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments (from before the call, which may write into them) and output of one block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Tensor
+
+    def part(self, start: float, stop: float) -> BlockCall:
+        """Return a share of the samples, from ``start`` to ``stop`` in [0, 1].
+
+        What has the length of the first argument and as many dimensions holds samples; other
+        arguments (position tables, sizes) are common to all.
+        """
+        first = self.args[0]
+        lower, upper = round(start * len(first)), round(stop * len(first))
+
+        def cut(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim != first.ndim:
+                return value
+            return value[lower:upper] if len(value) == len(first) else value
+
+        out = self.out[round(start * len(self.out)) : round(stop * len(self.out))]
+        return BlockCall(
+            tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()}, out
+        )
+
+
+def _splits(module: nn.Module, call: BlockCall, num: int) -> bool:
+    """Return whether a block treats its samples one by one, so that it can be run in parts."""
+    if len(call.args[0]) % num or len(call.out) % num or call.out.is_complex():
+        return False
+    half = call.part(0.5, 1.0)
+    first = half.args[0].clone()
+    try:
+        with torch.no_grad():
+            out = module(*half.args, **half.kwargs)
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return False  # an argument of another form belongs to the samples, too
+    if not torch.equal(first, half.args[0]):
+        return False  # it writes into its input, so it cannot be run twice on the same
+    return out.shape == half.out.shape and torch.allclose(out, half.out, rtol=1e-2, atol=1e-4)
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """Return the names of the innermost modules of repeated kinds that have several layers."""
+    wide = {
+        name: module
+        for name, module in model.named_modules()
+        if sum(isinstance(m, _LAYERS) for m in module.modules()) > 1
+    }
+    listed: set[str] = set()
+    for name, parent in wide.items():
+        children = {
+            f"{name}.{child}" if name else child: type(module)
+            for child, module in parent.named_children()
+        }
+        kinds = [kind for child, kind in children.items() if child in wide]
+        alike = isinstance(parent, _LISTS) or (len(kinds) > 1 and len(set(kinds)) < len(kinds))
+        listed |= {child for child in children if alike and child in wide}
+    # A stage with a single block is none the less made of blocks.
+    kinds = [type(wide[name]) for name in listed if not isinstance(wide[name], _LISTS)]
+    names = [n for n, module in wide.items() if n in listed or type(module) in kinds]
+    return [n for n in names if not any(other.startswith(n + ".") for other in names)]
+
+
+def _calls(model: nn.Module, names: list[str], x: Tensor) -> dict[str, BlockCall | None]:
+    """Return how each module is called, in order; None where it cannot be a block."""
+    found: dict[str, BlockCall | None] = {}
+    handles = []
+
+    def note(_: nn.Module, call: BlockCall | None, name: str) -> None:
+        found[name] = None if name in found else call
+
+    for name in names:
+        handles += on_call(model.get_submodule(name), partial(note, name=name))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def on_call(
+    module: nn.Module, then: Callable[[nn.Module, BlockCall | None], Tensor | None]
+) -> list[RemovableHandle]:
+    """Call ``then(module, call)`` after each forward of a block; it may replace the output.
+
+    Args:
+        module: A block.
+        then: What is called; the call is None where no first argument or no output is a tensor.
+            It removes the handles before it runs the block again.
+
+    Returns:
+        Handles of the hooks.
+    """
+    held: list[Any] = []
+
+    def clone(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        held[:] = [tuple(map(clone, args)), {k: clone(v) for k, v in kwargs.items()}]
+
+    def after(module: nn.Module, _args: Any, _kwargs: Any, out: Any) -> Any:
+        args, kwargs = held
+        fits = args and isinstance(args[0], Tensor) and args[0].ndim and isinstance(out, Tensor)
+        return then(module, BlockCall(args, kwargs, out) if fits else None)
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]

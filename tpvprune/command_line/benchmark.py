@@ -1,0 +1,147 @@
+"""`benchmark`: criteria compared on one model, with a table, a page and a file of rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tpvprune.batches import unlabeled
+from tpvprune.benchmark_plan import Plan
+from tpvprune.benchmark_rows import Row, key_of, markdown
+from tpvprune.benchmarking import run_benchmark
+from tpvprune.command_line.console import say
+from tpvprune.command_line.session import Subject, open_subject, provenance
+from tpvprune.command_line.session_images import calibration, labelled_images, open_data
+from tpvprune.command_line.session_results import check_writable, write_json
+from tpvprune.data import ImageSource
+from tpvprune.reporting.benchmark import render_benchmark
+
+_ROWS, _SETTINGS, _TABLE, _PAGE = "results.csv", "settings.json", "results.md", "report.html"
+_MISSED = 1e-3
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Measure what is missing, and write the table and the page.
+
+    Args:
+        args: Parsed flags of `tpvprune benchmark`.
+
+    Returns:
+        Exit code (3: a budget was missed) and JSON document.
+
+    Raises:
+        ValueError: If there are no labelled images to measure on, or the folder holds something
+            else.
+    """
+    if args.eval_dir is None:
+        raise ValueError("--eval-dir: expected labelled images to measure top-1 on, found none")
+    subject = open_subject(args)
+    plan = _plan(args, subject)
+    images = open_data(args, labelled=plan.labelled)
+    if images.count is not None and images.count < args.num_images:
+        args.num_images = images.count
+        plan = _plan(args, subject)
+    settings = _settings(args, subject, images)
+    _check_output(args.output, settings, overwrite=args.overwrite)
+    test = labelled_images(args, subject)
+    write_json(args.output / _SETTINGS, settings)
+
+    def drawn(seed: int) -> Any:
+        of_seed = argparse.Namespace(**{**vars(args), "seed": seed})
+        chosen, _ = calibration(of_seed, subject, images, labelled=plan.labelled, held_out=0)
+        return chosen if plan.labelled else unlabeled(chosen, device=subject.device)
+
+    rows, left_out = run_benchmark(
+        plan, subject.model, drawn, test, args.output / _ROWS, report=_say_row
+    )
+    document = {
+        **provenance(args, subject),
+        "used_labels": plan.labelled,
+        "images": {"source": images.name, "num_images": args.num_images},
+        "rows": rows,
+        "left_out": left_out,
+        "output": str(args.output),
+    }
+    _write(args.output, document)
+    for what, reason in left_out.items():
+        say(f"left out: {what}: {reason}", indent="  ")
+    missed = [row for row in rows if float(row["macs_kept"]) > float(row["keep"]) + _MISSED]
+    for row in missed:
+        which = ", ".join(key_of(row))
+        say(f"budget not reached: {which}: {row['macs_kept']} of the MACs are left")
+    say(f"saved: {args.output}")
+    return (3 if missed else 0), document
+
+
+def _plan(args: argparse.Namespace, subject: Subject) -> Plan:
+    return Plan(
+        model=subject.made.name,
+        criteria=tuple(args.criteria),
+        keeps=tuple(args.keep),
+        repairs=tuple(args.repair),
+        rankings=tuple(args.ranking),
+        seeds=tuple(range(args.seed, args.seed + args.seeds)),
+        num_images=args.num_images,
+        steps=args.iterative,
+    )
+
+
+def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -> dict[str, Any]:
+    """Return what decides the rows besides what they say themselves."""
+    settings = {
+        "model": subject.made.name,
+        "model_kwargs": subject.made.kwargs,
+        "weights": subject.made.weights,
+        "preprocessing": subject.preprocessing.config,
+        "images": images.name,
+        "eval_dir": str(args.eval_dir),
+        "class_map": args.class_map,
+        "batch_size": args.batch_size or 64,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Find out whether the folder is new, or an unfinished run of the same settings.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
+    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if present and _SETTINGS not in present:
+        raise ValueError(
+            f"{folder}: expected a benchmark to go on with, found other files "
+            f"({min(present)!r}): choose another folder"
+        )
+    check_writable(folder / _ROWS)
+    if overwrite:
+        for name in (_ROWS, _SETTINGS, _TABLE, _PAGE):
+            (folder / name).unlink(missing_ok=True)
+    elif present:
+        before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{folder}: its rows were measured with {name} {before.get(name)!r}, found "
+                    f"{value!r}: choose another --output, or --overwrite"
+                )
+
+
+def _say_row(row: Row, done: int, total: int) -> None:
+    what = f"{row['criterion']}, {row['ranking']}, {row['repair']}, seed {row['seed']}"
+    say(f"[{done}/{total}] {row['keep']} of MACs, {what}: top-1 {row['top1']} %")
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    table = markdown(document["rows"])
+    say()
+    print(table, file=sys.stderr)
+    say()
+    (folder / _TABLE).write_text(table + "\n", encoding="utf-8")
+    (folder / _PAGE).write_text(render_benchmark(document), encoding="utf-8")

@@ -1,0 +1,244 @@
+"""Flags that several commands share, with timm's names wherever timm has one."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class _UsageError(ValueError):
+    """Wrong flags: reported in one line like every other bad input."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with sections by title and one-line errors."""
+
+    def section(self, title: str) -> argparse._ArgumentGroup:
+        """Return the help section of that title, made where there is none."""
+        titled = [group for group in self._action_groups if group.title == title]
+        return titled[0] if titled else self.add_argument_group(title)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print and exit with.
+
+        Args:
+            message: What is wrong.
+
+        Raises:
+            _UsageError: Always.
+        """
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+def add_model(sub: Parser, *, required: bool = True) -> None:
+    """Add which model, with which weights."""
+    group = sub.section("model")
+    group.add_argument(
+        "--model", required=required, metavar="M", help="timm's name, or hf-hub:..., local-dir:..."
+    )
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", metavar="F", help="safetensors or weights-only torch file")
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument(
+        "--num-classes", type=int, metavar="N", help="classifier size (else the checkpoint's)"
+    )
+    group.add_argument(
+        "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V", help="model arguments"
+    )
+
+
+def add_data(sub: Parser, *, num_images: bool, split: str | None = None) -> None:
+    """Add which images, and how they are read."""
+    group = sub.section("images")
+    group.add_argument("--data-dir", metavar="D", help="folder or .tar of images, no labels needed")
+    group.add_argument("--dataset", default="", metavar="NAME", help="torch/..., hfds/..., wds/...")
+    group.add_argument(
+        "--split",
+        default=split or ("train" if num_images else "validation"),
+        metavar="S",
+        help="split of the dataset (%(default)s)",
+    )
+    group.add_argument("--dataset-download", action="store_true", help="let timm download it")
+    group.add_argument("--class-map", metavar="F", help="file: class name -> index")
+    group.add_argument("--input-key", metavar="K", help="image column of the dataset")
+    group.add_argument("--target-key", metavar="K", help="label column of the dataset")
+    group.add_argument(
+        "--num-images",
+        type=count,
+        default=1024 if num_images else None,
+        metavar="N",
+        help="images used, chosen by the seed " + ("(1024)" if num_images else "(all)"),
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=count,
+        metavar="N",
+        help="images per batch (64; in training 128)",
+    )
+    group.add_argument(
+        "-j", "--workers", type=int, default=4, metavar="N", help="decoding threads (4)"
+    )
+    add_preprocessing(sub)
+
+
+def add_eval_dir(sub: Parser) -> None:
+    """Add images that only measure accuracy."""
+    sub.section("images").add_argument(
+        "--eval-dir", metavar="D", help="labelled images, only to measure top-1 before and after"
+    )
+
+
+def add_preprocessing(sub: Parser) -> None:
+    """Add how an image becomes an input."""
+    group = sub.section("preprocessing (default: the model's pretrained_cfg)")
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--input-size",
+        nargs=3,
+        type=count,
+        metavar=("C", "H", "W"),
+        help="channels, height, width",
+    )
+    size.add_argument("--img-size", type=count, metavar="N", help="short for --input-size 3 N N")
+    group.add_argument("--mean", nargs="+", type=float, metavar="X", help="one, or one per channel")
+    group.add_argument("--std", nargs="+", type=float, metavar="X", help="likewise")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="part of the image that stays")
+    group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
+
+
+def add_criterion(sub: Parser) -> None:
+    """Add how channels are scored."""
+    group = sub.section("pruning")
+    group.add_argument("--criterion", default="tpv", metavar="NAME", help="how to score (tpv)")
+    group.add_argument(
+        "--num-probes", type=count, default=1, metavar="N", help="random output directions (1)"
+    )
+
+
+def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
+    """Add how a pruned model is trained; with what concerns the dense one if that teaches."""
+    group = sub.section(title)
+    group.add_argument("--epochs", type=count, default=10, metavar="N", help="passes (10)")
+    group.add_argument(
+        "--lr",
+        type=positive,
+        default=0.01,
+        metavar="X",
+        help="peak learning rate; a high one undoes what compensation has won (0.01)",
+    )
+    if teacher:
+        group.add_argument(
+            "--temperature", type=positive, default=3.0, metavar="T", help="of the softmax (3)"
+        )
+        group.add_argument(
+            "--num-views",
+            type=count,
+            metavar="N",
+            help="repeat the augmentation after N epochs, holding the dense outputs (never)",
+        )
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="timm's optimizer (sgd)")
+    group.add_argument(
+        "--sched", default="cosine", metavar="NAME", help="cosine, tanh or poly (cosine)"
+    )
+    group.add_argument(
+        "--weight-decay", type=float, default=1e-4, metavar="X", help="of weights (1e-4)"
+    )
+    group.add_argument(
+        "--warmup-epochs", type=float, default=0.2, metavar="X", help="rise to the peak (0.2)"
+    )
+    group.add_argument(
+        "--clip-grad", type=positive, metavar="X", help="largest norm of the gradient (any)"
+    )
+    group.add_argument(
+        "--model-ema-decay", type=float, metavar="X", help="save the moving average of the weights"
+    )
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument(
+        "--amp-dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="its type; float16 on CUDA only (bfloat16)",
+    )
+    group.add_argument(
+        "--freeze-batchnorm", action="store_true", help="keep BatchNorm's running statistics"
+    )
+
+
+def add_latency(sub: Parser) -> None:
+    """Add how often the model is timed."""
+    sub.section("run").add_argument(
+        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
+    )
+
+
+def add_ignore(group: Any) -> None:
+    """Add which layers stay whole."""
+    group.add_argument(
+        "--ignore", nargs="+", default=(), metavar="NAME", help="layers whose channels stay"
+    )
+
+
+def add_device(sub: Parser) -> None:
+    """Add where the model runs."""
+    sub.section("run").add_argument(
+        "--device", default="cpu", metavar="DEV", help="cpu, cuda, cuda:1, mps (cpu)"
+    )
+
+
+def add_output(sub: Parser, text: str, default: str | None = None) -> None:
+    """Add where the result goes."""
+    group = sub.section("run")
+    group.add_argument(
+        "--output", type=Path, required=default is None, default=default, metavar="OUT", help=text
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+
+
+# ---- what a flag's text may be --------------------------------------------------------------
+
+
+def _checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Any:
+    def check(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+        return value
+
+    return check
+
+
+fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
+positive = _checked(float, lambda x: 0 < x < math.inf, "a number above 0")
+count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
+
+word = _checked(str.strip, bool, "a name")
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Read several values with commas between, each once.
+
+    Args:
+        convert: Reads one of them.
+
+    Returns:
+        What argparse calls with the text.
+    """
+    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,259 @@
+"""Training of a pruned model: `distill`, `finetune`, and `prune --repair distill`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpvprune.atomic import check_folder
+from tpvprune.baselines.finetuning import finetune
+from tpvprune.checkpoint import read_config, save_pruned
+from tpvprune.command_line.console import bar, say, show_trained, updates
+from tpvprune.command_line.session import Subject, open_pruned, provenance
+from tpvprune.command_line.session_images import (
+    Shown,
+    check_classes,
+    choose,
+    labelled_images,
+    open_data,
+)
+from tpvprune.command_line.session_results import check_writable, measured
+from tpvprune.data import ImageSource
+from tpvprune.distillation import distill
+from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
+from tpvprune.loading import in_memory
+from tpvprune.training import Recipe
+from tpvprune.training_images import training_images
+
+_MOST_HELD_BACK = 512
+# What a report of pruning says that training does not change.
+_KEPT = (
+    "criterion", "allocation", "keep", "of", "reached", "used_labels", "num_images", "groups",
+    "blocked", "steps", "output_variance", "output_second_moment", "timings",
+)  # fmt: skip
+_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Train a saved pruned model towards the dense one, without labels.
+
+    Args:
+        args: Parsed flags of `tpvprune distill`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _run(args, labelled=False)
+
+
+def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Train a saved pruned model with labels.
+
+    Args:
+        args: Parsed flags of `tpvprune finetune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _run(args, labelled=True)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return how the flags say to train; a ValueError tells what is out of range."""
+    return Recipe(
+        epochs=args.epochs,
+        lr=args.lr,
+        opt=args.opt,
+        sched=args.sched,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        clip_grad=args.clip_grad,
+        ema_decay=args.model_ema_decay,
+        amp=_AMP_TYPES[args.amp_dtype] if args.amp else None,
+        freeze_batchnorm=args.freeze_batchnorm,
+        num_views=getattr(args, "num_views", None),
+        seed=args.seed,
+    )
+
+
+def num_held_back(images: ImageSource) -> int:
+    """Return how many images measure what training does and take no part in it.
+
+    Args:
+        images: The source.
+
+    Returns:
+        A tenth, 1 to 512.
+
+    Raises:
+        ValueError: If there are too few images to train.
+    """
+    if images.count is None:
+        return _MOST_HELD_BACK
+    if images.count < 3:
+        raise ValueError(
+            f"{images.name}: expected at least 3 images to train, found {images.count}"
+        )
+    return max(1, min(_MOST_HELD_BACK, images.count // 10))
+
+
+def trained(
+    args: argparse.Namespace,
+    subject: Subject,
+    dense: nn.Module,
+    images: ImageSource,
+    *,
+    num_images: int | None,
+    labelled: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train a pruned model, and measure it before and after on images held back.
+
+    Args:
+        args: Parsed flags.
+        subject: The pruned model.
+        dense: The dense one.
+        images: Where from.
+        num_images: How many to train on; None for all.
+        labelled: Train with labels instead of the dense model.
+
+    Returns:
+        The trained model and the facts for the report.
+    """
+    recipe, held = recipe_of(args), num_held_back(images)
+    witnesses = in_memory(choose(args, subject, images, held), progress=bar("reading images"))
+    batches, augment = training_images(
+        images,
+        subject.preprocessing,
+        num_images=num_images,
+        skip=held,
+        seed=args.seed,
+        batch_size=args.batch_size or 128,
+        workers=args.workers,
+        labelled=labelled,
+        progress=bar("reading images"),
+    )
+    before = _closeness(subject.model, dense, witnesses)
+    state = state_file(args.output)
+    resumed, start = state.exists(), time.monotonic()
+    if resumed:
+        say(f"going on with the run in {state}")
+    with updates() as progress, _how_to_go_on():
+        how: dict[str, Any] = {"augment": augment, "state": state, "progress": progress}
+        if labelled:
+            model = finetune(subject.model, batches, recipe=recipe, **how)
+        else:
+            how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+            model = distill(subject.model, dense, batches, temperature=args.temperature, **how)
+    facts = {
+        **dataclasses.asdict(recipe),
+        "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
+        "temperature": None if labelled else args.temperature,
+        "batch_size": batches.batch_size,
+        "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
+        "num_held_back": held,
+        "used_labels": labelled,
+        # Of a run that was stopped in between, only the last part is known.
+        "seconds": None if resumed else round(time.monotonic() - start, 1),
+        "before": before,
+        "after": _closeness(model, dense, witnesses),
+    }
+    return model, facts
+
+
+def state_file(output: Path) -> Path:
+    """Return where the state of an unfinished run lies: beside its output."""
+    output = output.expanduser().resolve()
+    return output.with_name(f"{output.name}.unfinished.safetensors")
+
+
+def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+    check_writable(check_folder(args.output, overwrite=args.overwrite))
+    recipe_of(args)
+    config = read_config(args.folder)
+    args.dense = args.dense or _dense_weights(config, args.folder)
+    subject, dense = open_pruned(args)
+    assert dense is not None
+    images = open_data(args, labelled=labelled)
+    if labelled:
+        check_classes(images, subject.model, class_map=args.class_map)
+    witnesses = labelled_images(args, subject)
+    model, facts = trained(
+        args, subject, dense, images, num_images=args.num_images, labelled=labelled
+    )
+    earlier = _earlier_report(args.folder)
+    sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
+    weights = config["provenance"].get("weights")
+    document = {
+        **{key: earlier.get(key) for key in _KEPT},
+        **provenance(args, subject),
+        "weights": weights,
+        "repair": "finetune" if labelled else "distill",
+        "used_labels": labelled or bool(earlier.get("used_labels")),
+        "training": facts,
+        "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
+        "pruned": {**_costs(model, subject), **sides[1], **facts["after"]},
+        "images": {
+            "source": images.name,
+            "num_images": facts["num_images"],
+            "agreement_on": f"{facts['num_held_back']} held-back images",
+        },
+        "output": str(args.output),
+    }
+    save_pruned(
+        model,
+        args.output,
+        overwrite=args.overwrite,
+        origin=args.folder,
+        provenance={"command": args.command_line, "weights": weights, "seed": args.seed},
+        report={**document, "scores": earlier.get("scores")},
+    )
+    state_file(args.output).unlink(missing_ok=True)
+    show_trained(document)
+    return 0, document
+
+
+def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:
+    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
+
+
+def _closeness(model: nn.Module, dense: nn.Module, batches: Any) -> dict[str, float]:
+    return {
+        "output_variance": output_variance(model, dense, Shown(batches, "output variance")),
+        "agreement": agreement(model, dense, Shown(batches, "agreement")),
+    }
+
+
+def _dense_weights(config: Mapping[str, Any], folder: str) -> str:
+    weights = config["provenance"].get("weights")
+    if weights == "pretrained" or (isinstance(weights, str) and Path(weights).is_file()):
+        return weights
+    raise ValueError(
+        f"{folder}: expected the weights that it was pruned from, found {weights!r}: pass --dense "
+        "with the dense model's checkpoint, or --dense pretrained"
+    )
+
+
+def _earlier_report(folder: str) -> dict[str, Any]:
+    try:
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on after the last full epoch")
+        raise
