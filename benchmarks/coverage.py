@@ -248,9 +248,23 @@ def survey(
         "seconds": round(seconds, 2),
     }
     if export:
-        torch.export.export(small.eval(), (x,))
-        row["export"] = True
+        row["export"] = exported(copy.deepcopy(small).eval(), model, x)
     return row
+
+
+def exported(small: nn.Module, dense: nn.Module, x: Tensor) -> str:
+    """Return "True" if torch.export gives the outputs of the pruned model, else what it does."""
+    try:
+        program = torch.export.export(small, (x,))
+        with torch.no_grad():
+            gap = relative_gap(outputs(program.module()(x)), outputs(small(x)))
+        return str(gap < 1e-4)
+    except Exception as error:
+        try:
+            torch.export.export(dense, (x,))
+        except Exception:
+            return f"neither does the dense model: {type(error).__name__}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
 def work(pipe: Connection, *args: Any) -> None:
@@ -308,7 +322,8 @@ def main() -> None:
         wanted = any(f in family for f in args.family.split(",")) and (
             not args.models or name in args.models.split(",")
         )
-        if not wanted or (name in rows and not args.fresh):
+        known = name in rows and (rows[name]["export"] or not args.export)
+        if not wanted or (known and not args.fresh):
             continue
         row = bounded(args.limit, name, int(size), kwargs, args.keep, args.export)
         rows[name] = {"family": family, "model": name, "model_kwargs": rest[0] if rest else "",

@@ -1,5 +1,7 @@
 """Recalibrated statistics are those of the concatenated activations."""
 
+import copy
+
 import pytest
 import torch
 from cases import CASES, batches, build, images
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tpvprune import recalibrate_batchnorm
+from tpvprune.batchnorm import rebase_batchnorm
 
 NORMED = ["chain", "residual", "depthwise"]
 
@@ -101,3 +104,29 @@ def test_labels_are_dropped_unread():
     a = recalibrate_batchnorm(model, batches())
     b = recalibrate_batchnorm(model, [(x, None) for x in batches()])
     assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
+
+
+def test_rebased_statistics_are_the_true_ones_and_the_function_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
+        nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False),
+    ).double()  # fmt: skip
+    for norm in model[1], model[5], model[6]:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.1, 4)
+    for norm in model[1], model[5]:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    model.eval()
+    x = torch.randn(40, 3, 4, 4, dtype=torch.float64)
+    before, plain = model(x), copy.deepcopy(model[6].state_dict())
+    rebase_batchnorm(model, [x[:30], x[30:]])
+    assert torch.allclose(model(x), before, rtol=1e-10, atol=1e-12)
+    assert not model.training
+    var, mean = torch.var_mean(model[0](x), (0, 2, 3), correction=0)
+    assert torch.allclose(model[1].running_mean, mean)
+    assert torch.allclose(model[1].running_var, var)
+    assert all(torch.equal(v, plain[k]) for k, v in model[6].state_dict().items())
+    model[:6].train()  # what the batch's own statistics now do is what the running ones did
+    assert torch.allclose(model(x), before, rtol=1e-4, atol=1e-6)

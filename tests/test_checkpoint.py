@@ -147,7 +147,7 @@ def test_arguments_that_are_not_plain_are_refused(pruned, tmp_path):
 
 
 def test_folder_in_use_is_kept(pruned, saved, tmp_path):
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="overwrite=True"):
         save_pruned(pruned, saved)
     strange = tmp_path / "thesis"
     strange.mkdir()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from tpvprune.removal import (
     restore_empty,
     shrink_to,
 )
-from tpvprune.verification import verify_groups
+from tpvprune.verification import _failing_together, verify_groups
 
 # model, image size, keyword arguments, least number of groups, a unit that must be among them
 MODELS = [
@@ -175,6 +176,35 @@ def test_verification_is_bounded_in_time(resnet):
     checked = verify_groups(model, bad, (torch.randn(1, 3, 32, 32),), time_limit=0.0)
     assert not len(checked)
     assert all("time limit" in b.blocked for b in checked.blocked if b.name != "fc")
+
+
+class Conflicts:
+    """Stands in for the checker: sets with both groups of a pair fail."""
+
+    def __init__(self, pairs, savings):
+        self.pairs, self.saving, self.error = pairs, savings.__getitem__, ""
+
+    def compare(self, names):
+        self.error = "" if not any(p <= set(names) for p in self.pairs) else "wrong"
+        return not self.error
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_pair_that_fails_together_what_saves_more_stays(seed):
+    generator = random.Random(seed)
+    names = [f"g{i}" for i in range(generator.choice([3, 20, 50]))]
+    order = generator.sample(names, len(names))
+    pairs = [set(order[i : i + 2]) for i in range(0, 2 * generator.randint(1, len(names) // 2), 2)]
+    savings = {name: generator.random() for name in names}
+    reasons = _failing_together(names, Conflicts(pairs, savings))
+    by_saving = [sorted(pair, key=savings.get) for pair in pairs]
+    assert reasons == {least: f"together with {most}: wrong" for least, most in by_saving}
+
+
+def test_three_that_fail_only_together_lose_one():
+    trio = [{"a", "b", "c"}]
+    reasons = _failing_together(["a", "b", "c", "d"], Conflicts(trio, dict.fromkeys("abcd", 1.0)))
+    assert reasons == {"c": "together with other groups: wrong"}
 
 
 def test_zero_initialised_branches_do_not_hide_a_wrong_cut(resnet):

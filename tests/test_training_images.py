@@ -10,7 +10,7 @@ from images import spoil, write_classes, write_images
 from PIL import Image
 
 from tpvprune import training_images as module
-from tpvprune.augmentation import HeldImages, crop_and_flip
+from tpvprune.augmentation import HeldImages, crop_and_flip, mix
 from tpvprune.batches import private_randomness
 from tpvprune.data import open_images
 from tpvprune.loading import ImageBatches, choose_images
@@ -51,6 +51,27 @@ def test_every_crop_is_a_shifted_and_perhaps_mirrored_image_and_all_occur(dtype)
     assert found.dtype == dtype
     assert {tuple(x.flatten().tolist()) for x in found} == possible
     assert len(possible) == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_mixtures_lie_between_two_images_and_of_pasted_ones_every_pixel_is_of_one(dtype):
+    kinds = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        images = pixels(6).to(dtype)
+        before, mixed = images.clone(), mix(images)
+        assert torch.equal(images, before)
+        assert mixed.dtype == dtype
+        for image, result in zip(images, mixed, strict=True):
+            others = [o for o in images if lies_between(result, image, o)]
+            assert others
+            pasted = any(bool(((result == image) | (result == o)).all()) for o in others)
+            kinds.add("pasted" if pasted else "blended")
+    assert kinds == {"pasted", "blended"}
+
+
+def lies_between(x, a, b):
+    return bool(((x >= torch.minimum(a, b)) & (x <= torch.maximum(a, b))).all())
 
 
 def test_crops_keep_each_image_in_its_place():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tpvprune.curves import variance_curves
     from tpvprune.distillation import distill
     from tpvprune.evaluation import Evaluation, agreement, evaluate
+    from tpvprune.export import export_model
     from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, find_groups
+    from tpvprune.hub import push_to_hub
     from tpvprune.importance import TPVImportance
     from tpvprune.pipeline import PruningResult, prune
     from tpvprune.reconstruction import reconstruct_blocks
@@ -56,6 +58,8 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     # files, and other people's pruners
     "save_pruned",
     "load_pruned",
+    "push_to_hub",
+    "export_model",
     "TPVImportance",
     "__version__",
 ]
@@ -70,7 +74,9 @@ _MODULES = {
     "curves": ("variance_curves",),
     "distillation": ("distill",),
     "evaluation": ("Evaluation", "agreement", "evaluate"),
+    "export": ("export_model",),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups"),
+    "hub": ("push_to_hub",),
     "importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune"),
     "reconstruction": ("reconstruct_blocks",),

@@ -37,7 +37,7 @@ def allocate(
         groups: Channel groups.
         curves: As :func:`variance_curves` returns them.
         keep: Fraction of the dense cost that stays, in (0, 1].
-        of: ``"macs"`` or ``"params"``.
+        of: ``"macs"``, ``"params"``, or a :class:`tpvprune.latency.LatencyTable`.
         round_to: See :func:`tpvprune.selection.select_channels`.
         min_channels: Likewise.
         max_removed: Likewise.

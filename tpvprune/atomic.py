@@ -36,7 +36,7 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     if present and not overwrite:
         raise ValueError(
             f"{folder}: expected no folder or an empty one, found {len(present)} entries: "
-            "pass overwrite (--overwrite) or choose another name"
+            "pass overwrite=True or choose another name"
         )
     if not _OWN_FILES.issuperset(present) and not _holds_saved_model(folder):
         raise ValueError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tpvprune.distributed import own
 
 
 def crop_and_flip(images: Tensor, *, padding: int = 4) -> Tensor:
@@ -36,6 +39,57 @@ def crop_and_flip(images: Tensor, *, padding: int = 4) -> Tensor:
     which = torch.arange(num)[:, None, None]
     index = (i.to(images.device) for i in (which, rows[:, :, None], columns[:, None, :]))
     return padded[tuple(index)].permute(0, 3, 1, 2)
+
+
+def mix(images: Tensor) -> Tensor:
+    """Blend every image with another of the batch, or paste a part of that into it.
+
+    By turns, at random: all are blended with one weight, or all get the same rectangle. A dense
+    model that has learned its training images by heart says little about them; of mixtures it
+    says more, and a label is not needed where the dense model teaches. Draws from torch's global
+    random state of the CPU.
+
+    Args:
+        images: [B, C, H, W], uint8 or floating.
+
+    Returns:
+        Images of the same shape and type.
+
+    Reference:
+        Zhang et al. 2017, mixup, https://arxiv.org/abs/1710.09412; Yun et al. 2019, CutMix,
+        https://arxiv.org/abs/1905.04899; Beyer et al. 2021, section 3, on mixtures in
+        distillation, https://arxiv.org/abs/2106.05237
+    """
+    others = images[torch.randperm(len(images)).to(images.device)]
+    blend, share = torch.rand(2).tolist()
+    if blend < 0.5:
+        mixed = share * images.float() + (1 - share) * others.float()
+        return mixed.to(images.dtype) if images.is_floating_point() else mixed.round().byte()
+    height, width = images.shape[2:]
+    side = math.sqrt(1 - share)
+    top, bottom = _centred(side, height)
+    left, right = _centred(side, width)
+    pasted = images.clone()
+    pasted[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return pasted
+
+
+def _centred(share: float, size: int) -> tuple[int, int]:
+    """Return the ends of a random interval of a share of the size, cut off at the borders."""
+    centre, half = int(torch.randint(0, size + 1, ())), round(share * size) // 2
+    return max(0, centre - half), min(size, centre + half)
+
+
+def crop_flip_and_mix(images: Tensor) -> Tensor:
+    """Apply ``crop_and_flip``, then ``mix``.
+
+    Args:
+        images: [B, C, H, W], of any type.
+
+    Returns:
+        Images of the same shape and type.
+    """
+    return mix(crop_and_flip(images))
 
 
 class HeldImages:
@@ -91,6 +145,7 @@ class HeldImages:
         order = torch.randperm(len(self.images)).to(self.images.device)
         for chosen in order.split(self.batch_size)[: len(self)]:
             images = self.images[chosen]
-            images = images if self.augment is None else self.augment(images)
+            # All processes draw for the whole batch, so that each draws the same.
+            images = own(images if self.augment is None else self.augment(images))
             inputs = (images.float() - self._shift) * self._scale
-            yield inputs if self.labels is None else (inputs, self.labels[chosen])
+            yield inputs if self.labels is None else (inputs, own(self.labels[chosen]))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpvprune.distributed import num_processes
+
 _END = object()
 
 
@@ -46,7 +48,8 @@ class UnlabeledBatches:
             inputs = _checked(_inputs(batch), count)
             count += 1
             yield inputs.to(device=self._device, dtype=self._dtype)
-        if count == 0:
+        # Of very few images some processes may have none.
+        if count == 0 and num_processes() == 1:
             raise ValueError("batches: expected at least one batch, found none: pass images")
 
 

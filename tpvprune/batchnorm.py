@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
+from tpvprune.distributed import in_step, summed
 from tpvprune.running import evaluating, on_device
 
 
@@ -33,15 +34,17 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3 (PreciseBN).
     """
     copied = copy.deepcopy(model)
-    norms = [
-        m
-        for m in copied.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
+    norms = _norms(copied)
     sums: dict[nn.Module, list[Any]] = {m: [0, 0.0, 0.0] for m in norms}
-    hooks = [m.register_forward_pre_hook(partial(_observe, sums[m])) for m in norms]
+    called: list[Any] = []
+    hooks = [m.register_forward_pre_hook(partial(_observe, sums[m], called)) for m in norms]
     with evaluating(copied), torch.no_grad():
-        for x in unlabeled(batches) if norms else ():
+        for x in in_step(unlabeled(batches)) if norms else ():
+            if x is None:  # another process has a batch, and needs us at every layer
+                for m in list(called):
+                    _add(sums[m], m, m.running_mean.new_zeros(1, m.num_features)[:0])
+                continue
+            called.clear()
             copied(on_device(x, copied))
     for hook in hooks:
         hook.remove()
@@ -52,15 +55,79 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     return copied
 
 
-def _observe(sums: list[Any], norm: Any, args: tuple[Tensor]) -> None:
+@torch.no_grad()
+def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
+    r"""Make the statistics of BatchNorm those of the inputs without changing what the model does.
+
+    Compensation leaves statistics behind that are no longer those of what comes in: as constants
+    of an affine map they are right, but in training mode, where a batch's own statistics take
+    their place, the model would be another one. With the true mean m and deviation s, and
+    g (x - m0) / s0 + b the map as it is, the layer becomes
+
+    .. math:: \frac{g s}{s_0} \cdot \frac{x - m}{s} + \left(b + g\,\frac{m - m_0}{s_0}\right)
+
+    Layers without affine parameters, or without statistics, stay.
+
+    Args:
+        model: Changed in place; its outputs in evaluation mode stay, up to rounding.
+        batches: Unlabeled inputs [B, ...], iterated once.
+    """
+    norms = [m for m in _norms(model) if m.affine]
+    sums: dict[nn.Module, list[Tensor]] = {
+        m: [m.weight.new_zeros(n, dtype=torch.float64) for n in (1, len(m.weight), len(m.weight))]
+        for m in norms
+    }
+
+    def collect(norm: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0].double()
+        dims = [d for d in range(x.ndim) if d != 1]
+        num = x.new_full((1,), x.numel() / x.shape[1])
+        found = (num, x.sum(dims), x.square().sum(dims))
+        sums[norm] = [kept + new for kept, new in zip(sums[norm], found, strict=True)]
+
+    hooks = [m.register_forward_pre_hook(collect) for m in norms]
+    try:
+        with evaluating(model):
+            for x in batches if norms else ():
+                model(on_device(x, model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm in norms:
+        num, total, square = summed(*sums[norm])
+        if not num:
+            continue
+        mean = total / num
+        var = (square / num - mean.square()).clamp_min(0)
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        norm.bias += (scale * (mean - norm.running_mean)).to(norm.bias)
+        norm.weight.copy_(scale * (var + norm.eps).sqrt())
+        _set(norm, mean, var)
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+
+
+def _observe(sums: list[Any], called: list[Any], norm: Any, args: tuple[Tensor]) -> None:
+    called.append(norm)
+    _add(sums, norm, args[0].detach())
+
+
+def _add(sums: list[Any], norm: Any, x: Tensor) -> None:
     """Add one batch, and let the layer normalise by its statistics, as in training."""
-    x = args[0].detach()
-    var, mean = torch.var_mean(
-        x.double(), [d for d in range(x.ndim) if d != 1], correction=0
-    )
-    num = x.numel() // x.shape[1]
-    sums[0] += num
-    sums[1] = sums[1] + num * mean
+    dims = [d for d in range(x.ndim) if d != 1]
+    x = x.double()
+    num, total = summed(x.new_tensor(x.numel() / x.shape[1]), x.sum(dims))
+    mean = total / num
+    centred = x - mean.reshape(-1, *[1] * (x.ndim - 2))
+    var = summed(centred.square().sum(dims))[0] / num
+    sums[0] += float(num)
+    sums[1] = sums[1] + total
     sums[2] = sums[2] + num * (var + mean.square())
     _set(norm, mean, var)
 

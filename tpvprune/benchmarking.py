@@ -16,6 +16,7 @@ from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
 from tpvprune.benchmark_rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
 from tpvprune.compensation import compensate_weights
 from tpvprune.costs import count_macs, count_params
+from tpvprune.distributed import by_first, dealt
 from tpvprune.evaluation import evaluate
 from tpvprune.groups import ChannelGroups, Kept, find_groups
 from tpvprune.pipeline import Allocation, _compose, _hold_back, prune
@@ -23,6 +24,13 @@ from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.running import on_device
 
 _WITHOUT_GROUPS = frozenset({"none", "bn"})
+
+
+class LeftOut(NamedTuple):
+    """Rows that cannot be measured, and why."""
+
+    what: str
+    reason: str
 
 
 class Task(NamedTuple):
@@ -91,28 +99,38 @@ def run_benchmark(
         ValueError: If the file holds rows that the plan has not, or nothing could be measured.
     """
     wanted = plan.keys()
-    rows = {key_of(row): row for row in read_rows(path)}
+    rows = {key_of(row): row for row in by_first(read_rows, path)}
     _check_superset(path, rows, wanted)
     dense: float | None = None
     left_out: dict[str, str] = {}
     drawn: tuple[int, Material] | None = None
-    for series in plan.series():
-        missing = _missing(plan, series, rows)
-        if not missing or series.criterion in left_out:
-            continue
-        if drawn is None or drawn[0] != series.seed:
-            batches = list(images(series.seed))
-            drawn = series.seed, Material(model, batches, _hold_back(batches)[0])
+
+    def measured(task: Task) -> Iterator[Row | LeftOut]:
+        nonlocal dense, drawn
+        seed, criterion, _ = task.series
+        if criterion in left_out:
+            return
+        if drawn is None or drawn[0] != seed:
+            batches = list(images(seed))
+            drawn = seed, Material(model, batches, _hold_back(batches)[0])
         dense = evaluate(model, test).top1 if dense is None else dense
         try:
-            for row in _measured(Task(plan, series, missing), drawn[1], test, left_out):
-                rows[key_of(row)] = row | {"dense_top1": f"{100 * dense:.2f}"}
-                write_rows(path, _in_order(rows, wanted))
-                if report is not None:
-                    report(row, len(rows), len(wanted))
+            for found in _measured(task, drawn[1], test):
+                top1 = {"dense_top1": f"{100 * dense:.2f}"}
+                yield found if isinstance(found, LeftOut) else found | top1
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
-            left_out[series.criterion] = " ".join(str(error).split())
+            yield LeftOut(criterion, " ".join(str(error).split()))
+
+    tasks = [Task(plan, series, _missing(plan, series, rows)) for series in plan.series()]
+    for found in dealt([task for task in tasks if task.missing], measured):
+        if isinstance(found, LeftOut):
+            left_out[found.what] = found.reason
+            continue
+        rows[key_of(found)] = found
+        by_first(write_rows, path, _in_order(rows, wanted))
+        if report is not None:
+            report(found, len(rows), len(wanted))
     if not rows:
         raise ValueError(f"nothing could be measured: {'; '.join(left_out.values())}")
     return _in_order(rows, wanted), left_out
@@ -145,16 +163,17 @@ def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, .
     return [rows[key] for key in wanted if key in rows]
 
 
-def _measured(task: Task, material: Material, test: Any, left_out: dict[str, str]) -> Iterator[Row]:
+def _measured(task: Task, material: Material, test: Any) -> Iterator[Row | LeftOut]:
     """Yield the rows of a task, but for the dense accuracy."""
     plan, series, missing = task
     cuts = _stock_cuts if series.criterion in STOCK else _cuts
     for stop, cut in cuts(task, material):
         for repair in missing[stop]:
             if cut.kept is None and repair not in _WITHOUT_GROUPS:
-                left_out[f"{series.criterion}, {repair}"] = (
+                yield LeftOut(
+                    f"{series.criterion}, {repair}",
                     "torch-pruning narrowed heads or convolution groups, which tpvprune removes "
-                    "as a whole or not at all"
+                    "as a whole or not at all",
                 )
                 continue
             start = time.perf_counter()

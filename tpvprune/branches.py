@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.distributed import num_processes, own, total
 from tpvprune.tracing.fields import flatten
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
@@ -41,10 +42,11 @@ def layers_by_weight(model: nn.Module) -> dict[int, Layer]:
 
 
 class Plan:
-    """Which positions of which inputs are looked at: the same in both runs."""
+    """Which positions of this process's inputs are looked at: the same in both runs."""
 
     def __init__(self, num_inputs: int, rows_per_input: int, min_rows: int, seed: int) -> None:
         self.num_inputs = num_inputs
+        self._all_inputs = int(total(num_inputs))
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
 
@@ -53,12 +55,13 @@ class Plan:
         if call not in self._positions:
             unknowns = layer.weight[0].numel()
             wanted = max(self._min_rows, self._rows_per_input * unknowns)
-            per_input = min(num_positions, -(-wanted // self.num_inputs))
+            per_input = min(num_positions, -(-wanted // self._all_inputs))
             if per_input == num_positions:
                 drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
             else:
                 generator = torch.Generator().manual_seed(self._seed * 100003 + call)
-                noise = torch.rand(self.num_inputs, num_positions, generator=generator)
+                num = self.num_inputs * num_processes()
+                noise = own(torch.rand(num, num_positions, generator=generator))
                 drawn = noise.topk(per_input, 1).indices
             self._positions[call] = drawn
         return self._positions[call]

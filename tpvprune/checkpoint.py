@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.atomic import check_folder, written_folder
+from tpvprune.downloads import local_folder
 from tpvprune.removal import attribute_changes, shrink_to
 from tpvprune.report import report_data, write_report
 from tpvprune.skeleton import (
@@ -29,6 +30,7 @@ from tpvprune.skeleton import (
     set_types,
     tensors_of,
 )
+from tpvprune.weights.masks import MASK_FILE, save_masks
 
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 * 2**20
@@ -55,6 +57,7 @@ def save_pruned(
     provenance: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
     origin: str | Path | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a pruned model to a folder that ``load_pruned`` rebuilds bit for bit.
 
@@ -77,6 +80,8 @@ def save_pruned(
         origin: Folder that this model was loaded from before its weights changed. What is not
             given is taken from there: name, arguments, preprocessing and kept channels; its
             provenance becomes the ``origin`` entry of the new one.
+        masks: Of single weights, True = stays; written as ``masks.safetensors`` for
+            :func:`tpvprune.weights.masks.load_masks`.
 
     Returns:
         The folder.
@@ -118,6 +123,8 @@ def save_pruned(
         save_file(tensors, weights, metadata={"format": "pt"})
         # safetensors writes for the owner's eyes only; the user's umask decides instead.
         weights.chmod((unfinished / "config.json").stat().st_mode)
+        if masks is not None:
+            save_masks(masks, unfinished / MASK_FILE)
         if report is not None:
             write_report(dict(report), unfinished)
         _check_same(pruned, load_pruned(unfinished, model=None if name else skeleton))
@@ -132,7 +139,8 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     a folder from a stranger can at worst be refused. No pickle is read.
 
     Args:
-        folder: What ``save_pruned`` wrote.
+        folder: What ``save_pruned`` wrote, or ``hf-hub:org/name[@revision]`` for what
+            ``push_to_hub`` published.
         model: The dense model, for a model that timm does not build; left as it is.
 
     Returns:
@@ -142,7 +150,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         ValueError: If the folder is incomplete, damaged, of another format version, or
             does not fit the dense model.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     config = read_config(folder)
     weights = folder / "model.safetensors"
     types = _saved_types(weights, config["shapes"])

@@ -6,15 +6,30 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import shlex
+import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tpvprune.command_line.flags import build_parser
 
-DONE, BUG, BAD_INPUT, NOT_REACHED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
+# Where the commands live that are not in `commands`.
+_HOMES = {"compare": "comparing", "audit": "audit", "export": "exporting"}
+
+_UNTOUCHED = ": nothing was written"
+_AFTER = {
+    "benchmark": ": the same command goes on with the rows that are missing",
+    "export": _UNTOUCHED,
+    "prune": _UNTOUCHED,
+    "score": _UNTOUCHED,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,28 +39,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 3 budget not reachable, 1 bug.
+        The exit code: 0 done, 2 bad input, 3 budget not reachable, 1 bug, 4 another process of
+        the same run ended.
     """
+    command = ""
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = build_parser().parse_args(argv)
+        command = args.command
         args.command_line = shlex.join(["tpvprune", *argv])
         # Nothing but the JSON document may reach stdout, whatever a library prints.
-        with contextlib.redirect_stdout(sys.stderr):
-            commands = importlib.import_module("tpvprune.command_line.commands")
-            code, document = getattr(commands, f"run_{args.command}")(args)
+        with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
+            dry = getattr(args, "dry_run", False)
+            home = "planning" if dry else _HOMES.get(args.command, "commands")
+            module = importlib.import_module(f"tpvprune.command_line.{home}")
+            run = getattr(module, f"{'plan' if dry else 'run'}_{args.command}")
+            code, document = run(args)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted")
+        return _fail(INTERRUPTED, f"interrupted{_AFTER.get(command, '')}")
     except MemoryError:
         return _fail(BAD_INPUT, "out of memory: lower -b or --num-images")
     except Exception as error:
         return _failed(error)
-    if args.json:
+    if args.json and first:
         print(json.dumps(_plain(document), indent=2, allow_nan=False))
     return int(code)
 
 
+@contextlib.contextmanager
+def _processes(args: Any) -> Iterator[bool]:
+    """Join the other processes of torchrun, if there are any.
+
+    Args:
+        args: Parsed flags; the device becomes that of this process.
+
+    Yields:
+        Whether this is the process that speaks.
+
+    Raises:
+        ValueError: If the command is not one for several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    if args.command not in _SHARED:
+        raise ValueError(f"{args.command} runs in one process: start it without torchrun")
+    distributed = importlib.import_module("tpvprune.distributed")
+    args.device = distributed.device_here(args.device)
+    with distributed.joined(args.device), contextlib.ExitStack() as stack:
+        distributed.check_same("command", args.command_line)
+        if not distributed.is_first():
+            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield distributed.is_first()
+
+
 def _failed(error: Exception) -> int:
+    if type(error).__name__ == "OtherProcessError":
+        return BUG
+    if type(error).__name__ == "LostProcessError":
+        return _fail(LOST, str(error))
     if type(error).__name__ == "OutOfMemoryError":
         return _fail(BAD_INPUT, "out of memory: lower -b or --num-images")
     if isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
@@ -64,7 +117,14 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"tpvprune: error: {message}", file=sys.stderr)
+    number = os.environ.get("RANK", "0")
+    where = "" if number == "0" else f"process {number}: "
+    # Python's spelling of a flag, from a function that Python users call too.
+    line = f"tpvprune: error: {where}{message.replace('overwrite=True', '--overwrite')}"
+    if sys.stderr.isatty():  # a pipe gets one line
+        width = min(80, shutil.get_terminal_size().columns)
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
     return code
 
 

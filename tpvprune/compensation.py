@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
+from tpvprune.distributed import num_processes, share, spread_weights, summed
 from tpvprune.groups import ChannelGroups
 from tpvprune.patches import gather, patches_of, window_of
 from tpvprune.running import evaluating, on_device
+
+Constrain = Callable[[str, Tensor, Tensor], Tensor]
+"""``constrain(layer, refitted weights, curvature)``; see :func:`refit_run`."""
 
 
 def compensate_weights(
@@ -74,6 +79,7 @@ def compensate_weights(
     run = refit_run(repaired, dense, inputs, groups=groups, kept=kept, plan=plan, ridge=ridge)
     with evaluating(repaired), torch.no_grad(), run:
         repaired(torch.cat([on_device(x, repaired) for x in inputs]))
+    spread_weights(repaired)
     return repaired
 
 
@@ -82,10 +88,11 @@ def refit_run(
     dense: nn.Module,
     inputs: Iterable[Tensor],
     *,
-    groups: ChannelGroups,
+    groups: ChannelGroups | None,
     kept: Mapping[str, Tensor],
     plan: Plan,
     ridge: float = 1e-3,
+    constrain: Constrain | None = None,
 ) -> RefitRun:
     """Run the dense network, and return the mode under which the pruned one is refitted.
 
@@ -93,10 +100,12 @@ def refit_run(
         pruned: What is refitted, in place, when it runs once on all inputs together.
         dense: The model it came from.
         inputs: Batches, in the order in which the pruned model will see them.
-        groups: Channel groups of ``dense``.
+        groups: Channel groups of ``dense``; None where every width is as it was.
         kept: What stayed.
         plan: Sampled positions.
         ridge: See :func:`compensate_weights`.
+        constrain: Called with a layer's name, its refitted weights [groups, outputs, unknowns]
+            and the curvature of the fit [groups, unknowns, unknowns]; returns the weights to take.
 
     Returns:
         The mode.
@@ -108,18 +117,24 @@ def refit_run(
             dense_run.start_batch(len(x))
             with dense_run:
                 dense(on_device(x, dense))
-    rows = {name: _kept_rows(groups, kept, name) for name in {lay.name for lay in layers.values()}}
-    return RefitRun(layers_by_weight(pruned), plan, dense_run.finish(), rows, ridge)
+    names = {layer.name for layer in layers.values()} if groups is not None else set()
+    rows = {name: _kept_rows(groups, kept, name) for name in names if groups is not None}
+    return RefitRun(
+        layers_by_weight(pruned), plan, dense_run.finish(), rows, ridge, constrain=constrain
+    )
 
 
 def first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
-    """Return the first inputs whose activations fit into ``max_bytes``, at least one."""
+    """Return the first inputs whose activations fit into ``max_bytes``, at least one.
+
+    The bound is on all processes together: what is fitted to does not depend on their number.
+    """
     chosen: list[Tensor] = []
     room = 0
     for x in inputs:
         if not chosen:
-            room = max(1, max_bytes // _bytes_per_input(dense, x[:1]))
-        take = x[: room - sum(map(len, chosen))]
+            room = max(num_processes(), max_bytes // _bytes_per_input(dense, x[:1]))
+        take = x[: share(room) - sum(map(len, chosen))]
         if not len(take):
             break
         chosen.append(take)
@@ -235,8 +250,11 @@ class RefitRun(BranchFollower):
         targets: _Targets,
         rows: Mapping[str, Tensor | None],
         ridge: float,
+        *,
+        constrain: Constrain | None = None,
     ) -> None:
         super().__init__(layers, plan)
+        self._constrain = constrain
         self._targets, self._rows, self._ridge = targets, rows, ridge
         self._pending: dict[int, _Pending] = {}
         self._norm_of: dict[int, Tensor] = {}
@@ -329,8 +347,14 @@ class RefitRun(BranchFollower):
     def _refit(self, pending: _Pending, target: Tensor, branch: Branch) -> None:
         module = pending.layer.module
         free = module.bias is not None or branch.norm is not None
+        constrain = self._constrain and partial(self._constrain, pending.layer.name)
         change, intercept = _solve(
-            pending.patches, target.reshape(-1, target.shape[-1]), module, self._ridge, free
+            pending.patches,
+            target.reshape(-1, target.shape[-1]),
+            module,
+            ridge=self._ridge,
+            free=free,
+            constrain=constrain,
         )
         module.weight.add_(change)
         if module.bias is not None:
@@ -341,7 +365,13 @@ class RefitRun(BranchFollower):
 
 
 def _solve(
-    patches: Tensor, target: Tensor, module: Any, ridge: float, free: bool
+    patches: Tensor,
+    target: Tensor,
+    module: Any,
+    *,
+    ridge: float,
+    free: bool,
+    constrain: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the ridge change of the weights and the intercept, both in the layer's layout."""
     groups, num_rows, unknowns = patches.shape
@@ -350,16 +380,23 @@ def _solve(
     if module.bias is not None:
         outputs = outputs + module.bias
     error = (target - outputs).reshape(num_rows, groups, -1).transpose(0, 1)
-    x_mean = patches.mean(1, keepdim=True)
-    e_mean = error.mean(1, keepdim=True)
-    if not free:
-        x_mean, e_mean = torch.zeros_like(x_mean), torch.zeros_like(e_mean)
-    x, e = patches - x_mean, error - e_mean
-    gram = (x.transpose(1, 2) @ x).double() / num_rows
-    cross = (x.transpose(1, 2) @ e).double() / num_rows
+    count, x_mean, e_mean = summed(
+        torch.tensor(float(num_rows), dtype=torch.float64),
+        patches.sum(1, keepdim=True, dtype=torch.float64),
+        error.sum(1, keepdim=True, dtype=torch.float64),
+    )
+    # Without an intercept nothing takes up the means.
+    x_mean, e_mean = (mean / count if free else torch.zeros_like(mean) for mean in (x_mean, e_mean))
+    x, e = patches - x_mean.to(patches), error - e_mean.to(error)
+    gram, cross = summed((x.transpose(1, 2) @ x).double(), (x.transpose(1, 2) @ e).double())
+    gram, cross = gram / count, cross / count
     scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(unknowns, dtype=torch.float64, device=gram.device)
-    change = torch.linalg.solve(gram + ridge * scale[:, None, None] * eye, cross)  # [g, u, o]
-    intercept = (e_mean.double() - x_mean.double() @ change).reshape(-1)
+    curvature = gram + ridge * scale[:, None, None] * eye
+    change = torch.linalg.solve(curvature, cross)  # [g, u, o]
+    if constrain is not None:
+        present = weight.double()
+        change = (constrain(present + change.mT, curvature) - present).mT
+    intercept = (e_mean - x_mean @ change).reshape(-1)
     change = change.transpose(1, 2).reshape(module.weight.shape)
     return change.to(module.weight), intercept.to(module.weight)

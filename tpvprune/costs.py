@@ -95,10 +95,10 @@ def measure_latency(
         for _ in range(warmup):
             model(*arguments)
         for _ in range(repeats):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             model(*arguments)
-            _synchronize(device)
+            synchronize(device)
             times.append(1e3 * (time.perf_counter() - start))
     return Latency(
         median_ms=statistics.median(times),
@@ -155,7 +155,8 @@ def _device(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was asked to."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+from torch import nn
 
 from tpvprune.baselines.activations import activation_variance_scores
 from tpvprune.baselines.filters import fpgm_scores, whc_scores
@@ -16,6 +19,8 @@ from tpvprune.baselines.weights import (
     magnitude_scores,
     random_scores,
 )
+from tpvprune.distributed import alone, gathered, num_processes
+from tpvprune.groups import ChannelGroups
 from tpvprune.scores import Scores, tpv_scores
 
 SCORERS: dict[str, Callable[..., Scores]] = {
@@ -50,3 +55,29 @@ NEEDS_LABELS: frozenset[str] = frozenset(
     }
 )
 """Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""
+
+_SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
+
+
+def scorer(criterion: str) -> Callable[..., Scores]:
+    """Return a criterion for processes that each have a share of the images.
+
+    Args:
+        criterion: A key of ``SCORERS``.
+
+    Returns:
+        The scorer. Criteria other than ``"tpv"`` see the images of all processes, in each of them.
+    """
+    found = SCORERS[criterion]
+    if num_processes() == 1 or criterion in _SHARED:
+        return found
+
+    @wraps(found)
+    def on_all_images(
+        model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], **options: Any
+    ) -> Scores:
+        whole = gathered(batches)
+        with alone():
+            return found(model, groups, whole, **options)
+
+    return on_all_images

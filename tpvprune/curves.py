@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tpvprune.distributed import share, summed, total
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
@@ -180,17 +181,21 @@ def _collect(
             cuts[group.name, r.call] = _Cut(r, known if joint else None)
             if known is not None and not joint:
                 maps[group.name, r.call] = residual_map(known, cuts[group.name, r.call]._units())
-    filled = dict.fromkeys(limits, 0)
+    # The first images of the whole set, with all of their directions.
+    wanted = {name: share(-(-limit // num_probes)) for name, limit in limits.items()}
+    seen, most = 0, max(wanted.values())
     for x, directions, tap in passes(
         model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed
     ):
 
-        def collect(call: int, a: Tensor, grad: Tensor, num: int = len(x)) -> None:
+        def collect(
+            call: int, a: Tensor, grad: Tensor, num: int = len(x), seen: int = seen
+        ) -> None:
             dim = plan[call][0][1].channel_dim
-            rows, grads = _by_sample(a, dim, num), _by_sample(grad, dim, num)
+            inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
             for group, reader in plan[call]:
-                if filled[group.name] >= limits[group.name]:
-                    continue
+                take = max(0, wanted[group.name] - seen)
+                rows, grads = inputs[:take], gradients[:take]
                 index = reader.index.to(grads.device)
                 own, cut = grads[:, :, index], cuts[group.name, call]
                 if cut.precision is not None:
@@ -204,9 +209,8 @@ def _collect(
 
         for v in directions:
             tap.backward(v, collect)
-            for name in filled:
-                filled[name] += len(x)
-        if all(filled[n] >= limits[n] for n in filled):
+        seen += len(x)
+        if seen >= most:
             break
     found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():
@@ -227,18 +231,26 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
     num = group.num_channels
     block = -(-num // _MAX_STEPS)
     left = torch.ones(num, dtype=torch.bool)
-    total = torch.zeros(cuts[0].s.shape[1])
+    joint = torch.zeros(cuts[0].s.shape[1])
+    num_rows = total(len(joint))
+
+    def mean_square(changes: Tensor) -> Tensor:
+        """Return the mean over the rows of all processes."""
+        return summed(changes.square().sum(-1, dtype=torch.float64))[0] / num_rows
+
+    now = 0.0
     order: list[Tensor] = []
     variance = [0.0]
     while (num_left := int(left.sum())) > 1:
         changes = sum((cut.changes(num) for cut in cuts), torch.zeros(()))
-        growth = (total + changes).square().mean(1) - total.square().mean()
+        growth = mean_square(joint + changes) - now
         # Where units save the same this is the order of the variances themselves.
         growth = (growth / savings.clamp_min(1e-12)).masked_fill(~left, torch.inf)
         chosen = growth.argsort(stable=True)[: min(block, num_left - 1)]
-        total = total + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
-        last, now = variance[-1], max(variance[-1], float(total.square().mean()))
-        variance += [last + (now - last) * (i + 1) / len(chosen) for i in range(len(chosen))]
+        joint = joint + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
+        now = float(mean_square(joint))
+        last, top = variance[-1], max(variance[-1], now)
+        variance += [last + (top - last) * (i + 1) / len(chosen) for i in range(len(chosen))]
         order.append(chosen)
         left[chosen] = False
     return Curve(

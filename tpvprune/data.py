@@ -28,6 +28,7 @@ class ImageSource:
         read: Item -> (PIL image, not necessarily decoded yet; target).
         where: Item -> its file name, for messages.
         num_classes: Number of classes; None where the source does not say.
+        class_names: Name of each class, in order; None where the source does not say.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ImageSource:
     read: Callable[[Any], tuple[Image.Image, Any]]
     where: Callable[[Any], str]
     num_classes: int | None
+    class_names: tuple[str, ...] | None = None
 
 
 def open_images(
@@ -175,7 +177,13 @@ def _map_source(name: str, opened: Any) -> ImageSource:
         read,
         where,
         max(classes.values()) + 1 if classes else None,
+        _names(classes) if classes else None,
     )
+
+
+def _names(classes: Mapping[str, int]) -> tuple[str, ...]:
+    names = {number: str(name) for name, number in classes.items()}
+    return tuple(names.get(number, f"class {number}") for number in range(max(names) + 1))
 
 
 def _stream(name: str, opened: Any) -> ImageSource:

@@ -15,6 +15,7 @@ from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import bar, before_after, percent, say, stages, table
 from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_results import check_writable, measured
+from tpvprune.disagreement import disagreement
 from tpvprune.evaluation import evaluate
 from tpvprune.models import load_model
 from tpvprune.pipeline import PruningResult, prune
@@ -75,11 +76,16 @@ def main_demo(
         "pruned": {**result.report["pruned"], **pruned, "num_images": len(held_out[1])},
         "comparison": rows,
         "images": {"source": "sklearn.datasets.load_digits", "num_images": len(training[1]),
-                   "num_held_out": len(held_out[1])},
+                   "num_held_out": len(held_out[1]),
+                   "agreement_on": f"{len(held_out[1])} held-out images"},
         "output": str(args.output),
     }  # fmt: skip
     document["versions"]["scikit-learn"] = version("scikit-learn")
-    _save(args, subject, result, document)
+    shown = {
+        "disagreement": disagreement(result.model, subject.model, [held_out], mean=_MEAN, std=_STD),
+        "class_names": [f"digit {number}" for number in range(10)],
+    }
+    _save(args, subject, result, document, shown)
     _show(document)
     return (0 if result.report["reached"] else 3), document
 
@@ -180,11 +186,16 @@ def _compared(
                 }
             )
             results.append(result)
+    rows[1]["saved"] = True
     return rows, results[0]
 
 
 def _save(
-    args: argparse.Namespace, subject: Subject, result: PruningResult, document: dict[str, Any]
+    args: argparse.Namespace,
+    subject: Subject,
+    result: PruningResult,
+    document: dict[str, Any],
+    shown: dict[str, Any],
 ) -> None:
     rows = []
     for row in document["comparison"]:
@@ -205,7 +216,7 @@ def _save(
             "weights": subject.made.weights,
             "seed": args.seed,
         },
-        report={**report_data(result), **document, "comparison": rows},
+        report={**report_data(result), **document, "comparison": rows, **shown},
     )
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.batches import unlabeled
+from tpvprune.distributed import part_of, total
 from tpvprune.running import evaluating, on_device
 from tpvprune.training import Recipe, count_batches, outputs_of, train
+
+DistillationLoss = Literal["logits", "divergence"]
+_GAIN = 50.0  # brings the relative error's gradients to where a learning rate of 0.01 is right
+_FAR = 0.2  # relative error beyond which gradients do not grow: they are those of its logarithm
 
 
 def distill(
@@ -22,6 +27,7 @@ def distill(
     *,
     epochs: int,
     lr: float = 0.01,
+    loss: DistillationLoss = "logits",
     temperature: float = 3.0,
     augment: Callable[[Tensor], Tensor] | None = None,
     num_views: int | None = None,
@@ -36,13 +42,17 @@ def distill(
     seed: int = 0,
     state: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    watch: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train a copy of the pruned model to give the outputs of the dense one.
 
-    Both see the same augmented inputs; no label is read. Classifiers minimise the divergence
-    of their classes at a temperature (``divergence``), models without a classifier
-    (``num_classes`` 0) the relative squared error of their features (``feature_error``).
+    Both see the same augmented inputs; no label is read. The loss is the relative squared error
+    of the outputs (``feature_error``, times 50; beyond 0.2 its logarithm): the output variance,
+    as in compensation before; or, for classifiers, the divergence of their classes at a
+    temperature (``divergence``). Before the first update the statistics of BatchNorm are brought
+    up to date without changing the function (``batchnorm.rebase_batchnorm``).
     A high learning rate throws away what compensation has won: 0.01 suits a repaired model.
+    Images of which the dense model is sure teach little: ``augmentation.mix`` helps.
 
     Args:
         student: The pruned model; left as it is.
@@ -51,7 +61,9 @@ def distill(
             labels are dropped unread.
         epochs: Passes over them.
         lr: Peak learning rate.
-        temperature: T of the softmax, > 0.
+        loss: ``"logits"`` or ``"divergence"``; without a classifier (``num_classes`` 0) the
+            features always.
+        temperature: T of the softmax in the divergence, > 0.
         augment: Inputs [B, ...] -> inputs of any one shape, by torch's global random state,
             which is a private one meanwhile.
         num_views: Let order and augmentation repeat after so many epochs, so that the dense
@@ -68,6 +80,8 @@ def distill(
         state: File for the state of the unfinished run, written after every epoch; if it is
             there the run goes on from it, to the same result. Delete it when all is done.
         progress: Called with (stage, updates done, all updates).
+        watch: Called with the student after every update, to look at it only, such as
+            ``diagnostics.Trajectory``; of a run that goes on it sees the rest.
 
     Returns:
         The trained copy, in the modes of the argument.
@@ -82,6 +96,9 @@ def distill(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")
+    if loss not in get_args(DistillationLoss):
+        known = " or ".join(get_args(DistillationLoss))
+        raise ValueError(f"loss: expected {known}, found {loss!r}")
     recipe = Recipe(
         epochs=epochs, lr=lr, opt=opt, sched=sched, weight_decay=weight_decay,
         warmup_epochs=warmup_epochs, clip_grad=clip_grad, ema_decay=ema_decay, amp=amp,
@@ -89,7 +106,7 @@ def distill(
     )  # fmt: skip
     student_like = next(student.parameters())
     source = unlabeled(batches)
-    loss_of = _Divergence(dense, recipe, temperature)
+    loss_of = _Difference(dense, recipe, temperature if loss == "divergence" else None)
     with evaluating(dense):
         return train(
             student,
@@ -98,8 +115,9 @@ def distill(
             loss_of,
             recipe,
             state=state,
-            identity=(f"temperature {temperature}", dense),
+            identity=(f"loss {loss}, temperature {temperature}", dense),
             progress=progress,
+            watch=watch,
         )
 
 
@@ -134,11 +152,13 @@ def feature_error(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
     return (outputs - dense_outputs).square().sum() / square.clamp_min(smallest)
 
 
-class _Divergence:
+class _Difference:
     """The loss of one batch; the dense model's outputs are held where views repeat."""
 
-    def __init__(self, dense: nn.Module, recipe: Recipe, temperature: float) -> None:
-        self._dense, self._recipe, self._temperature = dense, recipe, temperature
+    def __init__(self, dense: nn.Module, recipe: Recipe, temperature: float | None) -> None:
+        headless = getattr(dense, "num_classes", None) == 0
+        self._dense, self._recipe = dense, recipe
+        self._temperature = None if headless else temperature
         self._held: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, model: nn.Module, inputs: Tensor, which: tuple[int, int]) -> Tensor:
@@ -149,9 +169,11 @@ class _Divergence:
                 f"expected outputs of the dense model's shape {tuple(wanted.shape)}, found "
                 f"{tuple(outputs.shape)}: distil between models with the same head"
             )
-        if getattr(self._dense, "num_classes", None) == 0:
-            return feature_error(outputs, wanted)
-        return divergence(outputs, wanted, temperature=self._temperature)
+        if self._temperature is None:
+            error = feature_error(outputs, wanted) * part_of(wanted.square().sum())
+            whole = total(float(error.detach()))
+            return _GAIN * error * min(1.0, _FAR / max(whole, 1e-12))
+        return divergence(outputs, wanted, temperature=self._temperature) * part_of(len(wanted))
 
     @torch.no_grad()
     def _wanted(self, inputs: Tensor, which: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import private_randomness, unlabeled
 from tpvprune.costs import Latency, call_arguments, count_macs, count_params, measure_latency
+from tpvprune.distributed import summed, total
 from tpvprune.running import evaluating, first_output
 
 __all__ = [
@@ -96,7 +97,8 @@ def evaluate(
             if dense is not None:
                 totals[2:] += _comparison(outputs, _call(dense, inputs))
             num_images += len(labels)
-    if first is None:
+    totals, num_images = _over_all(totals, num_images)
+    if not num_images or first is None:
         raise ValueError(
             "labelled_batches: expected at least one batch, found none: check the data folder"
         )
@@ -158,7 +160,13 @@ def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list
         for inputs in unlabeled(batches):
             totals += _comparison(_call(model, inputs), _call(dense, inputs))
             num_inputs += len(inputs)
+    totals, num_inputs = _over_all(totals, num_inputs)
     return (totals / num_inputs).tolist()
+
+
+def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
+    """Return sums, and the number of inputs, of all processes."""
+    return summed(totals)[0], int(total(num))
 
 
 def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:

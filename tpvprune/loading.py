@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from tpvprune.data import ImageSource
+from tpvprune.distributed import num_processes, own_items
 from tpvprune.preprocessing import IMAGE_MODES, Preprocessing
 
 HELD_BYTES = 2 << 30
@@ -39,7 +40,8 @@ class ImageBatches:
 
     Every pass decodes the images again; `in_memory` holds them where they fit.
     Targets do not leave the reading thread unless `labelled`. Images that cannot
-    be decoded are skipped and counted in `skipped`; more than 1 % is an error.
+    be decoded are skipped and counted in `skipped`; more than 1 % is an error. Of several
+    processes each decodes its share of every batch.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class ImageBatches:
                 else:
                     yield inputs
         if seen == 0:
-            raise ValueError(f"{self.source.name}: expected images, found none")
+            least = f"at least {num_processes()} " if num_processes() > 1 else ""
+            raise ValueError(f"{self.source.name}: expected {least}images, found none")
 
     def _raise_if_too_many(self, total: int) -> None:
         if self.skipped > MAX_UNDECODABLE * total:
@@ -110,12 +113,13 @@ class ImageBatches:
             )
 
     def _decoded(self) -> Iterator[list[Any]]:
-        items = iter(self._items())
+        items, start = iter(self._items()), 0
         # One batch is decoded ahead while the model works on the present one.
         ahead: deque[list[Future[Any]]] = deque()
         with ThreadPoolExecutor(self._workers) as pool:
             while chunk := list(itertools.islice(items, self.batch_size)):
-                ahead.append([pool.submit(self._decode, item) for item in chunk])
+                mine, start = own_items(chunk, start), start + len(chunk)
+                ahead.append([pool.submit(self._decode, item) for item in mine])
                 if len(ahead) > 1:
                     yield [future.result() for future in ahead.popleft()]
             while ahead:

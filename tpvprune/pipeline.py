@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -16,10 +16,12 @@ from tpvprune.allocation import allocate
 from tpvprune.batches import unlabeled
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.compensation import compensate_weights
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.criteria import NEEDS_LABELS, SCORERS, scorer
 from tpvprune.curves import variance_curves
+from tpvprune.distributed import by_first, check_same, from_first, num_processes, share, total
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
+from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
 from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.removal import remove_channels, restore_empty
 from tpvprune.running import evaluating, first_output, on_device
@@ -28,6 +30,7 @@ from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, sele
 
 _MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
+Of = Literal["macs", "params", "latency"]
 Allocation = Literal["curves", "rank", "plain"]
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
@@ -53,7 +56,7 @@ def prune(
     batches: Iterable[Any],
     *,
     keep: float = 0.5,
-    of: Budget = "macs",
+    of: Of = "macs",
     criterion: str = "tpv",
     repair: Repair = "compensate",
     steps: int = 1,
@@ -63,6 +66,7 @@ def prune(
     max_removed: float = 1.0,
     num_probes: int = 1,
     ignore: Iterable[str] = (),
+    latency_batch_size: int = 1,
     labelled_batches: Iterable[Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -75,7 +79,8 @@ def prune(
             its labels are dropped before anything sees them. The last tenth, at most 64, is
             held back to measure repairs.
         keep: Fraction of the dense cost that stays, in (0, 1].
-        of: ``"macs"`` or ``"params"``.
+        of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
+            model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
             compensation), ``"reconstruct"`` (compensation, then block reconstruction: minutes
@@ -90,6 +95,7 @@ def prune(
         max_removed: Largest fraction of a group that may go.
         num_probes: Random output directions per input.
         ignore: Modules whose outputs stay whole.
+        latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
             read it.
         seed: Of everything random.
@@ -101,39 +107,50 @@ def prune(
     Raises:
         ValueError: If an argument is out of range, or the criterion needs labels and has none.
     """
-    check_budget(keep, of, round_to, min_channels, max_removed)
+    check_budget(keep, "macs" if of == "latency" else of, round_to, min_channels, max_removed)
     _check(criterion, repair, steps, allocation, labelled_batches)
     clock = _Clock(progress)
     fit, held = _hold_back(batches)
-    example = on_device(fit[0][:1], model)
     with clock("groups"):
+        example = on_device(from_first(fit[0][:1]), model)
         groups = _prunable(find_groups(model, example, ignore=ignore))
-    source = labelled_batches if criterion in NEEDS_LABELS else fit
+        aim = _aim(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
 
-    floors = Floors(round_to=round_to, min_channels=min_channels, max_removed=max_removed)
+    floors = Floors(
+        round_to=aim.round_to(round_to), min_channels=min_channels, max_removed=max_removed
+    )
 
     pruned, kept, scores = model, _whole(groups), None
     history: list[dict[str, float]] = []
     for step in range(1, steps + 1):
         now = groups if step == 1 else _regrouped(pruned, groups, kept, example)
-        target = min(1.0, keep ** (step / steps) * cost(groups, {}, of) / cost(now, {}, of))
+        target = min(1.0, keep ** (step / steps) * aim.cost(groups) / aim.cost(now))
         if scores is None or not use_curves:
             with clock("scores", step, steps):
-                found = _score(criterion, pruned, now, source, num_probes=num_probes, seed=seed)
-                scores = scores or found
+                found = _score(
+                    criterion, pruned, now,
+                    labelled_batches if criterion in NEEDS_LABELS else fit,
+                    num_probes=num_probes, seed=seed,
+                )  # fmt: skip
+            scores = scores or found
         with clock("selection", step, steps):
             if use_curves:
-                curves = variance_curves(pruned, now, fit, num_probes=num_probes, of=of, seed=seed)
+                curves = variance_curves(
+                    pruned, now, fit, num_probes=num_probes, of=aim.budget, seed=seed
+                )
                 ranks = {name: curve.order.argsort() for name, curve in curves.items()}
-                choose = partial(allocate, now, curves, of=of, **floors)
+                choose = partial(allocate, now, curves, of=aim.budget, **floors)
             else:
                 per_cost = allocation != "plain"
                 choose = partial(
-                    select_channels, pruned, now, found, of=of, per_cost=per_cost, **floors
+                    select_channels, pruned, now, found, of=aim.budget, per_cost=per_cost, **floors
                 )
                 ranks = {**found}
-            chosen = _feasible(choose, now, ranks, target, of)
+            chosen = aim.choose(
+                partial(_feasible, choose, now, ranks, of=aim.budget), pruned, now, target,
+                last=step == steps,
+            )  # fmt: skip
         with clock("removal", step, steps):
             pruned, kept = remove_channels(pruned, now, chosen), _compose(kept, chosen)
         for stage, refit in _repairs(repair, last=step == steps).items():
@@ -143,8 +160,7 @@ def prune(
     with clock("repair"):
         candidates = _candidates(repair, remove_channels(model, groups, kept), pruned, fit)
         variances = {n: output_variance(c, model, held) for n, c in candidates.items()}
-        best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
-    assert scores is not None
+    best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
     report = {
         "keep": keep,
         "of": of,
@@ -154,15 +170,17 @@ def prune(
         "repair": repair,
         "repair_chosen": best,
         "seed": seed,
-        "num_images": sum(map(len, fit)),
-        "num_held_back": sum(map(len, held)),
-        "reached": reaches(groups, kept, keep=keep, of=of),
+        "num_images": int(total(sum(map(len, fit)))),
+        "num_held_back": int(total(sum(map(len, held)))),
+        "reached": aim.reached(groups, kept),
         "output_variance": variances,
         "output_second_moment": _second_moment(model, held),
         "steps": history,
         "timings": clock.seconds,
         **_widths(groups, kept),
+        **aim.facts(),
     }
+    assert scores is not None
     return PruningResult(candidates[best], groups, scores, kept, report)
 
 
@@ -185,6 +203,58 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+@dataclass
+class _Aim:
+    """What must be met: a budget, and for milliseconds the proof by the clock."""
+
+    budget: Budget
+    keep: float
+    dense: nn.Module
+    batch: Tensor
+    speed: Speed | None = None
+
+    def round_to(self, wanted: int) -> int:
+        if wanted == 1 and isinstance(self.budget, LatencyTable):
+            return self.budget.step
+        return wanted
+
+    def cost(self, groups: ChannelGroups) -> float:
+        return cost(groups, {}, self.budget)
+
+    def choose(
+        self,
+        choose: Callable[[float], Kept],
+        pruned: nn.Module,
+        groups: ChannelGroups,
+        target: float,
+        *,
+        last: bool,
+    ) -> Kept:
+        """Return what stays; the last choice is made by the clock where time is the budget."""
+
+        def measure(chosen: Kept) -> Speed:
+            smaller = remove_channels(pruned, groups, chosen)
+            return by_first(compare_latency, self.dense, smaller, self.batch)
+
+        if not last or not isinstance(self.budget, LatencyTable):
+            return choose(target)
+        chosen, self.speed = as_fast_as(self.keep, target, choose, measure)
+        return chosen
+
+    def reached(self, groups: ChannelGroups, kept: Kept) -> bool:
+        if self.speed is not None:
+            return self.speed.ratio <= self.keep
+        return reaches(groups, kept, keep=self.keep, of=self.budget)
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self.speed is None else {"speed": asdict(self.speed)}
+
+
+def _aim(of: Of, keep: float, model: nn.Module, groups: ChannelGroups, batch: Tensor) -> _Aim:
+    budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
+    return _Aim(budget, keep, model, batch)
 
 
 def _check(criterion: str, repair: str, steps: int, allocation: str | None, labelled: Any) -> None:
@@ -219,12 +289,14 @@ def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
         ValueError: If there are fewer than two inputs.
     """
     inputs = list(unlabeled(batches))
-    total = sum(len(x) for x in inputs)
-    if total < 2:
+    num = int(total(sum(len(x) for x in inputs)))
+    all_fit = num - min(_MOST_HELD_BACK, max(1, num // 10))
+    if all_fit < num_processes():
         raise ValueError(
-            f"batches: expected at least 2 inputs, found {total}; a few hundred work well."
+            f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
+            "work well."
         )
-    num_fit = total - min(_MOST_HELD_BACK, max(1, total // 10))
+    num_fit = share(all_fit)
     fit: list[Tensor] = []
     held: list[Tensor] = []
     for x in inputs:
@@ -261,6 +333,7 @@ def _feasible(
             break
         # Channels were put back where a layer would have none: the others must pay for them.
         aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
+    check_same("channels to cut", chosen)
     return chosen
 
 
@@ -298,8 +371,8 @@ def _score(
     seed: int,
 ) -> Scores:
     if criterion == "tpv":
-        return SCORERS["tpv"](model, groups, source, num_probes=num_probes, seed=seed)
-    return SCORERS[criterion](model, groups, source, seed=seed)
+        return scorer("tpv")(model, groups, source, num_probes=num_probes, seed=seed)
+    return scorer(criterion)(model, groups, source, seed=seed)
 
 
 def _repairs(repair: Repair, *, last: bool) -> dict[str, Callable[..., nn.Module]]:
@@ -359,7 +432,7 @@ def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
 def _second_moment(model: nn.Module, held: list[Tensor]) -> float:
     """Return E||f||^2, the yardstick of every output variance."""
     with evaluating(model), torch.no_grad():
-        total = sum(
+        square = sum(
             float(first_output(model(on_device(x, model))).double().square().sum()) for x in held
         )
-    return total / sum(len(x) for x in held)
+    return total(square) / total(sum(len(x) for x in held))

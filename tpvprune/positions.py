@@ -57,7 +57,7 @@ def contract(
     return sums if len(sums) == num_samples else sums.reshape(num_samples, -1, a.shape[1]).sum(1)
 
 
-def sampled_rows(a: Tensor, num_samples: int, first: int, limit: int) -> Tensor:
+def sampled_rows(a: Tensor, places: Tensor, limit: int) -> Tensor:
     """Return inputs at no more than about ``limit`` positions per sample: [rows, n].
 
     The positions differ from sample to sample and cover the map evenly. They depend on a sample's
@@ -65,20 +65,20 @@ def sampled_rows(a: Tensor, num_samples: int, first: int, limit: int) -> Tensor:
 
     Args:
         a: Input [L, n, P], as :func:`by_channel` gives it.
-        num_samples: Size of the batch; L is a multiple of it.
-        first: Number of samples in the batches before.
+        places: Where in the whole set each sample of the batch stands [B]; L is a multiple of B.
         limit: Positions per sample; smaller maps are read whole.
 
     Returns:
         The inputs, one row per position.
     """
     num, inputs, positions = a.shape
-    windows = num // num_samples
+    windows = num // len(places)
     limit = -(-limit // windows)
     by_position = a.transpose(1, 2)
     if positions > limit:
-        order = torch.arange(limit * num, dtype=torch.float64) + first * windows * limit
+        each = torch.arange(limit * windows, dtype=torch.float64)
+        order = places[:, None] * (windows * limit) + each
         place = ((order * _GOLDEN) % 1 * positions).long().clamp_(max=positions - 1)
-        each = torch.arange(num, device=a.device)[:, None]
-        by_position = by_position[each, place.view(num, limit).to(a.device)]
+        rows = torch.arange(num, device=a.device)[:, None]
+        by_position = by_position[rows, place.view(num, limit).to(a.device)]
     return by_position.reshape(-1, inputs)

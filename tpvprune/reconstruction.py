@@ -29,6 +29,7 @@ from tpvprune.batches import unlabeled
 from tpvprune.blocks import Block, BlockCall, find_blocks, on_call
 from tpvprune.branches import Plan
 from tpvprune.compensation import RefitRun, first_inputs, refit_run
+from tpvprune.distributed import alone, gathered, num_processes, spread_weights
 from tpvprune.groups import ChannelGroups
 from tpvprune.preconditioner import KroneckerFactors, layers_in
 from tpvprune.running import evaluating, frozen, on_device
@@ -91,6 +92,17 @@ def reconstruct_blocks(
         The repaired copy. Layers outside of blocks, and in blocks that cannot be matched (see
         :func:`tpvprune.blocks.find_blocks`), are refitted as by ``compensate_weights``.
     """
+    if num_processes() > 1:  # conjugate gradients would wait for each other at every step
+        whole = gathered(unlabeled(batches))
+        with alone():
+            fitted = reconstruct_blocks(
+                pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
+                iterations=iterations, damping=damping, mirror=mirror,
+                max_positions=max_positions, rows_per_input=rows_per_input, min_rows=min_rows,
+                max_bytes=max_bytes, seed=seed, progress=progress,
+            )  # fmt: skip
+        spread_weights(fitted)
+        return fitted
     repaired = copy.deepcopy(pruned)
     source = unlabeled(batches)
     first = on_device(next(iter(source))[:2], dense)

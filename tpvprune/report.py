@@ -11,12 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tpvprune.reporting.changes import classes, samples
 from tpvprune.reporting.page import page
 from tpvprune.reporting.pictures import blocked, repairs, scores, steps, widths
 from tpvprune.reporting.tables import before_after, comparison, figures, header, making, title_of
 from tpvprune.reporting.training import training
 
-_SECTIONS = (before_after, comparison, training, widths, steps, scores, repairs, blocked, making)
+_SECTIONS = (
+    before_after, comparison, training, widths, steps, classes, samples, scores, repairs, blocked,
+    making,
+)  # fmt: skip
 
 
 def report_data(result: Any) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Pat
 
     Every part may be missing; its section is then left out. Known keys are those of
     ``PruningResult.report``, and ``model``, ``command``, ``versions``, ``preprocessing``,
-    ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``.
+    ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``,
+    ``disagreement`` (of ``disagreement.disagreement``) and ``class_names``.
 
     Args:
         data: Numbers, strings, tensors, dataclasses, and containers of them. What is not

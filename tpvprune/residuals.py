@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from tpvprune.distributed import places, share, summed
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.positions import by_channel, sampled_rows
 from tpvprune.running import evaluating, on_device
@@ -101,7 +102,7 @@ def input_covariances(
         dim = plan[call][0][1].channel_dim
         if a.shape[dim] > max_inputs:
             return
-        rows = sampled_rows(by_channel(a, dim, num), num, seen, max_positions)
+        rows = sampled_rows(by_channel(a, dim, num), places(seen, num), max_positions)
         if call not in sums:
             zeros = torch.zeros(a.shape[dim], dtype=torch.float64, device=a.device)
             sums[call] = (zeros, torch.diag(zeros))
@@ -112,16 +113,17 @@ def input_covariances(
 
     with evaluating(model), torch.no_grad():
         for batch in inputs:
-            x = batch if max_samples is None else batch[: max_samples - seen]
+            x = batch if max_samples is None else batch[: share(max_samples) - seen]
             num = len(x)
             if not num:
                 break
             with Observer(set(plan), observe):
                 model(on_device(x, model))
             seen += num
-    for call, (total, gram) in sums.items():
-        mean = total.div_(counts[call])
-        gram.div_(counts[call]).addr_(mean, mean, alpha=-1)
+    for call, parts in sums.items():
+        total, gram, count = summed(*parts, torch.tensor(counts[call], dtype=torch.float64))
+        mean = total.div_(count)
+        sums[call] = mean, gram.div_(count).addr_(mean, mean, alpha=-1)
     return sums
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
+from tpvprune.distributed import summed, total
 from tpvprune.groups import ChannelGroups
 from tpvprune.positions import by_channel, contract
 from tpvprune.residuals import residual_maps
@@ -109,6 +110,9 @@ def tpv_scores(
             per_sample = u.double().square().mean(0)
             first[name] += per_sample.sum(0).cpu()
             second[name] += per_sample.square().sum(0).cpu()
+    num_samples = int(total(num_samples))
+    sums = iter(summed(*first.values(), *second.values()))
+    first, second = ({name: next(sums) for name in part} for part in (first, second))
     mean = {name: s / num_samples for name, s in first.items()}
     for name, value in mean.items():
         if not bool(value.isfinite().all()):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import Axis, ChannelGroup, ChannelGroups, Kept
+from tpvprune.latency import LatencyTable, Term
 
-Budget = Literal["macs", "params"]
+Budget = Literal["macs", "params"] | LatencyTable
+"""What is counted: multiply-accumulates, parameters, or milliseconds by a table."""
 
 
 class Floors(TypedDict):
@@ -50,7 +54,8 @@ def select_channels(
         groups: Channel groups.
         scores: Group name -> Tensor [C], finite, bigger = keep.
         keep: Fraction of the dense cost that stays, in (0, 1].
-        of: What the fraction is of: ``"macs"`` or ``"params"``.
+        of: What the fraction is of: ``"macs"``, ``"params"``, or the milliseconds of a
+            :class:`tpvprune.latency.LatencyTable`.
         per_cost: Rank by score per saving; ``False`` ranks by score alone.
         refill: Where the last, expensive channels overshot the target, give back what still
             fits, so that criteria are compared at the same cost.
@@ -98,8 +103,15 @@ def reaches(groups: ChannelGroups, kept: Kept, *, keep: float, of: Budget) -> bo
 
 
 def cost(groups: ChannelGroups, kept: Mapping[str, Tensor], of: Budget) -> float:
-    """Return the MACs of one input, or the number of parameters, when ``kept`` stays."""
-    return groups.macs(kept) if of == "macs" else float(groups.params(kept))
+    """Return the MACs of one input, the parameters, or the milliseconds, when ``kept`` stays."""
+    if of == "macs":
+        return groups.macs(kept)
+    if of == "params":
+        return float(groups.params(kept))
+    return sum(
+        term([float(axis.kept(kept).double().mean()) for axis in axes])
+        for term, axes in _entries(groups, of)
+    )
 
 
 def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
@@ -110,29 +122,43 @@ def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
 
     Args:
         groups: Channel groups.
-        of: ``"macs"`` or ``"params"``.
+        of: What is counted.
 
     Returns:
-        Group name -> Tensor [C], in MACs or parameters.
+        Group name -> Tensor [C], in units of the budget.
     """
-    if of == "macs":
-        entries = [(c.macs, c.axes) for c in groups.costs]
-    else:
-        entries = [
-            (float(size), tuple(a for _, a in groups.param_axes.get(name, ())))
-            for name, size in groups.param_sizes.items()
-        ]
     savings = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
-    for amount, axes in entries:
-        for axis in axes:
+    for term, axes in _entries(groups, of):
+        for i, axis in enumerate(axes):
+            # The mean slope down to half: one unit less may save nothing by itself.
+            half = [0.5 if j == i else 1.0 for j in range(len(axes))]
+            amount = 2 * (term([1.0] * len(axes)) - term(half)) if axis.members else 0.0
             for name, _, channel in axis.members:
                 counts = torch.bincount(channel, minlength=len(savings[name]))
                 savings[name] += amount * counts / axis.size
     return savings
 
 
+def _entries(groups: ChannelGroups, of: Budget) -> list[tuple[Term, tuple[Axis, ...]]]:
+    """Return what the cost is a sum of: functions of the shares that some axes keep."""
+    if isinstance(of, LatencyTable):
+        return of.terms(groups)
+    if of == "macs":
+        amounts = [(c.macs, c.axes) for c in groups.costs]
+    else:
+        amounts = [
+            (float(size), tuple(a for _, a in groups.param_axes.get(name, ())))
+            for name, size in groups.param_sizes.items()
+        ]
+    return [(partial(_product, amount), axes) for amount, axes in amounts]
+
+
+def _product(amount: float, shares: Sequence[float]) -> float:
+    return amount * math.prod(shares)
+
+
 def check_budget(
-    keep: float, of: str, round_to: int, min_channels: int, max_removed: float
+    keep: float, of: object, round_to: int, min_channels: int, max_removed: float
 ) -> None:
     """Check the budget arguments.
 
@@ -141,8 +167,8 @@ def check_budget(
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}; 0.5 keeps half.")
-    if of not in {"macs", "params"}:
-        raise ValueError(f"of: expected 'macs' or 'params', found {of!r}.")
+    if not isinstance(of, LatencyTable) and of not in {"macs", "params"}:
+        raise ValueError(f"of: expected 'macs', 'params' or a latency table, found {of!r}.")
     if round_to < 1 or min_channels < 1:
         raise ValueError(
             f"round_to, min_channels: expected at least 1, found {round_to}, {min_channels}."
@@ -168,38 +194,34 @@ class CostModel:
     """Exact cost as a function of the widths, given the order in which channels leave.
 
     ``orders[g]`` lists the channels of a group, first to leave first; a width w keeps the last w.
-    A call or parameter then costs its dense amount times, for each of its axes, the share of
-    positions that are left.
+    The cost of a call or parameter is a function of the share of positions that are left of each
+    of its axes.
     """
 
     def __init__(self, groups: ChannelGroups, of: Budget, orders: Mapping[str, Tensor]) -> None:
         self.sizes = {g.name: g.num_channels for g in groups}
-        if of == "macs":
-            entries = [(c.macs, c.axes) for c in groups.costs]
-        else:
-            entries = [
-                (float(size), tuple(a for _, a in groups.param_axes.get(name, ())))
-                for name, size in groups.param_sizes.items()
-            ]
         self.constant = 0.0
-        # (amount, [(fixed share, {group: share left at each width})])
-        self.terms: list[tuple[float, list[tuple[float, dict[str, list[float]]]]]] = []
+        # (function of the shares, [(fixed share, {group: share left at each width})])
+        self.terms: list[tuple[Term, list[tuple[float, dict[str, list[float]]]]]] = []
         self.by_group: dict[str, list[int]] = {name: [] for name in self.sizes}
-        for amount, axes in entries:
-            factors = [_shares(axis, orders) for axis in axes if axis.members]
-            if not factors:
-                self.constant += amount
+        for function, axes in _entries(groups, of):
+            factors = [_shares(axis, orders) for axis in axes]
+            if not any(axis.members for axis in axes):
+                self.constant += function([1.0] * len(axes))
                 continue
             for name in {n for _, shares in factors for n in shares}:
                 self.by_group[name].append(len(self.terms))
-            self.terms.append((amount, factors))
+            self.terms.append((function, factors))
 
     def term(self, i: int, widths: Mapping[str, int]) -> float:
         """Return the cost of one call or parameter."""
-        amount, factors = self.terms[i]
-        for fixed, shares in factors:
-            amount *= fixed + sum(share[widths[n]] for n, share in shares.items())
-        return amount
+        function, factors = self.terms[i]
+        return function(
+            [
+                fixed + sum(share[widths[n]] for n, share in shares.items())
+                for fixed, shares in factors
+            ]
+        )
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Return the cost of the whole network."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.distributed import num_processes, own
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.running import evaluating, first_output, frozen, on_device
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
@@ -68,18 +69,22 @@ def probe_directions(
         ValueError: If the metric is unknown.
     """
     outputs = outputs.detach()
+    # Sample by sample, so that the directions depend neither on how the inputs are batched nor on
+    # how many processes share them.
+    num = len(outputs) * num_processes()
     if metric in {"logits", "features"}:
-        num, width = outputs.shape
-        # Sample by sample, so that the directions do not depend on how the inputs are batched.
-        signs = torch.randint(0, 2, (num, num_probes, width), generator=generator) * 2 - 1
+        width = outputs.shape[1]
+        signs = own(torch.randint(0, 2, (num, num_probes, width), generator=generator) * 2 - 1)
         return list(signs.to(outputs).unbind(1))
     if metric not in {"pseudo", "fisher"}:
         raise ValueError(f"metric: expected logits, pseudo, fisher or features, found {metric!r}.")
     p = outputs.softmax(-1)
     if metric == "pseudo":
         return [p - nn.functional.one_hot(p.argmax(-1), p.shape[-1])]
-    drawn = torch.multinomial(p.cpu(), num_probes, replacement=True, generator=generator)
-    return [p - nn.functional.one_hot(y, p.shape[-1]).to(p) for y in drawn.T]
+    uniform = own(torch.rand(num, num_probes, generator=generator, dtype=torch.float64))
+    edges = p.cpu().double().cumsum(-1)
+    drawn = torch.searchsorted(edges, uniform.contiguous()).clamp_max(p.shape[-1] - 1)
+    return [p - nn.functional.one_hot(y, p.shape[-1]).to(p) for y in drawn.T.to(p.device)]
 
 
 class InputTap:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import private_randomness
+from tpvprune.batchnorm import rebase_batchnorm
+from tpvprune.distributed import check_same, is_first, spread_weights, sum_gradients, total
 from tpvprune.running import first_output
+from tpvprune.shared_norms import shared_norms
 from tpvprune.training_state import load_state, read_facts, save_state
 
 Loss = Callable[[nn.Module, Any, tuple[int, int]], Tensor]
-"""Of the model in training, a batch, and (view, position) that tell the batch apart."""
+"""Of the model in training, a batch, and (view, position) that tell the batch apart.
 
+Of several processes each sees its part of the batch; their losses add up to that of the batch.
+"""
+
+_REBASED = 16  # batches: enough for a mean and a variance
 _SCHEDULES = ("cosine", "tanh", "poly")
 
 
@@ -86,6 +94,7 @@ def train(
     state: str | Path | None = None,
     identity: Sequence[str | nn.Module] = (),
     progress: Callable[[str, int, int], None] | None = None,
+    watch: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train a copy of a model.
 
@@ -102,6 +111,7 @@ def train(
             there the run goes on from it. It stays when the run is done.
         identity: What else decides the result; a state of another identity is refused.
         progress: Called with ("epoch 2/10", updates done, all updates).
+        watch: Called with the model in training after every update, to look at it only.
 
     Returns:
         The trained copy, in the modes of the argument.
@@ -117,34 +127,45 @@ def train(
     model.zero_grad(set_to_none=True)
     device = _device_of(model, recipe)
     model.train()
+    own = "" if path is None else _digest(repr(asdict(recipe)), str(num_batches), model, *identity)
+    goes_on = path is not None and path.exists()
+    check_same("saved state", int(goes_on))
+    spread_weights(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if not (goes_on or recipe.freeze_batchnorm):
+            first = islice(epoch_batches(_seed_all(recipe.seed, 0, device)), _REBASED)
+            rebase_batchnorm(model, (b[0] if isinstance(b, (tuple, list)) else b for b in first))
     if recipe.freeze_batchnorm:
         for norm in batchnorms(model):
             norm.eval()
     run = _Run(model, recipe, num_batches)
-    own = "" if path is None else _digest(repr(asdict(recipe)), str(num_batches), model, *identity)
-    done = 0 if path is None or not path.exists() else run.resume(path, own)
+    done = run.resume(path, own) if path is not None and goes_on else 0
+    check_same("epochs done", done)
     with (
         torch.enable_grad(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        shared_norms(),
     ):
         for epoch in range(done, recipe.epochs):
             view = epoch % (recipe.num_views or recipe.epochs)
             seed = _seed_all(recipe.seed, view, device)
             title = f"epoch {epoch + 1}/{recipe.epochs}"
-            total = torch.zeros((), device=device)
+            losses = torch.zeros((), device=device)
             for position, batch in enumerate(islice(epoch_batches(seed), num_batches)):
                 loss = loss_of(model, batch, (view, position))
                 updates = epoch * num_batches + position
                 run.update(loss, updates)
-                total += loss.detach()
+                if watch is not None:
+                    watch(model)
+                losses += loss.detach()
                 if progress is not None:
                     progress(title, updates + 1, recipe.epochs * num_batches)
-            if not bool(total.isfinite()):
+            if not math.isfinite(found := total(float(losses))):
                 raise ValueError(
-                    f"training: expected a finite loss, found {float(total)} in {title}: "
+                    f"training: expected a finite loss, found {found} in {title}: "
                     f"lower lr ({recipe.lr:g}) or set clip_grad"
                 )
-            if path is not None:
+            if path is not None and is_first():
                 run.save(path, own, epoch + 1)
     return _returned(run.result, student)
 
@@ -186,6 +207,7 @@ class _Run:
     def update(self, loss: Tensor, number: int) -> None:
         self.schedule.step_update(number)
         self.scaler.scale(loss).backward()
+        sum_gradients(self.trained)
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_grad)

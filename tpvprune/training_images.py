@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.transforms import MaybeToTensor, str_to_pil_interp
 from torch import Tensor
 
-from tpvprune.augmentation import HeldImages, crop_and_flip
+from tpvprune.augmentation import HeldImages, crop_and_flip, crop_flip_and_mix, mix
 from tpvprune.data import ImageSource
 from tpvprune.loading import HELD_BYTES, ImageBatches, chosen_items
 from tpvprune.preprocessing import IMAGE_MODES, Preprocessing
@@ -34,6 +34,7 @@ def training_images(
     batch_size: int = 128,
     workers: int = 4,
     labelled: bool = False,
+    mixed: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> tuple[HeldImages | ImageBatches, Callable[[Tensor], Tensor] | None]:
     """Choose images, and how they are augmented: anew on every pass, by torch's random state.
@@ -52,6 +53,7 @@ def training_images(
         batch_size: Images per batch.
         workers: Decoding threads.
         labelled: Whether batches are pairs (inputs, labels).
+        mixed: Whether images are also mixed with others of their batch.
         progress: Wraps the decoding into memory, such as tqdm.
 
     Returns:
@@ -85,16 +87,22 @@ def training_images(
     if max(preprocessing.input_size[1:]) > LARGEST_SMALL:
         size = preprocessing.input_size[1:]
         cropped = _cropped(source, size, preprocessing.config)
-        return batches(cropped, _normalised(preprocessing), _drawn), None
+        return batches(cropped, _normalised(preprocessing), _drawn), mix if mixed else None
+    augment = crop_flip_and_mix if mixed else crop_and_flip
     if total is None or total * math.prod(preprocessing.input_size) > HELD_BYTES:
-        return batches(source, preprocessing, _shuffled), crop_and_flip
+        return batches(source, preprocessing, _shuffled), augment
     found = batches(source, _as_bytes(preprocessing), None)
     held = list(progress(found) if progress else found)
     images = torch.cat([batch[0] if labelled else batch for batch in held])
     labels = torch.cat([batch[1] for batch in held]) if labelled else None
     config = preprocessing.config
     return HeldImages(
-        images, mean=config["mean"], std=config["std"], batch_size=batch_size, labels=labels
+        images,
+        mean=config["mean"],
+        std=config["std"],
+        batch_size=batch_size,
+        augment=augment,
+        labels=labels,
     ), None
 
 

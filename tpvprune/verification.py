@@ -3,7 +3,8 @@
 The check runs in float64 on a copy whose parameters are jittered, so that zero-initialised
 branches cannot hide a misaligned cut. All groups are tried together first. Where that fails,
 families are tried (groups that have the same place in repeated blocks), then single groups, so
-that one bad group costs a few forwards, not the rest; a time limit bounds the whole search.
+that one bad group costs a few forwards, not the rest; of two that pass alone and fail as a pair,
+the one that saves more MACs stays. A time limit bounds the whole search.
 """
 
 from __future__ import annotations
@@ -97,11 +98,44 @@ def _failing_together(names: list[str], checker: _Checker) -> dict[str, str]:
             accepted += part
             continue
         for name in part:
-            if len(part) > 1 and checker.compare([*accepted, name]):
-                accepted.append(name)
+            if len(part) == 1 or not checker.compare([*accepted, name]):
+                accepted, refused = _joined(accepted, name, checker)
+                reasons.update(refused)
             else:
-                reasons[name] = f"together with other groups: {checker.error}"
+                accepted.append(name)
     return reasons
+
+
+def _joined(
+    accepted: list[str], name: str, checker: _Checker
+) -> tuple[list[str], dict[str, str]]:
+    """Return what is accepted, and refused, once ``name`` has failed together with ``accepted``.
+
+    Of a pair that fails, what saves more stays.
+    """
+    error = checker.error
+    partner = _partner(accepted, name, checker)
+    if partner is None:
+        return accepted, {name: f"together with other groups: {error}"}
+    others = [a for a in accepted if a != partner]
+    if checker.saving(name) > checker.saving(partner) and checker.compare([*others, name]):
+        return [*others, name], {partner: f"together with {name}: {error}"}
+    return accepted, {name: f"together with {partner}: {error}"}
+
+
+def _partner(accepted: list[str], name: str, checker: _Checker) -> str | None:
+    """Return the group with which ``name`` fails as a pair, if there is one."""
+    low, high = 0, len(accepted)  # accepted[:low] passes with the name, accepted[:high] fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        if checker.compare([*accepted[:middle], name]):
+            low = middle
+        else:
+            high = middle
+    # More than two may be needed for a failure, and time may be up: then nobody is to blame.
+    if not accepted or checker.compare([accepted[low], name]) or checker.error == _UNTIMELY:
+        return None
+    return accepted[low]
 
 
 class _Checker:
@@ -139,6 +173,10 @@ class _Checker:
             self.error = _UNTIMELY
             return False
         return all(self._compare({name: trial[name] for name in names}) for trial in self.trials)
+
+    def saving(self, name: str) -> float:
+        """Return the MACs that half of a group's channels are worth."""
+        return self.groups.macs() - self.groups.macs({name: self.trials[0][name]})
 
     def _compare(self, kept: dict[str, Tensor]) -> bool:
         try:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tpvprune.baselines.gradients import labelled_pairs
 from tpvprune.batches import private_randomness
+from tpvprune.distributed import part_of
 from tpvprune.evaluation import class_indices
 from tpvprune.training import Recipe, count_batches, outputs_of, train
 
@@ -50,7 +51,8 @@ def finetune(
 
     def loss_of(trained: nn.Module, batch: Labelled, _: tuple[int, int]) -> Tensor:
         outputs = outputs_of(trained, batch[0], recipe.amp)
-        return F.cross_entropy(outputs, class_indices(batch[1], outputs))
+        loss = F.cross_entropy(outputs, class_indices(batch[1], outputs))
+        return loss * part_of(len(outputs))
 
     return train(
         model,

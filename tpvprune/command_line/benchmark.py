@@ -17,6 +17,7 @@ from tpvprune.command_line.session import Subject, open_subject, provenance
 from tpvprune.command_line.session_images import calibration, labelled_images, open_data
 from tpvprune.command_line.session_results import check_writable, write_json
 from tpvprune.data import ImageSource
+from tpvprune.distributed import alone, by_first
 from tpvprune.reporting.benchmark import render_benchmark
 
 _ROWS, _SETTINGS, _TABLE, _PAGE = "results.csv", "settings.json", "results.md", "report.html"
@@ -39,15 +40,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.eval_dir is None:
         raise ValueError("--eval-dir: expected labelled images to measure top-1 on, found none")
     subject = open_subject(args)
-    plan = _plan(args, subject)
+    plan = plan_of(args, subject)
     images = open_data(args, labelled=plan.labelled)
     if images.count is not None and images.count < args.num_images:
         args.num_images = images.count
-        plan = _plan(args, subject)
+        plan = plan_of(args, subject)
     settings = _settings(args, subject, images)
-    _check_output(args.output, settings, overwrite=args.overwrite)
-    test = labelled_images(args, subject)
-    write_json(args.output / _SETTINGS, settings)
+    by_first(_check_output, args.output, settings, overwrite=args.overwrite)
+    with alone():  # every process measures series of its own, on all of the images
+        test = labelled_images(args, subject)
+    by_first(write_json, args.output / _SETTINGS, settings)
 
     def drawn(seed: int) -> Any:
         of_seed = argparse.Namespace(**{**vars(args), "seed": seed})
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "left_out": left_out,
         "output": str(args.output),
     }
-    _write(args.output, document)
+    by_first(_write, args.output, document)
     for what, reason in left_out.items():
         say(f"left out: {what}: {reason}", indent="  ")
     missed = [row for row in rows if float(row["macs_kept"]) > float(row["keep"]) + _MISSED]
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return (3 if missed else 0), document
 
 
-def _plan(args: argparse.Namespace, subject: Subject) -> Plan:
+def plan_of(args: argparse.Namespace, subject: Subject) -> Plan:
+    """Return which rows the flags ask for; a ValueError tells what is not known."""
     return Plan(
         model=subject.made.name,
         criteria=tuple(args.criteria),

@@ -14,7 +14,7 @@ from torch import Tensor
 from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
-from tpvprune.command_line import training
+from tpvprune.command_line import single_weights, training
 from tpvprune.command_line.console import (
     bar,
     blocked_lines,
@@ -43,10 +43,12 @@ from tpvprune.command_line.session_results import (
     image_facts,
     latencies,
     measured,
+    shown_changes,
     write_json,
 )
-from tpvprune.criteria import SCORERS
+from tpvprune.criteria import scorer
 from tpvprune.data import ImageSource
+from tpvprune.distributed import by_first
 from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
 from tpvprune.groups import ChannelGroup, find_groups
 from tpvprune.loading import in_memory
@@ -67,11 +69,15 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
+    if single_weights.asked_for(args):
+        return single_weights.run(args)
+    by_first(lambda: check_writable(check_folder(args.output, overwrite=args.overwrite)))
     used_labels = is_labelled(args.criterion)
     training.recipe_of(args)
     subject = open_subject(args)
     layers = ignored(args, subject)
+    if args.granularity == "head":
+        layers += single_weights.all_but_heads(subject, layers)
     images = open_data(args, labelled=used_labels)
     labelled = labelled_images(args, subject)
     distilling = args.repair == "distill"
@@ -87,6 +93,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             unlabeled(batches, device=subject.device),
             keep=args.keep,
             of=args.of,
+            latency_batch_size=args.latency_batch_size,
             criterion=args.criterion,
             repair="compensate" if distilling else args.repair,
             steps=args.steps,
@@ -113,7 +120,9 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
         "output": str(args.output),
     }
-    save_pruned(
+    seen = shown_changes(args, subject, result.model, subject.model, witnesses)
+    by_first(
+        save_pruned,
         result,
         args.output,
         overwrite=args.overwrite,
@@ -130,9 +139,9 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             "weights": subject.made.weights,
             "seed": args.seed,
         },
-        report={**report_data(result), **document},
+        report={**report_data(result), **document, **seen},
     )
-    training.state_file(args.output).unlink(missing_ok=True)
+    by_first(training.state_file(args.output).unlink, missing_ok=True)
     show_pruned(document)
     return (0 if result.report["reached"] else 3), document
 
@@ -146,18 +155,18 @@ def run_score(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    check_file(args.output, overwrite=args.overwrite)
+    by_first(check_file, args.output, overwrite=args.overwrite)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
     batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
     groups = find_groups(subject.model, subject.example, ignore=layers)
-    scorer = SCORERS[args.criterion]
+    score = scorer(args.criterion)
     options: dict[str, Any] = {"seed": args.seed}
-    if "num_probes" in inspect.signature(scorer).parameters:
+    if "num_probes" in inspect.signature(score).parameters:
         options["num_probes"] = args.num_probes
-    scores = scorer(subject.model, groups, Shown(batches, "scoring"), **options)
+    scores = score(subject.model, groups, Shown(batches, "scoring"), **options)
     document = {
         **provenance(args, subject),
         "criterion": args.criterion,
@@ -174,7 +183,7 @@ def run_score(args: argparse.Namespace) -> Outcome:
         },
         "blocked": blocked_facts(groups),
     }
-    write_json(args.output, document)
+    by_first(write_json, args.output, document)
     say(f"{len(list(groups))} groups scored with {args.criterion}: {args.output}")
     blocked_lines(document["blocked"])
     return 0, document
@@ -189,12 +198,12 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    args.device = "cpu"
-    subject = open_subject(args)
+    args.device, args.dense = "cpu", None
+    subject, _ = open_evaluated(args)
     groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
     total = groups.macs()
     smallest = {group.name: _first_channel(group) for group in groups}
-    rows = [("group", "unit", "channels", "MACs")]
+    rows = [("group", "unit", "channels", "saves up to")]
     listed = []
     for group in groups:
         share = 1 - groups.macs({group.name: smallest[group.name]}) / total
@@ -215,11 +224,11 @@ def run_groups(args: argparse.Namespace) -> Outcome:
         "blocked": blocked_facts(groups),
     }
     table(rows)
-    say("MACs: the share that goes when only this group shrinks to one channel.")
+    say("saves up to: share of all MACs that goes if this group alone shrinks to one channel")
     blocked_lines(document["blocked"])
     say(
-        f"{args.model}: {short(total)} MACs, {short(groups.params())} parameters; smallest "
-        f"reachable: {short(document['smallest']['macs'])} MACs "
+        f"{args.folder or args.model}: {short(total)} MACs, {short(groups.params())} parameters; "
+        f"smallest reachable: {short(document['smallest']['macs'])} MACs "
         f"({percent(document['smallest']['macs'] / total)})"
     )
     return 0, document
@@ -241,18 +250,30 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         images = open_data(args, labelled=True)
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)
     batches = in_memory(chosen, progress=bar("reading images"))
-    found: dict[str, Any] = {"top1": None, "top5": None, "agreement": None}
+    models = [subject.model] if dense is None else [subject.model, dense]
+    timed = latencies(args, subject, models)
+    sides: list[dict[str, Any]] = [
+        {
+            "macs": count_macs(model, subject.example),
+            "params": count_params(model),
+            **latency,
+            "top1": None,
+            "top5": None,
+            "agreement": None,
+        }
+        for model, latency in zip(models, timed, strict=True)
+    ]
     if labelled:
-        scored = evaluate(subject.model, Shown(batches, "evaluating"), dense=dense)
-        found = {"top1": scored.top1, "top5": scored.top5, "agreement": scored.agreement}
-    elif dense is not None:
-        found["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
+        for model, side in zip(models, sides, strict=True):
+            scored = evaluate(model, Shown(batches, "evaluating"))
+            side |= {"top1": scored.top1, "top5": scored.top5}
+    if dense is not None:
+        sides[0]["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
+        sides[1]["agreement"] = 1.0
     document = {
         **provenance(args, subject),
-        "macs": count_macs(subject.model, subject.example),
-        "params": count_params(subject.model),
-        "latency_ms": latencies(args, subject, [subject.model])[0],
-        **found,
+        **sides[0],
+        "dense": sides[1] if dense is not None else None,
         "images": image_facts(images, batches),
     }
     show_evaluated(document)

@@ -186,6 +186,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
         f"{document['criterion']}, repair {document.get('repair_chosen') or document['repair']}"
     )
     before_after(document["dense"], document["pruned"])
+    if document.get("speed"):
+        speed_line(document["speed"])
     blocked_lines(document["blocked"])
     if "training" in document:
         trained_line(document["training"])
@@ -195,8 +197,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     if document.get("weights") == "random":
         say("note: the weights were random: pass --pretrained or --checkpoint F for trained ones")
     if not document["reached"]:
-        of = document["of"]
-        left = document["pruned"][of] / document["dense"][of]
+        of, speed = document["of"], document.get("speed")
+        left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]
         say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")
     say(f"saved: {document['output']}")
 
@@ -217,6 +219,19 @@ def show_trained(document: Mapping[str, Any]) -> None:
     say(f"saved: {document['output']}")
 
 
+def speed_line(speed: Mapping[str, Any]) -> None:
+    """Print what the clock says of both models.
+
+    Args:
+        speed: Of :class:`tpvprune.latency.Speed`, as a mapping.
+    """
+    say(
+        f"timed by turns, {speed['batch_size']} images a call: {speed['dense_ms']:.2f} ms dense, "
+        f"{speed['pruned_ms']:.2f} ms pruned, ratio {speed['ratio']:.3f} (quartiles "
+        f"{speed['ratio_low']:.3f} to {speed['ratio_high']:.3f} of {speed['rounds']} rounds)"
+    )
+
+
 def trained_line(training: Mapping[str, Any]) -> None:
     """Print how much closer training brought the outputs, and whether labels were used.
 
@@ -235,23 +250,29 @@ def trained_line(training: Mapping[str, Any]) -> None:
 
 
 def show_evaluated(document: Mapping[str, Any]) -> None:
-    """Print the costs and the quality of one model.
+    """Print the costs and the quality of one model, beside those of the dense one if known.
 
     Args:
         document: The JSON document of `tpvprune evaluate`.
     """
+    if document["dense"] is not None:
+        before_after(document["dense"], document)
+        return
     rows = [
         ("MACs", short(document["macs"])),
         ("parameters", short(document["params"])),
     ]
     if document["latency_ms"] is not None:
         rows.append(("latency, 1 image", f"{document['latency_ms']:.2f} ms"))
-    for name, key in (("top-1", "top1"), ("top-5", "top5"), ("agreement", "agreement")):
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if document[key] is not None:
             rows.append((name, percent(document[key])))
     table(rows)
-    if document["top1"] is None and document["agreement"] is None:
-        say("no labels found and no --dense given: only costs were measured")
+    if document["top1"] is None:
+        say(
+            "only costs were measured: top-1 needs one subfolder per class of the model, "
+            "agreement needs a saved pruned model and --dense F"
+        )
 
 
 def short(count: float) -> str:

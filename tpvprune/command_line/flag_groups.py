@@ -38,7 +38,10 @@ def add_model(sub: Parser, *, required: bool = True) -> None:
     """Add which model, with which weights."""
     group = sub.section("model")
     group.add_argument(
-        "--model", required=required, metavar="M", help="timm's name, or hf-hub:..., local-dir:..."
+        "--model",
+        required=required,
+        metavar="M",
+        help="timm's name, hf-hub:..., local-dir:..., or your own package.module:factory",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="F", help="safetensors or weights-only torch file")
@@ -46,15 +49,35 @@ def add_model(sub: Parser, *, required: bool = True) -> None:
     group.add_argument(
         "--num-classes", type=int, metavar="N", help="classifier size (else the checkpoint's)"
     )
+    _add_model_kwargs(group)
+
+
+def add_own_model(sub: Parser) -> None:
+    """Add how the dense model of a saved one is made, where that is the user's own."""
+    group = sub.section("model")
+    group.add_argument(
+        "--model", metavar="M", help="package.module:factory, if OUT holds a model of your own"
+    )
+    _add_model_kwargs(group)
+
+
+def _add_model_kwargs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V", help="model arguments"
     )
 
 
-def add_data(sub: Parser, *, num_images: bool, split: str | None = None) -> None:
-    """Add which images, and how they are read."""
+def add_data(
+    sub: Parser, *, num_images: bool, split: str | None = None, default: int = 1024
+) -> None:
+    """Add which images, and how they are read; `default` many of them if `num_images`."""
     group = sub.section("images")
-    group.add_argument("--data-dir", metavar="D", help="folder or .tar of images, no labels needed")
+    group.add_argument(
+        "--data-dir", metavar="D", help="folder, .tar or .npy of images, no labels needed"
+    )
+    group.add_argument(
+        "--data-list", metavar="F", help="text file: one image path a line (from --data-dir)"
+    )
     group.add_argument("--dataset", default="", metavar="NAME", help="torch/..., hfds/..., wds/...")
     group.add_argument(
         "--split",
@@ -69,9 +92,9 @@ def add_data(sub: Parser, *, num_images: bool, split: str | None = None) -> None
     group.add_argument(
         "--num-images",
         type=count,
-        default=1024 if num_images else None,
+        default=default if num_images else None,
         metavar="N",
-        help="images used, chosen by the seed " + ("(1024)" if num_images else "(all)"),
+        help=f"images used, chosen by the seed ({default if num_images else 'all'})",
     )
     group.add_argument(
         "-b",
@@ -133,7 +156,20 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
     )
     if teacher:
         group.add_argument(
-            "--temperature", type=positive, default=3.0, metavar="T", help="of the softmax (3)"
+            "--loss",
+            choices=("logits", "divergence"),
+            default="logits",
+            help="relative squared error of the outputs, or divergence of the classes (logits)",
+        )
+        group.add_argument(
+            "--temperature",
+            type=positive,
+            default=3.0,
+            metavar="T",
+            help="of the softmax in the divergence (3)",
+        )
+        group.add_argument(
+            "--no-mix", action="store_true", help="do not mix images with others of their batch"
         )
         group.add_argument(
             "--num-views",
@@ -187,6 +223,13 @@ def add_device(sub: Parser) -> None:
     """Add where the model runs."""
     sub.section("run").add_argument(
         "--device", default="cpu", metavar="DEV", help="cpu, cuda, cuda:1, mps (cpu)"
+    )
+
+
+def add_dry_run(sub: Parser) -> None:
+    """Add the question of what would be done."""
+    sub.section("run").add_argument(
+        "--dry-run", action="store_true", help="say what would be done and how long it may take"
     )
 
 

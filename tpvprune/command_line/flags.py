@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from tpvprune.command_line.completion import SHELLS, PrintCompletion
 from tpvprune.command_line.flag_groups import (
     Parser,
     add_criterion,
     add_data,
     add_device,
+    add_dry_run,
     add_eval_dir,
     add_ignore,
     add_latency,
     add_model,
     add_output,
+    add_own_model,
     add_preprocessing,
     add_training,
     count,
@@ -37,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Prune a pretrained vision model with unlabeled images.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for name, add, usage, text in _COMMANDS:
@@ -54,14 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
             "--seed", type=int, default=0, metavar="N", help="seed of every random choice (0)"
         )
         run.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    shell = commands.add_parser("completion", help="Print what makes a shell complete the flags.")
+    shell.add_argument("shell", choices=SHELLS, action=PrintCompletion, of=parser)
     return parser
 
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"tpvprune {version('tpvprune')}")
+        found = {}
+        for name in ("tpvprune", "torch", "timm", "torch-pruning"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+        print(*(f"{name} {number}" for name, number in found.items()), sep="\n")
         parser.exit()
 
 
@@ -72,10 +84,27 @@ def _add_prune(sub: Parser) -> None:
     add_criterion(sub)
     how = sub.section("pruning")
     how.add_argument(
+        "--granularity",
+        default="channel",
+        metavar="G",
+        help="what is removed: channel (heads and convolution groups too), head (those alone), "
+        "weight (single ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
+    )
+    how.add_argument(
         "--keep", type=fraction, default=0.5, metavar="X", help="fraction that stays, 0 to 1 (0.5)"
     )
     how.add_argument(
-        "--of", choices=("macs", "params"), default="macs", help="what --keep is a fraction of"
+        "--of",
+        choices=("macs", "params", "latency"),
+        default="macs",
+        help="what --keep is a fraction of; latency: milliseconds measured on --device (macs)",
+    )
+    how.add_argument(
+        "--latency-batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="images of one call, with --of latency (1)",
     )
     how.add_argument(
         "--repair",
@@ -107,6 +136,7 @@ def _add_prune(sub: Parser) -> None:
     add_device(sub)
     add_latency(sub)
     add_output(sub, "folder for the pruned model and its report")
+    add_dry_run(sub)
 
 
 def _add_score(sub: Parser) -> None:
@@ -119,7 +149,8 @@ def _add_score(sub: Parser) -> None:
 
 
 def _add_groups(sub: Parser) -> None:
-    add_model(sub)
+    sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
+    add_model(sub, required=False)
     add_preprocessing(sub)
     add_ignore(sub.section("pruning"))
 
@@ -154,11 +185,13 @@ def _add_trained(sub: Parser) -> None:
         metavar="F",
         help="checkpoint of the dense model, or `pretrained` (else what OUT was pruned from)",
     )
+    add_own_model(sub)
     add_data(sub, num_images=False, split="train")
     add_eval_dir(sub)
     add_device(sub)
     add_latency(sub)
     add_output(sub, "folder for the trained model and its report")
+    add_dry_run(sub)
 
 
 def _add_benchmark(sub: Parser) -> None:
@@ -208,6 +241,60 @@ def _add_benchmark(sub: Parser) -> None:
     )
     add_device(sub)
     add_output(sub, "folder for rows, table and page; a run that was stopped goes on")
+    add_dry_run(sub)
+
+
+def _add_compare(sub: Parser) -> None:
+    sub.add_argument(
+        "folders", nargs="+", metavar="OUT", help="folders that `prune` or `distill` wrote"
+    )
+    page = sub.section("page")
+    page.add_argument("--output", type=Path, metavar="F", help="HTML file to write (none)")
+    page.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def _add_export(sub: Parser) -> None:
+    sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
+    add_model(sub, required=False)
+    how = sub.section("file")
+    how.add_argument(
+        "--format", choices=("onnx", "pt2"), default="onnx", help="pt2: torch.export's (onnx)"
+    )
+    how.add_argument(
+        "--dynamic-batch", action="store_true", help="leave the batch size free (else -b, or 1)"
+    )
+    how.add_argument("--output", type=Path, metavar="F", help="file to write (OUT/model.FORMAT)")
+    how.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    add_data(sub, num_images=True, default=64)
+
+
+def _add_audit(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True, default=1000)
+    sub.section("images").add_argument(
+        "--held-out-dir",
+        metavar="D",
+        help="images that the model was not trained on, no labels needed (else others of the same)",
+    )
+    how = sub.section("audit (lists with commas between)")
+    how.add_argument(
+        "--labels",
+        action="store_true",
+        help="measure losses and errors against labels (else the model's own classes)",
+    )
+    how.add_argument(
+        "--criteria",
+        type=listed(word),
+        metavar="LIST",
+        help="rankings to compare (tpv,tpv_uncompensated,jbr,activation_variance,magnitude)",
+    )
+    how.add_argument("--measures", type=listed(word), metavar="LIST", help="what to measure (all)")
+    how.add_argument(
+        "--keep", type=fraction, default=0.5, metavar="X", help="the cut to compare, of MACs (0.5)"
+    )
+    add_ignore(sub.section("pruning"))
+    add_device(sub)
+    add_output(sub, "folder for page and JSON (audit-output)", default="audit-output")
 
 
 def _add_demo(sub: Parser) -> None:
@@ -230,7 +317,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
     (
         "groups",
         _add_groups,
-        "--model M [options]",
+        "(OUT | --model M) [options]",
         "Show what can be pruned, what not, and why.",
     ),
     (
@@ -258,6 +345,25 @@ _COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
         "--model M --data-dir D --eval-dir D --output OUT [options]",
         "Compare criteria at equal images, budgets and repairs. A run that was stopped goes on "
         "when it is started again.",
+    ),
+    (
+        "compare",
+        _add_compare,
+        "OUT OUT ... [--output F] [options]",
+        "Put several saved runs side by side, in a table and on one HTML page.",
+    ),
+    (
+        "export",
+        _add_export,
+        "(OUT | --model M) [--format onnx|pt2] [options]",
+        "Write a model as one ONNX or torch.export file and compare its outputs.",
+    ),
+    (
+        "audit",
+        _add_audit,
+        "--model M --data-dir D [options]",
+        "Measure how sensitive a model is, and how far measures and rankings move under changes "
+        "that leave it as good as it was.",
     ),
     ("demo", _add_demo, "[options]", "Prune a small model on handwritten digits, offline."),
 )

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.checkpoint import load_pruned, read_config
-from tpvprune.models import ModelSource, load_model
+from tpvprune.distributed import check_same
+from tpvprune.downloads import local_folder
+from tpvprune.models import ModelSource, is_factory, load_model
 from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
 
 
@@ -53,6 +55,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         input_size=input_size,
         model_kwargs=dict(args.model_kwargs),
         seed=args.seed,
+        allow_import=True,
     )
     return _checked_subject(args, model, made, device)
 
@@ -67,9 +70,11 @@ def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]
         The model, and the dense one or None.
 
     Raises:
-        ValueError: If neither or both of a folder and a model are given.
+        ValueError: If neither or both of a folder and a model are given; a folder of the
+            user's own model needs both.
     """
-    if (args.folder is None) == (args.model is None):
+    both = args.folder is not None and args.model is not None
+    if (args.folder or args.model) is None or (both and not is_factory(args.model)):
         raise ValueError("expected either the folder of a pruned model or --model M")
     if args.folder is None:
         if args.dense is not None:
@@ -82,24 +87,44 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     """Load a saved pruned model and, where `--dense` says its weights, the dense one.
 
     Args:
-        args: Parsed flags with `folder` and `dense`.
+        args: Parsed flags with `folder`, `dense` and `model`, the function that makes the dense
+            model where the saved one is the user's own.
 
     Returns:
         The pruned model, and the dense one or None.
+
+    Raises:
+        ValueError: If the saved model is the user's own and `model` does not make it, or the
+            other way round.
     """
     device = _device(args.device)
+    args.folder = local_folder(args.folder)
     config = read_config(args.folder)
-    made = ModelSource(str(config["model"]), dict(config["model_kwargs"]), str(args.folder))
-    subject = _checked_subject(args, load_pruned(args.folder), made, device)
+    name, kwargs = config["model"], dict(config["model_kwargs"])
+    own, factory = name is None, getattr(args, "model", None)
+    if own and factory is None:
+        raise ValueError(
+            f"{args.folder}: holds a model of your own: pass --model package.module:factory that "
+            "makes the dense one"
+        )
+    if factory is not None and not own:
+        raise ValueError(f"{args.folder}: holds a model of timm's: leave out --model {factory}")
+    kwargs = dict(args.model_kwargs) if own else kwargs
+    name = str(factory if own else name)
+    skeleton = load_model(name, model_kwargs=kwargs, allow_import=True)[0] if own else None
+    source = ModelSource(name, kwargs, str(args.folder))
+    pruned = load_pruned(args.folder, model=skeleton)
+    subject = _checked_subject(args, pruned, source, device)
     if args.dense is None:
         return subject, None
     pretrained = args.dense == "pretrained"
     dense, _ = load_model(
-        made.name,
+        name,
         pretrained=pretrained,
         checkpoint=None if pretrained else args.dense,
-        num_classes=made.kwargs.get("num_classes"),
-        model_kwargs=made.kwargs,
+        num_classes=None if own else kwargs.get("num_classes"),
+        model_kwargs=kwargs,
+        allow_import=own,
     )
     return subject, dense.to(device)
 
@@ -115,6 +140,7 @@ def _checked_subject(
         crop_pct=args.crop_pct,
         interpolation=args.interpolation,
     )
+    check_same("weights", model)
     subject = Subject(model.to(device), made, preprocessing, device)
     try:
         with torch.no_grad():
@@ -183,7 +209,7 @@ def provenance(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("tpvprune", "timm"):
+    for package in ("tpvprune", "timm", "torch-pruning"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -13,6 +13,8 @@ from tpvprune.command_line.console import bar, say
 from tpvprune.command_line.session import Subject
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.data import ImageSource, open_images
+from tpvprune.distributed import total
+from tpvprune.image_files import array_images, listed_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
 
 _HELD_OUT = 512
@@ -58,10 +60,21 @@ def open_data(args: argparse.Namespace, *, labelled: bool) -> ImageSource:
         The source.
 
     Raises:
-        ValueError: If no source is given.
+        ValueError: If no source is given, or one without labels where they are needed.
     """
-    if args.data_dir is None and not args.dataset:
-        raise ValueError("no images given: pass --data-dir D or --dataset NAME")
+    data_list = getattr(args, "data_list", None)
+    if args.data_dir is None and not args.dataset and data_list is None:
+        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
+    is_array = not args.dataset and str(args.data_dir).endswith(".npy")
+    if labelled and (is_array or data_list is not None):
+        raise ValueError(
+            f"{data_list or args.data_dir}: holds no labels: labelled images come in one "
+            "subfolder per class"
+        )
+    if data_list is not None:
+        return listed_images(data_list, root=args.data_dir)
+    if is_array:
+        return array_images(args.data_dir)
     return open_images(
         args.data_dir,
         dataset=args.dataset,
@@ -165,6 +178,14 @@ def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     return in_memory(chosen, progress=bar("reading labelled images"))
 
 
+def class_names(args: argparse.Namespace) -> list[str] | None:
+    """Return what the class folders of `--eval-dir` are called, or None without one."""
+    if args.eval_dir is None:
+        return None
+    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    return None if images.class_names is None else list(images.class_names)
+
+
 def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
     """Check that the classes of a source are those of the model.
 
@@ -221,7 +242,7 @@ def num_images(batches: Any) -> int | None:
     """
     if isinstance(batches, ImageBatches):
         return batches.total
-    return sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)
+    return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))
 
 
 def _length(batches: Any) -> int | None:

@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from tpvprune.command_line.session import Subject
-from tpvprune.command_line.session_images import Shown, num_images
+from tpvprune.command_line.session_images import Shown, class_names, num_images
 from tpvprune.data import ImageSource
+from tpvprune.disagreement import disagreement
+from tpvprune.distributed import by_first
 from tpvprune.evaluation import evaluate, measure_latency
 from tpvprune.groups import ChannelGroups
 
@@ -34,13 +36,10 @@ def measured(
         labelled: Labelled batches, or None.
 
     Returns:
-        For each of the two: latency_ms, top1, top5, None where not measured.
+        For each of the two: latency_ms, latency_range_ms, top1, top5, None where not measured.
     """
     models = (subject.model, pruned)
-    facts = [
-        {"latency_ms": latency, "top1": None, "top5": None}
-        for latency in latencies(args, subject, models)
-    ]
+    facts = [{**timed, "top1": None, "top5": None} for timed in latencies(args, subject, models)]
     if labelled is not None:
         for model, fact in zip(models, facts, strict=True):
             scored = evaluate(model, Shown(labelled, "top-1"))
@@ -50,7 +49,7 @@ def measured(
 
 def latencies(
     args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
-) -> list[float | None]:
+) -> list[dict[str, Any]]:
     """Time several models by turns on one image.
 
     Args:
@@ -59,17 +58,52 @@ def latencies(
         models: What to time.
 
     Returns:
-        Milliseconds of each, None where `--latency-repeats` is 0.
+        Of each, in milliseconds: latency_ms, the median of five rounds, and latency_range_ms,
+        the fastest and the slowest round; None where `--latency-repeats` is 0.
     """
     if args.latency_repeats <= 0:
-        return [None for _ in models]
+        return [{"latency_ms": None, "latency_range_ms": None} for _ in models]
+    # By one process: they would slow each other.
+    return by_first(_timed, args, subject, models)
+
+
+def _timed(
+    args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
+) -> list[dict[str, Any]]:
     repeats = max(2, args.latency_repeats // _LATENCY_ROUNDS)
     # By turns: whatever else the machine does then slows all of them alike.
     rounds = [
         [measure_latency(model, subject.example[:1], repeats=repeats).median_ms for model in models]
         for _ in range(_LATENCY_ROUNDS)
     ]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return [
+        {"latency_ms": statistics.median(times), "latency_range_ms": [min(times), max(times)]}
+        for times in zip(*rounds, strict=True)
+    ]
+
+
+def shown_changes(
+    args: argparse.Namespace, subject: Subject, model: nn.Module, dense: nn.Module, batches: Any
+) -> dict[str, Any]:
+    """Return what the report shows of images whose class changed; not for stdout.
+
+    Args:
+        args: Parsed flags.
+        subject: Says the preprocessing.
+        model: The pruned model.
+        dense: The dense one.
+        batches: Images to compare them on.
+
+    Returns:
+        Entries of the report.
+    """
+    if getattr(model, "num_classes", 1) == 0:  # features, not classes
+        return {}
+    config = subject.preprocessing.config
+    found = disagreement(
+        model, dense, Shown(batches, "comparing"), mean=config["mean"], std=config["std"]
+    )
+    return {"disagreement": found, "class_names": class_names(args)}
 
 
 def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:

@@ -26,9 +26,11 @@ from tpvprune.command_line.session_images import (
     labelled_images,
     open_data,
 )
-from tpvprune.command_line.session_results import check_writable, measured
+from tpvprune.command_line.session_results import check_writable, measured, shown_changes
 from tpvprune.data import ImageSource
 from tpvprune.distillation import distill
+from tpvprune.distributed import by_first
+from tpvprune.downloads import local_folder
 from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
 from tpvprune.loading import in_memory
 from tpvprune.training import Recipe
@@ -129,6 +131,7 @@ def trained(
         The trained model and the facts for the report.
     """
     recipe, held = recipe_of(args), num_held_back(images)
+    mixed = not (labelled or args.no_mix)
     witnesses = in_memory(choose(args, subject, images, held), progress=bar("reading images"))
     batches, augment = training_images(
         images,
@@ -139,6 +142,7 @@ def trained(
         batch_size=args.batch_size or 128,
         workers=args.workers,
         labelled=labelled,
+        mixed=mixed,
         progress=bar("reading images"),
     )
     before = _closeness(subject.model, dense, witnesses)
@@ -152,11 +156,14 @@ def trained(
             model = finetune(subject.model, batches, recipe=recipe, **how)
         else:
             how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-            model = distill(subject.model, dense, batches, temperature=args.temperature, **how)
+            how |= {"loss": args.loss, "temperature": args.temperature}
+            model = distill(subject.model, dense, batches, **how)
     facts = {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
-        "temperature": None if labelled else args.temperature,
+        "loss": "cross-entropy" if labelled else args.loss,
+        "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
+        "mixed": mixed,
         "batch_size": batches.batch_size,
         "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
         "num_held_back": held,
@@ -176,8 +183,9 @@ def state_file(output: Path) -> Path:
 
 
 def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
+    by_first(lambda: check_writable(check_folder(args.output, overwrite=args.overwrite)))
     recipe_of(args)
+    args.folder = local_folder(args.folder)
     config = read_config(args.folder)
     args.dense = args.dense or _dense_weights(config, args.folder)
     subject, dense = open_pruned(args)
@@ -208,15 +216,18 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         },
         "output": str(args.output),
     }
-    save_pruned(
+    seen = in_memory(choose(args, subject, images, facts["num_held_back"]))
+    shown = shown_changes(args, subject, model, dense, seen)
+    by_first(
+        save_pruned,
         model,
         args.output,
         overwrite=args.overwrite,
         origin=args.folder,
         provenance={"command": args.command_line, "weights": weights, "seed": args.seed},
-        report={**document, "scores": earlier.get("scores")},
+        report={**document, **shown, "scores": earlier.get("scores")},
     )
-    state_file(args.output).unlink(missing_ok=True)
+    by_first(state_file(args.output).unlink, missing_ok=True)
     show_trained(document)
     return 0, document
 
@@ -232,7 +243,7 @@ def _closeness(model: nn.Module, dense: nn.Module, batches: Any) -> dict[str, fl
     }
 
 
-def _dense_weights(config: Mapping[str, Any], folder: str) -> str:
+def _dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
     weights = config["provenance"].get("weights")
     if weights == "pretrained" or (isinstance(weights, str) and Path(weights).is_file()):
         return weights
@@ -242,7 +253,7 @@ def _dense_weights(config: Mapping[str, Any], folder: str) -> str:
     )
 
 
-def _earlier_report(folder: str) -> dict[str, Any]:
+def _earlier_report(folder: str | Path) -> dict[str, Any]:
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -10,9 +10,9 @@ from tpvprune.benchmark_rows import RANKINGS, STOCK_RANKING, Summary, summarise
 from tpvprune.reporting.charts import percent
 from tpvprune.reporting.curves import Curve, curve_chart
 from tpvprune.reporting.page import page
+from tpvprune.reporting.style import hues
 from tpvprune.reporting.tables import making, section
 
-_HUES = (174, 28, 212, 330, 48, 264, 96, 8, 190, 300)
 _DASHES = {"curves": "none", "per_cost": "none", "plain": "5 4", STOCK_RANKING: "1.5 4"}
 _REPAIRS = {
     "none": "No repair",
@@ -125,12 +125,4 @@ def _style(num_criteria: int) -> str:
             for r in (*RANKINGS, STOCK_RANKING)
         ),
     ]
-    for i in range(num_criteria):
-        # Past ten criteria hues come again, darker.
-        lightness = 42 if i < len(_HUES) else 24
-        rules.append(f".c{i} {{ --c: hsl({_HUES[i % len(_HUES)]} 62% {lightness}%); }}")
-    dark = [
-        f".c{i} {{ --c: hsl({_HUES[i % len(_HUES)]} 55% {62 if i < len(_HUES) else 82}%); }}"
-        for i in range(num_criteria)
-    ]
-    return "\n".join([*rules, "@media (prefers-color-scheme: dark) {", *dark, "}"])
+    return "\n".join([*rules, hues(num_criteria)])

@@ -60,7 +60,8 @@ def steps(data: Mapping[str, Any]) -> str:
     """
     dense, pruned = both(data)
     taken = [step for step in data.get("steps") or () if step.get("agreement") is not None]
-    if not taken or not dense.get("macs"):
+    # One step has nothing between start and end, which are shown above.
+    if len(taken) < 2 or not dense.get("macs"):
         return ""
     line = [(1.0, 1.0)] + [(step["macs"] / dense["macs"], step["agreement"]) for step in taken]
     series = [("Agreement", "kept", line)]

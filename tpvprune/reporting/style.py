@@ -106,6 +106,17 @@ svg .kept-bar { stroke: var(--kept); opacity: .6; } svg .gone-bar { stroke: var(
 .key.gone::before { background: var(--gone); }
 .key.outline::before { background: var(--fill); box-shadow: inset 0 0 0 1px var(--soft); }
 
+.wide .rows li { grid-template-columns: minmax(4.5rem, 12rem) 1fr 7rem; }
+@media (max-width: 40rem) { .wide .rows li { grid-template-columns: 5.5rem 1fr 6.6rem; } }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
+  gap: 1.25rem 1rem; }
+.pictures figure { margin: 0; min-width: 0; }
+.pictures img { display: block; width: 6rem; height: 6rem; object-fit: contain;
+  object-position: left; image-rendering: pixelated; background: var(--fill); }
+.pictures figcaption { font-size: .75rem; line-height: 1.4; margin-top: .35rem; }
+.pictures figcaption > span { display: block; overflow-wrap: anywhere; }
+.pictures .now { color: var(--gone); }
+
 .reasons { list-style: none; margin: 0; padding: 0; font-size: .9375rem; }
 .reasons li { padding: .5rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .reasons li:first-child { border-top: 0; padding-top: 0; }
@@ -123,3 +134,23 @@ footer { border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft
   font-size: .8125rem; }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """
+
+_HUES = (174, 28, 212, 330, 48, 264, 96, 8, 190, 300)
+
+
+def hues(num: int) -> str:
+    """Return CSS that gives the classes ``c0``, ``c1``, ... a colour ``--c``, light and dark.
+
+    Args:
+        num: How many classes.
+
+    Returns:
+        Rules.
+    """
+    light, dark = [], []
+    for i in range(num):
+        # Past ten hues come again, darker.
+        again, hue = i >= len(_HUES), _HUES[i % len(_HUES)]
+        light.append(f".c{i} {{ --c: hsl({hue} 62% {24 if again else 42}%); }}")
+        dark.append(f".c{i} {{ --c: hsl({hue} 55% {82 if again else 62}%); }}")
+    return "\n".join([*light, "@media (prefers-color-scheme: dark) {", *dark, "}"])

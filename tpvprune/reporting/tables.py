@@ -136,6 +136,10 @@ def before_after(data: Mapping[str, Any]) -> str:
         share: ("\u2026 as a share of E\u2016f\u2016\u00b2", lambda x: percent(x, 2)),
         "latency_ms": ("Latency, median", lambda x: f"{significant(x)}\u202fms"),
         "latency_sd_ms": ("\u2026 standard deviation", lambda x: f"{significant(x)}\u202fms"),
+        "latency_range_ms": (
+            "\u2026 fastest to slowest round",
+            lambda x: f"{significant(x[0])} \u2013 {significant(x[1])}\u202fms",
+        ),
     }
     body = ""
     for key, (label, write) in writers.items():
@@ -166,18 +170,19 @@ def comparison(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     keys = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    keys += [key for key in dict.fromkeys(k for row in rows for k in row) if key not in _COLUMNS]
+    others = dict.fromkeys(key for row in rows for key in row)
+    keys += [key for key in others if key not in (*_COLUMNS, "saved")]
     dense_macs = both(data)[0].get("macs")
     head = "".join(f"<th>{escape(_COLUMNS.get(key, key))}</th>" for key in keys)
     body = ""
     for row in rows:
-        ours = str(row.get("criterion", "")).lower().startswith("tpv")
+        ours = row.get("saved") is True
         cells = "".join(f"<td>{_cell(key, row.get(key), dense_macs)}</td>" for key in keys)
         body += f"<tr{' class=ours' if ours else ''}>{cells}</tr>"
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return section(
         "Criteria compared",
-        "<p>Same budget, same repair, same images.</p>",
+        "<p>Same budget, same repair, same images. The saved model stands out.</p>",
         f'<div class="scroll">{table}</div>',
     )
 
@@ -191,7 +196,7 @@ def making(data: Mapping[str, Any]) -> str:
     Returns:
         A section, or nothing.
     """
-    command = _command(data.get("command"))
+    command = command_lines(data.get("command"))
     body = f"<pre>{escape(command)}</pre>" if command else ""
     settings = {
         label: data.get(key)
@@ -281,7 +286,15 @@ def _cell(key: str, value: Any, dense_macs: Any) -> str:
     return escape(str(value))
 
 
-def _command(command: Any) -> str:
+def command_lines(command: Any) -> str:
+    """Write a command with one flag a line where it is long.
+
+    Args:
+        command: A shell's line, a list of words, or None.
+
+    Returns:
+        Text for a shell.
+    """
     try:
         words = shlex.split(command) if isinstance(command, str) else list(map(str, command or ()))
     except ValueError:  # not a shell's line: as it is

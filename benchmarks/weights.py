@@ -1,0 +1,155 @@
+"""Single weights removed: criteria at equal repair, without labels and without a gradient step.
+
+    python benchmarks/weights.py --model cifar_resnet56 --checkpoint FILE \
+        --train-dir cifar10-train.tar --test-dir cifar10-test.tar --seeds 3
+
+A seed draws the unlabeled training images and the probes. Criteria that can rank weights across
+layers (tpv, magnitude) and within them (row) are given each; 2:4 ranks within four neighbours. One
+CSV row per (model, granularity, criterion, scope, repair, keep, images, seed); rows that exist are
+skipped, so a run that was stopped goes on. Ends with a Markdown table, mean ± sd over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import write_environment
+from oneshot import images
+
+from tpvprune.evaluation import evaluate
+from tpvprune.models import load_model
+from tpvprune.weights.pruning import prune_weights
+
+KEY = ["model", "granularity", "criterion", "scope", "repair", "keep", "num_images", "seed"]
+COLUMNS = [*KEY, "density", "top1", "dense_top1", "agreement", "output_variance", "seconds"]
+RANKINGS = [("tpv", "global"), ("magnitude", "global"), ("magnitude", "layer"), ("wanda", "row")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"weights-{args.model}.csv"
+    done = read(path)
+    model, _ = load_model(args.model, checkpoint=args.checkpoint)
+    test = images(args, model, args.test_dir, None, 0)
+    dense: float | None = None
+    for seed in range(args.seeds):
+        wanted = [key for key in settings(args, seed) if tuple(map(str, key)) not in done]
+        if not wanted:
+            continue
+        dense = dense or evaluate(model, test).top1
+        train = images(args, model, args.train_dir, args.num_images, seed)
+        for key in wanted:
+            row = measure(model, train, test, dict(zip(KEY, key, strict=True)))
+            append(path, row | {"dense_top1": f"{100 * dense:.2f}"})
+            print(" ".join(map(str, key)), row["top1"], flush=True)
+    write_environment(path.with_suffix(".json"), args)
+    print(markdown(path))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--train-dir", required=True)
+    parser.add_argument("--test-dir", required=True)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--repair", nargs="+", default=["compensate"])
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--input-size", type=int, nargs=3, default=None)
+    parser.add_argument("--crop-pct", type=float, default=None)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(argv)
+
+
+def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
+    """Return the keys of all rows of one seed."""
+    patterned = [("2:4", c, "neighbours", 0.5) for c in ("tpv", "magnitude", "wanda")]
+    free = [("weight", c, scope, keep) for keep in args.keep for c, scope in RANKINGS]
+    return [
+        (args.model, granularity, criterion, scope, repair, keep, args.num_images, seed)
+        for repair in args.repair
+        for granularity, criterion, scope, keep in patterned + free
+    ]
+
+
+def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str, Any]:
+    """Prune once and return the finished row."""
+    start = time.perf_counter()
+    free = key["granularity"] == "weight"
+    result = prune_weights(
+        model,
+        train,
+        keep=key["keep"],
+        pattern=None if free else key["granularity"],
+        criterion=key["criterion"],
+        scope=key["scope"] if free else None,
+        repair=key["repair"],
+        seed=key["seed"],
+    )
+    seconds = time.perf_counter() - start
+    found = evaluate(result.model, test, dense=model)
+    before, after = (result.report[which]["weights"] for which in ("dense", "pruned"))
+    return key | {
+        "density": f"{after / before:.4f}",
+        "top1": f"{100 * found.top1:.2f}",
+        "agreement": f"{100 * (found.agreement or 0):.2f}",
+        "output_variance": f"{found.output_variance:.4f}",
+        "seconds": f"{seconds:.1f}",
+    }
+
+
+def read(path: Path) -> set[tuple[str, ...]]:
+    """Return the keys of the rows that exist."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Write one finished row."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        if new:
+            table.writeheader()
+        table.writerow(row)
+
+
+def markdown(path: Path) -> str:
+    """Return the table of a result file: mean ± sd over the seeds."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            groups[tuple(row[k] for k in KEY[:-1])].append(row)
+    lines = [
+        "| model | removed | criterion | ranked in | repair | keep | top-1 | variance | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, rows in groups.items():
+        cells = [*key[:6]]
+        for column in ("top1", "output_variance"):
+            values = [float(row[column]) for row in rows]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""The migration page and the workflow for timm users run as they are written."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import tpvprune
+from tpvprune.criteria import SCORERS
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "migration.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+def test_drop_in_of_the_migration_page_runs_and_is_short():
+    names = {}
+    exec(compile(BLOCKS[0], "migration.md", "exec"), names)
+    before = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=10).parameters())
+    once = sum(p.numel() for p in names["model"].parameters())
+    exec(compile(BLOCKS[1], "migration.md", "exec"), names)
+    assert sum(p.numel() for p in names["model"].parameters()) < once < before
+    lines = [line for line in BLOCKS[0].splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 10
+
+
+def test_pruned_model_runs_in_plain_timm_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dense = timm.create_model("test_resnet", num_classes=5).eval()
+    result = tpvprune.prune(dense, [torch.randn(8, 3, 32, 32)], keep=0.7, criterion="magnitude")
+    tpvprune.save_pruned(result, "smaller")
+    lines = [line for line in BLOCKS[-1].splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 5
+    names = {"image": Image.new("RGB", (70, 50), (90, 120, 30))}
+    exec(compile(BLOCKS[-1], "migration.md", "exec"), names)
+    with torch.no_grad():
+        expected = result.model(names["transform"](names["image"]).unsqueeze(0))
+    assert torch.equal(names["outputs"], expected)
+
+
+def test_criteria_and_names_of_the_table_exist():
+    for name in re.findall(r'criterion="(\w+)"', PAGE):
+        assert name in SCORERS
+    for name in re.findall(r"tpvprune\.(\w+)\(", PAGE):
+        assert hasattr(tpvprune, name)
+
+
+@pytest.mark.parametrize("name", re.findall(r"`tp\.([\w.]+)", PAGE))
+def test_names_of_torch_pruning_exist(name):
+    import torch_pruning
+
+    found = torch_pruning
+    for part in name.split("."):
+        found = getattr(found, part)
+
+
+def test_workflow_for_timm_users_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("workflow", ROOT / "examples/timm_workflow.py")
+    workflow = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(workflow)
+    workflow.main(epochs=1)
+    found = dict(re.findall(r"(\w+): .* top-1 ([\d.]+) %", capsys.readouterr().out))
+    assert set(found) == {"dense", "pruned", "distilled"}
+    assert float(found["distilled"]) > 50  # ten classes

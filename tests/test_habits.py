@@ -1,0 +1,256 @@
+"""Small habits of the command line: versions, plans, completion, own models, saved folders."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from images import write_classes, write_images
+
+from tpvprune.checkpoint import save_pruned
+from tpvprune.cli import main
+from tpvprune.command_line import commands
+from tpvprune.models import load_model
+from tpvprune.pipeline import prune
+
+SIZE = ["--img-size", "32", "--crop-pct", "1"]
+FACTORY = """
+from torch import nn
+
+def small(width=6):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )
+
+def broken():
+    raise RuntimeError("a long story\\nin two lines")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Images, a dense checkpoint, a pruned folder of it, and a module of the user's own."""
+    root = tmp_path_factory.mktemp("habits")
+    write_images(root / "flat", 12)
+    write_classes(root / "classes", ["a", "b", "c"])
+    write_classes(root / "two", ["a", "b"])
+    torch.manual_seed(0)
+    dense = timm.create_model("test_resnet", num_classes=3).eval()
+    torch.save(dense.state_dict(), root / "weights.pt")
+    result = prune(dense, [torch.randn(8, 3, 32, 32)], keep=0.6, criterion="magnitude")
+    save_pruned(result, root / "pruned", provenance={"weights": str(root / "weights.pt")})
+    (root / "mine_for_tests.py").write_text(FACTORY)
+    return root
+
+
+@pytest.fixture
+def run(root, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*argv):
+        code = main([str(arg) for arg in argv])
+        return code, *capsys.readouterr()
+
+    yield run
+    sys.modules.pop("mine_for_tests", None)
+
+
+def test_version_names_what_decides_a_result(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["tpvprune", "torch", "timm", "torch-pruning"]
+    assert all(line.split()[1][0].isdigit() for line in lines)
+
+
+# ---- completion ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_knows_the_flags(shell, capsys):
+    pytest.importorskip("shtab", reason="needs shtab: pip install 'tpvprune[completion]'")
+    with pytest.raises(SystemExit) as stop:
+        main(["completion", shell])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "tpvprune" in out
+    assert "dynamic-batch" in out
+
+
+def test_completion_without_shtab_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, out, err = run("completion", "bash")
+    assert (code, out) == (2, "")
+    assert "pip install 'tpvprune[completion]'" in err
+
+
+# ---- interruption and errors -----------------------------------------------------------------
+
+
+def test_interruption_says_what_became_of_the_output(run, monkeypatch, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    for command, words in (("prune", "nothing was written"), ("benchmark", "the same command")):
+        monkeypatch.setattr(commands, f"run_{command}", interrupt)
+        model = ["--model", "test_resnet", "--output", tmp_path / "out"]
+        code, _, err = run(command, *model)
+        assert code == 130
+        assert words in err
+
+
+def test_errors_speak_of_flags_and_wrap_on_a_terminal_only(run, root, monkeypatch):
+    argv = ["prune", "--model", "test_resnet", "--data-dir", "flat", "--output", "pruned"]
+    code, _, err = run(*argv)
+    assert code == 2
+    assert "pass --overwrite" in err
+    assert len(err.splitlines()) == 1
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, _, wrapped = run(*argv)
+    assert max(map(len, wrapped.splitlines())) <= max(80, *map(len, err.split()))
+    assert wrapped.split() == err.split()
+
+
+# ---- plans -----------------------------------------------------------------------------------
+
+
+def test_dry_run_of_prune_plans_and_leaves_nothing(run, root):
+    before = sorted(root.iterdir())
+    model = ["--model", "test_resnet", "--checkpoint", "weights.pt", "--data-dir", "flat", *SIZE]
+    code, out, err = run("prune", *model, "--output", "new", "--dry-run", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["dry_run"] is True
+    assert document["num_images"] == 12
+    assert document["seconds"] > 0
+    assert 0 < document["smallest"]["macs"] < document["dense"]["macs"]
+    assert {group["name"] for group in document["groups"]} >= {"conv1.0"}
+    assert "dry run: nothing was done or written" in err
+    assert sorted(root.iterdir()) == before
+    limits = ["--keep", "0.001", "--min-channels", "8"]
+    code, _, err = run("prune", *model, "--output", "new", *limits, "--dry-run")
+    assert code == 3
+    assert "cannot be reached" in " ".join(err.split())
+
+
+def test_dry_run_of_distill_and_benchmark(run, root):
+    before = sorted(root.iterdir())
+    code, out, _ = run(
+        "distill", "pruned", "--data-dir", "flat", *SIZE, "--epochs", "4", "--output", "new",
+        "--dry-run", "--json",
+    )  # fmt: skip
+    long = json.loads(out)
+    assert (code, long["epochs"], long["num_images"]) == (0, 4, 11)
+    code, out, _ = run(
+        "benchmark", "--model", "test_resnet", "--num-classes", "3", "--data-dir", "classes",
+        "--eval-dir", "classes", *SIZE, "--criteria", "tpv,magnitude", "--keep", "0.5,0.3",
+        "--repair", "none", "--ranking", "plain", "--seeds", "2", "--output", "new", "--dry-run",
+        "--json",
+    )  # fmt: skip
+    assert (code, json.loads(out)["num_rows"]) == (0, 2 * 2 * 2)
+    assert sorted(root.iterdir()) == before
+
+
+# ---- saved folders ---------------------------------------------------------------------------
+
+
+def test_groups_takes_a_saved_folder(run):
+    code, out, err = run("groups", "pruned", *SIZE, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["model"] == "test_resnet"
+    assert "saves up to" in err
+    dense = json.loads(run("groups", "--model", "test_resnet", *SIZE, "--json")[1])
+    assert document["dense"]["macs"] < dense["dense"]["macs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("local-dir:pruned", "this is a saved pruned model: name the folder pruned"),
+        ("local-dir:flat", "expected flat/config.json of timm, found none"),
+        ("pruned", "it is a folder"),
+    ],
+)
+def test_folders_as_models_are_explained(run, name, message):
+    code, _, err = run("groups", "--model", name)
+    assert code == 2
+    assert message in err
+
+
+def test_evaluate_shows_both_models_side_by_side(run):
+    argv = ["evaluate", "pruned", "--data-dir", "classes", "--latency-repeats", "0", *SIZE]
+    code, out, err = run(*argv, "--dense", "weights.pt", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["macs"] < document["dense"]["macs"]
+    assert (document["dense"]["agreement"], document["dense"]["top1"] is None) == (1, False)
+    assert {"dense", "pruned", "ratio"} <= set(err.split())
+    assert json.loads(run(*argv, "--json")[1])["dense"] is None
+
+
+def test_notes_of_evaluate_do_not_contradict_each_other(run):
+    argv = ["evaluate", "pruned", "--data-dir", "two", "--latency-repeats", "0", *SIZE]
+    _, _, err = run(*argv)
+    text = " ".join(err.split())
+    assert "two has 2 subfolders, the model 3 classes" in text
+    assert "no labels found" not in text
+    assert "only costs were measured" in text
+
+
+# ---- models of the user's own ----------------------------------------------------------------
+
+
+def test_own_model_goes_all_the_way(run, tmp_path):
+    own = ["--model", "mine_for_tests:small", "--model-kwargs", "width=9"]
+    data = ["--data-dir", "flat", *SIZE, "--latency-repeats", "0"]
+    code, out, _ = run("prune", *own, *data, "--output", tmp_path / "own", "--json")
+    pruned = json.loads(out)["pruned"]
+    assert code == 0
+    code, out, _ = run("evaluate", tmp_path / "own", *own, *data, "--json")
+    assert (code, json.loads(out)["macs"]) == (0, pruned["macs"])
+    code, _, err = run("evaluate", tmp_path / "own", *data)
+    assert code == 2
+    assert "pass --model package.module:factory" in err
+    assert "mine_for_tests" not in (tmp_path / "own" / "model.safetensors").read_text("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine_for_tests:broken", r"cannot be built (a long story)"),
+        ("mine_for_tests:number", "returns int"),
+        ("mine_for_tests:nothing", "no function or module class 'nothing'"),
+        ("no_such_module:x", "cannot be imported"),
+    ],
+)
+def test_own_models_that_do_not_work_are_one_line(run, name, message):
+    code, _, err = run("groups", "--model", name)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_names_from_files_are_never_imported(run, root, tmp_path):
+    with pytest.raises(ValueError, match="unknown model 'mine_for_tests:small'"):
+        load_model("mine_for_tests:small")
+    config = json.loads((root / "pruned" / "config.json").read_text("utf-8"))
+    config["model"] = "mine_for_tests:small"
+    for name in ("model.safetensors", "report.json"):
+        (tmp_path / name).write_bytes((root / "pruned" / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for argv in (
+        ["evaluate", tmp_path, "--data-dir", "flat", "--dense", "weights.pt"],
+        ["groups", tmp_path],
+        ["export", tmp_path, "--format", "pt2"],
+        ["groups", "--model", f"local-dir:{tmp_path}"],
+    ):
+        assert run(*argv)[0] == 2
+        assert "mine_for_tests" not in sys.modules

@@ -1,0 +1,110 @@
+"""`compare`: several saved runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tpvprune.atomic import written_file
+from tpvprune.command_line.console import percent, say, table
+from tpvprune.command_line.session_results import check_file
+from tpvprune.reporting.comparing import Run, figures_of, render_comparison
+
+_MAX_REPORT_BYTES = 256 * 2**20
+_LONGEST_NAME = 24  # leaves room for all columns in 80
+
+
+def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Tabulate the runs, and write the page if one is asked for.
+
+    Args:
+        args: Parsed flags of `tpvprune compare`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    if args.output is not None:
+        check_file(args.output, overwrite=args.overwrite)
+    runs = [
+        (name, _report(folder))
+        for name, folder in zip(_names(args.folders), args.folders, strict=True)
+    ]
+    _show(runs)
+    if args.output is not None:
+        with written_file(args.output) as unfinished:
+            unfinished.write_text(render_comparison(runs), encoding="utf-8")
+        say(f"saved: {args.output}")
+    kept = ("model", "dense", "pruned", "criterion", "repair", "used_labels", "keep", "of", "seed")
+    document = {
+        "runs": [
+            {
+                "name": name,
+                "folder": folder,
+                **{key: report.get(key) for key in kept},
+                "share": figures_of(report),
+            }
+            for (name, report), folder in zip(runs, args.folders, strict=True)
+        ],
+        "output": None if args.output is None else str(args.output),
+    }
+    return 0, document
+
+
+def _report(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected report.json of a saved run, found none")
+    if path.stat().st_size > _MAX_REPORT_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_REPORT_BYTES} bytes, found more")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures_of(report)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the report of a run, found damage") from error
+    return dict(report)
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    common = os.path.commonpath(paths) if len(set(paths)) > 1 else paths[0].parent
+    names = [path.relative_to(common).as_posix() for path in paths]
+    last = [path.name for path in paths]
+    return last if len(set(last)) == len(last) else names
+
+
+def _show(runs: Sequence[Run]) -> None:
+    found = [figures_of(report) for _, report in runs]
+    heads = {
+        "macs": "MACs",
+        "params": "params",
+        "latency": "latency",
+        "top1": "top-1",
+        "top1_change": "change",
+        "agreement": "agreement",
+    }
+    shown = [key for key in heads if any(row[key] is not None for row in found)]
+    rows = [("run", *(heads[key] for key in shown))]
+    for (name, _), row in zip(runs, found, strict=True):
+        rows.append((_short(name), *(_cell(key, row[key]) for key in shown)))
+    table(rows)
+    models = {str(report.get("model")) for _, report in runs}
+    own = "each run's own dense model" if len(models) > 1 else "the dense model"
+    say(f"MACs, params, latency: fractions of {own}")
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:+.2f}" if key == "top1_change" else percent(value)
+
+
+def _short(name: str) -> str:
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = (_LONGEST_NAME - 3) // 2
+    return f"{name[:half]}...{name[-half:]}"

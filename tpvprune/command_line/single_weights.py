@@ -1,0 +1,153 @@
+"""`tpvprune prune --granularity weight` and `2:4`: weights become zero, shapes stay."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tpvprune.atomic import check_folder
+from tpvprune.batches import unlabeled
+from tpvprune.checkpoint import save_pruned
+from tpvprune.command_line.console import show_pruned, stages
+from tpvprune.command_line.session import Subject, ignored, open_subject, provenance
+from tpvprune.command_line.session_images import Shown, calibration, labelled_images, open_data
+from tpvprune.command_line.session_results import check_writable, image_facts, measured
+from tpvprune.distributed import num_processes
+from tpvprune.evaluation import agreement
+from tpvprune.groups import find_groups
+from tpvprune.models import pretrained_config
+from tpvprune.weights.masks import pattern_of
+from tpvprune.weights.pruning import prune_weights
+
+_OTHERS_ONLY = {
+    "of": "macs",
+    "steps": 1,
+    "allocation": None,
+    "round_to": 1,
+    "min_channels": 1,
+    "max_removed": 1.0,
+}
+
+
+def asked_for(args: argparse.Namespace) -> bool:
+    """Tell whether single weights are to be removed; check the flag, and those that go with it.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+
+    Returns:
+        True for `weight` and patterns such as `2:4`.
+
+    Raises:
+        ValueError: If the granularity is unknown, or a flag does not apply to it.
+    """
+    if args.granularity in {"channel", "head"}:
+        return False
+    if args.granularity != "weight":
+        if ":" not in args.granularity:
+            raise ValueError(
+                "--granularity: expected channel, head, weight or 2:4, found "
+                f"{args.granularity!r}"
+            )
+        n, m = pattern_of(args.granularity)
+        if args.keep not in {0.5, n / m}:
+            raise ValueError(f"--keep: {n} of {m} weights stay with --granularity {n}:{m}")
+    for flag, default in _OTHERS_ONLY.items():
+        if getattr(args, flag) != default:
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name}: does not apply to --granularity {args.granularity}")
+    if num_processes() > 1:
+        raise ValueError("--granularity weight and 2:4 run in one process: leave torchrun out")
+    return True
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Remove single weights, save, measure, and show what it cost.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    check_writable(check_folder(args.output, overwrite=args.overwrite))
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    images = open_data(args, labelled=False)
+    labelled = labelled_images(args, subject)
+    spare = {} if labelled is None else {"held_out": 0}
+    batches, held_out = calibration(args, subject, images, labelled=False, **spare)
+    witnesses = held_out if labelled is None else labelled
+    with stages() as progress:
+        result = prune_weights(
+            subject.model,
+            unlabeled(batches, device=subject.device),
+            keep=args.keep,
+            pattern=None if args.granularity == "weight" else args.granularity,
+            criterion=args.criterion,
+            repair=args.repair,
+            num_probes=args.num_probes,
+            ignore=layers,
+            seed=args.seed,
+            progress=progress,
+        )
+    dense, pruned = measured(args, subject, result.model, labelled)
+    dense["agreement"] = 1.0
+    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
+    document = {
+        **provenance(args, subject),
+        **result.report,
+        "dense": {**result.report["dense"], **dense},
+        "pruned": {**result.report["pruned"], **pruned},
+        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
+        "output": str(args.output),
+    }
+    save_pruned(
+        result.model,
+        args.output,
+        overwrite=args.overwrite,
+        dense=subject.model,
+        model_name=subject.made.name,
+        model_kwargs=subject.made.kwargs,
+        pretrained_cfg={
+            **pretrained_config(subject.model),
+            **subject.preprocessing.config,
+            "num_classes": getattr(subject.model, "num_classes", None),
+        },
+        provenance={
+            "command": args.command_line,
+            "weights": subject.made.weights,
+            "seed": args.seed,
+            "granularity": args.granularity,
+        },
+        report=document,
+        masks=result.masks,
+    )
+    show_pruned(document)
+    return 0, document
+
+
+def all_but_heads(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the layers that produce what is no attention head.
+
+    Args:
+        subject: The model.
+        layers: Those that stay whole anyway.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: If the model has no heads that can be pruned.
+    """
+    groups = find_groups(subject.model, subject.example, ignore=layers)
+    heads: set[str] = set()
+    others: set[str] = set()
+    for group in groups:
+        names = {s.param.rpartition(".")[0] for s in group.slices if s.side == "producer"}
+        (heads if group.unit == "head" else others).update(names)
+    if not heads:
+        raise ValueError(
+            f"--granularity head: {subject.made.name} has no attention heads that can be pruned"
+        )
+    return tuple(sorted(others - heads))

@@ -1,0 +1,131 @@
+"""Which BatchNorm belongs to which layer, and a copy of the model without any."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.running import evaluating, first_output, on_device
+
+Contraction = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_TOLERANCE = 1e-8  # relative, float64: folding only reorders products
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer, and the BatchNorm that alone reads its output, if any."""
+
+    name: str
+    norm: str | None
+
+
+@torch.no_grad()
+def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
+    """List the convolutions and linear layers that one forward calls, in that order.
+
+    Args:
+        model: The network; left as it is.
+        example_inputs: One batch [B, ...].
+
+    Returns:
+        The layers, each with the BatchNorm behind it.
+    """
+    order: dict[str, None] = {}
+    written: dict[int, str] = {}
+    pairs: dict[str, str] = {}
+    alive: list[Any] = []  # so that no identity is given out twice
+
+    def wrote(name: str, output: Any) -> None:
+        order[name] = None
+        alive.append(output)
+        written[id(output)] = name
+
+    def reads(name: str, args: tuple[Any, ...]) -> None:
+        if args and id(args[0]) in written:
+            pairs[written[id(args[0])]] = name
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Contraction):
+            hooks.append(
+                module.register_forward_hook(lambda _, __, output, name=name: wrote(name, output))
+            )
+        elif _is_fixed_norm(module):
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: reads(name, args))
+            )
+    try:
+        with evaluating(model):
+            model(on_device(example_inputs, model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(Layer(name, pairs.get(name)) for name in order)
+
+
+@torch.no_grad()
+def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a float64 copy in eval mode whose BatchNorms are folded into the layers before them.
+
+    A measure of the weights means something only where nothing behind a layer undoes its scale:
+    W' = W gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps). A BatchNorm
+    that no layer writes for keeps its place; its statistics go into its weight and bias.
+
+    Args:
+        model: The network; left as it is.
+        example_inputs: One batch [B, ...], on which the copy is checked.
+
+    Returns:
+        The copy, and the names of its convolutions and linear layers in the order of execution.
+
+    Raises:
+        ValueError: If the copy gives other outputs, as with standardised weights.
+    """
+    layers = layers_of(model, example_inputs)
+    # On the CPU: not every accelerator computes in float64.
+    private = copy.deepcopy(model).eval().cpu().double()
+    x = on_device(example_inputs, private)
+    wanted = first_output(private(x))
+    modules = dict(private.named_modules())
+    for norm in filter(_is_fixed_norm, modules.values()):
+        _make_affine(norm)
+    for layer in layers:
+        if layer.norm is not None:
+            _fold(modules[layer.name], modules[layer.norm])
+    found = first_output(private(x))
+    gap = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    if not bool(gap <= _TOLERANCE):
+        raise ValueError(
+            f"folding BatchNorm: expected the same outputs, found them apart by {float(gap):.1e} "
+            "(relative): this measure needs plain convolutions and linear layers"
+        )
+    return private, tuple(layer.name for layer in layers)
+
+
+def _is_fixed_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def _make_affine(norm: Any) -> None:
+    """Put all that a BatchNorm does into its weight and bias."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    norm.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias)
+    norm.weight = nn.Parameter(scale)
+    norm.eps = 0.0
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1)
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    scale = norm.weight.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    bias = norm.bias if layer.bias is None else norm.bias + norm.weight * layer.bias
+    layer.weight.copy_(layer.weight * scale)
+    layer.bias = nn.Parameter(bias.clone())
+    norm.weight.fill_(1)
+    norm.bias.zero_()

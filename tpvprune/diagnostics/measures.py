@@ -1,0 +1,227 @@
+"""Measures of a whole network that are said to tell how well it generalises.
+
+Each is a function of the model and some images, with its cost in passes over them (a backward
+counts two forwards). The loss is cross-entropy: `own_predictions` stands in for labels where
+there are none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tpvprune.batches import unlabeled
+from tpvprune.diagnostics.folding import folded
+from tpvprune.evaluation import class_indices
+from tpvprune.groups import ChannelGroups
+from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.scores import Scores, tpv_scores
+
+Labelled = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number, and its standard error where it is an estimate."""
+
+    value: float
+    stderr: float | None = None
+
+
+@torch.no_grad()
+def own_predictions(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return the inputs with the classes that the model itself gives them.
+
+    Cost: one forward.
+
+    Args:
+        model: Classifier with outputs [B, K].
+        batches: Inputs; labels are dropped.
+
+    Returns:
+        Pairs of inputs [B, ...] and class indices [B], on the model's device.
+    """
+    with evaluating(model):
+        inputs = [on_device(x, model) for x in unlabeled(batches)]
+        return [(x, first_output(model(x)).argmax(1)) for x in inputs]
+
+
+def channel_tpv(
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], *, seed: int = 0
+) -> Measurement:
+    r"""Compute the test prediction variance of removing one channel, summed over all channels.
+
+    .. math:: \sum_c E_x \|J_c(x) w_c\|^2
+
+    Every term is a channel times the gradient by that channel, so rescaling a ReLU network does
+    not move it. Cost: one forward, one backward by activations; no labels.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        batches: Inputs; labels are dropped.
+        seed: Of the output directions.
+
+    Returns:
+        The sum in squared output units, with the error that independent channels would give.
+
+    Reference:
+        Arpit, TPV, https://arxiv.org/abs/2512.11089, section on pruning.
+    """
+    return summed(tpv_scores(model, groups, batches, compensated=False, seed=seed), groups)
+
+
+def summed(scores: Scores, groups: ChannelGroups) -> Measurement:
+    """Return the sum of scores over all channels, with the error that independent ones give."""
+    values = torch.cat([scores[group.name] for group in groups])
+    errors = torch.cat([(scores.stderr or {})[group.name] for group in groups])
+    return Measurement(float(values.sum()), float(errors.norm()))
+
+
+def l2_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
+    r"""Compute the norm of all weights, BatchNorm folded in: sqrt(sum_l \|W_l\|_F^2).
+
+    Moves under rescaling. Cost: one forward of the example; no labels.
+
+    Args:
+        model: The network.
+        example_inputs: One batch [B, ...].
+
+    Returns:
+        The norm.
+
+    Reference:
+        Jiang et al., Fantastic generalization measures and where to find them, 2020, appendix C,
+        https://arxiv.org/abs/1912.02178
+    """
+    private, names = folded(model, example_inputs)
+    return Measurement(math.sqrt(sum(_square(private, name) for name in names)))
+
+
+@torch.no_grad()
+def path_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
+    r"""Compute the path norm: the root of the sum over paths of their squared weights' products.
+
+    One forward of the network with squared weights on an input of ones; a bias is a path that
+    begins at a constant. Rescaling a ReLU network leaves every path's product as it is. Cost:
+    one forward; no labels.
+
+    Args:
+        model: A network of convolutions, linear layers, BatchNorm, ReLU, pooling and sums.
+        example_inputs: One batch [B, ...].
+
+    Returns:
+        The path norm.
+
+    Raises:
+        ValueError: If the network is not of that kind.
+
+    Reference:
+        Neyshabur, Tomioka, Srebro, Norm-based capacity control in neural networks, COLT 2015,
+        section 4, https://arxiv.org/abs/1503.00036
+    """
+    private, _ = folded(model, example_inputs)
+    for name, parameter in private.named_parameters():
+        if not _is_known(private, name):
+            raise ValueError(
+                f"path norm: expected convolutions, linear layers and BatchNorm, found the "
+                f"parameter {name!r} of another layer: leave this measure out"
+            )
+        parameter.square_()
+    ones = torch.ones(1, *example_inputs.shape[1:], dtype=torch.float64)
+    total = first_output(private(ones)).sum()
+    for name, parameter in private.named_parameters():
+        if name.rpartition(".")[2] == "bias":
+            parameter.zero_()
+    once, twice = (first_output(private(scale * ones)) for scale in (1.0, 2.0))
+    if not torch.allclose(twice, 2 * once, rtol=1e-9, atol=0):
+        raise ValueError(
+            "path norm: expected ReLU-like activations, found one that does not pass positive "
+            "factors on: leave this measure out"
+        )
+    return Measurement(float(total.sqrt()))
+
+
+def sharpness(
+    model: nn.Module, labelled_batches: Labelled, *, num_probes: int = 2, seed: int = 0
+) -> Measurement:
+    r"""Estimate the trace of the Hessian of the loss by the weights, as Hutchinson does.
+
+    .. math:: \mathrm{Tr}\,\nabla^2 L = E_z\, z^\top \nabla^2 L\, z, \quad z_i = \pm 1
+
+    in eval mode, by all parameters. Moves under rescaling. Cost: one forward and, per probe, two
+    backwards; needs labels, or `own_predictions`.
+
+    Args:
+        model: Classifier with outputs [B, K].
+        labelled_batches: Pairs of inputs [B, ...] and class indices [B].
+        num_probes: Vectors z for each batch, >= 1.
+        seed: Of these vectors.
+
+    Returns:
+        The trace, with its standard error over batches and probes.
+
+    Raises:
+        ValueError: If num_probes is below 1.
+
+    Reference:
+        Hutchinson 1989; Yao, Gholami, Keutzer, Mahoney, PyHessian, 2020, section III,
+        https://arxiv.org/abs/1912.07145
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes: expected at least 1, found {num_probes}")
+    generator = torch.Generator().manual_seed(seed)
+    found, weights = [], []
+    # Fused attention cannot be differentiated twice.
+    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        leaves = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        for inputs, labels in labelled_batches:
+            x = on_device(inputs, model)
+            outputs = first_output(functional_call(model, leaves, (x,)))
+            loss = F.cross_entropy(outputs, class_indices(labels.to(outputs.device), outputs))
+            slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+            for probe in range(num_probes):
+                z = [_signs(p, generator) for p in leaves.values()]
+                along = torch.stack([(s * v).sum() for s, v in zip(slopes, z, strict=True)]).sum()
+                curved = torch.autograd.grad(
+                    along, list(leaves.values()), retain_graph=probe + 1 < num_probes
+                )
+                found.append(sum(float((c * v).sum()) for c, v in zip(curved, z, strict=True)))
+                weights.append(len(x))
+    return _weighted(found, weights)
+
+
+# ---- small pieces ---------------------------------------------------------------------------
+
+
+def _square(model: nn.Module, name: str) -> float:
+    return float(model.get_parameter(f"{name}.weight").detach().square().sum())
+
+
+def _is_known(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    linear = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
+    return isinstance(owner, linear)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+
+
+def _weighted(values: Sequence[float], weights: Sequence[int]) -> Measurement:
+    """Return the mean of values over batches, by their sizes, and its standard error."""
+    x, w = torch.tensor(values).double(), torch.tensor(weights).double()
+    w /= w.sum()
+    mean = (w * x).sum()
+    if len(values) < 2:
+        return Measurement(float(mean))
+    error = ((w * (x - mean)).square().sum() * len(values) / (len(values) - 1)).sqrt()
+    return Measurement(float(mean), float(error))

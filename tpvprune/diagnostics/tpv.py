@@ -1,0 +1,415 @@
+"""TPV under other perturbations: SGD noise, quantization, label noise, and a real selection.
+
+Test prediction variance is E_x ||f(x; w + dw) - f(x; w)||^2, to first order Tr(H_eff C) with
+H_eff = E_x[J^T J] and C = E[dw dw^T]. Each perturbation comes in two forms: the trace form, from
+Jacobians at w, and the Monte-Carlo form, which draws dw and runs the perturbed network. Where they
+agree, first order carries; where training and held-out inputs agree, the measure is stable.
+
+Nothing here reads a label: label noise is noise on the network's own outputs, as in the paper.
+
+Source: Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089, section 4 and
+appendix F; definitions of step and noise as in its example for a CIFAR-10 ResNet-20.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from tpvprune.batches import unlabeled
+from tpvprune.diagnostics.jacobian_norms import (
+    Estimate,
+    JacobianNorms,
+    jacobian_norms,
+    mean_and_error,
+)
+from tpvprune.evaluation import output_variance
+from tpvprune.groups import ChannelGroups
+from tpvprune.removal import remove_channels
+from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.scores import output_changes
+
+StepOf = Literal["model", "tensor"]
+Draw = Callable[[str, Tensor, torch.Generator], Tensor]
+"""``draw(parameter name, its values, generator)`` returns its perturbation."""
+_Outputs = Callable[..., Tensor]
+
+
+# ---- perturbations with a diagonal covariance ------------------------------------------------
+
+
+def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, float]:
+    """Return the weight variance of stationary SGD, lr / (2 B), for every parameter.
+
+    The isotropic approximation of the paper: near a minimum of curvature H the gradient noise
+    H / B and the pull H balance at C = lr / (2 B) I.
+
+    Args:
+        model: The network.
+        lr: Learning rate.
+        batch_size: B.
+
+    Returns:
+        Variance by parameter name, in squared weight units.
+    """
+    return dict.fromkeys(_floating(model), lr / (2 * batch_size))
+
+
+def quantization_steps(
+    model: nn.Module, *, bits: int, step_of: StepOf = "model"
+) -> dict[str, float]:
+    """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter.
+
+    Args:
+        model: The network.
+        bits: b, 1 to 16.
+        step_of: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
+            parameter has its own, as quantizers do.
+
+    Returns:
+        Step by parameter name, in weight units; the variance of rounding is step^2 / 12.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits: expected 1 to 16, found {bits}")
+    if step_of not in {"model", "tensor"}:
+        raise ValueError(f"step_of: expected 'model' or 'tensor', found {step_of!r}")
+    values = {name: p.detach() for name, p in _floating(model).items()}
+    ends = {name: (float(p.min()), float(p.max())) for name, p in values.items()}
+    if step_of == "model":
+        widest = min(low for low, _ in ends.values()), max(high for _, high in ends.values())
+        ends = dict.fromkeys(ends, widest)
+    return {name: (high - low) / (2**bits - 1) for name, (low, high) in ends.items()}
+
+
+def quantized(model: nn.Module, *, bits: int, step_of: StepOf = "model") -> nn.Module:
+    """Return a copy with every parameter rounded to the nearest multiple of its step."""
+    steps = quantization_steps(model, bits=bits, step_of=step_of)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in _floating(rounded).items():
+            if steps[name] > 0:
+                p.copy_((p / steps[name]).round() * steps[name])
+    return rounded
+
+
+def gaussian(variances: Mapping[str, float]) -> Draw:
+    """Return a draw of independent normal noise of these variances."""
+    return lambda name, p, generator: (
+        torch.randn(p.shape, generator=generator) * variances[name] ** 0.5
+    )
+
+
+def uniform(steps: Mapping[str, float]) -> Draw:
+    """Return a draw of independent noise, uniform within half a step up and down."""
+    return lambda name, p, generator: (torch.rand(p.shape, generator=generator) - 0.5) * steps[name]
+
+
+@torch.no_grad()
+def perturbed_variance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    draw: Draw,
+    *,
+    num_draws: int = 20,
+    seed: int = 0,
+) -> Estimate:
+    """Measure E_dw E_x ||f(x; w + dw) - f(x; w)||^2 by drawing dw: the Monte-Carlo form of TPV.
+
+    Args:
+        model: The network; not changed.
+        batches: Re-iterable of unlabeled inputs.
+        draw: The perturbation of a parameter.
+        num_draws: Perturbed networks, >= 1; a forward over all inputs each.
+        seed: Of the draws.
+
+    Returns:
+        The variance in squared output units; the standard error is over draws, for these inputs.
+
+    Raises:
+        ValueError: If num_draws is below 1.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws: expected at least 1, found {num_draws}")
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [on_device(x, model) for x in unlabeled(batches)]
+    perturbed = copy.deepcopy(model)
+    weights, noisy = _floating(model), _floating(perturbed)
+    found = []
+    with evaluating(model, perturbed):
+        dense = [first_output(model(x)) for x in inputs]
+        for _ in range(num_draws):
+            for name, p in noisy.items():
+                p.copy_(weights[name] + draw(name, p, generator).to(p))
+            found.append(_distance([first_output(perturbed(x)) for x in inputs], dense))
+    return mean_and_error(torch.tensor(found, dtype=torch.float64))
+
+
+# ---- label noise -----------------------------------------------------------------------------
+
+
+def label_noise_variance(
+    model: nn.Module,
+    train_batches: Iterable[Any],
+    measured_batches: Sequence[Iterable[Any]],
+    *,
+    linear: bool = False,
+    noise: float = 0.1,
+    num_draws: int = 5,
+    epochs: int = 5,
+    lr: float = 1e-4,
+    momentum: float = 0.9,
+    seed: int = 0,
+) -> list[Estimate]:
+    r"""Measure how far noise on the training targets moves the outputs.
+
+    The targets are the network's own outputs plus normal noise eps; SGD with momentum fits them by
+    mean squared error, with fixed BatchNorm statistics, the same batches in the same order for
+    every draw, and TPV = E_eps E_x ||f(x; w_eps) - f(x; w)||^2. In the trace form (``linear``) the
+    network is replaced by its linearisation, f + J dw: then dw = A eps for the matrix A of the
+    whole training, C = sigma^2 A A^T, and the mean over draws estimates Tr(H_eff C).
+
+    Args:
+        model: The network; not changed.
+        train_batches: Inputs that it is trained on; these batches are the mini-batches.
+        measured_batches: Sets of inputs on which the outputs are compared.
+        linear: Trace form instead of Monte-Carlo; a step takes about twice as long.
+        noise: Standard deviation of eps, relative to the mean absolute output.
+        num_draws: Trainings, >= 1. The same seed draws the same noise for both forms.
+        epochs: Passes over the training inputs.
+        lr: Learning rate.
+        momentum: Of SGD.
+        seed: Of the noise.
+
+    Returns:
+        An estimate for each measured set, in squared output units; standard errors over draws.
+
+    Raises:
+        ValueError: If num_draws is below 1, or training diverges.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws: expected at least 1, found {num_draws}")
+    generator = torch.Generator().manual_seed(seed)
+    train = [on_device(x, model) for x in unlabeled(train_batches)]
+    measured = [[on_device(x, model) for x in unlabeled(b)] for b in measured_batches]
+    weights = {name: p.detach() for name, p in _floating(model).items()}
+    found: list[list[float]] = [[] for _ in measured]
+    with evaluating(model):
+
+        def outputs(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            return first_output(functional_call(model, parameters, (x,))).flatten(1)
+
+        with torch.no_grad():
+            dense = [outputs(weights, x) for x in train]
+            before = [[outputs(weights, x) for x in inputs] for inputs in measured]
+        scale = noise * torch.cat(dense).abs().mean()
+        for _ in range(num_draws):
+            eps = [torch.randn(f.shape, generator=generator).to(f) * scale for f in dense]
+            noisy = list(zip(train, dense, eps, strict=True))
+            moved = _trained(
+                outputs, weights, noisy, linear=linear, epochs=epochs, lr=lr, momentum=momentum
+            )
+            for inputs, fs, values in zip(measured, before, found, strict=True):
+                after = [_outputs_at(outputs, weights, moved, x, linear) for x in inputs]
+                values.append(_distance(after, [0 * f if linear else f for f in fs]))
+    estimates = [mean_and_error(torch.tensor(v, dtype=torch.float64)) for v in found]
+    if any(e.value != e.value or e.value == float("inf") for e in estimates):
+        raise ValueError(f"lr: training diverged at {lr:g}: pass a lower one")
+    return estimates
+
+
+def _trained(
+    outputs: _Outputs,
+    weights: dict[str, Tensor],
+    noisy: Sequence[tuple[Tensor, Tensor, Tensor]],
+    *,
+    linear: bool,
+    epochs: int,
+    lr: float,
+    momentum: float,
+) -> dict[str, Tensor]:
+    """Return dw after SGD on mean squared error; noisy holds (inputs, outputs at w, eps)."""
+    moved = {name: torch.zeros_like(p) for name, p in weights.items()}
+    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for _ in range(epochs):
+        for x, f, e in noisy:
+            at = weights if linear else {n: w + moved[n] for n, w in weights.items()}
+            now, *pull = vjp(partial(outputs, x=x), at)
+            change = _outputs_at(outputs, weights, moved, x, linear) if linear else now - f
+            gradient = pull[0](2 * (change - e).detach() / f.numel())[0]
+            for name, v in velocity.items():
+                v.mul_(momentum).add_(gradient[name])
+                moved[name] = moved[name] - lr * v
+    return moved
+
+
+def _outputs_at(
+    outputs: _Outputs,
+    weights: dict[str, Tensor],
+    moved: dict[str, Tensor],
+    x: Tensor,
+    linear: bool,
+) -> Tensor:
+    """Return f(w + dw), or J dw of the linearisation."""
+    with torch.no_grad():
+        if linear:
+            change: Tensor = jvp(partial(outputs, x=x), (weights,), (moved,))[1]
+            return change
+        return outputs({name: w + moved[name] for name, w in weights.items()}, x)
+
+
+# ---- a real selection ------------------------------------------------------------------------
+
+
+def selection_variance(
+    model: nn.Module,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    num_probes: int = 1,
+    seed: int = 0,
+) -> tuple[Estimate, float]:
+    r"""Predict the output variance of removing a whole selection, and measure it.
+
+    .. math:: E_x E_v \Big( \sum_{c \in R} v^T u_c(x) \Big)^2
+
+    over all removed channels R together (their interactions are in it), u_c as in
+    :func:`tpvprune.tpv_scores` without compensation. The ratio of the two says how far first
+    order carries.
+
+    Args:
+        model: The dense network.
+        groups: Its channel groups.
+        kept: What stays; groups left out stay whole.
+        batches: Re-iterable of unlabeled inputs.
+        num_probes: Directions per sample.
+        seed: Of the directions.
+
+    Returns:
+        The prediction, with its standard error over samples, and what was measured.
+    """
+    inputs = unlabeled(batches)
+    gone = {name: ~mask for name, mask in kept.items() if not bool(mask.all())}
+    rows = []
+    for changes, _ in output_changes(model, groups, inputs, num_probes=num_probes, seed=seed):
+        sums = [changes[name][:, :, mask].double().sum(2) for name, mask in gone.items()]
+        rows.append(torch.stack(sums).sum(0).square().mean(0).cpu())
+    pruned = remove_channels(model, groups, kept)
+    return mean_and_error(torch.cat(rows)), output_variance(pruned, model, inputs)
+
+
+# ---- training set against held-out set ------------------------------------------------------
+
+
+def stability_rows(
+    model: nn.Module,
+    train_batches: Iterable[Any],
+    held_out_batches: Iterable[Any],
+    *,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    bits: Sequence[int] = (8,),
+    step_of: StepOf = "model",
+    num_probes: int = 1,
+    num_draws: int = 20,
+    label_noise: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Compare TPV on the training set with TPV on a held-out set, perturbation by perturbation.
+
+    The paper's stability claim (theorem 3.1) is that the ratio is near one. Costs one pass of
+    :func:`~tpvprune.diagnostics.jacobian_norms` over both sets, and ``num_draws`` forwards for
+    each Monte-Carlo form.
+
+    Args:
+        model: The network.
+        train_batches: Unlabeled inputs that it was trained on.
+        held_out_batches: Others.
+        lr: Of SGD noise.
+        batch_size: Of SGD noise.
+        bits: Word lengths of quantization noise.
+        step_of: See :func:`quantization_steps`.
+        num_probes: Directions per sample.
+        num_draws: Of the Monte-Carlo forms.
+        label_noise: Options of :func:`label_noise_variance`; None leaves label noise out.
+        seed: Of all draws.
+
+    Returns:
+        Rows of plain data: ``perturbation``, ``form`` ("trace", "monte carlo", and "rounding" for
+        one real quantization), ``train``, ``train_stderr``, ``held_out``, ``held_out_stderr``,
+        ``ratio`` (train / held-out).
+    """
+    sets = [list(unlabeled(train_batches)), list(unlabeled(held_out_batches))]
+    norms = [jacobian_norms(model, s, num_probes=num_probes, seed=seed) for s in sets]
+    rows = []
+
+    def add(perturbation: str, form: str, found: Sequence[Estimate]) -> None:
+        rows.append(stability_row(perturbation, form, *found))
+
+    def both(perturbation: str, variances: Mapping[str, float], draw: Draw) -> None:
+        add(perturbation, "trace", [n.trace(variances) for n in norms])
+        drawn = [perturbed_variance(model, s, draw, num_draws=num_draws, seed=seed) for s in sets]
+        add(perturbation, "monte carlo", drawn)
+
+    variances = sgd_variances(model, lr=lr, batch_size=batch_size)
+    both("sgd noise", variances, gaussian(variances))
+    for b in bits:
+        steps = quantization_steps(model, bits=b, step_of=step_of)
+        both(f"{b}-bit quantization", {n: d * d / 12 for n, d in steps.items()}, uniform(steps))
+        rounded = quantized(model, bits=b, step_of=step_of)
+        exact = [Estimate(output_variance(rounded, model, s), float("nan")) for s in sets]
+        add(f"{b}-bit quantization", "rounding", exact)
+    if label_noise is not None:
+        for form, linear in (("trace", True), ("monte carlo", False)):
+            options = {"seed": seed, **label_noise, "linear": linear}
+            add("label noise", form, label_noise_variance(model, sets[0], sets, **options))
+    return rows
+
+
+def stability_row(
+    perturbation: str, form: str, train: Estimate, held_out: Estimate
+) -> dict[str, Any]:
+    """Return one row of :func:`stability_rows`; an unknown standard error is None."""
+    known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
+    return {
+        "perturbation": perturbation,
+        "form": form,
+        "train": train.value,
+        "train_stderr": known[0],
+        "held_out": held_out.value,
+        "held_out_stderr": known[1],
+        "ratio": train.value / held_out.value if held_out.value else None,
+    }
+
+
+def parameter_points(
+    train: JacobianNorms, held_out: JacobianNorms
+) -> list[tuple[str, Estimate, Estimate]]:
+    """Return (parameter, E||J_p||^2 on training inputs, on held-out inputs): a scatter plot."""
+    first, second = train.by_parameter(), held_out.by_parameter()
+    return [(name, first[name], second[name]) for name in train.names]
+
+
+# ---- small pieces ---------------------------------------------------------------------------
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+
+
+def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """Return E_x ||after - before||^2."""
+    total = sum(
+        float((a.double() - b.double()).square().sum())
+        for a, b in zip(after, before, strict=True)
+    )
+    return total / sum(map(len, before))

@@ -1,0 +1,84 @@
+"""Folders that lie on the Hugging Face hub, fetched or taken from its local cache."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+HUB = ("hf-hub:", "hf_hub:")
+# What loading reads; nothing else is fetched.
+_FILES = ["config.json", "model.safetensors"]
+
+
+def local_folder(folder: str | Path) -> Path:
+    """Return a folder as it lies on this machine; ``hf-hub:org/name[@revision]`` is fetched.
+
+    Args:
+        folder: A path, or a name on the hub.
+
+    Returns:
+        The path; of a name on the hub, that in its local cache.
+
+    Raises:
+        ValueError: If the hub cannot be reached and the cache does not hold it, or the hub has
+            no such repository or revision.
+    """
+    if not str(folder).startswith(HUB):
+        return Path(folder)
+    repo_id, _, revision = str(folder).partition(":")[2].partition("@")
+    go_offline_if_unreachable()
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_FILES))
+    except HFValidationError as error:
+        raise ValueError(f"{folder}: expected hf-hub:org/name, found another name") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{folder}: the hub has no revision {revision!r} of it") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{folder}: the hub has no such model, or it is private: run `hf auth login` for one "
+            "that you may read"
+        ) from error
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        raise ValueError(
+            f"{folder}: the hub cannot be reached, and the local cache does not hold it: check "
+            "the network, or copy the folder here and load that"
+        ) from error
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Tell whether an error of huggingface_hub means that there is no connection.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True if so, or if the hub was not asked and the cache does not hold the files.
+    """
+    # huggingface_hub has changed its HTTP library, and passes that one's errors on.
+    no_answer = isinstance(error, OSError) or "httpx" in type(error).__module__
+    return isinstance(error, LocalEntryNotFoundError) or (
+        no_answer and not isinstance(error, FileNotFoundError)
+    )
+
+
+def go_offline_if_unreachable() -> None:
+    """Spare the user a minute of retries where the hub's name does not resolve."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    endpoint = urlsplit(constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(endpoint.hostname, endpoint.port or 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True

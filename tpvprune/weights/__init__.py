@@ -1,0 +1,1 @@
+"""Single weights removed instead of whole channels: scores, masks, repair."""

@@ -1,0 +1,145 @@
+"""Weight removal as one call: scores -> masks -> repair -> proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from tpvprune.costs import count_macs
+from tpvprune.evaluation import agreement, output_variance
+from tpvprune.pipeline import _hold_back
+from tpvprune.running import on_device
+from tpvprune.weights.masks import Scope, density, pattern_of, select_n_of_m, select_weights
+from tpvprune.weights.repair import apply_masks, compensate_masked
+from tpvprune.weights.scores import WEIGHT_SCORERS, WeightScores
+
+WeightRepair = Literal["none", "compensate"]
+_SCOPES: Mapping[str, Scope] = {"tpv": "global", "magnitude": "global", "wanda": "row"}
+
+
+@dataclass(frozen=True)
+class WeightPruningResult:
+    """What :func:`prune_weights` returns; ``masks`` are True where a weight stays.
+
+    The shapes of ``model`` are the dense ones, its removed weights are zero. ``report`` is plain
+    data.
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    scores: WeightScores
+    report: dict[str, Any]
+
+
+def prune_weights(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    keep: float = 0.5,
+    pattern: str | None = None,
+    criterion: str = "tpv",
+    scope: Scope | None = None,
+    repair: WeightRepair = "compensate",
+    num_probes: int = 1,
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> WeightPruningResult:
+    """Set weights of convolutions and linear layers to zero, and refit the others, without labels.
+
+    Args:
+        model: Any vision model; untouched.
+        batches: Re-iterable of unlabeled inputs; the last tenth, at most 64, measures the result.
+        keep: Fraction of these weights that stays, in (0, 1]; a pattern sets its own.
+        pattern: ``"2:4"``: of every 4 neighbours along the input channels 2 stay; None: any.
+        criterion: ``"tpv"``, ``"magnitude"`` or ``"wanda"``.
+        scope: What is ranked together; default: everything, for ``"wanda"`` each output's row.
+        repair: ``"compensate"`` refits what stays, ``"none"`` does not.
+        num_probes: Random output directions per input (``"tpv"``).
+        ignore: Layers that stay whole.
+        seed: Of everything random.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        The result; ``report`` has weights, agreement and output variance before and after.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if criterion not in WEIGHT_SCORERS:
+        known = ", ".join(WEIGHT_SCORERS)
+        raise ValueError(
+            f"criterion: expected one of {known} for single weights, found {criterion!r}."
+        )
+    if repair not in get_args(WeightRepair):
+        raise ValueError(
+            f"repair: expected 'none' or 'compensate' for single weights, found {repair!r}."
+        )
+    if pattern is not None:
+        pattern_of(pattern)
+    fit, held = _hold_back(batches)
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, run: Callable[[], Any]) -> Any:
+        if progress is not None:
+            progress(stage, 0, 1)
+        start = time.perf_counter()
+        found = run()
+        seconds[stage] = time.perf_counter() - start
+        return found
+
+    options = {"num_probes": num_probes} if criterion == "tpv" else {}
+    score = WEIGHT_SCORERS[criterion]
+    scores = timed("scores", lambda: score(model, fit, ignore=ignore, seed=seed, **options))
+    if pattern is None:
+        masks = select_weights(scores, keep=keep, scope=scope or _SCOPES[criterion])
+    else:
+        masks = select_n_of_m(scores, pattern=pattern)
+    masked = apply_masks(model, masks)
+    pruned = masked
+    if repair == "compensate":
+        pruned = timed("compensation", lambda: compensate_masked(model, fit, masks, seed=seed))
+    models = {"none": masked, repair: pruned}
+    report = {
+        "granularity": pattern or "weight",
+        "keep": keep if pattern is None else density(masks),
+        "of": "weights",
+        "criterion": criterion,
+        "used_labels": False,
+        "repair": repair,
+        "repair_chosen": repair,
+        "seed": seed,
+        "num_images": sum(map(len, fit)),
+        "num_held_back": sum(map(len, held)),
+        "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
+        "output_variance": {n: output_variance(m, model, held) for n, m in models.items()},
+        "agreement": agreement(pruned, model, held),
+        "timings": seconds,
+        "blocked": [
+            {"name": n, "num_channels": m.numel(), "reason": f"inputs do not divide into {pattern}"}
+            for n, m in masks.items()
+            if bool(m.all()) and pattern is not None
+        ],
+        **_costs(model, masks, fit[0]),
+    }
+    return WeightPruningResult(pruned, masks, scores, report)
+
+
+def _costs(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> dict[str, Any]:
+    """Return dense and pruned costs; MACs count zeros too, as dense arithmetic does."""
+    params = sum(p.numel() for p in model.parameters())
+    macs, weights = count_macs(model, on_device(x[:1], model)), _total(masks)
+    gone = weights - sum(int(m.sum()) for m in masks.values())
+    return {
+        "dense": {"macs": macs, "params": params, "weights": weights},
+        "pruned": {"macs": macs, "params": params - gone, "weights": weights - gone},
+    }
+
+
+def _total(masks: Mapping[str, Tensor]) -> int:
+    return sum(m.numel() for m in masks.values())
+

@@ -1,0 +1,125 @@
+"""Refit what stays of every weight, layer by layer, so that the others take over.
+
+The problem of :mod:`tpvprune.compensation` with zeros prescribed. With W* the unconstrained
+refit and H its curvature (the second moments of the layer's inputs in the repaired network, plus
+ridge), the best weights of a row under a mask minimise (w - w*)^T H (w - w*); that is the update of
+optimal brain surgeon (Hassibi & Stork, NIPS 1992) for all removed weights R of the row at once,
+
+    w_K = w*_K + H_KK^-1 H_KR w*_R,
+
+solved exactly where rows are short, and column after column for all rows together, as by Frantar &
+Alistarh (SparseGPT, ICML 2023, https://arxiv.org/abs/2301.00774, algorithm 1), where they are long.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import unlabeled
+from tpvprune.branches import Plan
+from tpvprune.compensation import first_inputs, refit_run
+from tpvprune.running import evaluating, on_device
+
+_EXACT = 2e10  # multiplications of a layer up to which rows are solved one by one: a second or two
+_CHUNK = 1 << 25  # elements of row matrices at a time
+
+
+def compensate_masked(
+    dense: nn.Module,
+    batches: Iterable[Any],
+    masks: Mapping[str, Tensor],
+    *,
+    ridge: float = 1e-3,
+    rows_per_input: int = 24,
+    min_rows: int = 16384,
+    max_bytes: int = 4 << 30,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy of the model with masked weights zero and all others refitted.
+
+    Targets, order and intercepts are those of :func:`tpvprune.compensate_weights`: the dense
+    pre-activation, or at the end of a residual branch dense sum - repaired shortcut, on the inputs
+    that the layer sees in the repaired network.
+
+    Args:
+        dense: The network; untouched.
+        batches: Re-iterable of unlabeled inputs.
+        masks: BoolTensors by parameter name, True = stays.
+        ridge: Relative to the mean square of a layer's inputs, towards the dense weights.
+        rows_per_input: Sampled positions per unknown of a row ...
+        min_rows: ... but at least so many.
+        max_bytes: Memory for the activations of all inputs together.
+        seed: Of the sampled positions.
+
+    Returns:
+        The repaired copy.
+    """
+    repaired = copy.deepcopy(dense)
+    inputs = first_inputs(unlabeled(batches), dense, max_bytes)
+    plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
+
+    def constrain(name: str, weights: Tensor, curvature: Tensor) -> Tensor:
+        mask = masks.get(f"{name}.weight")
+        return weights if mask is None else masked_fit(weights, curvature, mask)
+
+    run = refit_run(
+        repaired, dense, inputs, groups=None, kept={}, plan=plan, ridge=ridge, constrain=constrain
+    )
+    with evaluating(repaired), torch.no_grad(), run:
+        repaired(torch.cat([on_device(x, repaired) for x in inputs]))
+    return apply_masks(repaired, masks)  # layers that no fit reached
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the model with masked weights zero."""
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            p = masked.get_parameter(name)
+            p.mul_(mask.to(p))
+    return masked
+
+
+def masked_fit(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
+    """Return the weights nearest to given ones, in the metric of the curvature, under a mask.
+
+    Args:
+        weights: Unconstrained minimiser [groups, outputs, unknowns].
+        curvature: Positive definite [groups, unknowns, unknowns].
+        mask: True = stays; as many elements as ``weights``.
+
+    Returns:
+        Weights that are zero outside of the mask.
+    """
+    mask = mask.reshape(weights.shape).to(weights.device)
+    num_rows, unknowns = weights[..., 0].numel(), weights.shape[2]
+    solve = _exact if num_rows * unknowns**3 / 3 <= _EXACT else _by_columns
+    fitted = [solve(w, h, m) for w, h, m in zip(weights, curvature, mask, strict=True)]
+    return torch.stack(fitted)
+
+
+def _exact(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
+    target = weights @ curvature
+    step = max(1, _CHUNK // curvature.numel())
+    rows = []
+    for t, m in zip(target.split(step), mask.to(weights).split(step), strict=True):
+        # H on what stays, the identity on what goes: one system per row, all of one size.
+        system = curvature * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
+        factor = torch.linalg.cholesky(system)
+        rows.append(torch.cholesky_solve((t * m)[..., None], factor)[..., 0] * m)
+    return torch.cat(rows)
+
+
+def _by_columns(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    fitted = weights.clone()
+    for j in range(weights.shape[1]):
+        error = fitted[:, j].masked_fill(mask[:, j], 0) / factor[j, j]
+        fitted[:, j:] -= error[:, None] * factor[j, j:]
+    return fitted * mask

@@ -1,0 +1,243 @@
+"""How much each single weight matters: TPV of its removal, and what it is compared with.
+
+Removing weight w_i is the perturbation dw = -w_i e_i, so TPV_i = w_i^2 (H_eff)_ii =
+E_x E_v (v^T J_i w_i)^2: the square is taken per sample, of the gradient that sums all positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.batches import unlabeled
+from tpvprune.branches import Layer, Plan, layers_by_weight
+from tpvprune.patches import patches_of, window_of
+from tpvprune.residuals import ridge_inverse
+from tpvprune.running import evaluating, on_device
+from tpvprune.sample_gradients import SampleGradients, sample_gradients
+from tpvprune.tracing.tracking import function_name
+
+WeightScores = Mapping[str, Tensor]
+"""Scores by parameter name, in the parameter's shape; bigger = keep."""
+
+
+def prunable_weights(model: nn.Module, *, ignore: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Return the weights of all convolutions and linear layers, by parameter name.
+
+    Args:
+        model: The network.
+        ignore: Layers that stay whole.
+
+    Returns:
+        The weights, detached; a weight that two layers share is there once.
+    """
+    layers = [layer for layer in layers_by_weight(model).values() if layer.name not in set(ignore)]
+    return {f"{layer.name}.weight": layer.module.weight.detach() for layer in layers}
+
+
+def magnitude_weight_scores(
+    model: nn.Module, batches: Iterable[Any] = (), *, ignore: Iterable[str] = (), seed: int = 0
+) -> dict[str, Tensor]:
+    """Score every weight by |w|; reads no input.
+
+    Args:
+        model: The network.
+        batches: Not read.
+        ignore: Layers that stay whole.
+        seed: Not used.
+
+    Returns:
+        Scores by parameter name.
+    """
+    return {name: w.abs() for name, w in prunable_weights(model, ignore=ignore).items()}
+
+
+def wanda_weight_scores(
+    model: nn.Module, batches: Iterable[Any], *, ignore: Iterable[str] = (), seed: int = 0
+) -> dict[str, Tensor]:
+    r"""Score every weight by |w_oj| ||x_j||, the norm over inputs and positions.
+
+    Source: Sun et al., A simple and effective pruning approach for large language models,
+    ICLR 2024, https://arxiv.org/abs/2306.11695, equation 1. In a convolution x_j is the input that
+    one kernel entry sees.
+
+    Args:
+        model: The network.
+        batches: Re-iterable of unlabeled inputs.
+        ignore: Layers that stay whole.
+        seed: Of the sampled positions.
+
+    Returns:
+        Scores by parameter name.
+    """
+    weights = prunable_weights(model, ignore=ignore)
+    scores = {}
+    for name, gram in input_grams(model, batches, set(weights), seed=seed).items():
+        norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [groups, unknowns]
+        w = weights[name]
+        scores[name] = (_grouped(w, len(gram)).abs() * norms[:, None].to(w)).reshape(w.shape)
+    return scores
+
+
+def tpv_weight_scores(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    compensated: bool = True,
+    num_probes: int = 1,
+    ridge: float = 1e-2,
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    r"""Score every weight by the output variance that its removal causes.
+
+    .. math:: \mathrm{TPV}_{oj} = w_{oj}^2 \;
+        E_x E_v \Big( \sum_p \delta_o(x, p)\, r_j(x, p) \Big)^2
+
+    with delta the gradient of v^T f by the layer's output and r = x, the layer's inputs (plain), or
+    the part of x_j that the other inputs of the row cannot predict, r_j = (P x)_j / P_jj,
+    P = (E[x x^T] + lambda I)^-1 (compensated): what is left after they stood in.
+
+    Args:
+        model: The network; run in eval mode, restored afterwards.
+        batches: Re-iterable of unlabeled inputs.
+        compensated: Score what is left after the other weights of the row stood in.
+        num_probes: Directions per sample, >= 1.
+        ridge: lambda, relative to the mean square of the layer's inputs.
+        ignore: Layers that stay whole.
+        seed: Of directions and sampled positions.
+
+    Returns:
+        Scores by parameter name, in squared output units.
+
+    Raises:
+        ValueError: If num_probes is below 1, or a score is not finite.
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
+    inputs = unlabeled(batches)
+    weights = prunable_weights(model, ignore=ignore)
+    maps: dict[str, Tensor] = {}
+    if compensated:
+        grams = input_grams(model, inputs, set(weights), seed=seed)
+        for name in list(grams):
+            maps[name] = torch.stack([_stand_in(g, ridge) for g in grams.pop(name)]).to(
+                weights[name]
+            )
+    sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+
+    def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
+        sums[name] += _squares(found, weights[name], maps.get(name))
+
+    num_samples = sum(
+        sample_gradients(
+            model, inputs, collect, num_probes=num_probes, seed=seed, only=list(weights)
+        )
+    )
+    scores = {}
+    for name, w in weights.items():
+        scores[name] = w.double().square() * sums[name] / (num_samples * num_probes)
+        if not bool(scores[name].isfinite().all()):
+            raise ValueError(
+                f"parameter {name!r}: expected finite scores, found NaN or infinity: check the "
+                "weights and the inputs"
+            )
+    return scores
+
+
+WEIGHT_SCORERS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "tpv": tpv_weight_scores,
+    "magnitude": magnitude_weight_scores,
+    "wanda": wanda_weight_scores,
+}
+
+
+# ---- inputs ---------------------------------------------------------------------------------
+
+
+def input_grams(
+    model: nn.Module,
+    batches: Iterable[Any],
+    names: set[str],
+    *,
+    max_positions: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Measure E[x x^T] of what every weight reads, over samples and sampled positions.
+
+    Args:
+        model: The network.
+        batches: Re-iterable of unlabeled inputs.
+        names: Parameter names of weights.
+        max_positions: At most so many positions of a sample are read.
+        seed: Of the positions.
+
+    Returns:
+        Parameter name -> [groups, unknowns, unknowns], float64.
+    """
+    watch = _InputGrams(layers_by_weight(model), names, max_positions, seed)
+    with evaluating(model), torch.no_grad():
+        for x in unlabeled(batches):
+            watch.plan = Plan(len(x), 0, max_positions * len(x), seed + watch.num_batches)
+            watch.num_batches += 1
+            with watch:
+                model(on_device(x, model))
+    return {name: gram / watch.num_rows[name] for name, gram in watch.sums.items()}
+
+
+class _InputGrams(TorchFunctionMode):
+    def __init__(
+        self, layers: dict[int, Layer], names: set[str], max_positions: int, seed: int
+    ) -> None:
+        super().__init__()
+        self._layers, self._names = layers, names
+        self.plan = Plan(1, 0, max_positions, seed)
+        self.sums: dict[str, Tensor] = {}
+        self.num_rows: dict[str, int] = {}
+        self.num_batches = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function_name(func) in {"linear", "conv1d", "conv2d"}:
+            layer = self._layers.get(id(args[1] if len(args) > 1 else kwargs.get("weight")))
+            if layer is not None and f"{layer.name}.weight" in self._names:
+                self._add(f"{layer.name}.weight", layer.module, args[0], window_of(args, kwargs))
+        return func(*args, **kwargs)
+
+    def _add(self, name: str, module: Any, x: Tensor, window: Any) -> None:
+        num = self.plan.num_inputs
+        if window is None:
+            num_positions = x.numel() // x.shape[-1] // num
+        else:
+            high, wide = window.outputs(x)
+            num_positions = high * wide * (len(x) // num)
+        positions = self.plan.positions(id(module), module, num_positions)
+        rows = patches_of(x, window, positions, getattr(module, "groups", 1))
+        gram = (rows.mT @ rows).double()
+        self.sums[name] = self.sums[name] + gram if name in self.sums else gram
+        self.num_rows[name] = self.num_rows.get(name, 0) + rows.shape[1]
+
+
+def _stand_in(gram: Tensor, ridge: float) -> Tensor:
+    """Return M [n, n] with (x M)_j the part of x_j that the others cannot predict."""
+    precision = ridge_inverse(gram, ridge)
+    return precision / precision.diagonal()
+
+
+def _squares(found: SampleGradients, weight: Tensor, stand_in: Tensor | None) -> Tensor:
+    """Return the sum over samples of squared gradients, in the weight's shape."""
+    gradients = found.dense()
+    if stand_in is not None:
+        gradients = gradients.reshape(len(gradients), len(stand_in), -1, stand_in.shape[1])
+        gradients = gradients @ stand_in
+    return gradients.square().sum(0).double().reshape(weight.shape)
+
+
+def _grouped(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight as [groups, outputs per group, unknowns]."""
+    return weight.reshape(groups, len(weight) // groups, -1)
+
