@@ -1,7 +1,7 @@
 """Work for several processes on this machine, asked for on stdin: JSON [job, size, folder, ...].
 
 The packages are imported once, then processes are forked for every line. Each leaves what its job
-returned in FOLDER/RANK.pt and what it printed in FOLDER/RANK.txt; exit codes and seconds go to
+returned in FOLDER/RANK.pt and what it printed in FOLDER/RANK.txt; exit codes and ends go to
 stdout.
 """
 
@@ -155,15 +155,20 @@ def lost(how, *argv):
     """A command in which the last process is killed, is stopped or fails while it scores."""
 
     def fail(*_, **__):
+        Path("lost").touch()
         if how == "fails":
             raise OSError("the disk of this machine is full")
         os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
 
     tpvprune.pipeline.find_groups = partial(tpvprune.find_groups, verify=False)
-    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        tpvprune.pipeline.variance_curves = fail
-    if how == "hangs":
-        distributed._BEAT, distributed._SILENCE, distributed._GRACE = 0.2, 3.0, 0.5
+    def impatient(*args, **kwargs):
+        # Only now: a process that imports on a busy machine may be silent for long.
+        distributed._SILENCE = 6.0
+        return tpvprune.variance_curves(*args, **kwargs)
+
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    tpvprune.pipeline.variance_curves = fail if last else impatient
+    distributed._BEAT, distributed._GRACE = 0.2, 2.0
     return main(argv)
 
 
@@ -192,7 +197,7 @@ def child(rank, size, port, job, arguments):
 
 
 def fork(job, size, arguments):
-    """Return exit code (minus the signal) and seconds of each; None where only a kill helped."""
+    """Return exit code (minus the signal) and end of each; None where only a kill helped."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     start, running, ended = time.monotonic(), {}, {}
@@ -205,8 +210,7 @@ def fork(job, size, arguments):
         for number in list(running):
             done, status = os.waitpid(number, os.WNOHANG)
             if done:
-                seconds = time.monotonic() - start
-                ended[running.pop(number)] = (os.waitstatus_to_exitcode(status), seconds)
+                ended[running.pop(number)] = (os.waitstatus_to_exitcode(status), time.time())
         if job == "lost" and list(running.values()) == [size - 1]:
             break  # it hangs, as it was told to
         time.sleep(0.02)

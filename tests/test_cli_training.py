@@ -71,7 +71,7 @@ def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(
         *("seed", "versions", "training", "output"),
     }
     training = document["training"]
-    assert (training["epochs"], training["lr"], training["num_images"]) == (2, 0.01, 36)
+    assert (training["epochs"], training["lr"], training["num_images"]) == (2, 0.001, 36)
     assert training["num_held_back"] == 4
     assert training["seconds"] > 0
     for side in ("before", "after"):

@@ -340,7 +340,7 @@ class TestModels:
         ("name", "options", "message"),
         [
             ("test_resnet", {"model_kwargs": {"foo": 1}}, "cannot be built.*foo"),
-            ("local-dir:/none", {}, "cannot be found"),
+            ("local-dir:/none", {}, "expected /none/config.json of timm, found none"),
             ("resnet18.nonsense", {"pretrained": True}, "Invalid pretrained tag"),
             ("test_resnet", {"checkpoint": "/none"}, "/none: no such checkpoint file"),
             ("test_resnet", {"checkpoint": "/none", "pretrained": True}, "found both"),

@@ -48,6 +48,7 @@ def test_commands_of_the_readme_are_understood():
     assert {build_parser().parse_args(command).command for command in commands} == {
         "prune",
         "evaluate",
+        "distill",
     }
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
     assert {line.split()[1] for line in lines if line.startswith("make ")} <= set(targets)

@@ -66,6 +66,40 @@ def case(request):
     return model, find_groups(model, torch.randn(1, 3, size, size)), size, (name, kwargs), expected
 
 
+# The attributes that timm caches (num_heads, head_dim, scale, bias tables) must fit both ways.
+ATTENTIVE = [
+    ("test_vit", 32, {"img_size": 32}),
+    ("test_vit_relpos", 32, {"img_size": 32}),
+    ("beit_base_patch16_224", 32, {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}),
+    ("eva02_tiny_patch14_224", 28, {"img_size": 28, "depth": 1, "embed_dim": 48, "num_heads": 3}),
+    ("deit3_small_patch16_224", 32, {"img_size": 32, "depth": 1, "embed_dim": 48}),
+    ("swin_tiny_patch4_window7_224", 56, {"img_size": 56, "embed_dim": 24, "depths": (2, 1)}),
+    ("cait_xxs24_224", 32, {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}),
+    ("hiera_tiny_224", 64, {"img_size": (64, 64), "embed_dim": 24, "stages": (1, 1, 1, 1)}),
+    ("mobilevit_xxs", 32, {}),
+    ("pvt_v2_b0", 64, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "kwargs"), ATTENTIVE, ids=[m[0] for m in ATTENTIVE])
+def test_fused_and_unfused_attention_agree_after_heads_are_removed(name, size, kwargs):
+    model = build(name, kwargs)
+    groups = find_groups(model, torch.randn(1, 3, size, size), verify=False)
+    heads = {g.name for g in groups if g.unit == "head" and g.num_channels > 1}
+    assert heads
+    small = remove_channels(model, groups, {n: m for n, m in half(groups).items() if n in heads})
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    attentions = [m for m in small.double().modules() if hasattr(m, "fused_attn")]
+    assert attentions
+    found = []
+    for fused in (True, False):
+        for module in attentions:
+            module.fused_attn = fused
+        with torch.no_grad():
+            found.append(small(x))
+    assert torch.allclose(*found, rtol=1e-8, atol=1e-10)
+
+
 def masked_and_removed(model, groups, kept, size):
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     model = copy.deepcopy(model).double()

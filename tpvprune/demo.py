@@ -199,10 +199,10 @@ def _save(
 ) -> None:
     rows = []
     for row in document["comparison"]:
-        shown = {key: value for key, value in row.items() if key != "top1_cut_only"}
+        cells = {key: value for key, value in row.items() if key != "top1_cut_only"}
         if "top1_cut_only" in row:
-            shown["Cut only"] = f"{100 * row['top1_cut_only']:.1f}\u202f%"
-        rows.append(shown)
+            cells["Cut only"] = f"{100 * row['top1_cut_only']:.1f}\u202f%"
+        rows.append(cells)
     save_pruned(
         result,
         args.output,

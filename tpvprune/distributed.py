@@ -144,7 +144,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
             raise told from None
         raise
     else:
-        watch.stop()
+        watch.leave()
         dist.destroy_process_group()
     finally:
         watch.stop()
@@ -199,7 +199,9 @@ def _told(store: Any, watch: _Watch, error: BaseException) -> Exception | None:
     lost = watch.lost or isinstance(error, (LostProcessError, KeyboardInterrupt))
     if lost:
         time.sleep(0.5)  # a process that fails closes its connections: its words come first
-    if not _first_to_fail(store):
+    first = _first_to_fail(store)
+    watch.leave()
+    if not first:
         return OtherProcessError("another process failed and has said why")
     return LostProcessError(watch.lost) if watch.lost else None
 
@@ -223,11 +225,14 @@ class _Watch(threading.Thread):
         self._store.set(self._names[rank], "0")
 
     def stop(self) -> None:
+        """Listen no longer."""
+        self._done.set()
+
+    def leave(self) -> None:
         """Tell the others that silence means nothing from now on."""
-        if not self._done.is_set():
-            self._done.set()
-            with suppress(RuntimeError):
-                self._store.set(self._names[self._rank], "done")
+        self.stop()
+        with suppress(RuntimeError):
+            self._store.set(self._names[self._rank], "done")
 
     def linger(self) -> None:
         """Hold the store a little longer: the others ask there who speaks of a failure."""

@@ -150,9 +150,9 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
     group.add_argument(
         "--lr",
         type=positive,
-        default=0.01,
+        default=0.001 if teacher else 0.01,
         metavar="X",
-        help="peak learning rate; a high one undoes what compensation has won (0.01)",
+        help="peak learning rate; a high one undoes what compensation has won (%(default)g)",
     )
     if teacher:
         group.add_argument(

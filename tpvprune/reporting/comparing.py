@@ -197,7 +197,8 @@ def _width(group: Mapping[str, Any] | None, i: int) -> str:
 
 def _commands(runs: Sequence[Run]) -> str:
     items = "".join(
-        f'<p class="dot c{i}">{escape(name)}</p><pre>{escape(command_lines(report["command"]))}</pre>'
+        f'<p class="dot c{i}">{escape(name)}</p>'
+        f"<pre>{escape(command_lines(report['command']))}</pre>"
         for i, (name, report) in enumerate(runs)
         if report.get("command")
     )
