@@ -113,7 +113,9 @@ def speed(ratio):
     return Speed(1.0, ratio, ratio, ratio, ratio, 1, 9)
 
 
-@pytest.mark.parametrize("truth", [lambda a: a + 0.1, lambda a: 0.7 * a, lambda a: a**0.5])
+@pytest.mark.parametrize(
+    "truth", [lambda a: a + 0.1, lambda a: 0.7 * a, lambda a: a**0.5, lambda a: a**4]
+)
 def test_a_wrong_table_is_corrected_by_the_clock(truth):
     chosen, found = as_fast_as(0.6, 0.6, lambda aim: aim, lambda aim: speed(truth(aim)))
     assert found.ratio == truth(chosen)

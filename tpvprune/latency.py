@@ -171,14 +171,22 @@ def as_fast_as(
         The choice and its speed; the last one that was tried if none is fast enough.
     """
     best: tuple[T, Speed] | None = None
+    fast, slow = 0.0, 1.0  # the largest aim known to be fast enough, the least known not to be
     for _ in range(_TRIES):
         chosen = choose(aim)
         speed = measure(chosen)
-        if speed.ratio <= keep and (best is None or speed.ratio > best[1].ratio):
-            best = chosen, speed
+        if speed.ratio <= keep:
+            fast = max(fast, aim)
+            if best is None or speed.ratio > best[1].ratio:
+                best = chosen, speed
+        else:
+            slow = min(slow, aim)
         if best is not None and best[1].ratio > _NEAR * keep:
             break
-        aim = min(1.0, aim * _CAUTION * keep / speed.ratio)
+        # In proportion; between what is known where that leads astray: time is not proportional.
+        aim *= _CAUTION * keep / speed.ratio
+        if not fast < aim < slow:
+            aim = (fast + slow) / 2
     return best or (chosen, speed)
 
 
