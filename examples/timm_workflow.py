@@ -60,7 +60,7 @@ def validate(model: nn.Module, batches: Iterable[Any]) -> float:
     return float(top1.avg)
 
 
-def main(epochs: int = 12) -> None:
+def main(epochs: int = 12, distill_epochs: int = 10) -> None:
     """Do all four, and print what each model has."""
     torch.manual_seed(0)
     folder = Path(mkdtemp())
@@ -70,8 +70,10 @@ def main(epochs: int = 12) -> None:
     dense = train(model, labelled, epochs)
 
     batches = [images for images, _ in labelled][:4]  # 256 images, no labels
-    result = tpvprune.prune(dense, batches, keep=0.4)
-    distilled = tpvprune.distill(result.model, dense, labelled, epochs=4, freeze_batchnorm=True)
+    result = tpvprune.prune(dense, batches, keep=0.25)
+    distilled = tpvprune.distill(  # drops the labels of the loader
+        result.model, dense, labelled, epochs=distill_epochs, lr=1e-3, opt="adamw"
+    )
     tpvprune.save_pruned(distilled, folder / "smaller")
 
     smaller = tpvprune.load_pruned(folder / "smaller")
