@@ -36,7 +36,7 @@ def distill(
     sched: str = "cosine",
     weight_decay: float = 1e-4,
     warmup_epochs: float = 0.2,
-    clip_grad: float | None = None,
+    clip_grad: float | None = 1.0,
     ema_decay: float | None = None,
     amp: torch.dtype | None = None,
     freeze_batchnorm: bool = False,
@@ -52,8 +52,9 @@ def distill(
     as in compensation before; or, for classifiers, the divergence of their classes at a
     temperature (``divergence``). Before the first update the statistics of BatchNorm are brought
     up to date without changing the function (``batchnorm.rebase_batchnorm``).
-    A high learning rate throws away what compensation has won: 0.001 is safe, networks with
-    BatchNorm and many images to learn from bear 0.01.
+    A high learning rate throws away what compensation has won: networks with BatchNorm and many
+    images to learn from bear 0.01. Gradients are clipped because this loss, unlike cross-entropy,
+    can have very large ones.
     Images of which the dense model is sure teach little: ``augmentation.mix`` helps.
 
     Args:

@@ -188,7 +188,11 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
         "--warmup-epochs", type=float, default=0.2, metavar="X", help="rise to the peak (0.2)"
     )
     group.add_argument(
-        "--clip-grad", type=positive, metavar="X", help="largest norm of the gradient (any)"
+        "--clip-grad",
+        type=positive,
+        default=1.0 if teacher else None,
+        metavar="X",
+        help=f"largest norm of the gradient ({'1' if teacher else 'any'})",
     )
     group.add_argument(
         "--model-ema-decay", type=float, metavar="X", help="save the moving average of the weights"
