@@ -5,12 +5,19 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SHELL := bash
 
-.PHONY: help demo test lint clean
+# What the API reference shows; the command line is described by its own --help.
+API := tpvprune tpvprune.diagnostics tpvprune.baselines tpvprune.weights.scores \
+  tpvprune.weights.masks tpvprune.weights.repair tpvprune.weights.pruning tpvprune.latency \
+  tpvprune.augmentation tpvprune.batches tpvprune.data tpvprune.models tpvprune.preprocessing \
+  tpvprune.cifar_resnet
+
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo   prune a small model on real images, offline; the report lands in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff and mypy"
+	@echo "make docs   build the API reference from the docstrings, into site/"
 	@echo "make clean  remove the virtual environment, caches and the demo's output"
 	@echo "PYTHON=/path/to/python3 chooses the interpreter (3.10 or newer)"
 
@@ -24,6 +31,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+docs: $(STAMP)
+	$(RUN) -m pdoc --docformat google --math --output-directory site $(API)
 
 # The stamp is written last: an interrupted installation leaves none and is taken up again.
 # Debian's Python comes without ensurepip; the second venv line then borrows the system's pip.
@@ -46,4 +56,4 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) demo-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -12,20 +12,19 @@ row with keep 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from environment import write_environment
+from rows import append, grouped, mean_and_sd, read
 
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.data import open_images
-from tpvprune.evaluation import evaluate
+from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.loading import choose_images, in_memory
 from tpvprune.models import load_model
 from tpvprune.pipeline import prune
@@ -41,20 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"oneshot-{args.model}.csv"
-    done = read(path)
+    done = read(path, KEY)
     model, _ = load_model(args.model, checkpoint=args.checkpoint)
     test = images(args, model, args.test_dir, None, 0)
     dense: float | None = None
+    answers: list[torch.Tensor] = []
     for seed in range(args.seeds):
         wanted = [w for w in settings(args, seed) if tuple(map(str, w)) not in done]
         if not wanted:
             continue
-        dense = dense or evaluate(model, test).top1
+        if dense is None:
+            dense, answers = evaluate(model, test).top1, model_outputs(model, test)
         train = images(args, model, args.train_dir, args.num_images, seed)
         for key in wanted:
-            row = measure(model, train, test, dict(zip(KEY, key, strict=True)))
+            row = measure(model, train, (test, answers), dict(zip(KEY, key, strict=True)))
             row["dense_top1"] = f"{100 * dense:.2f}"
-            append(path, row)
+            append(path, row, COLUMNS)
             print(f"{row['criterion']} keep {row['keep']} seed {seed}: {row['top1']}", flush=True)
     write_environment(path.with_suffix(".json"), args)
     print(markdown(path))
@@ -115,8 +116,9 @@ def images(args: argparse.Namespace, model: Any, folder: str, num: int | None, s
     )
 
 
-def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str, Any]:
-    """Prune once and return the finished row."""
+def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str, Any]:
+    """Prune once and return the finished row; ``proof`` is the test set and the dense answers."""
+    test, answers = proof
     start = time.perf_counter()
     result = prune(
         model,
@@ -130,7 +132,7 @@ def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str,
         labelled_batches=train if key["criterion"] in NEEDS_LABELS else None,
     )
     seconds = time.perf_counter() - start
-    found = evaluate(result.model, test, dense=model)
+    found = evaluate(result.model, test, dense=answers)
     before, after = result.report["dense"], result.report["pruned"]
     macs, params = (after[k] / before[k] for k in ("macs", "params"))
     if macs > key["keep"] + 1e-9:
@@ -145,40 +147,16 @@ def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str,
     }
 
 
-def read(path: Path) -> set[tuple[str, ...]]:
-    """Return the keys of the rows that exist."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Write one finished row."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if new:
-            table.writeheader()
-        table.writerow(row)
-
-
 def markdown(path: Path) -> str:
     """Return the table of a result file: mean ± sd of top-1 over the seeds."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            groups[tuple(row[k] for k in KEY[:-1])].append(row)
     lines = [
         "| model | criterion | widths | repair | steps | images | MACs kept | top-1 | dense "
         "| seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, rows in groups.items():
-        top1 = [float(r["top1"]) for r in rows]
-        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+    for key, rows in grouped(path, KEY[:-1]).items():
         macs = statistics.mean(float(r["macs_kept"]) for r in rows)
-        cells = [*key[:6], f"{macs:.3f}", f"{statistics.mean(top1):.2f}{spread}"]
+        cells = [*key[:6], f"{macs:.3f}", mean_and_sd(rows, "top1")]
         lines.append("| " + " | ".join([*cells, rows[0]["dense_top1"], str(len(rows))]) + " |")
     return "\n".join(lines)
 

@@ -3,19 +3,17 @@
     python benchmarks/weights.py --model cifar_resnet56 --checkpoint FILE \
         --train-dir cifar10-train.tar --test-dir cifar10-test.tar --seeds 3
 
-A seed draws the unlabeled training images and the probes. Criteria that can rank weights across
-layers (tpv, magnitude) and within them (row) are given each; 2:4 ranks within four neighbours. One
-CSV row per (model, granularity, criterion, scope, repair, keep, images, seed); rows that exist are
-skipped, so a run that was stopped goes on. Ends with a Markdown table, mean ± sd over the seeds.
+A seed draws the unlabeled training images and the probes. Magnitude, which can rank weights across
+layers and within them, is given both; 2:4 ranks within four neighbours, in tpv's case with all
+others of the row standing in. One CSV row per (model, granularity, criterion, scope, repair, keep,
+images, seed); rows that exist are skipped, so a run that was stopped goes on. Ends with a Markdown
+table, mean ± sd over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,16 @@ from typing import Any
 import torch
 from environment import write_environment
 from oneshot import images
+from rows import append, grouped, mean_and_sd, read
 
-from tpvprune.evaluation import evaluate
+from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.models import load_model
 from tpvprune.weights.pruning import prune_weights
 
 KEY = ["model", "granularity", "criterion", "scope", "repair", "keep", "num_images", "seed"]
 COLUMNS = [*KEY, "density", "top1", "dense_top1", "agreement", "output_variance", "seconds"]
-RANKINGS = [("tpv", "global"), ("magnitude", "global"), ("magnitude", "layer"), ("wanda", "row")]
+PATTERNED = [("tpv", "joint"), ("magnitude", "neighbours"), ("wanda", "neighbours")]
+FREE = [("tpv", "joint"), ("magnitude", "global"), ("magnitude", "layer"), ("wanda", "row")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"weights-{args.model}.csv"
-    done = read(path)
+    done = read(path, KEY)
     model, _ = load_model(args.model, checkpoint=args.checkpoint)
     test = images(args, model, args.test_dir, None, 0)
     dense: float | None = None
+    answers: list[torch.Tensor] = []
     for seed in range(args.seeds):
         wanted = [key for key in settings(args, seed) if tuple(map(str, key)) not in done]
         if not wanted:
             continue
-        dense = dense or evaluate(model, test).top1
+        if dense is None:
+            dense, answers = evaluate(model, test).top1, model_outputs(model, test)
         train = images(args, model, args.train_dir, args.num_images, seed)
         for key in wanted:
-            row = measure(model, train, test, dict(zip(KEY, key, strict=True)))
-            append(path, row | {"dense_top1": f"{100 * dense:.2f}"})
+            row = measure(model, train, (test, answers), dict(zip(KEY, key, strict=True)))
+            append(path, row | {"dense_top1": f"{100 * dense:.2f}"}, COLUMNS)
             print(" ".join(map(str, key)), row["top1"], flush=True)
     write_environment(path.with_suffix(".json"), args)
     print(markdown(path))
@@ -78,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
     """Return the keys of all rows of one seed."""
-    patterned = [("2:4", c, "neighbours", 0.5) for c in ("tpv", "magnitude", "wanda")]
-    free = [("weight", c, scope, keep) for keep in args.keep for c, scope in RANKINGS]
+    patterned = [("2:4", c, scope, 0.5) for c, scope in PATTERNED]
+    free = [("weight", c, scope, keep) for keep in args.keep for c, scope in FREE]
     return [
         (args.model, granularity, criterion, scope, repair, keep, args.num_images, seed)
         for repair in args.repair
@@ -87,8 +89,9 @@ def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
     ]
 
 
-def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str, Any]:
-    """Prune once and return the finished row."""
+def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str, Any]:
+    """Prune once and return the finished row; ``proof`` is the test set and the dense answers."""
+    test, answers = proof
     start = time.perf_counter()
     free = key["granularity"] == "weight"
     result = prune_weights(
@@ -97,12 +100,12 @@ def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str,
         keep=key["keep"],
         pattern=None if free else key["granularity"],
         criterion=key["criterion"],
-        scope=key["scope"] if free else None,
+        scope=None if key["scope"] == "neighbours" else key["scope"],
         repair=key["repair"],
         seed=key["seed"],
     )
     seconds = time.perf_counter() - start
-    found = evaluate(result.model, test, dense=model)
+    found = evaluate(result.model, test, dense=answers)
     before, after = (result.report[which]["weights"] for which in ("dense", "pruned"))
     return key | {
         "density": f"{after / before:.4f}",
@@ -113,40 +116,15 @@ def measure(model: Any, train: Any, test: Any, key: dict[str, Any]) -> dict[str,
     }
 
 
-def read(path: Path) -> set[tuple[str, ...]]:
-    """Return the keys of the rows that exist."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Write one finished row."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if new:
-            table.writeheader()
-        table.writerow(row)
-
-
 def markdown(path: Path) -> str:
     """Return the table of a result file: mean ± sd over the seeds."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            groups[tuple(row[k] for k in KEY[:-1])].append(row)
     lines = [
         "| model | removed | criterion | ranked in | repair | keep | top-1 | variance | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, rows in groups.items():
-        cells = [*key[:6]]
-        for column in ("top1", "output_variance"):
-            values = [float(row[column]) for row in rows]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
+    for key, rows in grouped(path, KEY[:-1]).items():
+        measured = (mean_and_sd(rows, column) for column in ("top1", "output_variance"))
+        cells = [*key[:6], *measured]
         lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
     return "\n".join(lines)
 

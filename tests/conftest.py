@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 
+from tpvprune.cli import main
+
 torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer where the caller asks for fewer
 
 
@@ -17,6 +19,20 @@ def _fixed_seed():
 def untouched():
     """Return a context manager that fails if its body changed a model or a global setting."""
     return _untouched
+
+
+@pytest.fixture
+def run(root, capsys, monkeypatch):
+    """Run one command in the module's folder `root`; return exit code, stdout and stderr."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*argv):
+        capsys.readouterr()  # what `root` printed, or an earlier step of the test
+        code = main([str(arg) for arg in argv])
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 
 import tpvprune
 import tpvprune.pipeline
-from tpvprune import distributed
+from tpvprune import distributed, membership
 from tpvprune.augmentation import HeldImages
 from tpvprune.cli import main
 from tpvprune.criteria import scorer
@@ -132,7 +132,7 @@ def training(state=None):
 
 def dealing():
     def work(task):
-        assert distributed.num_processes() == 1
+        assert membership.num_processes() == 1
         yield from [(task, i) for i in range(task % 3)]
 
     return {"results": list(distributed.dealt(range(7), work))}
@@ -145,7 +145,7 @@ def command(*argv):
 def disagreement():
     distributed.check_same("numbers", torch.arange(3))
     try:
-        distributed.check_same("numbers", {"a": torch.tensor(distributed.rank())})
+        distributed.check_same("numbers", {"a": torch.tensor(membership.rank())})
     except ValueError as error:
         return {"message": str(error)}
     return None
@@ -161,14 +161,15 @@ def lost(how, *argv):
         os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
 
     tpvprune.pipeline.find_groups = partial(tpvprune.find_groups, verify=False)
+
     def impatient(*args, **kwargs):
         # Only now: a process that imports on a busy machine may be silent for long.
-        distributed._SILENCE = 6.0
+        membership._SILENCE = 6.0
         return tpvprune.variance_curves(*args, **kwargs)
 
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     tpvprune.pipeline.variance_curves = fail if last else impatient
-    distributed._BEAT, distributed._GRACE = 0.2, 2.0
+    membership._BEAT, membership._GRACE = 0.2, 2.0
     return main(argv)
 
 
@@ -176,7 +177,7 @@ def run(job, arguments):
     # `command` and `lost` join by themselves.
     if job in {"command", "lost"}:
         return globals()[job](*arguments)
-    with distributed.joined():
+    with membership.joined():
         torch.save(globals()[job](*arguments), f"{os.environ['RANK']}.pt")
     return 0
 

@@ -35,19 +35,6 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(root, capsys, monkeypatch):
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def test_audit_writes_json_and_page(root):
     found = json.loads((root / "out" / "audit.json").read_text())
     assert found["used_labels"] is False

@@ -37,19 +37,6 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(root, capsys, monkeypatch):
-    """Run one command in the folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*argv):
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def flags(output, *extra, data="flat"):
     model = ["--model", "test_resnet", "--checkpoint", "weights.pt"]
     return ["prune", *model, "--data-dir", data, *FAST, *extra, "--output", output]
@@ -76,7 +63,9 @@ class TestPrune:
         assert 0 <= document["pruned"]["top1"] <= 1
         assert document["pruned"]["macs"] <= 0.5 * document["dense"]["macs"]
         assert document["images"] == {
-            "source": "flat", "num_images": 24, "agreement_on": "24 labelled images"
+            "source": "flat",
+            "num_images": 24,
+            "agreement_on": "24 labelled images",
         }
         assert max(map(len, err.splitlines())) <= 80
 

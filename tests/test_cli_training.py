@@ -41,19 +41,6 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(root, capsys, monkeypatch):
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def distil(output, *extra, data="flat"):
     return ["distill", "small", "--data-dir", data, *TRAIN, *extra, "--output", output]
 

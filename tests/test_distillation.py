@@ -448,7 +448,7 @@ def test_finetuning_needs_labels_of_the_model(labels, message):
         ({"lr": math.nan}, "lr: expected a number above 0"),
         ({"loss": "prayer"}, "loss: expected logits or divergence, found 'prayer'"),
         ({"temperature": -1}, "temperature: expected a number above 0, found -1"),
-        ({"opt": "sdg"}, "opt: expected a name of timm.optim, found 'sdg'"),
+        ({"opt": "sdg"}, "opt: expected a name of timm.optim, of first order, found 'sdg'"),
         ({"sched": "plateau"}, "sched: expected one of cosine"),
         ({"weight_decay": -1}, "weight_decay: expected at least 0"),
         ({"warmup_epochs": 1}, "warmup_epochs: expected 0 to less than epochs"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from images import write_images
 
 from tpvprune import distributed
-from tpvprune.distributed import _present, _Team
+from tpvprune.membership import Team, present
 from tpvprune.taps import probe_directions
 
 PROCESSES = Path(__file__).with_name("processes.py")
@@ -102,7 +102,7 @@ def test_torchrun_gives_what_one_process_gives(start, tmp_path):
     command = [*torchrun, "-m", "tpvprune", *prune(images, tmp_path / "two")]
     two = subprocess.run(command, capture_output=True, text=True, check=False)
     assert two.returncode == 0, two.stderr
-    expected, document = json.loads(one[2][0][one[2][0].index("{\n"):]), json.loads(two.stdout)
+    expected, document = json.loads(one[2][0][one[2][0].index("{\n") :]), json.loads(two.stdout)
     assert two.stderr.count("saved:") == 1
     assert document["pruned"]["macs"] == expected["pruned"]["macs"]
     assert document["num_images"] == expected["num_images"] == 10
@@ -149,7 +149,7 @@ def test_bad_input_is_said_once(start, tmp_path):
 @pytest.fixture
 def as_process(monkeypatch):
     def pretend(rank, size):
-        monkeypatch.setattr(_present, "team", _Team(rank, size))
+        monkeypatch.setattr(present, "team", Team(rank, size))
 
     return pretend
 
@@ -160,13 +160,13 @@ def test_shares_are_a_partition_that_knows_its_places(sizes, num):
     seen = []
     try:
         for rank in range(num):
-            _present.team = _Team(rank, num)
+            present.team = Team(rank, num)
             mine = torch.cat([whole[:0], *distributed.shard(whole.split(sizes))])
             assert torch.equal(mine, distributed.places(0, len(mine)))
             assert len(mine) == distributed.share(len(whole))
             seen.append(mine)
     finally:
-        _present.team = _Team()
+        present.team = Team()
     assert torch.equal(torch.cat(seen).sort().values, whole)
 
 

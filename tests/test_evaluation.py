@@ -11,6 +11,7 @@ from tpvprune.evaluation import (
     count_params,
     evaluate,
     measure_latency,
+    model_outputs,
     output_variance,
 )
 
@@ -271,3 +272,13 @@ def test_fused_and_plain_vit_cost_the_same():
         for layer in model.blocks:
             layer.attn.fused_attn = fused
         assert count_macs(model, torch.randn(2, 3, 32, 32)) == expected
+
+
+def test_held_outputs_compare_as_the_model_does():
+    torch.manual_seed(0)
+    dense, pruned = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2))
+    batches = [(torch.randn(n, 3, 2, 2), torch.randint(0, 3, (n,))) for n in (5, 2)]
+    held = model_outputs(dense, batches)
+    assert evaluate(pruned, batches, dense=held) == evaluate(pruned, batches, dense=dense)
+    with pytest.raises(ValueError, match="expected outputs for every batch, found 1"):
+        evaluate(pruned, batches, dense=held[:1])

@@ -10,7 +10,7 @@ from images import write_classes, write_images
 
 from tpvprune.checkpoint import save_pruned
 from tpvprune.cli import main
-from tpvprune.command_line import commands
+from tpvprune.command_line import benchmark, commands
 from tpvprune.models import load_model
 from tpvprune.pipeline import prune
 
@@ -48,16 +48,9 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(root, capsys, monkeypatch):
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*argv):
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    yield run
+@pytest.fixture(autouse=True)
+def _own_module_forgotten():
+    yield
     sys.modules.pop("mine_for_tests", None)
 
 
@@ -98,8 +91,11 @@ def test_interruption_says_what_became_of_the_output(run, monkeypatch, tmp_path)
     def interrupt(_):
         raise KeyboardInterrupt
 
-    for command, words in (("prune", "nothing was written"), ("benchmark", "the same command")):
-        monkeypatch.setattr(commands, f"run_{command}", interrupt)
+    for command, home, words in (
+        ("prune", commands, "nothing was written"),
+        ("benchmark", benchmark, "the same command"),
+    ):
+        monkeypatch.setattr(home, f"run_{command}", interrupt)
         model = ["--model", "test_resnet", "--output", tmp_path / "out"]
         code, _, err = run(command, *model)
         assert code == 130

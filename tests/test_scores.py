@@ -307,5 +307,5 @@ def test_scores_reject_weights_that_are_not_finite():
     groups = found(model)
     with torch.no_grad():
         model.fc.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="finite scores"):
+    with pytest.raises(ValueError, match="finite activations, found NaN in layer 'fc'"):
         tpv_scores(model, groups, batches())

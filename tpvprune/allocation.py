@@ -12,6 +12,7 @@ import torch
 
 from tpvprune.curves import Curve
 from tpvprune.groups import ChannelGroup, ChannelGroups, Kept
+from tpvprune.knapsack import choose_options
 from tpvprune.selection import Budget, CostModel, check_budget, floor_of, round_step
 
 
@@ -109,27 +110,10 @@ def _knapsack(
         # Terms shared by several groups are counted once for each: keep only what varies.
         costs[name] = (values - values.min()).clamp_min(0)
         linear += float(costs[name][choices[name].index(at[name])])
+    damages = [curves[n].variance[[model.sizes[n] - w for w in choices[n]]] for n in names]
     spare = target - (model.total(at) - linear)
-    if spare <= 0:
-        return {n: c[-1] for n, c in choices.items()}
-    unit = spare / num_buckets
-    best = torch.zeros(num_buckets + 1, dtype=torch.float64)
-    picks = []
-    for name in names:
-        weight = (costs[name] / unit).ceil().long()
-        damage = curves[name].variance[[model.sizes[name] - w for w in choices[name]]]
-        options = torch.full((len(weight), num_buckets + 1), torch.inf, dtype=torch.float64)
-        for i, w in enumerate(weight.tolist()):
-            if w <= num_buckets:
-                options[i, w:] = best[: num_buckets + 1 - w] + damage[i]
-        best, pick = options.min(0)
-        picks.append((weight, pick))
-    bucket, widths = num_buckets, {}
-    for name, (weight, pick) in reversed(list(zip(names, picks, strict=True))):
-        i = int(pick[bucket])
-        widths[name] = choices[name][i]
-        bucket -= int(weight[i])
-    return {name: widths[name] for name in names}
+    picks = choose_options([costs[n] for n in names], damages, spare, num_buckets=num_buckets)
+    return {name: choices[name][i] for name, i in zip(names, picks, strict=True)}
 
 
 def _repair(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _OWN_FILES = frozenset({"config.json", "model.safetensors", "report.json", "report.html"})
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
+# safetensors passes on what the system says in an error of its own.
+_REFUSALS = (OSError, SafetensorError)
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -29,7 +35,10 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
         ValueError: If it is a file, is not empty and not to be replaced, holds anything
             but a saved model, or its place is not writable.
     """
-    folder = Path(folder).expanduser().resolve()
+    try:
+        folder = Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, no home folder
+        raise ValueError(f"{folder}: expected a folder's name ({error}): choose another") from error
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
     present = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
@@ -55,7 +64,8 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
     It lies beside its final place. Only after everything in it has reached the disk is it
     renamed, exchanging names with an old folder in one step where the system can. When
-    the body raises, the old folder stays and the new one goes.
+    the body raises, the old folder stays and the new one goes. What a killed process left
+    unfinished goes, too: of two that write one place at a time, the first one fails.
 
     Args:
         folder: The final place; whatever folder is there is replaced.
@@ -69,15 +79,16 @@ def written_folder(folder: Path) -> Iterator[Path]:
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         unfinished.mkdir()
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
             _flush(path)
         _replace(folder, unfinished)
         _flush(folder.parent)
-    except OSError as error:
+    except _REFUSALS as error:
         raise ValueError(
-            f"{folder}: cannot be written ({error.strerror or error}): choose another folder"
+            f"{folder}: cannot be written ({_reason(error)}): choose another folder"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,16 +110,47 @@ def written_file(path: Path) -> Iterator[Path]:
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
         yield unfinished
         _flush(unfinished)
         unfinished.replace(path)
         _flush(path.parent)
-    except OSError as error:
+    except _REFUSALS as error:
         raise ValueError(
-            f"{path}: cannot be written ({error.strerror or error}): choose another place"
+            f"{path}: cannot be written ({_reason(error)}): choose another place"
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).rpartition("I/O error: ")[2]
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tell whether a file or folder is what a killed process left of one that it wrote.
+
+    Args:
+        path: Beside its final place.
+
+    Returns:
+        True if so; writing that place again removes it.
+    """
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def _clear(place: Path) -> None:
+    """Remove what a killed process left beside a place, or put it back if it is all there is."""
+    for path in place.parent.iterdir():
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is None or found[1] != place.name:
+            continue
+        if found[2] == "old" and not place.exists():
+            path.rename(place)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, new: Path) -> None:

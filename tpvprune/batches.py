@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvprune.distributed import num_processes
+from tpvprune.distributed import share, total
+from tpvprune.membership import num_processes
 
 _END = object()
+_MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
 
 
 class UnlabeledBatches:
@@ -103,6 +105,33 @@ def unlabeled(
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
     return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
+
+
+def hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (fit, held): the last tenth of the inputs, 1 to 64, is held back to measure.
+
+    Returns:
+        Two lists of batches.
+
+    Raises:
+        ValueError: If there are fewer than two inputs.
+    """
+    inputs = list(unlabeled(batches))
+    num = int(total(sum(len(x) for x in inputs)))
+    all_fit = num - min(_MOST_HELD_BACK, max(1, num // 10))
+    if all_fit < num_processes():
+        raise ValueError(
+            f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
+            "work well."
+        )
+    num_fit = share(all_fit)
+    fit: list[Tensor] = []
+    held: list[Tensor] = []
+    for x in inputs:
+        take = min(len(x), num_fit - sum(map(len, fit)))
+        fit += [x[:take]] if take else []
+        held += [x[take:]] if take < len(x) else []
+    return fit, held
 
 
 def _inputs(batch: Any) -> Any:

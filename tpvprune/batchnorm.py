@@ -34,7 +34,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3 (PreciseBN).
     """
     copied = copy.deepcopy(model)
-    norms = _norms(copied)
+    norms = batchnorms(copied)
     sums: dict[nn.Module, list[Any]] = {m: [0, 0.0, 0.0] for m in norms}
     called: list[Any] = []
     hooks = [m.register_forward_pre_hook(partial(_observe, sums[m], called)) for m in norms]
@@ -72,7 +72,7 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         model: Changed in place; its outputs in evaluation mode stay, up to rounding.
         batches: Unlabeled inputs [B, ...], iterated once.
     """
-    norms = [m for m in _norms(model) if m.affine]
+    norms = [m for m in batchnorms(model) if m.affine]
     sums: dict[nn.Module, list[Tensor]] = {
         m: [m.weight.new_zeros(n, dtype=torch.float64) for n in (1, len(m.weight), len(m.weight))]
         for m in norms
@@ -105,7 +105,8 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         _set(norm, mean, var)
 
 
-def _norms(model: nn.Module) -> list[Any]:
+def batchnorms(model: nn.Module) -> list[Any]:
+    """Return the BatchNorm layers of a model that hold statistics."""
     return [
         m
         for m in model.modules()

@@ -42,15 +42,20 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        missing = {*COLUMNS[:-1]} - {*(table.fieldnames or ())}
-        if missing:
-            raise ValueError(
-                f"{path}: expected the rows of a benchmark, found a table without the column "
-                f"{min(missing)!r}: choose another --output"
-            )
-        rows = [dict(row) for row in table]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            rows, columns = list(table), table.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected the rows of a benchmark, found damage") from error
+    missing = {*COLUMNS[:-1]} - {*columns}
+    if missing:
+        raise ValueError(
+            f"{path}: expected the rows of a benchmark, found a table without the column "
+            f"{min(missing)!r}: choose another --output"
+        )
+    if not all(set(columns) == row.keys() and None not in row.values() for row in rows):
+        raise ValueError(f"{path}: expected the rows of a benchmark, found one that is cut short")
     names = {allocation: ranking for ranking, allocation in RANKINGS.items()}
     return [{"ranking": names.get(row["allocation"], STOCK_RANKING), **row} for row in rows]
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from tpvprune.baselines.stock import STOCK, stock_prune
+from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
 from tpvprune.benchmark_rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
 from tpvprune.compensation import compensate_weights
 from tpvprune.costs import count_macs, count_params
 from tpvprune.distributed import by_first, dealt
-from tpvprune.evaluation import evaluate
+from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups
-from tpvprune.pipeline import Allocation, _compose, _hold_back, prune
+from tpvprune.pipeline import Allocation, PruningResult, compose, prune
 from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.running import on_device
 
@@ -53,10 +55,21 @@ class Material:
         """Return the inputs with their class indices."""
         return [(x, y[: len(x)]) for x, (_, y) in zip(self.fit, self.batches, strict=False)]
 
+    @cached_property
+    def dense_macs(self) -> int:
+        """The MACs of the dense model."""
+        return count_macs(self.dense, self.fit[0][:1])
+
     def share(self, model: nn.Module) -> float:
         """Return the MACs of a model as a fraction of the dense one's."""
-        example = self.fit[0][:1]
-        return count_macs(model, example) / count_macs(self.dense, example)
+        return count_macs(model, self.fit[0][:1]) / self.dense_macs
+
+
+class Dense(NamedTuple):
+    """What the dense model does with the test set."""
+
+    top1: float
+    outputs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def run_benchmark(
     wanted = plan.keys()
     rows = {key_of(row): row for row in by_first(read_rows, path)}
     _check_superset(path, rows, wanted)
-    dense: float | None = None
+    dense: Dense | None = None
     left_out: dict[str, str] = {}
     drawn: tuple[int, Material] | None = None
 
@@ -112,11 +125,11 @@ def run_benchmark(
             return
         if drawn is None or drawn[0] != seed:
             batches = list(images(seed))
-            drawn = seed, Material(model, batches, _hold_back(batches)[0])
-        dense = evaluate(model, test).top1 if dense is None else dense
+            drawn = seed, Material(model, batches, hold_back(batches)[0])
+        dense = dense or Dense(evaluate(model, test).top1, model_outputs(model, test))
         try:
-            for found in _measured(task, drawn[1], test):
-                top1 = {"dense_top1": f"{100 * dense:.2f}"}
+            for found in _measured(task, drawn[1], test, dense.outputs):
+                top1 = {"dense_top1": f"{100 * dense.top1:.2f}"}
                 yield found if isinstance(found, LeftOut) else found | top1
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
@@ -163,12 +176,14 @@ def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, .
     return [rows[key] for key in wanted if key in rows]
 
 
-def _measured(task: Task, material: Material, test: Any) -> Iterator[Row | LeftOut]:
+def _measured(
+    task: Task, material: Material, test: Any, answers: list[Tensor]
+) -> Iterator[Row | LeftOut]:
     """Yield the rows of a task, but for the dense accuracy."""
-    plan, series, missing = task
+    plan, series, _ = task
     cuts = _stock_cuts if series.criterion in STOCK else _cuts
-    for stop, cut in cuts(task, material):
-        for repair in missing[stop]:
+    for stop, repairs, cut in cuts(task, material):
+        for repair in repairs:
             if cut.kept is None and repair not in _WITHOUT_GROUPS:
                 yield LeftOut(
                     f"{series.criterion}, {repair}",
@@ -179,10 +194,10 @@ def _measured(task: Task, material: Material, test: Any) -> Iterator[Row | LeftO
             start = time.perf_counter()
             repaired = _repaired(cut, material, repair, series.seed)
             seconds = cut.seconds + time.perf_counter() - start
-            found = evaluate(repaired, test, dense=material.dense)
+            found = evaluate(repaired, test, dense=answers)
             assert found.agreement is not None
             yield plan.row(series, stop, repair) | {
-                "macs_kept": f"{material.share(repaired):.4f}",
+                "macs_kept": f"{found.macs / material.dense_macs:.4f}",
                 "params_kept": f"{found.params / count_params(material.dense):.4f}",
                 "top1": f"{100 * found.top1:.2f}",
                 "agreement": f"{100 * found.agreement:.2f}",
@@ -190,32 +205,58 @@ def _measured(task: Task, material: Material, test: Any) -> Iterator[Row | LeftO
             }
 
 
-def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Cut]]:
+def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
     # By one of our scorers: each time from the dense model, or step after step.
+    plan, series, missing = task
+    if plan.steps > 1:
+        yield from _iterative_cuts(task, material)
+        return
+    for stop, wanted in missing.items():
+        for absorb, repairs in _by_repair(series, wanted).items():
+            start = time.perf_counter()
+            found = _prune(series, material, material.dense, stop.keep, absorb=absorb)
+            seconds = time.perf_counter() - start
+            yield stop, repairs, Cut(found.model, found.groups, found.kept, seconds)
+
+
+def _by_repair(series: Series, repairs: Sequence[str]) -> dict[bool, list[str]]:
+    """Return the repairs by whether ``prune`` chooses other widths because of them."""
+    kinds: dict[bool, list[str]] = {}
+    for repair in repairs:
+        absorb = series.ranking == "curves" and repair not in _WITHOUT_GROUPS
+        kinds.setdefault(absorb, []).append(repair)
+    return kinds
+
+
+def _iterative_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
     plan, series, missing = task
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
     for stop in plan.stops():
-        if plan.steps == 1:
-            if stop not in missing:
-                continue
-            pruned, kept, start = material.dense, {}, time.perf_counter()
-        result = prune(
-            pruned,
-            material.batches,
-            keep=min(1.0, stop.keep / material.share(pruned)),
-            criterion=series.criterion,
-            allocation=cast(Allocation, RANKINGS[series.ranking]),
-            repair="none",
-            labelled_batches=material.labelled() if needs_labels(series.criterion) else None,
-            seed=series.seed,
-        )
-        groups = groups or result.groups
-        pruned, kept = result.model, _compose(kept, result.kept) if kept else result.kept
+        keep = min(1.0, stop.keep / material.share(pruned))
+        found = _prune(series, material, pruned, keep, absorb=False)
+        groups = groups or found.groups
+        pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
         if stop in missing:
-            yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
+            yield stop, missing[stop], Cut(pruned, groups, kept, time.perf_counter() - start)
 
 
-def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Cut]]:
+def _prune(
+    series: Series, material: Material, model: nn.Module, keep: float, *, absorb: bool
+) -> PruningResult:
+    return prune(
+        model,
+        material.batches,
+        keep=keep,
+        criterion=series.criterion,
+        allocation=cast(Allocation, RANKINGS[series.ranking]),
+        repair="none",
+        absorb=absorb,
+        labelled_batches=material.labelled() if needs_labels(series.criterion) else None,
+        seed=series.seed,
+    )
+
+
+def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
     _, (seed, criterion, _), missing = task
     example = on_device(material.fit[0][:1], material.dense)
     groups = find_groups(material.dense, example)
@@ -225,7 +266,8 @@ def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Cut]]:
         found = stock_prune(
             material.dense, groups, example, criterion, labelled, keep=stop.keep, seed=seed
         )
-        yield stop, Cut(found.model, groups, found.kept, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        yield stop, missing[stop], Cut(found.model, groups, found.kept, seconds)
 
 
 def _repaired(cut: Cut, material: Material, repair: str, seed: int) -> nn.Module:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.distributed import num_processes, own, total
+from tpvprune.distributed import own, total
+from tpvprune.membership import num_processes
 from tpvprune.tracing.fields import flatten
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 

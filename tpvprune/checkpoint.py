@@ -34,6 +34,8 @@ from tpvprune.weights.masks import MASK_FILE, save_masks
 
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 * 2**20
+# Elements of the dense model: at least these, or so many for each byte of the saved weights.
+_LEAST_LIMIT, _MOST_PER_BYTE = 2**26, 32
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model": (str, type(None)),
     "model_kwargs": (dict,),
@@ -162,7 +164,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
             "pass load_pruned(..., model=the dense model)"
         )
     else:
-        limit = max(2**28, 1000 * weights.stat().st_size)
+        limit = max(_LEAST_LIMIT, _MOST_PER_BYTE * weights.stat().st_size)
         loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
     shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
     check_fits(loaded, shapes, types, config["attributes"])
@@ -198,7 +200,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     found = config.get("format_version") if isinstance(config, dict) else None
     if type(found) is not int or found != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}: "
+            f"{path}: expected format_version {FORMAT_VERSION}, found {found!r:.80}: "
             "save again with this version of tpvprune"
         )
     for field, types in _FIELDS.items():
@@ -209,10 +211,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             )
     for name, indices in config["kept"].items():
         if not is_sizes(indices):
-            raise ValueError(f"{path}: expected channel indices for {name!r}: save again")
+            raise ValueError(f"{path}: expected channel indices for {name!r:.120}: save again")
     for name, shape in config["shapes"].items():
         if not is_sizes(shape) or len(shape) > 8:
-            raise ValueError(f"{path}: expected a shape for {name!r}, found {shape!r:.60}")
+            raise ValueError(f"{path}: expected a shape for {name!r:.120}, found {shape!r:.60}")
     return config
 
 
@@ -283,8 +285,8 @@ def _saved_types(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch
     unequal = [name for name in {**found, **shapes} if found.get(name) != shapes.get(name)]
     if unequal:
         raise ValueError(
-            f"{path}: expected {unequal[0]!r} with shape {shapes.get(unequal[0])} as config.json "
-            f"says, found {found.get(unequal[0])}: the files are not from one save"
+            f"{path}: expected {unequal[0]!r:.120} with shape {shapes.get(unequal[0])} as "
+            f"config.json says, found {found.get(unequal[0])}: the files are not from one save"
         )
     return types
 

@@ -21,7 +21,14 @@ from tpvprune.command_line.flags import build_parser
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
 # Where the commands live that are not in `commands`.
-_HOMES = {"compare": "comparing", "audit": "audit", "export": "exporting"}
+_HOMES = {
+    "audit": "audit",
+    "benchmark": "benchmark",
+    "compare": "comparing",
+    "distill": "training",
+    "export": "exporting",
+    "finetune": "training",
+}
 
 _UNTOUCHED = ": nothing was written"
 _AFTER = {
@@ -54,11 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             home = "planning" if dry else _HOMES.get(args.command, "commands")
             module = importlib.import_module(f"tpvprune.command_line.{home}")
             run = getattr(module, f"{'plan' if dry else 'run'}_{args.command}")
-            code, document = run(args)
+            memory = importlib.import_module("tpvprune.command_line.memory")
+            code, document = memory.within_memory(run, args)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, f"interrupted{_AFTER.get(command, '')}")
-    except MemoryError:
-        return _fail(BAD_INPUT, "out of memory: lower -b or --num-images")
     except Exception as error:
         return _failed(error)
     if args.json and first:
@@ -85,13 +91,14 @@ def _processes(args: Any) -> Iterator[bool]:
     if args.command not in _SHARED:
         raise ValueError(f"{args.command} runs in one process: start it without torchrun")
     distributed = importlib.import_module("tpvprune.distributed")
-    args.device = distributed.device_here(args.device)
-    with distributed.joined(args.device), contextlib.ExitStack() as stack:
+    membership = importlib.import_module("tpvprune.membership")
+    args.device = membership.device_here(args.device)
+    with membership.joined(args.device), contextlib.ExitStack() as stack:
         distributed.check_same("command", args.command_line)
-        if not distributed.is_first():
+        if not membership.is_first():
             silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stderr(silence))
-        yield distributed.is_first()
+        yield membership.is_first()
 
 
 def _failed(error: Exception) -> int:
@@ -99,8 +106,8 @@ def _failed(error: Exception) -> int:
         return BUG
     if type(error).__name__ == "LostProcessError":
         return _fail(LOST, str(error))
-    if type(error).__name__ == "OutOfMemoryError":
-        return _fail(BAD_INPUT, "out of memory: lower -b or --num-images")
+    if importlib.import_module("tpvprune.memory").is_lack_of_memory(error):
+        return _fail(BAD_INPUT, "out of memory: lower -b, --num-images or the input size")
     if isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
         return _fail(BAD_INPUT, " ".join(str(error).split()) or type(error).__name__)
     traceback.print_exception(error)

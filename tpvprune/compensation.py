@@ -13,7 +13,7 @@ sequential repair. Gram matrices are formed from a random sample of positions.
 from __future__ import annotations
 
 import copy
-import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,11 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
-from tpvprune.distributed import num_processes, share, spread_weights, summed
+from tpvprune.distributed import share, spread_weights, summed
 from tpvprune.groups import ChannelGroups
-from tpvprune.patches import gather, patches_of, window_of
+from tpvprune.membership import num_processes
+from tpvprune.memory import is_lack_of_memory, release_memory
+from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.running import evaluating, on_device
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
@@ -73,10 +75,91 @@ def compensate_weights(
     Returns:
         The repaired copy.
     """
-    repaired = copy.deepcopy(pruned)
+    return refitted(
+        pruned,
+        dense,
+        batches,
+        groups=groups,
+        kept=kept,
+        ridge=ridge,
+        rows_per_input=rows_per_input,
+        min_rows=min_rows,
+        max_bytes=max_bytes,
+        seed=seed,
+    )
+
+
+def refitted(
+    pruned: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    groups: ChannelGroups | None,
+    kept: Mapping[str, Tensor],
+    ridge: float,
+    rows_per_input: int,
+    min_rows: int,
+    max_bytes: int,
+    seed: int,
+    constrain: Constrain | None = None,
+) -> nn.Module:
+    """Return a copy of the pruned model, every layer refitted in one pass over the inputs.
+
+    The arguments are those of :func:`compensate_weights` and of :func:`refit_run`.
+    """
     inputs = first_inputs(unlabeled(batches), dense, max_bytes)
+    while True:
+        try:
+            return _refitted(
+                pruned,
+                dense,
+                inputs,
+                groups=groups,
+                kept=kept,
+                ridge=ridge,
+                rows_per_input=rows_per_input,
+                min_rows=min_rows,
+                seed=seed,
+                constrain=constrain,
+            )
+        except Exception as error:
+            num = sum(map(len, inputs))
+            if not is_lack_of_memory(error) or num == 1 or num_processes() > 1:
+                raise
+        # Outside of the handler, where the error no longer holds what filled the memory.
+        inputs = [torch.cat(inputs)[: num // 2]]
+        warnings.warn(
+            f"out of memory: the weights are refitted on {num // 2} inputs instead of {num}",
+            stacklevel=3,
+        )
+        release_memory()
+
+
+def _refitted(
+    pruned: nn.Module,
+    dense: nn.Module,
+    inputs: list[Tensor],
+    *,
+    groups: ChannelGroups | None,
+    kept: Mapping[str, Tensor],
+    ridge: float,
+    rows_per_input: int,
+    min_rows: int,
+    seed: int,
+    constrain: Constrain | None,
+) -> nn.Module:
+    repaired = copy.deepcopy(pruned)
     plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
-    run = refit_run(repaired, dense, inputs, groups=groups, kept=kept, plan=plan, ridge=ridge)
+    run = refit_run(
+        repaired,
+        dense,
+        inputs,
+        groups=groups,
+        kept=kept,
+        plan=plan,
+        ridge=ridge,
+        constrain=constrain,
+    )
     with evaluating(repaired), torch.no_grad(), run:
         repaired(torch.cat([on_device(x, repaired) for x in inputs]))
     spread_weights(repaired)
@@ -267,10 +350,7 @@ class RefitRun(BranchFollower):
         """
         module, call = layer.module, self.call
         x, window = args[0], window_of(args, kwargs)
-        if window is None:
-            num_positions = x.numel() // x.shape[-1] // self.plan.num_inputs
-        else:
-            num_positions = math.prod(window.outputs(x))
+        num_positions = count_positions(x, window, self.plan.num_inputs)
         positions = self.plan.positions(call, module, num_positions)
         patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)

@@ -19,8 +19,9 @@ from tpvprune.baselines.weights import (
     magnitude_scores,
     random_scores,
 )
-from tpvprune.distributed import alone, gathered, num_processes
+from tpvprune.distributed import gathered
 from tpvprune.groups import ChannelGroups
+from tpvprune.membership import alone, num_processes
 from tpvprune.scores import Scores, tpv_scores
 
 SCORERS: dict[str, Callable[..., Scores]] = {

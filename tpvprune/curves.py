@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.distributed import share, summed, total
+from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
@@ -71,19 +72,25 @@ def variance_curves(
 
     Returns:
         Group name -> :class:`Curve`.
+
+    Raises:
+        ValueError: If an activation or a curve is not finite (of a float16 model: in float32,
+            either).
     """
-    covariances = input_covariances(model, groups, inputs)
-    cuts = _collect(
+    cuts = retried_in_single(
         model,
-        groups,
-        inputs,
-        covariances,
-        metric=metric,
-        num_probes=num_probes,
-        ridge=ridge,
-        max_rows=max_rows,
-        max_bytes=max_bytes,
-        seed=seed,
+        lambda model: _collect(
+            model,
+            groups,
+            inputs,
+            input_covariances(model, groups, inputs),
+            metric=metric,
+            num_probes=num_probes,
+            ridge=ridge,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            seed=seed,
+        ),
     )
     savings = unit_costs(groups, of)
     return {g.name: _eliminate(g, cuts.pop(g.name), savings[g.name].float()) for g in groups}
@@ -215,6 +222,11 @@ def _collect(
     found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():
         cut.finish()
+        if not bool(cut.s.isfinite().all()):
+            raise NotFiniteError(
+                f"group {name!r}: expected finite output changes, found NaN or infinity: check "
+                "the inputs and the weights for non-finite values"
+            )
         found[name].append(cut)
     return found
 

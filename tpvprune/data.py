@@ -6,7 +6,8 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+# timm's own, and what PIL reads as surely.
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_MOST_LISTED = 200_000
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class ImageSource:
         where: Item -> its file name, for messages.
         num_classes: Number of classes; None where the source does not say.
         class_names: Name of each class, in order; None where the source does not say.
+        note: What a user should know of it, in one line; empty for nothing.
     """
 
     name: str
@@ -38,6 +45,7 @@ class ImageSource:
     where: Callable[[Any], str]
     num_classes: int | None
     class_names: tuple[str, ...] | None = None
+    note: str = ""
 
 
 def open_images(
@@ -84,12 +92,13 @@ def open_images(
     if dataset.lower().startswith("torch/"):
         options = {"download": download}
     try:
-        opened = timm.data.create_dataset(
-            dataset,
-            root=None if data_dir is None else str(data_dir),
-            split=split,
-            **{key: value for key, value in options.items() if value is not None},
-        )
+        with _extensions():
+            opened = timm.data.create_dataset(
+                dataset,
+                root=None if data_dir is None else str(data_dir),
+                split=split,
+                **{key: value for key, value in options.items() if value is not None},
+            )
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: {_reason(error, dataset)}") from error
     source = _map_source(name, opened) if _has_positions(opened) else _stream(name, opened)
@@ -139,8 +148,35 @@ def _reason(error: BaseException, dataset: str) -> str:
         return f"not a readable tar ({error})"
     message = (str(error).splitlines() or [""])[0]
     if not dataset and (isinstance(error, ValueError) or "Found 0 images" in message):
-        return f"expected images ({', '.join(get_img_extensions())}), found none"
+        return f"expected images ({', '.join(_EXTENSIONS)}), found none"
     return f"cannot be opened ({type(error).__name__}: {message})"
+
+
+@contextmanager
+def _extensions() -> Iterator[None]:
+    """Let timm's readers of folders and tars find all kinds of images meanwhile."""
+    before = get_img_extensions()
+    set_img_extensions(_EXTENSIONS)
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
+
+
+def _passed_over(root: str) -> str:
+    """Return how many files of a folder are no images by their name, and one of them."""
+    others = [
+        str(Path(folder, name))
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".") and Path(name).suffix.lower() not in _EXTENSIONS
+    ]
+    if not others:
+        return ""
+    return (
+        f"note: {len(others)} files of {root} are no images by their names and are not read "
+        f"(first: {min(others)})"
+    )
 
 
 def _has_positions(opened: Any) -> bool:
@@ -178,7 +214,14 @@ def _map_source(name: str, opened: Any) -> ImageSource:
         where,
         max(classes.values()) + 1 if classes else None,
         _names(classes) if classes else None,
+        # Folders of millions are not walked a second time.
+        _passed_over(root) if (root := _root(reader)) and count <= _MOST_LISTED else "",
     )
+
+
+def _root(reader: Any) -> str:
+    """Return the folder that timm walks, if it does."""
+    return str(reader.root) if isinstance(reader, ReaderImageFolder) else ""
 
 
 def _names(classes: Mapping[str, int]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.batches import unlabeled
-from tpvprune.distributed import part_of, total
+from tpvprune.distributed import part_of, summed
 from tpvprune.running import evaluating, on_device
 from tpvprune.training import Recipe, count_batches, outputs_of, train
 
@@ -174,8 +174,9 @@ class _Difference:
             )
         if self._temperature is None:
             error = feature_error(outputs, wanted) * part_of(wanted.square().sum())
-            whole = total(float(error.detach()))
-            return _GAIN * error * min(1.0, _FAR / max(whole, 1e-12))
+            (whole,) = summed(error.detach().double())
+            far = torch.full_like(whole, _FAR)
+            return _GAIN * error * (far / whole.maximum(far)).to(error)  # no wait for the GPU
         return divergence(outputs, wanted, temperature=self._temperature) * part_of(len(wanted))
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpvprune.batches import private_randomness, unlabeled
 from tpvprune.costs import Latency, call_arguments, count_macs, count_params, measure_latency
 from tpvprune.distributed import summed, total
-from tpvprune.running import evaluating, first_output
+from tpvprune.running import evaluating, fast_layout, first_output
 
 __all__ = [
     "Evaluation",
@@ -22,6 +22,7 @@ __all__ = [
     "count_params",
     "evaluate",
     "measure_latency",
+    "model_outputs",
     "output_variance",
 ]
 
@@ -60,7 +61,7 @@ def evaluate(
     model: nn.Module,
     labelled_batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    dense: nn.Module | None = None,
+    dense: nn.Module | Sequence[Tensor] | None = None,
     latency_repeats: int = 0,
 ) -> Evaluation:
     """Measure accuracy and cost of a model on labelled images.
@@ -71,7 +72,8 @@ def evaluate(
     Args:
         model: Classifier with outputs [B, K].
         labelled_batches: Pairs of inputs [B, ...] and class indices [B].
-        dense: Model to compare with; gives ``agreement`` and ``output_variance``.
+        dense: Model to compare with, or its :func:`model_outputs` on these batches where several
+            models are compared with it; gives ``agreement`` and ``output_variance``.
         latency_repeats: Timed calls on the first batch, >= 2; 0 leaves the time out.
 
     Returns:
@@ -84,18 +86,21 @@ def evaluate(
     first: Tensor | None = None
     totals = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, agreement, variance
     num_images, num_classes = 0, 0
-    with evaluating(model), evaluating(dense):
-        for batch in private_randomness(labelled_batches):
+    reference, held = (dense, None) if isinstance(dense, nn.Module) else (None, dense)
+    with evaluating(model, reference):
+        for number, batch in enumerate(private_randomness(labelled_batches)):
             inputs, labels = _labelled(batch)
             first = inputs if first is None else first
-            outputs = _call(model, inputs)
-            num_classes = outputs.shape[-1]
-            labels = class_indices(labels, outputs)
-            ranked = _top_classes(outputs, min(5, num_classes))
+            found = _call(model, inputs)
+            num_classes = found.shape[-1]
+            labels = class_indices(labels, found)
+            ranked = _top_classes(found, min(5, num_classes))
             hits = ranked == labels[:, None]
             totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
-            if dense is not None:
-                totals[2:] += _comparison(outputs, _call(dense, inputs))
+            if reference is not None:
+                totals[2:] += _comparison(found, _call(reference, inputs))
+            elif held is not None:
+                totals[2:] += _comparison(found, _of_batch(held, number))
             num_images += len(labels)
     totals, num_images = _over_all(totals, num_images)
     if not num_images or first is None:
@@ -116,6 +121,21 @@ def evaluate(
         latency_sd_ms=timed.sd_ms if timed else None,
         latency_batch_size=timed.batch_size if timed else None,
     )
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+    """Return what a model says to each batch, float64 [B, ...], for :func:`evaluate`.
+
+    Args:
+        model: The model, usually the dense one.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        One tensor per batch.
+    """
+    with evaluating(model):
+        return [_call(model, inputs) for inputs in unlabeled(batches)]
 
 
 def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
@@ -164,6 +184,15 @@ def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list
     return (totals / num_inputs).tolist()
 
 
+def _of_batch(dense_outputs: Sequence[Tensor], number: int) -> Tensor:
+    if number >= len(dense_outputs):
+        raise ValueError(
+            f"dense: expected outputs for every batch, found {len(dense_outputs)}: pass the "
+            "outputs of the dense model on the same batches"
+        )
+    return dense_outputs[number]
+
+
 def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
     """Return sums, and the number of inputs, of all processes."""
     return summed(totals)[0], int(total(num))
@@ -195,7 +224,7 @@ def _top_classes(outputs: Tensor, num: int) -> Tensor:
 
 
 def _call(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs = first_output(model(*call_arguments(model, inputs)))
+    outputs = first_output(model(*call_arguments(model, fast_layout(inputs))))
     if outputs.ndim < 2:
         raise ValueError(
             f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "

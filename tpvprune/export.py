@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -101,6 +102,8 @@ def export_model(
             try:
                 call = write(still, example, unfinished, dynamic=dynamic_batch, notes=notes)
             except Exception as error:  # whatever the exporter makes of a model
+                if isinstance(error, OSError):  # that is the disk
+                    raise
                 raise ValueError(f"cannot be exported to {format} ({_reason(error)})") from error
         sizes = _SIZES if dynamic_batch else (size,)
         random = [_random((n, *example.shape[1:]), seed=n) for n in sizes]
@@ -119,9 +122,10 @@ def _write_pt2(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
     program = _program(model, example, dynamic=dynamic)
-    # Through handles: the unfinished file does not carry the suffix that names ask for.
-    with file.open("wb") as handle:
-        torch.export.save(program, handle, extra_files=notes)
+    # Through memory: on a full disk torch's own writer would end the process.
+    archive = io.BytesIO()
+    torch.export.save(program, archive, extra_files=notes)
+    file.write_bytes(archive.getbuffer())
     with file.open("rb") as handle:
         loaded = torch.export.load(handle).module()
     return lambda inputs: tree_leaves(loaded(inputs))

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
-import tarfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tpvprune.data import ImageSource
-from tpvprune.distributed import num_processes, own_items
-from tpvprune.preprocessing import IMAGE_MODES, Preprocessing
+from tpvprune.distributed import own_items
+from tpvprune.membership import num_processes
+from tpvprune.preprocessing import IMAGE_MODES, Preprocessing, in_colours
 
 HELD_BYTES = 2 << 30
 MAX_UNDECODABLE = 0.01
-_UNDECODABLE = (
-    OSError,
-    EOFError,
-    IndexError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    tarfile.TarError,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class ImageBatches:
@@ -40,8 +26,8 @@ class ImageBatches:
 
     Every pass decodes the images again; `in_memory` holds them where they fit.
     Targets do not leave the reading thread unless `labelled`. Images that cannot
-    be decoded are skipped and counted in `skipped`; more than 1 % is an error. Of several
-    processes each decodes its share of every batch.
+    be decoded are skipped and counted in `skipped`, and `notice` is told once, after a whole
+    pass; more than 1 % is an error. Of several processes each decodes its share of every batch.
     """
 
     def __init__(
@@ -54,6 +40,7 @@ class ImageBatches:
         batch_size: int = 64,
         workers: int = 4,
         labelled: bool = False,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
         self.source = source
         self.preprocessing = preprocessing
@@ -63,6 +50,7 @@ class ImageBatches:
         self.skipped = 0
         self.first_skipped = ""
         self._items = items
+        self._notice = notice
         self._workers = max(1, workers)
         self._mode = IMAGE_MODES[preprocessing.input_size[0]]
 
@@ -103,6 +91,12 @@ class ImageBatches:
         if seen == 0:
             least = f"at least {num_processes()} " if num_processes() > 1 else ""
             raise ValueError(f"{self.source.name}: expected {least}images, found none")
+        if self.skipped and self._notice is not None:
+            self._notice(
+                f"note: {self.skipped} of {self.total or seen} images could not be decoded and "
+                f"were skipped (first: {self.first_skipped}, in {self.source.name})"
+            )
+            self._notice = None
 
     def _raise_if_too_many(self, total: int) -> None:
         if self.skipped > MAX_UNDECODABLE * total:
@@ -128,9 +122,11 @@ class ImageBatches:
     def _decode(self, item: Any) -> tuple[Tensor, Any] | str:
         try:
             image, target = self.source.read(item)
-            image = image.convert(self._mode)
-        except _UNDECODABLE as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            image = in_colours(image, self._mode)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder makes of damaged bytes
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             where = self.source.where(item)
             return where if reason.startswith("cannot identify") else f"{where}: {reason}"
         return self.preprocessing.transform(image), target if self.labelled else None
@@ -146,6 +142,7 @@ def choose_images(
     batch_size: int = 64,
     workers: int = 4,
     labelled: bool = False,
+    notice: Callable[[str], None] | None = None,
 ) -> ImageBatches:
     """Choose images at random, the same ones for the same seed.
 
@@ -162,6 +159,7 @@ def choose_images(
         batch_size: Images per batch.
         workers: Decoding threads.
         labelled: Whether to yield (inputs, targets) instead of inputs.
+        notice: Told in one line how many images were skipped, if any.
 
     Returns:
         Re-iterable batches.
@@ -183,6 +181,7 @@ def choose_images(
         batch_size=batch_size,
         workers=workers,
         labelled=labelled,
+        notice=notice,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,16 @@ def _pair(value: Any, first: int) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     return (first, value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def count_positions(x: Tensor, window: Window | None, num_inputs: int) -> int:
+    """Return how many output positions a call has for each of ``num_inputs`` inputs.
+
+    Where a model folds something else into the batch, all rows of an input count together.
+    """
+    if window is None:
+        return x.numel() // x.shape[-1] // num_inputs
+    return math.prod(window.outputs(x)) * (len(x) // num_inputs)
 
 
 def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int = 1) -> Tensor:

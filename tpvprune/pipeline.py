@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune.absorption import absorption, scaled
 from tpvprune.allocation import allocate
-from tpvprune.batches import unlabeled
+from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
+from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS, scorer
 from tpvprune.curves import variance_curves
-from tpvprune.distributed import by_first, check_same, from_first, num_processes, share, total
+from tpvprune.distributed import by_first, check_same, from_first, total
 from tpvprune.evaluation import agreement, output_variance
+from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
 from tpvprune.reconstruction import reconstruct_blocks
@@ -28,12 +29,9 @@ from tpvprune.running import evaluating, first_output, on_device
 from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
 
-_MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Of = Literal["macs", "params", "latency"]
 Allocation = Literal["curves", "rank", "plain"]
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ def prune(
     min_channels: int = 1,
     max_removed: float = 1.0,
     num_probes: int = 1,
+    absorb: bool | None = None,
     ignore: Iterable[str] = (),
     latency_batch_size: int = 1,
     labelled_batches: Iterable[Any] | None = None,
@@ -94,6 +93,9 @@ def prune(
         min_channels: Units every group keeps.
         max_removed: Largest fraction of a group that may go.
         num_probes: Random output directions per input.
+        absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
+            for (:func:`tpvprune.absorption.absorption`), at three compensations more; None: where
+            the repair refits weights.
         ignore: Modules whose outputs stay whole.
         latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
@@ -109,10 +111,10 @@ def prune(
     """
     check_budget(keep, "macs" if of == "latency" else of, round_to, min_channels, max_removed)
     _check(criterion, repair, steps, allocation, labelled_batches)
-    clock = _Clock(progress)
-    fit, held = _hold_back(batches)
+    clock = Clock(progress)
+    fit, held = hold_back(batches)
     with clock("groups"):
-        example = on_device(from_first(fit[0][:1]), model)
+        example = _example(model, fit)
         groups = _prunable(find_groups(model, example, ignore=ignore))
         aim = _aim(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
@@ -123,6 +125,8 @@ def prune(
 
     pruned, kept, scores = model, _whole(groups), None
     history: list[dict[str, float]] = []
+    absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
+    factors: Mapping[str, float] | None = None if absorb else {}
     for step in range(1, steps + 1):
         now = groups if step == 1 else _regrouped(pruned, groups, kept, example)
         target = min(1.0, keep ** (step / steps) * aim.cost(groups) / aim.cost(now))
@@ -136,11 +140,10 @@ def prune(
             scores = scores or found
         with clock("selection", step, steps):
             if use_curves:
-                curves = variance_curves(
-                    pruned, now, fit, num_probes=num_probes, of=aim.budget, seed=seed
-                )
-                ranks = {name: curve.order.argsort() for name, curve in curves.items()}
-                choose = partial(allocate, now, curves, of=aim.budget, **floors)
+                choose, ranks, factors = _by_curves(
+                    pruned, now, fit, target, factors,
+                    of=aim.budget, floors=floors, num_probes=num_probes, seed=seed,
+                )  # fmt: skip
             else:
                 per_cost = allocation != "plain"
                 choose = partial(
@@ -152,7 +155,7 @@ def prune(
                 last=step == steps,
             )  # fmt: skip
         with clock("removal", step, steps):
-            pruned, kept = remove_channels(pruned, now, chosen), _compose(kept, chosen)
+            pruned, kept = remove_channels(pruned, now, chosen), compose(kept, chosen)
         for stage, refit in _repairs(repair, last=step == steps).items():
             with clock(stage, step, steps):
                 pruned = refit(pruned, model, fit, groups=groups, kept=kept, seed=seed)
@@ -185,24 +188,6 @@ def prune(
 
 
 # ---- pieces ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Clock:
-    """Seconds per stage, and the caller's progress display."""
-
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str, done: int = 1, total: int = 1) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(stage, done - 1, total)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-        if self.progress is not None:
-            self.progress(stage, done, total)
 
 
 @dataclass
@@ -257,6 +242,15 @@ def _aim(of: Of, keep: float, model: nn.Module, groups: ChannelGroups, batch: Te
     return _Aim(budget, keep, model, batch)
 
 
+@torch.no_grad()
+def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
+    """Return the first input, which the model gives finite outputs for."""
+    example = on_device(from_first(fit[0][:1]), model)
+    with evaluating(model):
+        check_outputs(model, example, first_output(model(example)), batch=0)
+    return example
+
+
 def _check(criterion: str, repair: str, steps: int, allocation: str | None, labelled: Any) -> None:
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
@@ -277,33 +271,6 @@ def _check(criterion: str, repair: str, steps: int, allocation: str | None, labe
             f"criterion {criterion!r} needs labels: pass labelled_batches, "
             "or use 'tpv', which needs none."
         )
-
-
-def _hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return (fit, held): the last tenth of the inputs, 1 to 64, is held back to measure.
-
-    Returns:
-        Two lists of batches.
-
-    Raises:
-        ValueError: If there are fewer than two inputs.
-    """
-    inputs = list(unlabeled(batches))
-    num = int(total(sum(len(x) for x in inputs)))
-    all_fit = num - min(_MOST_HELD_BACK, max(1, num // 10))
-    if all_fit < num_processes():
-        raise ValueError(
-            f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
-            "work well."
-        )
-    num_fit = share(all_fit)
-    fit: list[Tensor] = []
-    held: list[Tensor] = []
-    for x in inputs:
-        take = min(len(x), num_fit - sum(map(len, fit)))
-        fit += [x[:take]] if take else []
-        held += [x[take:]] if take < len(x) else []
-    return fit, held
 
 
 def _prunable(groups: ChannelGroups) -> ChannelGroups:
@@ -353,7 +320,7 @@ def _regrouped(pruned: nn.Module, groups: ChannelGroups, kept: Kept, x: Tensor) 
     return with_blocked(found, gone)
 
 
-def _compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
+def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     """Return what stays of the dense channels after ``chosen`` of the present ones stayed."""
     composed = {name: mask.clone() for name, mask in kept.items()}
     for name, mask in chosen.items():
@@ -373,6 +340,28 @@ def _score(
     if criterion == "tpv":
         return scorer("tpv")(model, groups, source, num_probes=num_probes, seed=seed)
     return scorer(criterion)(model, groups, source, seed=seed)
+
+
+def _by_curves(
+    model: nn.Module,
+    groups: ChannelGroups,
+    fit: list[Tensor],
+    target: float,
+    factors: Mapping[str, float] | None,
+    *,
+    of: Budget,
+    floors: Floors,
+    num_probes: int,
+    seed: int,
+) -> tuple[Callable[..., Kept], Mapping[str, Tensor], Mapping[str, float]]:
+    """Return how to choose widths, the channels' ranks, and the factors (None: to be measured)."""
+    curves = variance_curves(model, groups, fit, num_probes=num_probes, of=of, seed=seed)
+    ranks = {name: curve.order.argsort() for name, curve in curves.items()}
+    choose = partial(allocate, groups, of=of, **floors)
+    if factors is None:
+        draft = choose(curves, keep=target)
+        factors = absorption(model, groups, draft, curves, fit, seed=seed)
+    return partial(choose, scaled(curves, factors)), ranks, factors
 
 
 def _repairs(repair: Repair, *, last: bool) -> dict[str, Callable[..., nn.Module]]:

@@ -8,7 +8,6 @@ and Martens 2016): two small matrices whose inverses are cheap.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from operator import add
 from typing import Any
@@ -19,7 +18,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.blocks import BlockCall
-from tpvprune.patches import patches_of, window_of
+from tpvprune.patches import count_positions, patches_of, window_of
 from tpvprune.tracing.operations import function_name
 
 _FITTED = frozenset({"linear", "conv1d", "conv2d"})
@@ -217,12 +216,11 @@ def _moments(weight: Tensor, seen: _Seen, grad: Tensor, generator: torch.Generat
     """Return sums over one part: a a^T, how many; g g^T, how many."""
     x, window = seen.args[0].detach(), window_of(seen.args, seen.kwargs)
     num = len(x)
+    num_positions = count_positions(x, window, num)
     groups = 1
     if window is None:
-        num_positions = x.numel() // x.shape[-1] // num
         rows = grad.reshape(-1, grad.shape[-1])
     else:
-        num_positions = math.prod(window.outputs(x))
         groups = x.shape[1] // weight.shape[1]
         rows = grad.movedim(1, -1).reshape(-1, grad.shape[1])
     wanted = -(-_ROWS_PER_UNKNOWN * weight[0].numel() // num)

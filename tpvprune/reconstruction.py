@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,18 +28,19 @@ from torch.utils.hooks import RemovableHandle
 from tpvprune.batches import unlabeled
 from tpvprune.blocks import Block, BlockCall, find_blocks, on_call
 from tpvprune.branches import Plan
+from tpvprune.clock import Progress
 from tpvprune.compensation import RefitRun, first_inputs, refit_run
-from tpvprune.distributed import alone, gathered, num_processes, spread_weights
+from tpvprune.distributed import gathered, spread_weights
 from tpvprune.groups import ChannelGroups
+from tpvprune.membership import alone, num_processes
 from tpvprune.preconditioner import KroneckerFactors, layers_in
-from tpvprune.running import evaluating, frozen, on_device
+from tpvprune.running import evaluating, fast_layout, frozen, on_device
 
 _FEWEST_PARTS = 10  # the last tenth is held back
 _BATCH = 128
 _EQUAL = 1e-10  # of ||y*||^2: what single precision leaves of two equal blocks
 
 Params = dict[str, Tensor]
-Progress = Callable[[str, int, int], None]
 
 
 def reconstruct_blocks(
@@ -255,9 +256,7 @@ class _Solver:
 
 def _fast(value: Any) -> Any:
     """Return a feature map or kernel in the layout in which convolutions run fastest."""
-    if isinstance(value, Tensor) and value.ndim == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
+    return fast_layout(value) if isinstance(value, Tensor) else value
 
 
 def _channels_last(call: BlockCall) -> BlockCall:

@@ -17,6 +17,9 @@ from tpvprune.reporting.pictures import blocked, repairs, scores, steps, widths
 from tpvprune.reporting.tables import before_after, comparison, figures, header, making, title_of
 from tpvprune.reporting.training import training
 
+DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What comes of a page that is made of data of the wrong kind."""
+_MAX_BYTES = 256 * 2**20
 _SECTIONS = (
     before_after, comparison, training, widths, steps, classes, samples, scores, repairs, blocked,
     making,
@@ -68,6 +71,31 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Pat
     files[0].write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     files[1].write_text(render(plain), encoding="utf-8")
     return files
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """Read the ``report.json`` of a saved run, and see that a page can be made of it.
+
+    Args:
+        folder: What ``save_pruned`` wrote.
+
+    Returns:
+        Its data; empty where there is no report.
+
+    Raises:
+        ValueError: If it is too large, no JSON, or holds something else.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, found more")
+    try:
+        report = dict(json.loads(path.read_text(encoding="utf-8")))
+        render(report)
+    except DAMAGE as error:
+        raise ValueError(f"{path}: expected the report of a run, found damage") from error
+    return report
 
 
 def render(data: Mapping[str, Any]) -> str:

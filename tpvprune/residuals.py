@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ from tpvprune.positions import by_channel, sampled_rows
 from tpvprune.running import evaluating, on_device
 from tpvprune.taps import Observer, reader_plan
 
+_FLOOR = 1e-10
 
 def residual_maps(
     model: nn.Module,
@@ -62,13 +64,30 @@ def residual_map(precision: Tensor, units: Iterable[Tensor]) -> Tensor:
 
 
 def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
-    """Return (covariance + ridge * mean variance * I)^-1."""
+    """Return (covariance + ridge * mean variance * I)^-1.
+
+    Args:
+        covariance: Symmetric [n, n], float64.
+        ridge: Relative to the mean variance.
+
+    Returns:
+        The inverse [n, n]; NaN if the covariance is not finite. Of a matrix that is singular to
+        rounding the small eigenvalues are raised first, and a warning says so.
+    """
+    if not bool(covariance.isfinite().all()):  # which the scores report
+        return torch.full_like(covariance, torch.nan)
     scale = covariance.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
-    if bool(failed.any()):  # rounding, or NaN, which the scores report
-        return torch.linalg.inv(covariance + ridge * scale * eye)
-    return torch.cholesky_inverse(factor)
+    if not bool(failed.any()):
+        return torch.cholesky_inverse(factor)
+    warnings.warn(
+        f"the covariance of {len(covariance)} inputs is singular at a ridge of {ridge:g}: its "
+        f"eigenvalues below {_FLOOR:g} of the mean variance were raised to that",
+        stacklevel=2,
+    )
+    values, vectors = torch.linalg.eigh(covariance + ridge * scale * eye)
+    return vectors / values.clamp_min(_FLOOR * scale) @ vectors.T
 
 
 def input_covariances(

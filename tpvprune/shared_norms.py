@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.distributed import num_processes, reduced, total
+from tpvprune.distributed import reduced, total
+from tpvprune.membership import num_processes
 from tpvprune.tracing.operations import function_name
 
 _ARGUMENTS = (

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpvprune.preprocessing import INTERPOLATIONS
 
 SAVED_TYPES = {
     "F64": torch.float64,
@@ -24,7 +26,6 @@ SAVED_TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 # Keyword arguments of timm.create_model that name files or devices or change its code.
 _RESERVED = frozenset(
     {"checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit"}
@@ -56,7 +57,7 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
         )
     refused = [key for key in kwargs if key in _RESERVED or key.startswith("pretrained")]
     if refused:
-        raise ValueError(f"model_kwargs: expected architecture options, found {refused[0]!r}")
+        raise ValueError(f"model_kwargs: expected architecture options, found {refused[0]!r:.80}")
     plain(dict(kwargs), "model_kwargs")
     try:
         with torch.random.fork_rng(devices=[]), _AllocationLimit(max_elements):
@@ -64,7 +65,7 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
     except Exception as error:  # whatever a constructor makes of strange arguments
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"timm cannot build {name!r} with {dict(kwargs)!r:.80}: {reason}"
+            f"timm cannot build {name!r} with {dict(kwargs)!r:.80}: {reason:.200}"
         ) from error
     return model
 
@@ -92,7 +93,7 @@ def check_fits(
     if strange:
         side = "saved weights" if strange[0] in tensors else "dense model"
         raise ValueError(
-            f"expected the same parameters on both sides, the {side} lacks {strange[0]!r}"
+            f"expected the same parameters on both sides, the {side} lacks {strange[0]!r:.120}"
         )
     for name, tensor in tensors.items():
         dense, saved = tuple(tensor.shape), tuple(shapes[name])
@@ -127,8 +128,8 @@ def _check_attribute(name: str, dense: Any, saved: Any) -> None:
     if not fits:
         known = dense if isinstance(dense, (int, float, tuple)) else "no number"
         raise ValueError(
-            f"attributes: expected {name} to be of the kind of {known!r:.40} and not above it, "
-            f"found {saved!r:.40}"
+            f"attributes: expected {name:.120} to be of the kind of {known!r:.40} and not above "
+            f"it, found {saved!r:.40}"
         )
 
 
@@ -149,20 +150,45 @@ def put_preprocessing(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
     Args:
         model: A rebuilt model; one without ``pretrained_cfg`` is left alone.
-        saved: The saved record; entries of a wrong kind are passed over.
+        saved: The saved record; what is not preprocessing is passed over.
+
+    Raises:
+        ValueError: If an entry is not one that images can be prepared with: the outputs would
+            be others than those that were measured.
     """
     own = getattr(model, "pretrained_cfg", None)
     if not isinstance(own, dict):
         return
     entries: dict[str, Any] = {}
-    for key in _PREPROCESSING:
+    for key, (fits, expected) in _PREPROCESSING.items():
         value = saved.get(key)
-        if isinstance(value, list) and all(type(part) in (int, float) for part in value):
-            entries[key] = tuple(value)
-        elif type(value) in (int, float, str):
-            entries[key] = value
+        if value is None:
+            continue
+        if not fits(value):
+            raise ValueError(f"pretrained_cfg: expected {key} {expected}, found {value!r:.60}")
+        entries[key] = tuple(value) if isinstance(value, list) else value
     for name in ("pretrained_cfg", "default_cfg"):
         setattr(model, name, {**own, **entries})
+
+
+def _are_colours(value: Any, least: float) -> bool:
+    return isinstance(value, list) and all(
+        type(part) in (int, float) and least <= part <= 255 for part in value
+    )
+
+
+_MAX_SIDE = 4096
+_PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (
+        lambda v: is_sizes(v) and len(v) == 3 and min(v) > 0 and max(v) <= _MAX_SIDE,
+        f"of three whole numbers from 1 to {_MAX_SIDE}",
+    ),
+    "mean": (lambda v: _are_colours(v, 0), "of numbers from 0 to 255"),
+    "std": (lambda v: _are_colours(v, 1e-4), "of numbers from 0.0001 to 255"),
+    "interpolation": (lambda v: v in INTERPOLATIONS, f"of {', '.join(INTERPOLATIONS)}"),
+    "crop_pct": (lambda v: type(v) in (int, float) and 0.05 <= v <= 2, "from 0.05 to 2"),
+    "crop_mode": (lambda v: v in ("center", "squash", "border"), "of center, squash, border"),
+}
 
 
 def tensors_of(model: nn.Module, *, persistent: bool = True) -> dict[str, Tensor]:
@@ -218,7 +244,7 @@ def plain(value: Any, name: Any, *, depth: int = 0) -> Any:
         ValueError: If it holds anything else, a number that is not finite, or too many levels.
     """
     if depth > _MAX_DEPTH:
-        raise ValueError(f"{name}: expected at most {_MAX_DEPTH} levels of nesting, found more")
+        raise ValueError(f"{name!s:.80}: expected at most {_MAX_DEPTH} levels, found more")
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)) and abs(value) <= _MAX_NUMBER:
@@ -228,7 +254,7 @@ def plain(value: Any, name: Any, *, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(part, key, depth=depth + 1) for key, part in value.items()}
     raise ValueError(
-        f"{name}: expected plain JSON values, found {value!r:.60} ({type(value).__name__}): "
+        f"{name!s:.80}: expected plain JSON values, found {value!r:.60} ({type(value).__name__}): "
         "pass names and finite numbers"
     )
 
@@ -244,14 +270,32 @@ class _AllocationLimit(TorchDispatchMode):
         self._left = max_elements
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and func.overloadpacket in _FACTORIES:
-            self._left -= math.prod(args[0])
+        count = _COUNTS.get(func.overloadpacket)
+        if count is not None and args:
+            # Modules and tensors without elements cost memory and time, too.
+            self._left -= max(_LEAST_ELEMENTS, int(count(*args)))
             if self._left < 0:
                 raise ValueError("it would need far more memory than the saved weights")
         return func(*args, **(kwargs or {}))
 
 
-_FACTORIES = frozenset(
-    {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.full}
-    | {torch.ops.aten.rand, torch.ops.aten.randn, torch.ops.aten.empty_strided}
-)
+_LEAST_ELEMENTS = 2**14
+
+
+def _of_size(size: Any, *_: Any) -> int:
+    return math.prod(size)
+
+
+def _of_steps(*arguments: Any) -> float:  # arange: end, or start, end and perhaps step
+    start, end, step = (0, *arguments, 1) if len(arguments) == 1 else (*arguments, 1)[:3]
+    return abs((end - start) / step) if step else 0
+
+
+_ATEN = torch.ops.aten
+_COUNTS: dict[Any, Any] = {
+    **dict.fromkeys((_ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full), _of_size),
+    **dict.fromkeys((_ATEN.rand, _ATEN.randn, _ATEN.empty_strided), _of_size),
+    _ATEN.arange: _of_steps,
+    # A value for each layer, read one by one.
+    _ATEN.linspace: lambda _start, _end, steps, *_: 1024 * steps,
+}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.distributed import num_processes, own
+from tpvprune.distributed import own
+from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.membership import num_processes
 from tpvprune.running import evaluating, first_output, frozen, on_device
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
@@ -44,9 +46,10 @@ def passes(
     calls = set(reader_plan(groups))
     cloned: set[int] = set()
     with evaluating(model), frozen(model), torch.enable_grad():
-        for batch in inputs:
+        for number, batch in enumerate(inputs):
             x = on_device(batch.detach(), model)
             tap = InputTap(model, x, calls, cloned)
+            check_outputs(model, x, tap.outputs, batch=number)
             yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
             tap.close()  # whoever still holds it must not hold two graphs at a time
 

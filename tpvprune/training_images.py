@@ -17,7 +17,7 @@ from torch import Tensor
 from tpvprune.augmentation import HeldImages, crop_and_flip, crop_flip_and_mix, mix
 from tpvprune.data import ImageSource
 from tpvprune.loading import HELD_BYTES, ImageBatches, chosen_items
-from tpvprune.preprocessing import IMAGE_MODES, Preprocessing
+from tpvprune.preprocessing import IMAGE_MODES, Preprocessing, in_colours
 
 LARGEST_SMALL = 64
 _SCALE, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
@@ -36,6 +36,7 @@ def training_images(
     labelled: bool = False,
     mixed: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> tuple[HeldImages | ImageBatches, Callable[[Tensor], Tensor] | None]:
     """Choose images, and how they are augmented: anew on every pass, by torch's random state.
 
@@ -55,6 +56,7 @@ def training_images(
         labelled: Whether batches are pairs (inputs, labels).
         mixed: Whether images are also mixed with others of their batch.
         progress: Wraps the decoding into memory, such as tqdm.
+        notice: Told in one line how many images were skipped, if any.
 
     Returns:
         Re-iterable batches, and what is left to do to each batch of inputs, or None.
@@ -82,6 +84,7 @@ def training_images(
             batch_size=batch_size,
             workers=workers,
             labelled=labelled,
+            notice=notice,
         )
 
     if max(preprocessing.input_size[1:]) > LARGEST_SMALL:
@@ -137,14 +140,13 @@ def _drawn(items: Iterable[Any]) -> Iterator[tuple[Any, list[float]]]:
 def _cropped(source: ImageSource, size: tuple[int, int], config: dict[str, Any]) -> ImageSource:
     """Return a source of (item, random numbers) whose images are cropped to the size."""
     mode = IMAGE_MODES[config["input_size"][0]]
-    known = config["interpolation"]
-    interpolation = str_to_pil_interp("bicubic" if known == "random" else known)
+    interpolation = str_to_pil_interp(config["interpolation"])
 
     def read(drawn: tuple[Any, list[float]]) -> tuple[Image.Image, Any]:
         item, numbers = drawn
         image, target = source.read(item)
         # To the model's colours first: an indexed image cannot be interpolated.
-        image = image.convert(mode)
+        image = in_colours(image, mode)
         part = image.resize(size[::-1], interpolation, box=random_box(*image.size, numbers))
         if numbers[4] < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

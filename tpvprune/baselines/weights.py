@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +46,8 @@ def magnitude_scores(
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, found {p}: choose L1 or L2 magnitude")
     weights = weights_of(model)
-
-    def magnitude(group: ChannelGroup) -> Tensor:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in group.slices:
-            if part.param in weights:
-                rows = owned_rows(weights[part.param], part).abs().pow(p).sum(1)
-                total.index_add_(0, part.channel.cpu(), rows)
-        return total
-
-    return data_free(groups, "magnitude" if p == 2 else "magnitude_l1", magnitude)
+    name = "magnitude" if p == 2 else "magnitude_l1"
+    return data_free(groups, name, lambda group: _sizes(group, weights, p))
 
 
 @torch.no_grad()
@@ -131,22 +123,13 @@ def bn_scale_scores(
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
     }
 
-    parts = {g.name: [part for part in g.slices if part.param in scales] for g in groups}
-    for name, found in parts.items():
-        if not found:
+    for group in groups:
+        if not any(part.param in scales for part in group.slices):
             raise ValueError(
                 "bn_scale needs a BatchNorm with a scale in every group, "
-                f"{name!r} has none: ignore that group or choose another criterion"
+                f"{group.name!r} has none: ignore that group or choose another criterion"
             )
-
-    def scale(group: ChannelGroup) -> Tensor:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in parts[group.name]:
-            rows = owned_rows(scales[part.param], part).abs().sum(1)
-            total.index_add_(0, part.channel.cpu(), rows)
-        return total
-
-    return data_free(groups, "bn_scale", scale)
+    return data_free(groups, "bn_scale", lambda group: _sizes(group, scales, 1))
 
 
 def random_scores(
@@ -175,6 +158,16 @@ def random_scores(
         "random",
         lambda group: torch.rand(group.num_channels, generator=generator, dtype=torch.float64),
     )
+
+
+def _sizes(group: ChannelGroup, weights: Mapping[str, Tensor], p: int) -> Tensor:
+    """Return the sum of |w|^p over those of the weights that go with each channel [C]."""
+    total = torch.zeros(group.num_channels, dtype=torch.float64)
+    for part in group.slices:
+        if part.param in weights:
+            rows = owned_rows(weights[part.param], part).abs().pow(p).sum(1)
+            total.index_add_(0, part.channel.cpu(), rows)
+    return total
 
 
 def data_free(

@@ -8,23 +8,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tpvprune import benchmarking
+from tpvprune.atomic import is_unfinished, written_file
 from tpvprune.batches import unlabeled
 from tpvprune.benchmark_plan import Plan
 from tpvprune.benchmark_rows import Row, key_of, markdown
-from tpvprune.benchmarking import run_benchmark
 from tpvprune.command_line.console import say
 from tpvprune.command_line.session import Subject, open_subject, provenance
 from tpvprune.command_line.session_images import calibration, labelled_images, open_data
 from tpvprune.command_line.session_results import check_writable, write_json
 from tpvprune.data import ImageSource
-from tpvprune.distributed import alone, by_first
+from tpvprune.distributed import by_first
+from tpvprune.membership import alone
 from tpvprune.reporting.benchmark import render_benchmark
 
 _ROWS, _SETTINGS, _TABLE, _PAGE = "results.csv", "settings.json", "results.md", "report.html"
 _MISSED = 1e-3
 
 
-def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Measure what is missing, and write the table and the page.
 
     Args:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         chosen, _ = calibration(of_seed, subject, images, labelled=plan.labelled, held_out=0)
         return chosen if plan.labelled else unlabeled(chosen, device=subject.device)
 
-    rows, left_out = run_benchmark(
+    rows, left_out = benchmarking.run_benchmark(
         plan, subject.model, drawn, test, args.output / _ROWS, report=_say_row
     )
     document = {
@@ -102,7 +104,6 @@ def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -
         "images": images.name,
         "eval_dir": str(args.eval_dir),
         "class_map": args.class_map,
-        "batch_size": args.batch_size or 64,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
@@ -116,7 +117,8 @@ def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) ->
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
-    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    found = folder.iterdir() if folder.is_dir() else ()
+    present = {entry.name for entry in found if not is_unfinished(entry)}
     if present and _SETTINGS not in present:
         raise ValueError(
             f"{folder}: expected a benchmark to go on with, found other files "
@@ -127,13 +129,22 @@ def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) ->
         for name in (_ROWS, _SETTINGS, _TABLE, _PAGE):
             (folder / name).unlink(missing_ok=True)
     elif present:
-        before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        before = _earlier_settings(folder / _SETTINGS)
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"{folder}: its rows were measured with {name} {before.get(name)!r}, found "
                     f"{value!r}: choose another --output, or --overwrite"
                 )
+
+
+def _earlier_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected the settings of a benchmark, found damage: --overwrite starts anew"
+        ) from error
 
 
 def _say_row(row: Row, done: int, total: int) -> None:
@@ -146,5 +157,6 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
     say()
     print(table, file=sys.stderr)
     say()
-    (folder / _TABLE).write_text(table + "\n", encoding="utf-8")
-    (folder / _PAGE).write_text(render_benchmark(document), encoding="utf-8")
+    for name, text in ((_TABLE, table + "\n"), (_PAGE, render_benchmark(document))):
+        with written_file(folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")

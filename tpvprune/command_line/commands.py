@@ -42,7 +42,8 @@ from tpvprune.command_line.session_results import (
     check_writable,
     image_facts,
     latencies,
-    measured,
+    pruned_document,
+    saved_with,
     shown_changes,
     write_json,
 )
@@ -52,12 +53,10 @@ from tpvprune.distributed import by_first
 from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
 from tpvprune.groups import ChannelGroup, find_groups
 from tpvprune.loading import in_memory
-from tpvprune.models import pretrained_config
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
-run_distill, run_finetune = training.run_distill, training.run_finetune
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
@@ -109,36 +108,21 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         )
     if distilling:
         result = _distilled(args, subject, images, result)
-    dense, pruned = measured(args, subject, result.model, labelled)
-    dense["agreement"] = 1.0
-    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
-    document = {
-        **provenance(args, subject),
-        **result.report,
-        "dense": {**result.report["dense"], **dense},
-        "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
-        "output": str(args.output),
-    }
+    document = pruned_document(
+        args,
+        subject,
+        result,
+        images=images,
+        batches=batches,
+        witnesses=witnesses,
+        labelled=labelled,
+    )
     seen = shown_changes(args, subject, result.model, subject.model, witnesses)
     by_first(
         save_pruned,
         result,
         args.output,
-        overwrite=args.overwrite,
-        dense=subject.model,
-        model_name=subject.made.name,
-        model_kwargs=subject.made.kwargs,
-        pretrained_cfg={
-            **pretrained_config(subject.model),
-            **subject.preprocessing.config,
-            "num_classes": getattr(subject.model, "num_classes", None),
-        },
-        provenance={
-            "command": args.command_line,
-            "weights": subject.made.weights,
-            "seed": args.seed,
-        },
+        **saved_with(args, subject),
         report={**report_data(result), **document, **seen},
     )
     by_first(training.state_file(args.output).unlink, missing_ok=True)
@@ -247,7 +231,7 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     images = open_data(args, labelled=False)
     labelled = has_labels(images, subject.model, explicit=bool(args.class_map or args.dataset))
     if labelled:
-        images = open_data(args, labelled=True)
+        images = open_data(args, labelled=True, again=True)
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)
     batches = in_memory(chosen, progress=bar("reading images"))
     models = [subject.model] if dense is None else [subject.model, dense]
@@ -278,20 +262,6 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     }
     show_evaluated(document)
     return 0, document
-
-
-def run_benchmark(args: argparse.Namespace) -> Outcome:
-    """Compare criteria.
-
-    Args:
-        args: Parsed flags of `tpvprune benchmark`.
-
-    Returns:
-        Exit code and JSON document.
-    """
-    benchmark = importlib.import_module("tpvprune.command_line.benchmark")
-    outcome: Outcome = benchmark.run(args)
-    return outcome
 
 
 def run_demo(args: argparse.Namespace) -> Outcome:

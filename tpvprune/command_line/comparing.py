@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 from tpvprune.atomic import written_file
 from tpvprune.command_line.console import percent, say, table
 from tpvprune.command_line.session_results import check_file
+from tpvprune.report import DAMAGE, read_report
 from tpvprune.reporting.comparing import Run, figures_of, render_comparison
 
-_MAX_REPORT_BYTES = 256 * 2**20
 _LONGEST_NAME = 24  # leaves room for all columns in 80
 
 
@@ -55,17 +54,14 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _report(folder: str) -> dict[str, Any]:
-    path = Path(folder) / "report.json"
-    if not path.is_file():
+    report = read_report(folder)
+    if not report:
         raise ValueError(f"{folder}: expected report.json of a saved run, found none")
-    if path.stat().st_size > _MAX_REPORT_BYTES:
-        raise ValueError(f"{path}: expected at most {_MAX_REPORT_BYTES} bytes, found more")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        figures_of(report)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected the report of a run, found damage") from error
-    return dict(report)
+        render_comparison([(folder, report)])
+    except DAMAGE as error:
+        raise ValueError(f"{folder}: expected the report of a run, found damage") from error
+    return report
 
 
 def _names(folders: Sequence[str]) -> list[str]:

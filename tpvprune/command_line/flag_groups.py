@@ -263,7 +263,8 @@ def _checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], what: s
 
 
 fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
-positive = _checked(float, lambda x: 0 < x < math.inf, "a number above 0")
+# Tensors of 32 bits hold no numbers above 3e38.
+positive = _checked(float, lambda x: 0 < x < 1e30, "a number above 0, not above 1e30")
 count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
 
 word = _checked(str.strip, bool, "a name")

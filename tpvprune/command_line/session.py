@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from tpvprune.checkpoint import load_pruned, read_config
 from tpvprune.distributed import check_same
 from tpvprune.downloads import local_folder
+from tpvprune.finite import check_outputs
 from tpvprune.models import ModelSource, is_factory, load_model
 from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.running import first_output
 
 
 @dataclass(frozen=True)
@@ -144,20 +146,21 @@ def _checked_subject(
     subject = Subject(model.to(device), made, preprocessing, device)
     try:
         with torch.no_grad():
-            model(subject.example)
+            outputs = model(subject.example)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         size = " x ".join(map(str, preprocessing.input_size))
         raise ValueError(
             f"{made.name} does not run on inputs of {size} ({reason}): set --input-size"
         ) from error
+    check_outputs(model, subject.example, first_output(outputs))
     return subject
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # a device without memory has no answer
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used ({reason[:100]})") from error

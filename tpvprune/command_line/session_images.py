@@ -49,12 +49,15 @@ def is_labelled(name: str) -> bool:
     return name in NEEDS_LABELS
 
 
-def open_data(args: argparse.Namespace, *, labelled: bool) -> ImageSource:
+def open_data(
+    args: argparse.Namespace, *, labelled: bool, again: bool = False
+) -> ImageSource:
     """Open the images that the flags name.
 
     Args:
         args: Parsed flags.
         labelled: Whether labels will be read.
+        again: What there is to note of them has been said.
 
     Returns:
         The source.
@@ -75,7 +78,7 @@ def open_data(args: argparse.Namespace, *, labelled: bool) -> ImageSource:
         return listed_images(data_list, root=args.data_dir)
     if is_array:
         return array_images(args.data_dir)
-    return open_images(
+    images = open_images(
         args.data_dir,
         dataset=args.dataset,
         split=args.split,
@@ -85,6 +88,9 @@ def open_data(args: argparse.Namespace, *, labelled: bool) -> ImageSource:
         labelled=labelled,
         download=args.dataset_download,
     )
+    if images.note and not again:
+        say(images.note)
+    return images
 
 
 def choose(
@@ -118,6 +124,7 @@ def choose(
         batch_size=args.batch_size or 64,
         workers=args.workers,
         labelled=labelled,
+        notice=say,
     )
 
 
@@ -154,11 +161,6 @@ def calibration(
     batches = in_memory(chosen, progress=bar("reading images"))
     if isinstance(batches, list) and not batches:
         raise ValueError(f"{images.name}: expected images, found none")
-    if chosen.skipped:
-        say(
-            f"note: {chosen.skipped} of {chosen.total} images could not be decoded and were "
-            f"skipped (first: {chosen.first_skipped})"
-        )
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
     if apart:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -13,15 +12,86 @@ from typing import Any
 
 from torch import nn
 
-from tpvprune.command_line.session import Subject
+from tpvprune.atomic import written_file
+from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_images import Shown, class_names, num_images
 from tpvprune.data import ImageSource
 from tpvprune.disagreement import disagreement
 from tpvprune.distributed import by_first
-from tpvprune.evaluation import evaluate, measure_latency
+from tpvprune.evaluation import agreement, evaluate, measure_latency
 from tpvprune.groups import ChannelGroups
+from tpvprune.models import pretrained_config
+from tpvprune.pipeline import PruningResult
+from tpvprune.weights.pruning import WeightPruningResult
 
 _LATENCY_ROUNDS = 5
+
+
+def pruned_document(
+    args: argparse.Namespace,
+    subject: Subject,
+    result: PruningResult | WeightPruningResult,
+    *,
+    images: ImageSource,
+    batches: Any,
+    witnesses: Any,
+    labelled: Any,
+) -> dict[str, Any]:
+    """Measure the pruned model beside the dense one, and return all that is known of it.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+        subject: The dense model.
+        result: The pruned one, and the report of its making.
+        images: Where the images came from.
+        batches: Those that it was pruned with.
+        witnesses: Those that the agreement is measured on.
+        labelled: Labelled batches for the accuracy, or None.
+
+    Returns:
+        The JSON document.
+    """
+    dense, pruned = measured(args, subject, result.model, labelled)
+    dense["agreement"] = 1.0
+    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
+    return {
+        **provenance(args, subject),
+        **result.report,
+        "dense": {**result.report["dense"], **dense},
+        "pruned": {**result.report["pruned"], **pruned},
+        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
+        "output": str(args.output),
+    }
+
+
+def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict[str, Any]:
+    """Return what :func:`tpvprune.save_pruned` is told about the dense model and the command.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+        subject: The dense model.
+        **facts: What else the provenance holds.
+
+    Returns:
+        Keyword arguments.
+    """
+    return {
+        "overwrite": args.overwrite,
+        "dense": subject.model,
+        "model_name": subject.made.name,
+        "model_kwargs": subject.made.kwargs,
+        "pretrained_cfg": {
+            **pretrained_config(subject.model),
+            **subject.preprocessing.config,
+            "num_classes": getattr(subject.model, "num_classes", None),
+        },
+        "provenance": {
+            "command": args.command_line,
+            "weights": subject.made.weights,
+            "seed": args.seed,
+            **facts,
+        },
+    }
 
 
 def measured(
@@ -139,6 +209,8 @@ def check_file(path: Path, *, overwrite: bool) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path}: expected a file name, found a folder")
+    if path.exists() and not path.is_file():  # which a new file would replace
+        raise ValueError(f"{path}: expected a file name, found a device: choose another name")
     if path.exists() and not overwrite:
         raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
     check_writable(path)
@@ -163,7 +235,5 @@ def check_writable(path: Path) -> None:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with written_file(path) as unfinished:
+        unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

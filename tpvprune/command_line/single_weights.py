@@ -9,13 +9,11 @@ from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import show_pruned, stages
-from tpvprune.command_line.session import Subject, ignored, open_subject, provenance
-from tpvprune.command_line.session_images import Shown, calibration, labelled_images, open_data
-from tpvprune.command_line.session_results import check_writable, image_facts, measured
-from tpvprune.distributed import num_processes
-from tpvprune.evaluation import agreement
+from tpvprune.command_line.session import Subject, ignored, open_subject
+from tpvprune.command_line.session_images import calibration, labelled_images, open_data
+from tpvprune.command_line.session_results import check_writable, pruned_document, saved_with
 from tpvprune.groups import find_groups
-from tpvprune.models import pretrained_config
+from tpvprune.membership import num_processes
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 
@@ -46,8 +44,7 @@ def asked_for(args: argparse.Namespace) -> bool:
     if args.granularity != "weight":
         if ":" not in args.granularity:
             raise ValueError(
-                "--granularity: expected channel, head, weight or 2:4, found "
-                f"{args.granularity!r}"
+                f"--granularity: expected channel, head, weight or 2:4, found {args.granularity!r}"
             )
         n, m = pattern_of(args.granularity)
         if args.keep not in {0.5, n / m}:
@@ -91,35 +88,19 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             seed=args.seed,
             progress=progress,
         )
-    dense, pruned = measured(args, subject, result.model, labelled)
-    dense["agreement"] = 1.0
-    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
-    document = {
-        **provenance(args, subject),
-        **result.report,
-        "dense": {**result.report["dense"], **dense},
-        "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
-        "output": str(args.output),
-    }
+    document = pruned_document(
+        args,
+        subject,
+        result,
+        images=images,
+        batches=batches,
+        witnesses=witnesses,
+        labelled=labelled,
+    )
     save_pruned(
         result.model,
         args.output,
-        overwrite=args.overwrite,
-        dense=subject.model,
-        model_name=subject.made.name,
-        model_kwargs=subject.made.kwargs,
-        pretrained_cfg={
-            **pretrained_config(subject.model),
-            **subject.preprocessing.config,
-            "num_classes": getattr(subject.model, "num_classes", None),
-        },
-        provenance={
-            "command": args.command_line,
-            "weights": subject.made.weights,
-            "seed": args.seed,
-            "granularity": args.granularity,
-        },
+        **saved_with(args, subject, granularity=args.granularity),
         report=document,
         masks=result.masks,
     )

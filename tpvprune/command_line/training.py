@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +33,7 @@ from tpvprune.distributed import by_first
 from tpvprune.downloads import local_folder
 from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
 from tpvprune.loading import in_memory
+from tpvprune.report import read_report
 from tpvprune.training import Recipe
 from tpvprune.training_images import training_images
 
@@ -129,6 +130,9 @@ def trained(
 
     Returns:
         The trained model and the facts for the report.
+
+    Raises:
+        ValueError: If the outputs of the trained model are not finite.
     """
     recipe, held = recipe_of(args), num_held_back(images)
     mixed = not (labelled or args.no_mix)
@@ -144,6 +148,7 @@ def trained(
         labelled=labelled,
         mixed=mixed,
         progress=bar("reading images"),
+        notice=say,
     )
     before = _closeness(subject.model, dense, witnesses)
     state = state_file(args.output)
@@ -158,6 +163,13 @@ def trained(
             how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
             how |= {"loss": args.loss, "temperature": args.temperature}
             model = distill(subject.model, dense, batches, **how)
+    after = _closeness(model, dense, witnesses)
+    if not math.isfinite(after["output_variance"]):
+        by_first(state.unlink, missing_ok=True)
+        raise ValueError(
+            f"training: expected finite outputs, found others after {recipe.epochs} epochs: lower "
+            f"--lr ({recipe.lr:g}) or --weight-decay ({recipe.weight_decay:g})"
+        )
     facts = {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
@@ -171,7 +183,7 @@ def trained(
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(time.monotonic() - start, 1),
         "before": before,
-        "after": _closeness(model, dense, witnesses),
+        "after": after,
     }
     return model, facts
 
@@ -186,7 +198,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     by_first(lambda: check_writable(check_folder(args.output, overwrite=args.overwrite)))
     recipe_of(args)
     args.folder = local_folder(args.folder)
-    config = read_config(args.folder)
+    config, earlier = read_config(args.folder), read_report(args.folder)
     args.dense = args.dense or _dense_weights(config, args.folder)
     subject, dense = open_pruned(args)
     assert dense is not None
@@ -197,7 +209,6 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     model, facts = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled
     )
-    earlier = _earlier_report(args.folder)
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
     weights = config["provenance"].get("weights")
     document = {
@@ -251,14 +262,6 @@ def _dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
         f"{folder}: expected the weights that it was pruned from, found {weights!r}: pass --dense "
         "with the dense model's checkpoint, or --dense pretrained"
     )
-
-
-def _earlier_report(folder: str | Path) -> dict[str, Any]:
-    try:
-        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
 
 
 @contextmanager

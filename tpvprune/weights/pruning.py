@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from tpvprune.batches import hold_back
+from tpvprune.clock import Clock, Progress
 from tpvprune.costs import count_macs
 from tpvprune.evaluation import agreement, output_variance
-from tpvprune.pipeline import _hold_back
 from tpvprune.running import on_device
+from tpvprune.weights.choice import joint_weight_masks
 from tpvprune.weights.masks import Scope, density, pattern_of, select_n_of_m, select_weights
 from tpvprune.weights.repair import apply_masks, compensate_masked
 from tpvprune.weights.scores import WEIGHT_SCORERS, WeightScores
 
 WeightRepair = Literal["none", "compensate"]
-_SCOPES: Mapping[str, Scope] = {"tpv": "global", "magnitude": "global", "wanda": "row"}
+WeightScope = Literal["joint", "global", "layer", "row"]
+_SCOPES: Mapping[str, WeightScope] = {"tpv": "joint", "magnitude": "global", "wanda": "row"}
+_UNFIT = {("joint", "magnitude"), ("joint", "wanda")}
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ def prune_weights(
     keep: float = 0.5,
     pattern: str | None = None,
     criterion: str = "tpv",
-    scope: Scope | None = None,
+    scope: WeightScope | None = None,
     repair: WeightRepair = "compensate",
     num_probes: int = 1,
     ignore: Iterable[str] = (),
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> WeightPruningResult:
     """Set weights of convolutions and linear layers to zero, and refit the others, without labels.
 
@@ -57,7 +60,11 @@ def prune_weights(
         keep: Fraction of these weights that stays, in (0, 1]; a pattern sets its own.
         pattern: ``"2:4"``: of every 4 neighbours along the input channels 2 stay; None: any.
         criterion: ``"tpv"``, ``"magnitude"`` or ``"wanda"``.
-        scope: What is ranked together; default: everything, for ``"wanda"`` each output's row.
+        scope: What is ranked together: ``"joint"`` (``"tpv"`` only, its default) what leaves a
+            layer as a whole (:func:`tpvprune.weights.choice.joint_weight_masks`); ``"global"`` all
+            weights one by one, ``"layer"`` those of a layer, ``"row"`` those of one output. The
+            default of ``"magnitude"`` is global, that of ``"wanda"`` row. With a pattern all but
+            ``"joint"`` are the same.
         repair: ``"compensate"`` refits what stays, ``"none"`` does not.
         num_probes: Random output directions per input (``"tpv"``).
         ignore: Layers that stay whole.
@@ -79,36 +86,37 @@ def prune_weights(
         raise ValueError(
             f"repair: expected 'none' or 'compensate' for single weights, found {repair!r}."
         )
+    if scope is not None and (scope not in get_args(WeightScope) or (scope, criterion) in _UNFIT):
+        known = "'global', 'layer' or 'row', or 'joint' with criterion 'tpv'"
+        raise ValueError(f"scope: expected {known}, found {scope!r} with {criterion!r}.")
     if pattern is not None:
         pattern_of(pattern)
-    fit, held = _hold_back(batches)
-    seconds: dict[str, float] = {}
-
-    def timed(stage: str, run: Callable[[], Any]) -> Any:
-        if progress is not None:
-            progress(stage, 0, 1)
-        start = time.perf_counter()
-        found = run()
-        seconds[stage] = time.perf_counter() - start
-        return found
-
-    options = {"num_probes": num_probes} if criterion == "tpv" else {}
-    score = WEIGHT_SCORERS[criterion]
-    scores = timed("scores", lambda: score(model, fit, ignore=ignore, seed=seed, **options))
-    if pattern is None:
-        masks = select_weights(scores, keep=keep, scope=scope or _SCOPES[criterion])
-    else:
-        masks = select_n_of_m(scores, pattern=pattern)
+    fit, held = hold_back(batches)
+    clock = Clock(progress)
+    scope = scope or _SCOPES[criterion]
+    with clock("scores"):
+        if scope == "joint":
+            masks, scores = joint_weight_masks(
+                model, fit,
+                keep=keep, pattern=pattern, num_probes=num_probes, ignore=ignore, seed=seed,
+            )  # fmt: skip
+        else:
+            options = {"num_probes": num_probes} if criterion == "tpv" else {}
+            score = WEIGHT_SCORERS[criterion]
+            scores = score(model, fit, ignore=ignore, seed=seed, **options)
+            masks = _select(scores, keep, pattern, scope)
     masked = apply_masks(model, masks)
     pruned = masked
     if repair == "compensate":
-        pruned = timed("compensation", lambda: compensate_masked(model, fit, masks, seed=seed))
+        with clock("compensation"):
+            pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
     report = {
         "granularity": pattern or "weight",
         "keep": keep if pattern is None else density(masks),
         "of": "weights",
         "criterion": criterion,
+        "scope": "neighbours" if pattern is not None and scope != "joint" else scope,
         "used_labels": False,
         "repair": repair,
         "repair_chosen": repair,
@@ -118,7 +126,7 @@ def prune_weights(
         "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
         "output_variance": {n: output_variance(m, model, held) for n, m in models.items()},
         "agreement": agreement(pruned, model, held),
-        "timings": seconds,
+        "timings": clock.seconds,
         "blocked": [
             {"name": n, "num_channels": m.numel(), "reason": f"inputs do not divide into {pattern}"}
             for n, m in masks.items()
@@ -127,6 +135,14 @@ def prune_weights(
         **_costs(model, masks, fit[0]),
     }
     return WeightPruningResult(pruned, masks, scores, report)
+
+
+def _select(
+    scores: WeightScores, keep: float, pattern: str | None, scope: Scope
+) -> dict[str, Tensor]:
+    if pattern is None:
+        return select_weights(scores, keep=keep, scope=scope)
+    return select_n_of_m(scores, pattern=pattern)
 
 
 def _costs(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> dict[str, Any]:
@@ -142,4 +158,3 @@ def _costs(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> dict[str
 
 def _total(masks: Mapping[str, Tensor]) -> int:
     return sum(m.numel() for m in masks.values())
-

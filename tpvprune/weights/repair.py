@@ -20,10 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import unlabeled
-from tpvprune.branches import Plan
-from tpvprune.compensation import first_inputs, refit_run
-from tpvprune.running import evaluating, on_device
+from tpvprune.compensation import refitted
 
 _EXACT = 2e10  # multiplications of a layer up to which rows are solved one by one: a second or two
 _CHUNK = 1 << 25  # elements of row matrices at a time
@@ -59,30 +56,40 @@ def compensate_masked(
     Returns:
         The repaired copy.
     """
-    repaired = copy.deepcopy(dense)
-    inputs = first_inputs(unlabeled(batches), dense, max_bytes)
-    plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
 
     def constrain(name: str, weights: Tensor, curvature: Tensor) -> Tensor:
         mask = masks.get(f"{name}.weight")
         return weights if mask is None else masked_fit(weights, curvature, mask)
 
-    run = refit_run(
-        repaired, dense, inputs, groups=None, kept={}, plan=plan, ridge=ridge, constrain=constrain
+    repaired = refitted(
+        dense,
+        dense,
+        batches,
+        groups=None,
+        kept={},
+        ridge=ridge,
+        rows_per_input=rows_per_input,
+        min_rows=min_rows,
+        max_bytes=max_bytes,
+        seed=seed,
+        constrain=constrain,
     )
-    with evaluating(repaired), torch.no_grad(), run:
-        repaired(torch.cat([on_device(x, repaired) for x in inputs]))
-    return apply_masks(repaired, masks)  # layers that no fit reached
+    _zero(repaired, masks)  # layers that no fit reached
+    return repaired
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of the model with masked weights zero."""
     masked = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            p = masked.get_parameter(name)
-            p.mul_(mask.to(p))
+    _zero(masked, masks)
     return masked
+
+
+@torch.no_grad()
+def _zero(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        p = model.get_parameter(name)
+        p.mul_(mask.to(p))
 
 
 def masked_fit(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:

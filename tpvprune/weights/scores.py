@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.branches import Layer, Plan, layers_by_weight
-from tpvprune.patches import patches_of, window_of
+from tpvprune.patches import count_positions, patches_of, window_of
 from tpvprune.residuals import ridge_inverse
 from tpvprune.running import evaluating, on_device
 from tpvprune.sample_gradients import SampleGradients, sample_gradients
@@ -195,6 +195,7 @@ class _InputGrams(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._layers, self._names = layers, names
+        self._number = {name: number for number, name in enumerate(sorted(names))}
         self.plan = Plan(1, 0, max_positions, seed)
         self.sums: dict[str, Tensor] = {}
         self.num_rows: dict[str, int] = {}
@@ -209,13 +210,8 @@ class _InputGrams(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _add(self, name: str, module: Any, x: Tensor, window: Any) -> None:
-        num = self.plan.num_inputs
-        if window is None:
-            num_positions = x.numel() // x.shape[-1] // num
-        else:
-            high, wide = window.outputs(x)
-            num_positions = high * wide * (len(x) // num)
-        positions = self.plan.positions(id(module), module, num_positions)
+        num_positions = count_positions(x, window, self.plan.num_inputs)
+        positions = self.plan.positions(self._number[name], module, num_positions)
         rows = patches_of(x, window, positions, getattr(module, "groups", 1))
         gram = (rows.mT @ rows).double()
         self.sums[name] = self.sums[name] + gram if name in self.sums else gram
@@ -240,4 +236,3 @@ def _squares(found: SampleGradients, weight: Tensor, stand_in: Tensor | None) ->
 def _grouped(weight: Tensor, groups: int) -> Tensor:
     """Return a weight as [groups, outputs per group, unknowns]."""
     return weight.reshape(groups, len(weight) // groups, -1)
-

@@ -1,0 +1,44 @@
+"""Result files: one CSV row per setting and seed, appended as soon as it is measured."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
+    """Return the keys of the rows that exist."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[k] for k in key) for row in csv.DictReader(file)}
+
+
+def append(path: Path, row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Write one finished row."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        if new:
+            table.writeheader()
+        table.writerow(row)
+
+
+def grouped(path: Path, key: Sequence[str]) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Return the rows of a file by their key, in the order of the first of each."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            groups[tuple(row[k] for k in key)].append(row)
+    return groups
+
+
+def mean_and_sd(rows: Iterable[Mapping[str, str]], column: str) -> str:
+    """Return the mean ± sd of a column; of one row its value alone."""
+    values = [float(row[column]) for row in rows]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"

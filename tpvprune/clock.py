@@ -1,0 +1,39 @@
+"""Seconds per stage of a long run, and the caller's progress display."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``."""
+
+
+@dataclass
+class Clock:
+    """Times stages; ``seconds`` holds those of each stage, all its rounds together."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str, done: int = 1, total: int = 1) -> Iterator[None]:
+        """Time one round of a stage.
+
+        Args:
+            stage: Its name.
+            done: Number of the round, from 1.
+            total: How many rounds there are.
+
+        Yields:
+            Nothing.
+        """
+        if self.progress is not None:
+            self.progress(stage, done - 1, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        if self.progress is not None:
+            self.progress(stage, done, total)

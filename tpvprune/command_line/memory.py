@@ -1,0 +1,49 @@
+"""Out of memory: the same command once more, with half as many images per batch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tpvprune.command_line.console import say
+from tpvprune.memory import is_lack_of_memory, release_memory
+
+Outcome = tuple[int, dict[str, Any]]
+_TRAINING = ("distill", "finetune")
+
+
+def within_memory(
+    run: Callable[[argparse.Namespace], Outcome], args: argparse.Namespace
+) -> Outcome:
+    """Run a command; when memory runs out, again with batches half as large, down to one image.
+
+    A command starts anew; finished rows of a benchmark are on the disk. How images are split into
+    batches decides the result of training, and a little that of BatchNorm recalibration.
+
+    Args:
+        run: The command.
+        args: Its flags; left as they are.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        Exception: What the command raised, if it is no lack of memory, or batches are of one
+            image or shared with other processes.
+    """
+    size = getattr(args, "batch_size", None) or (128 if args.command in _TRAINING else 64)
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    while True:
+        try:
+            return run(argparse.Namespace(**vars(args)))
+        except Exception as error:
+            if not is_lack_of_memory(error) or size == 1 or shared or "batch_size" not in args:
+                raise
+        # Outside of the handler, where the error no longer holds what filled the memory.
+        size //= 2
+        args = argparse.Namespace(**{**vars(args), "batch_size": size})
+        differs = " (which trains differently)" if args.command in _TRAINING else ""
+        say(f"note: out of memory: going on with {size} images per batch{differs}")
+        release_memory()

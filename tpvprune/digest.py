@@ -1,0 +1,33 @@
+"""A fingerprint of tensors, models and settings, to tell whether two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def digest_of(*parts: Any) -> bytes:
+    """Compute the SHA-256 of values; names, order and every bit of the tensors count.
+
+    Args:
+        *parts: Strings, tensors, modules, mappings of tensors, or values with a ``repr``.
+
+    Returns:
+        32 bytes.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        entries = part.state_dict() if isinstance(part, nn.Module) else part
+        if isinstance(entries, Tensor):
+            entries = {"": entries}
+        if not hasattr(entries, "items"):
+            digest.update((entries if isinstance(entries, str) else repr(entries)).encode())
+            continue
+        for name, value in entries.items():
+            digest.update(str(name).encode())
+            plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(plain.numpy())
+    return digest.digest()
