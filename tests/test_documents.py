@@ -40,10 +40,12 @@ def test_pruned_model_runs_in_plain_timm_code(tmp_path, monkeypatch):
     dense = timm.create_model("test_resnet", num_classes=5).eval()
     result = tpvprune.prune(dense, [torch.randn(8, 3, 32, 32)], keep=0.7, criterion="magnitude")
     tpvprune.save_pruned(result, "smaller")
-    lines = [line for line in BLOCKS[-1].splitlines() if line and not line.startswith("import")]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (block,) = [b for b in blocks_of(readme) if "resolve_model_data_config" in b]
+    lines = [line for line in block.splitlines() if line and not line.startswith("import")]
     assert len(lines) <= 5
     names = {"image": Image.new("RGB", (70, 50), (90, 120, 30))}
-    exec(compile(BLOCKS[-1], "migration.md", "exec"), names)
+    exec(compile(block, "README.md", "exec"), names)
     with torch.no_grad():
         expected = result.model(names["transform"](names["image"]).unsqueeze(0))
     assert torch.equal(names["outputs"], expected)
