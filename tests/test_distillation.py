@@ -444,7 +444,7 @@ def test_finetuning_needs_labels_of_the_model(labels, message):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs: expected at least 1, found 0"),
-        ({"lr": 0}, "lr: expected a number above 0, found 0"),
+        ({"lr": 0}, "lr: expected a number above 0, at most 1e30, found 0"),
         ({"lr": math.nan}, "lr: expected a number above 0"),
         ({"loss": "prayer"}, "loss: expected logits or divergence, found 'prayer'"),
         ({"temperature": -1}, "temperature: expected a number above 0, found -1"),

@@ -205,8 +205,8 @@ FOUND = {
     "random": (["evaluate", "out", *EVALUATE, "--interpolation", "random"], "interpolation"),
     "meta": (["evaluate", "out", *EVALUATE, "--device", "meta"], "cannot be used"),
     "device": (["score", *MODEL, "--output", "/dev/null", "--overwrite"], "found a device"),
-    "huge rate": (["distill", *TRAINED, "--lr", "1e300"], "not above 1e30"),
-    "huge decay": (["distill", *TRAINED, "--weight-decay", "1e300"], "not above 1e30"),
+    "huge rate": (["distill", *TRAINED, "--lr", "1e300"], "at most 1e30"),
+    "huge decay": (["distill", *TRAINED, "--weight-decay", "1e300"], "at most 1e30"),
     "divergence": (["distill", *TRAINED, "--weight-decay", "1e29"], "finite outputs"),
     "second order": (["distill", *TRAINED, "--opt", "adahessian"], "of first order"),
     "settings": (

@@ -359,7 +359,7 @@ def _by_curves(
     ranks = {name: curve.order.argsort() for name, curve in curves.items()}
     choose = partial(allocate, groups, of=of, **floors)
     if factors is None:
-        draft = choose(curves, keep=target)
+        draft = restore_empty(groups, choose(curves, keep=target), ranks)
         factors = absorption(model, groups, draft, curves, fit, seed=seed)
     return partial(choose, scaled(curves, factors)), ranks, factors
 

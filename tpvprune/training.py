@@ -72,10 +72,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("epochs", self.epochs >= 1, "at least 1"),
-            ("lr", 0 < self.lr < _MOST, "a number above 0, not above 1e30"),
+            ("lr", 0 < self.lr <= _MOST, "a number above 0, at most 1e30"),
             ("opt", _is_known(self.opt), "a name of timm.optim, of first order"),
             ("sched", self.sched in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-            ("weight_decay", 0 <= self.weight_decay < _MOST, "at least 0, not above 1e30"),
+            ("weight_decay", 0 <= self.weight_decay <= _MOST, "at least 0, at most 1e30"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to less than epochs"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a number above 0"),
             ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
