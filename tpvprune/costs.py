@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.running import evaluating
@@ -46,7 +47,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), counter:
+        # Nor does it know every fused attention kernel of every torch.
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
             model(*_one_input(model, example_inputs))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
