@@ -357,10 +357,11 @@ class TestModels:
 
         monkeypatch.setattr("socket.getaddrinfo", unreachable)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
             monkeypatch.delenv(proxy, raising=False)
         with pytest.raises(ValueError, match=r"not in the local cache, and the hub cannot be"):
-            load_model(name, pretrained=True, model_kwargs={"cache_dir": str(tmp_path)})
+            load_model(name, pretrained=True)
 
     def test_mismatch_names_keys_and_shapes(self, tmp_path, model):
         state = dict(model.state_dict())

@@ -369,6 +369,20 @@ def test_command_removes_single_weights(run, tmp_path, granularity):
     assert "no label was used" in err
 
 
+@pytest.mark.parametrize("granularity", ["weight", "2:4"])
+def test_dry_run_says_what_the_run_then_does(run, tmp_path, granularity):
+    flags = ("--granularity", granularity, "--criterion", "magnitude", "--repair", "none", "--json")
+    code, out, err = run(*flags, "--dry-run")
+    planned = json.loads(out)
+    assert code == 0
+    assert "stay, all others are set to zero" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+    done = json.loads(run(*flags)[1])
+    assert planned["dense"]["weights"] == done["dense"]["weights"]
+    assert planned["pruned"]["weights"] == pytest.approx(done["pruned"]["weights"], abs=1)
+    assert [b["name"] for b in planned["blocked"]] == [b["name"] for b in done["blocked"]]
+
+
 def test_command_prunes_heads_alone(run):
     code, out, _ = run(
         "--granularity", "head", "--keep", "0.9", "--criterion", "magnitude", "--repair", "none",

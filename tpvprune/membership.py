@@ -121,7 +121,8 @@ def joined(device: str = "cpu") -> Iterator[None]:
         world_size=size,
         timeout=_LONGEST_WAIT,
     )
-    watch = _Watch(store.clone(), number, size)
+    # A connection of its own, where this torch has that: one that waits would keep beats back.
+    watch = _Watch(store.clone() if hasattr(store, "clone") else store, number, size)
     present.team = Team(number, size, here if here.type == "cuda" else torch.device("cpu"))
     before = _ending_in_order()
     try:

@@ -194,8 +194,6 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     images = document["images"]
     used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
     say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
-    if document.get("weights") == "random":
-        say("note: the weights were random: pass --pretrained or --checkpoint F for trained ones")
     if not document["reached"]:
         of, speed = document["of"], document.get("speed")
         left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]

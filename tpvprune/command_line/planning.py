@@ -16,10 +16,13 @@ from tpvprune.command_line.console import blocked_lines, percent, say, short
 from tpvprune.command_line.session import Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.command_line.session_images import is_labelled, open_data
 from tpvprune.command_line.session_results import blocked_facts, check_writable
+from tpvprune.command_line.single_weights import asked_for
 from tpvprune.command_line.training import num_held_back, recipe_of
 from tpvprune.downloads import local_folder
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.running import evaluating, first_output, frozen
+from tpvprune.weights.masks import pattern_of
+from tpvprune.weights.scores import prunable_weights
 
 _BATCH = 8
 _REPEATS = 3
@@ -34,6 +37,8 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     Returns:
         Exit code (3: the budget cannot be reached) and JSON document.
     """
+    if asked_for(args):
+        return _plan_weights(args)
     check_writable(check_folder(args.output, overwrite=args.overwrite))
     recipe_of(args)
     used_labels = is_labelled(args.criterion)
@@ -64,6 +69,41 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     _say_time(seconds)
     return (0 if reached else 3), document
+
+
+def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    check_writable(check_folder(args.output, overwrite=args.overwrite))
+    subject = open_subject(args)
+    images = open_data(args, labelled=False)
+    weights = prunable_weights(subject.model, ignore=ignored(args, subject))
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    left, whole = args.keep * sum(sizes.values()), []
+    if args.granularity != "weight":
+        n, m = pattern_of(args.granularity)
+        whole = [name for name, weight in weights.items() if weight.shape[1] % m]
+        left = sum(size * (1 if name in whole else n / m) for name, size in sizes.items())
+    num = args.num_images if images.count is None else min(args.num_images, images.count)
+    forward, backward = _seconds(subject)
+    seconds = num * (2 * (forward + backward) + 4 * forward)
+    document = {
+        **provenance(args, subject),
+        "dry_run": True,
+        "granularity": args.granularity,
+        "num_images": num,
+        "dense": {"weights": sum(sizes.values())},
+        "pruned": {"weights": round(left)},
+        "blocked": [{"name": name, "num_channels": sizes[name], "reason": "inputs do not divide"}
+                    for name in whole],
+        "seconds": seconds,
+    }  # fmt: skip
+    say(
+        f"{document['model']}: of {short(sum(sizes.values()))} weights in {len(sizes)} layers "
+        f"{short(left)} stay, all others are set to zero"
+    )
+    blocked_lines(document["blocked"])
+    say(f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}")
+    _say_time(seconds, more="reading images, and several times that for exact refits of rows")
+    return 0, document
 
 
 def plan_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.checkpoint import load_pruned, read_config
+from tpvprune.command_line.console import say
 from tpvprune.distributed import check_same
 from tpvprune.downloads import local_folder
 from tpvprune.finite import check_outputs
@@ -59,6 +60,8 @@ def open_subject(args: argparse.Namespace) -> Subject:
         seed=args.seed,
         allow_import=True,
     )
+    if made.weights == "random" and args.command != "groups":
+        say("note: random weights: --pretrained or --checkpoint F loads trained ones")
     return _checked_subject(args, model, made, device)
 
 
