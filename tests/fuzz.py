@@ -19,8 +19,9 @@ HOSTILE = st.one_of(
     st.sampled_from([[], {}, [[]], [3, 10**5, 10**5], [1, 1, 1], [10**9] * 4, {"a": {"b": [1]}}]),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+        ),
         max_leaves=6,
     ),
 )
@@ -38,9 +39,7 @@ _ARGUMENTS = [
 ]
 _SIZES = [0, -1, 1, 2, 7, 224, 10**4, 10**6, *HUGE]
 _ARGUMENT_VALUES = (
-    HOSTILE
-    | st.sampled_from(_SIZES)
-    | st.lists(st.sampled_from(_SIZES), min_size=4, max_size=4)
+    HOSTILE | st.sampled_from(_SIZES) | st.lists(st.sampled_from(_SIZES), min_size=4, max_size=4)
 )
 
 

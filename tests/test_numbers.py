@@ -113,9 +113,7 @@ def test_batches_of_one_and_fewer_images_than_channels(repair, num, size):
 
 def test_scores_do_not_depend_on_batches_of_one(model):
     inputs, groups = torch.randn(9, 3, 6, 6), groups_of(model)
-    ones, all_at_once = (
-        tpvprune.tpv_scores(model, groups, list(inputs.split(n))) for n in (1, 9)
-    )
+    ones, all_at_once = (tpvprune.tpv_scores(model, groups, list(inputs.split(n))) for n in (1, 9))
     for name in ones:
         assert torch.allclose(ones[name], all_at_once[name], rtol=1e-4)  # float32 convolutions
 

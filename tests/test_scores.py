@@ -69,7 +69,10 @@ def test_compensated_scores_equal_jacobian_contraction_of_residuals(case, every_
             u = output_changes(model, group, x, replace)[:, :, c]
             torch.testing.assert_close(
                 # The Gram matrix squares the condition number of the design.
-                scores[group.name][c], u.square().sum(1).mean(), rtol=1e-8, atol=1e-13
+                scores[group.name][c],
+                u.square().sum(1).mean(),
+                rtol=1e-8,
+                atol=1e-13,
             )
 
 

@@ -69,9 +69,7 @@ def test_plain_scores_are_those_of_the_dense_jacobian(case, untouched):
     jac = jacrev(lambda w: functional_call(model, w, (x,)))(weights)
     signs = torch.randint(0, 2, (6, 2, 3), generator=torch.Generator().manual_seed(5)) * 2.0 - 1
     with untouched(model):
-        found = tpv_weight_scores(
-            model, [x[:4], x[4:]], compensated=False, num_probes=2, seed=5
-        )
+        found = tpv_weight_scores(model, [x[:4], x[4:]], compensated=False, num_probes=2, seed=5)
     assert set(found) == set(prunable_weights(model))
     for name, score in found.items():
         along = torch.einsum("bvk,bk...->bv...", signs.double(), jac[name])

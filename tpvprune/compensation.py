@@ -107,21 +107,29 @@ def refitted(
 
     The arguments are those of :func:`compensate_weights` and of :func:`refit_run`.
     """
+
+    def refit(inputs: list[Tensor]) -> nn.Module:
+        repaired = copy.deepcopy(pruned)
+        plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
+        run = refit_run(
+            repaired,
+            dense,
+            inputs,
+            groups=groups,
+            kept=kept,
+            plan=plan,
+            ridge=ridge,
+            constrain=constrain,
+        )
+        with evaluating(repaired), torch.no_grad(), run:
+            repaired(torch.cat([on_device(x, repaired) for x in inputs]))
+        spread_weights(repaired)
+        return repaired
+
     inputs = first_inputs(unlabeled(batches), dense, max_bytes)
     while True:
         try:
-            return _refitted(
-                pruned,
-                dense,
-                inputs,
-                groups=groups,
-                kept=kept,
-                ridge=ridge,
-                rows_per_input=rows_per_input,
-                min_rows=min_rows,
-                seed=seed,
-                constrain=constrain,
-            )
+            return refit(inputs)
         except Exception as error:
             num = sum(map(len, inputs))
             if not is_lack_of_memory(error) or num == 1 or num_processes() > 1:
@@ -133,37 +141,6 @@ def refitted(
             stacklevel=3,
         )
         release_memory()
-
-
-def _refitted(
-    pruned: nn.Module,
-    dense: nn.Module,
-    inputs: list[Tensor],
-    *,
-    groups: ChannelGroups | None,
-    kept: Mapping[str, Tensor],
-    ridge: float,
-    rows_per_input: int,
-    min_rows: int,
-    seed: int,
-    constrain: Constrain | None,
-) -> nn.Module:
-    repaired = copy.deepcopy(pruned)
-    plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
-    run = refit_run(
-        repaired,
-        dense,
-        inputs,
-        groups=groups,
-        kept=kept,
-        plan=plan,
-        ridge=ridge,
-        constrain=constrain,
-    )
-    with evaluating(repaired), torch.no_grad(), run:
-        repaired(torch.cat([on_device(x, repaired) for x in inputs]))
-    spread_weights(repaired)
-    return repaired
 
 
 def refit_run(

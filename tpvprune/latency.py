@@ -123,9 +123,7 @@ class Speed:
     rounds: int
 
 
-def compare_latency(
-    dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: int = 25
-) -> Speed:
+def compare_latency(dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: int = 25) -> Speed:
     """Time two models by turns on one batch.
 
     Args:

@@ -16,6 +16,7 @@ from tpvprune.taps import Observer, reader_plan
 
 _FLOOR = 1e-10
 
+
 def residual_maps(
     model: nn.Module,
     groups: ChannelGroups,

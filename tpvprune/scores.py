@@ -152,9 +152,7 @@ def _moments(
             second[name] += per_sample.square().sum(0).cpu()
     num_samples = int(total(num_samples))
     sums = iter(summed(*first.values(), *second.values()))
-    first, second = (
-        {name: next(sums) / num_samples for name in part} for part in (first, second)
-    )
+    first, second = ({name: next(sums) / num_samples for name in part} for part in (first, second))
     for name, value in first.items():
         if not bool(value.isfinite().all()):
             raise NotFiniteError(

@@ -49,9 +49,7 @@ def is_labelled(name: str) -> bool:
     return name in NEEDS_LABELS
 
 
-def open_data(
-    args: argparse.Namespace, *, labelled: bool, again: bool = False
-) -> ImageSource:
+def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
     """Open the images that the flags name.
 
     Args:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvprune.weights.repair import row_factors
+
 _EXACT = 2e10  # multiplications of one round up to which rows are solved one by one
-_CHUNK = 1 << 25  # elements of row matrices at a time
 _BLOCK = 128  # columns between two updates of all that follow
 _ROUNDS_PER_NEIGHBOUR = 4
 
@@ -148,13 +149,9 @@ def _refit(start: Tensor, curvature: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     """Return the refitted weights and diag(H_KK^-1), 1 where nothing stays."""
     target = start @ curvature
     fitted, spread = torch.zeros_like(start), torch.ones_like(start)
-    step = max(1, _CHUNK // curvature[0].numel())
     for g, matrix in enumerate(curvature):
-        for a in range(0, start.shape[1], step):
-            rows = slice(a, a + step)
-            m = mask[g, rows].to(start)
-            system = matrix * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+        for rows, m, factor in row_factors(matrix, mask[g].to(start)):
+            inverse = torch.cholesky_inverse(factor)
             fitted[g, rows] = (inverse @ (target[g, rows] * m)[..., None])[..., 0] * m
             spread[g, rows] = inverse.diagonal(dim1=1, dim2=2)
     return fitted, spread

@@ -14,7 +14,7 @@ Alistarh (SparseGPT, ICML 2023, https://arxiv.org/abs/2301.00774, algorithm 1), 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,14 +112,28 @@ def masked_fit(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
 
 def _exact(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
     target = weights @ curvature
+    fitted = [
+        torch.cholesky_solve((target[rows] * m)[..., None], factor)[..., 0] * m
+        for rows, m, factor in row_factors(curvature, mask.to(weights))
+    ]
+    return torch.cat(fitted)
+
+
+def row_factors(curvature: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Factorise the curvature of what stays of every row, some rows at a time.
+
+    Args:
+        curvature: Positive definite [unknowns, unknowns].
+        mask: 1 = stays, 0 = goes; [rows, unknowns], in the type of the curvature.
+
+    Yields:
+        Which rows; their masks; Cholesky factors [rows, unknowns, unknowns] of the curvature on
+        what stays and the identity on what goes.
+    """
     step = max(1, _CHUNK // curvature.numel())
-    rows = []
-    for t, m in zip(target.split(step), mask.to(weights).split(step), strict=True):
-        # H on what stays, the identity on what goes: one system per row, all of one size.
+    for first, m in enumerate(mask.split(step)):
         system = curvature * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
-        factor = torch.linalg.cholesky(system)
-        rows.append(torch.cholesky_solve((t * m)[..., None], factor)[..., 0] * m)
-    return torch.cat(rows)
+        yield slice(first * step, (first + 1) * step), m, torch.linalg.cholesky(system)
 
 
 def _by_columns(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
