@@ -1,7 +1,8 @@
-"""What scoring costs: `tpv_scores` against one labelled Taylor pass, side by side.
+"""What scoring and the stages of pruning cost, against labelled passes, side by side.
 
     python benchmarks/cost.py --models cifar_resnet20 cifar_resnet56 --num-images 1024
     python benchmarks/cost.py --models resnet18:128 vit_small_patch16_224:224 --num-images 64
+    python benchmarks/cost.py --models resnet18:128 --procedures taylor verification compensation
 
 The Taylor pass is what torch-pruning's users run before its importance: forward, cross-entropy,
 full backward. All procedures see the same images in the same batches; their repeats take turns in
@@ -11,7 +12,9 @@ one process. Peak memory comes from one fresh process per procedure.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import functools
 import os
 import resource
 import statistics
@@ -26,12 +29,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
+import torch_pruning as tp
 from environment import write_environment
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
+from tpvprune.allocation import allocate
+from tpvprune.baselines.jacobian import jbr_scores
+from tpvprune.compensation import compensate_weights
+from tpvprune.curves import variance_curves
 from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.removal import remove_channels
 from tpvprune.scores import tpv_scores
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,54 +58,118 @@ COLUMNS = [
     "model", "image_size", "num_images", "batch_size", "threads", "repeats", "procedure",
     "cpu_seconds", "cpu_low", "cpu_high", "wall_seconds", "peak_mib", "time_ratio", "memory_ratio",
 ]  # fmt: skip
-Batches = list[tuple[Tensor, Tensor]]
+
+
+class Material:
+    """A model with random weights, its groups and random images: cost knows no values."""
+
+    def __init__(self, args: argparse.Namespace, spec: str, procedures: Sequence[str]) -> None:
+        name, size = name_and_size(spec)
+        torch.manual_seed(0)
+        self.model = timm.create_model(name).eval()
+        x = torch.randn(args.num_images, 3, size, size)
+        y = torch.randint(0, self.model.num_classes, (args.num_images,))
+        self.batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
+        self.groups: ChannelGroups = find_groups(self.model, x[:1], verify=False)
+        self.kept = {g.name: torch.arange(g.num_channels) % 2 == 0 for g in self.groups}
+        if "compensation" in procedures:
+            self.pruned: torch.nn.Module = remove_channels(self.model, self.groups, self.kept)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The images without labels."""
+        return [x for x, _ in self.batches]
+
+    def first(self) -> Material:
+        """Return the same with one batch only."""
+        some = copy.copy(self)
+        some.batches = self.batches[:1]
+        return some
 
 
 # ---- the procedures -------------------------------------------------------------------------
 
 
-def forward(model: nn.Module, groups: ChannelGroups, batches: Batches) -> None:
+def forward(m: Material) -> None:
     with torch.no_grad():
-        for x, _ in batches:
-            model(x)
+        for x in m.inputs:
+            m.model(x)
 
 
-def bare_backward(model: nn.Module, groups: ChannelGroups, batches: Batches) -> None:
+def bare_backward(m: Material, layout: torch.memory_format = torch.contiguous_format) -> None:
     """Forward and backward by the activations alone, with nothing measured."""
-    model.requires_grad_(False)
-    for x, _ in batches:
-        leaf = x.clone().requires_grad_()
-        out = model(leaf)
+    m.model.requires_grad_(False)
+    for x in m.inputs:
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        out = m.model(leaf)
         torch.autograd.grad(out, leaf, torch.ones_like(out))
         del leaf, out
-    model.requires_grad_(True)
+    m.model.requires_grad_(True)
 
 
-def taylor(model: nn.Module, groups: ChannelGroups, batches: Batches) -> None:
-    model.zero_grad()
-    for x, y in batches:
-        F.cross_entropy(model(x), y).backward()
+def taylor(m: Material, layout: torch.memory_format = torch.contiguous_format) -> None:
+    m.model.zero_grad()
+    for x, y in m.batches:
+        F.cross_entropy(m.model(x.contiguous(memory_format=layout)), y).backward()
 
 
-def tpv(model: nn.Module, groups: ChannelGroups, batches: Batches, **options: Any) -> None:
-    tpv_scores(model, groups, [x for x, _ in batches], **options)
+def hessian_torch_pruning(m: Material) -> None:
+    """As torch-pruning documents its GroupHessianImportance; one batch, the rest takes as long."""
+    importance = tp.importance.GroupHessianImportance()
+    x, y = m.batches[0]
+    for loss in F.cross_entropy(m.model(x), y, reduction="none"):
+        m.model.zero_grad()
+        loss.backward(retain_graph=True)
+        importance.accumulate_grad(m.model)
 
 
-def tpv_plain(model: nn.Module, groups: ChannelGroups, batches: Batches) -> None:
-    tpv(model, groups, batches, compensated=False)
+def jbr(m: Material) -> None:
+    """The procedure of the TPV paper's reference code."""
+    jbr_scores(m.model, m.groups, m.inputs, confidence=0)  # random weights are sure of nothing
 
 
-def tpv_plain_4_probes(model: nn.Module, groups: ChannelGroups, batches: Batches) -> None:
-    tpv(model, groups, batches, compensated=False, num_probes=4)
+def tpv(m: Material, **options: Any) -> None:
+    tpv_scores(m.model, m.groups, m.inputs, **options)
 
 
-PROCEDURES: dict[str, Callable[[nn.Module, ChannelGroups, Batches], None]] = {
+def verification(m: Material) -> None:
+    """Grouping with every cut proved: masked and removed give the same outputs."""
+    find_groups(m.model, m.inputs[0][:1])
+
+
+def grouping(m: Material) -> None:
+    find_groups(m.model, m.inputs[0][:1], verify=False)
+
+
+def selection(m: Material) -> None:
+    allocate(m.groups, variance_curves(m.model, m.groups, m.inputs), keep=0.5)
+
+
+def removal(m: Material) -> None:
+    remove_channels(m.model, m.groups, m.kept)
+
+
+def compensation(m: Material) -> None:
+    compensate_weights(m.pruned, m.model, m.inputs, groups=m.groups, kept=m.kept)
+
+
+PROCEDURES: dict[str, Callable[[Material], None]] = {
     "taylor": taylor,
+    "taylor_channels_last": functools.partial(taylor, layout=torch.channels_last),
     "forward": forward,
     "bare_backward": bare_backward,
-    "tpv_plain": tpv_plain,
+    "bare_backward_channels_last": functools.partial(bare_backward, layout=torch.channels_last),
+    "hessian_torch_pruning": hessian_torch_pruning,
+    "jbr": jbr,
+    "tpv_plain": functools.partial(tpv, compensated=False),
     "tpv_compensated": tpv,
-    "tpv_plain_4_probes": tpv_plain_4_probes,
+    "tpv_plain_4_probes": functools.partial(tpv, compensated=False, num_probes=4),
+    "tpv_compensated_4_probes": functools.partial(tpv, num_probes=4),
+    "grouping": grouping,
+    "verification": verification,
+    "selection": selection,
+    "removal": removal,
+    "compensation": compensation,
 }
 
 
@@ -142,41 +215,31 @@ def name_and_size(spec: str) -> tuple[str, int]:
     return name, int(size or timm.get_pretrained_cfg_value(name, "input_size")[-1])
 
 
-def prepare(args: argparse.Namespace, spec: str) -> tuple[nn.Module, ChannelGroups, Batches]:
-    """Return a model with random weights, its groups and random images: cost knows no values."""
-    name, size = name_and_size(spec)
-    torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    x = torch.randn(args.num_images, 3, size, size)
-    y = torch.randint(0, model.num_classes, (args.num_images,))
-    batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
-    return model, find_groups(model, x[:1], verify=False), batches
-
-
 def compare(args: argparse.Namespace, spec: str, peaks: dict[str, float]) -> list[dict[str, Any]]:
     """Time all procedures of one model, their repeats taking turns."""
-    model, groups, batches = prepare(args, spec)
+    material = Material(args, spec, args.procedures)
     cpu: dict[str, list[float]] = {name: [] for name in args.procedures}
     wall: dict[str, list[float]] = {name: [] for name in args.procedures}
     for name in args.procedures:
-        PROCEDURES[name](model, groups, batches[:1])  # warm up
+        PROCEDURES[name](material.first())  # warm up
     for _ in range(args.repeats):
         for name in args.procedures:
             start = time.process_time(), time.perf_counter()
-            PROCEDURES[name](model, groups, batches)
+            PROCEDURES[name](material)
             cpu[name].append(time.process_time() - start[0])
             wall[name].append(time.perf_counter() - start[1])
-            model.zero_grad()
+            material.model.zero_grad()
     name, size = name_and_size(spec)
     rows = []
     for procedure in args.procedures:
         # Ratios within a round: what else the machine does hits both alike.
         ratios = [a / b for a, b in zip(cpu[procedure], cpu[args.procedures[0]], strict=True)]
+        num = args.batch_size if procedure == "hessian_torch_pruning" else args.num_images
         rows.append(
             {
                 "model": name,
                 "image_size": size,
-                "num_images": args.num_images,
+                "num_images": num,
                 "batch_size": args.batch_size,
                 "threads": args.threads,
                 "repeats": args.repeats,
@@ -186,7 +249,7 @@ def compare(args: argparse.Namespace, spec: str, peaks: dict[str, float]) -> lis
                 "cpu_high": f"{max(cpu[procedure]):.3f}",
                 "wall_seconds": f"{statistics.median(wall[procedure]):.3f}",
                 "peak_mib": f"{peaks[procedure]:.1f}",
-                "time_ratio": f"{statistics.median(ratios):.3f}",
+                "time_ratio": f"{statistics.median(ratios) * args.num_images / num:.3f}",
                 "memory_ratio": f"{peaks[procedure] / peaks[args.procedures[0]]:.3f}",
             }
         )
@@ -202,9 +265,9 @@ def child_memory(args: argparse.Namespace, spec: str, procedure: str) -> float:
 
 def peak_memory(args: argparse.Namespace, spec: str, procedure: str) -> float:
     """Return by how many MiB the peak of this process rises during one run."""
-    model, groups, batches = prepare(args, spec)
+    material = Material(args, spec, [procedure])
     before = reset_peak()
-    PROCEDURES[procedure](model, groups, batches)
+    PROCEDURES[procedure](material)
     return peak() - before
 
 
@@ -232,23 +295,28 @@ def report(rows: list[dict[str, Any]]) -> None:
         f"\n{first['model']}, {first['num_images']} images of {first['image_size']} px, batches of "
         f"{first['batch_size']}, {first['threads']} thread(s), median of {first['repeats']}"
     )
-    print(f"{'procedure':20} {'CPU s':>8} {'low-high':>15} {'x':>6} {'peak MiB':>9} {'x':>6}")
+    print(f"{'procedure':28} {'CPU s':>8} {'low-high':>15} {'x':>6} {'peak MiB':>9} {'x':>6}")
     for row in rows:
         spread = f"{float(row['cpu_low']):.2f}-{float(row['cpu_high']):.2f}"
         print(
-            f"{row['procedure']:20} {float(row['cpu_seconds']):8.2f} {spread:>15} "
+            f"{row['procedure']:28} {float(row['cpu_seconds']):8.2f} {spread:>15} "
             f"{row['time_ratio']:>6} {row['peak_mib']:>9} {row['memory_ratio']:>6}",
             flush=True,
         )
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the rows of the models measured now; those of other models stay."""
-    measured = {row["model"] for row in rows}
+    """Replace the rows of the models and sizes measured now; others stay."""
+
+    def setting(row: dict[str, Any]) -> tuple[str, ...]:
+        keys = ("model", "image_size", "num_images", "batch_size", "threads")
+        return tuple(str(row[k]) for k in keys)
+
+    measured = {setting(row) for row in rows}
     others = []
     if path.exists():
         with path.open(newline="") as file:
-            others = [row for row in csv.DictReader(file) if row["model"] not in measured]
+            others = [row for row in csv.DictReader(file) if setting(row) not in measured]
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()

@@ -20,6 +20,7 @@ from tpvprune.baselines.weights import (
     random_scores,
 )
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.criterion_names import NAMES
 from tpvprune.groups import ChannelGroup, ParamSlice, Reader
 
 C = 5  # channels of the one group of Net
@@ -565,3 +566,8 @@ def test_only_the_labelled_criteria_say_that_they_used_labels(net, groups, label
         scores = SCORERS[name](net, groups, labelled)
         assert scores.used_labels == (name in NEEDS_LABELS)
         assert scores.criterion == name
+
+
+def test_names_are_those_of_the_scorers():
+    assert tuple(SCORERS) == NAMES
+    assert set(NAMES) > NEEDS_LABELS

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import timm
@@ -12,6 +13,9 @@ from images import as_tar, spoil, write_classes, write_images
 from tpvprune.checkpoint import load_pruned
 from tpvprune.cli import main
 from tpvprune.command_line import commands
+from tpvprune.data import open_images
+from tpvprune.loading import choose_images
+from tpvprune.preprocessing import resolve_preprocessing
 
 CLASSES = 6
 SMALL = ["--img-size", "32", "--crop-pct", "1", "-b", "8", "-j", "2", "--num-images", "24"]
@@ -60,6 +64,7 @@ class TestPrune:
         assert document["used_labels"] is False
         assert document["dense"]["agreement"] == 1
         assert document["dense"]["latency_ms"] > 0
+        assert err.count(" ± ") == 3  # of both models, and once what it is
         assert 0 <= document["pruned"]["top1"] <= 1
         assert document["pruned"]["macs"] <= 0.5 * document["dense"]["macs"]
         assert document["images"] == {
@@ -84,6 +89,27 @@ class TestPrune:
         ):
             assert word in err
         assert "top-1" not in err
+
+    @pytest.mark.parametrize(("num", "unseen"), [(40, 4), (30, 3 + 10)])
+    def test_agreement_is_that_of_images_the_repair_has_not_seen(
+        self, run, root, tmp_path, num, unseen
+    ):
+        # Of all images in the seed's order, the fit gets the first 36 or 27.
+        argv = flags(tmp_path / "out", "--num-images", str(num), "--keep", "0.2", "--json")
+        _, out, err = run(*argv)
+        document = json.loads(out)
+        dense = timm.create_model("test_resnet", num_classes=CLASSES).eval()
+        dense.load_state_dict(torch.load(root / "weights.pt"))
+        preprocessing = resolve_preprocessing(dense, input_size=(3, 32, 32), crop_pct=1.0)
+        chosen = choose_images(open_images(root / "flat"), preprocessing, num_images=40, seed=0)
+        images, pruned = torch.cat(list(chosen)), load_pruned(tmp_path / "out")
+        with torch.no_grad():
+            same = (pruned(images).argmax(1) == dense(images).argmax(1))[-unseen:]
+        assert document["images"]["agreement_on"] == f"{unseen} held-back images"
+        assert document["pruned"]["agreement"] == pytest.approx(float(same.double().mean()))
+        assert f"on {unseen} held-back images" in " ".join(err.split())
+        page = (tmp_path / "out" / "report.html").read_text("utf-8")
+        assert f"of {unseen} held-back images" in page
 
     def test_saved_model_loads_and_is_the_measured_one(self, run, tmp_path):
         _, out, _ = run(*flags(tmp_path / "out", "--json"))
@@ -159,7 +185,7 @@ BAD_INPUT = {
         r"has shape fc\.weight \(6, \d+\) instead of \(9, \d+\)",
     ),
     "other model's checkpoint": (["--model", "test_efficientnet"], "lacks conv_stem.weight"),
-    "damaged checkpoint": (["--checkpoint", "flat/0000.png"], "not a safetensors file"),
+    "damaged checkpoint": (["--checkpoint", "flat/0000.png"], "weights, found another kind of file"),
     "two sources of weights": (["--pretrained"], "not allowed with argument"),
     "unknown model argument": (["--model-kwargs", "foo=1"], "cannot be built.*foo"),
     "model argument without value": (["--model-kwargs", "foo"], "expected NAME=VALUE"),
@@ -307,8 +333,12 @@ class TestOtherCommands:
         document = json.loads(out)
         assert code == 0
         assert 0 <= document["top1"] <= document["top5"] <= 1
-        assert document["latency_ms"] > 0
+        low, high = document["latency_range_ms"]
+        assert 0 < low <= document["latency_ms"] <= high
         assert "top-1" in err
+        spread = f"{document['latency_ms']:.2f} ± {(high - low) / 2:.2f} ms"
+        assert re.search(rf"latency, 1 image +{spread}", err)
+        assert "median of five rounds" in " ".join(err.split())
 
     def test_evaluate_agrees_with_prune(self, run, tmp_path):
         _, out, _ = run(*flags(tmp_path / "out", "--eval-dir", "classes", "--json"))
@@ -347,6 +377,43 @@ class TestStart:
     def test_help_needs_neither_timm_nor_time(self):
         code = "import sys, tpvprune.cli; sys.exit('timm' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_what_flags_and_paths_tell_waits_for_no_heavy_import(self, root):
+        new = ["--output", "new"]
+        model = ["--model", "test_resnet", "--data-dir", "flat"]
+        lines = {
+            "required: --model, --output": ["prune"],
+            "unrecognized arguments: --bogus": ["prune", *model, *new, "--bogus"],
+            "invalid choice: 'joy'": ["prune", *model, *new, "--of", "joy"],
+            "expected channel, head": ["prune", *model, *new, "--granularity", "joy"],
+            "did you mean tpv": ["prune", *model, *new, "--criterion", "tpw"],
+            "no images given": ["prune", *model[:2], *new],
+            "no such folder": ["prune", *model[:2], "--data-dir", "none", *new],
+            "no such checkpoint": ["prune", *model, "--checkpoint", "none", *new],
+            "none.csv: no such list": ["prune", *model, "--data-list", "none.csv", *new],
+            "nowhere: no such": ["prune", *model, "--eval-dir", "nowhere", *new],
+            "found 40 entries": ["prune", *model, "--output", "flat"],
+            "exists already": ["score", *model, "--output", "weights.pt"],
+            "either the folder of": ["evaluate", "--data-dir", "flat"],
+            "expected config.json": ["distill", "flat", "--data-dir", "flat", *new],
+            "far: no such": ["audit", *model, "--held-out-dir", "far"],
+            "at least two folders, found 1": ["compare", "flat"],
+            "expected report.json": ["compare", "flat", "two"],
+        }
+        code = f"""
+            import sys
+            from tpvprune.cli import main
+            codes = [main(argv) for argv in {list(lines.values())!r}]
+            heavy = {{"torch", "timm", "numpy", "PIL"}} & set(sys.modules)
+            sys.exit(f"{{codes}} {{heavy}}" if set(codes) != {{2}} or heavy else 0)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=root, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for message, line in zip(lines, done.stderr.splitlines(), strict=True):
+            assert message in line
 
     @pytest.mark.parametrize("command", ["prune", "score", "groups", "evaluate", "demo"])
     def test_help_fits_the_terminal(self, command, capsys, monkeypatch):

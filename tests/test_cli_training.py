@@ -215,6 +215,31 @@ def test_dense_weights_that_are_gone_are_asked_for(run, root, tmp_path):
     assert run(*argv, "--dense", "weights.pt")[0] == 0
 
 
+def test_a_folder_cannot_have_other_files_read_than_it_was_pruned_from(run, root, tmp_path):
+    folder = shutil.copytree(root / "small", tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    argv = ["distill", folder, "--data-dir", "flat", *TRAIN, "--output", tmp_path / "out"]
+    before = config["provenance"]["weights_sha256"]
+    other = timm.create_model("test_resnet", num_classes=4)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    for weights, digest, message in (
+        (tmp_path / "other.pt", before, "with another SHA-256: pass --dense"),
+        (tmp_path / "other.pt", None, "without its SHA-256: pass --dense"),
+        ("/etc/passwd", "0" * 64, "with another SHA-256: pass --dense"),
+    ):
+        config["provenance"] |= {"weights": str(weights), "weights_sha256": digest}
+        (folder / "config.json").write_text(json.dumps(config))
+        for plan in ([], ["--dry-run"]):
+            code, _, err = run(*argv, *plan)
+            assert_one_line(code, err, message)
+    assert run(*argv, "--dense", tmp_path / "other.pt")[0] == 0
+    code, _, err = run(*distil(tmp_path / "mine"))
+    assert code == 0
+    assert "dense weights: weights.pt, the file that small was pruned from" in err
+    trained = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert trained["provenance"]["weights_sha256"] == before
+
+
 def assert_one_line(code, err, message):
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.startswith("tpvprune: error: ")]

@@ -51,7 +51,7 @@ def folders(tmp_path):
 def test_figures_are_fractions_of_the_dense_model():
     assert figures_of(report()) == {
         "macs": 0.5, "params": 0.25, "latency": 0.75, "top1": 0.85,
-        "top1_change": pytest.approx(-0.05), "agreement": 0.93,
+        "top1_change": pytest.approx(-0.05), "agreement": 0.93, "nonzero_params": None,
     }  # fmt: skip
     assert set(figures_of({}).values()) == {None}
 
@@ -66,6 +66,24 @@ def test_table_fits_80_columns_and_has_every_run(folders, capsys):
         "50.00", "%", "25.00", "%", "75.00", "%", "85.00", "%", "-5.00", "93.00", "%"
     ]  # fmt: skip
     assert lines["bare"].split()[1:] == ["40.00", "%", "-", "-", "-", "-", "-"]
+
+
+def test_runs_with_zeroed_weights_have_a_column_more(folders, tmp_path, capsys):
+    dense = {"macs": 1000, "params": 400, "nonzero_params": 400, "latency_ms": 4.0, "top1": 0.9}
+    masked = {**dense, "nonzero_params": 210, "agreement": 0.9}
+    sparse = tmp_path / "a-run-of-single-weights-that-was-made-last-week"
+    sparse.mkdir()
+    (sparse / "report.json").write_text(json.dumps(report(dense=dense, pruned=masked)))
+    page = tmp_path / "page.html"
+    assert main(["compare", folders[0], str(sparse), "--output", str(page)]) == 0
+    err = capsys.readouterr().err
+    assert max(map(len, err.splitlines()[:3])) <= 80
+    assert err.splitlines()[0].split()[:4] == ["run", "MACs", "params", "non-zero"]
+    cells = err.splitlines()[2].split()
+    assert cells[1:7] == ["100.00", "%", "100.00", "%", "52.50", "%"]
+    assert "Non-zero parameters" in page.read_text("utf-8")
+    assert main(["compare", folders[0], folders[1]]) == 0
+    assert "non-zero" not in capsys.readouterr().err
 
 
 def test_json_holds_each_run(folders, capsys):
@@ -101,6 +119,11 @@ def test_names_are_escaped():
     assert "<script" not in render_comparison([(EVIL, data), ("b", report(criterion=EVIL))])
 
 
+def test_one_run_is_nothing_to_compare(folders, capsys):
+    assert main(["compare", folders[0]]) == 2
+    assert "expected at least two folders, found 1" in capsys.readouterr().err
+
+
 MIXED = '{"dense": {"macs": "x"}, "pruned": {"macs": 1}}'
 
 
@@ -108,7 +131,7 @@ MIXED = '{"dense": {"macs": "x"}, "pruned": {"macs": 1}}'
 def test_what_is_no_run_is_said_in_one_line(content, tmp_path, capsys):
     if content is not None:
         (tmp_path / "report.json").write_text(content)
-    assert main(["compare", str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert "report" in err

@@ -380,16 +380,31 @@ class TestModels:
                 return (open, (str(tmp_path / "exploded"), "w"))
 
         torch.save({"state_dict": Bomb()}, tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match="not a safetensors file or weights-only"):
+        with pytest.raises(ValueError, match="found a pickle of more than weights"):
             read_checkpoint(tmp_path / "weights.pt")
         assert not (tmp_path / "exploded").exists()
 
-    @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
-    def test_damaged_checkpoints_are_named(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        ("content", "found"),
+        [
+            (b"", "an empty file"),
+            (b"no checkpoint\nat all", "a text file: it begins with 'no checkpoint'$"),
+            ("é".encode() * 300 + b"x", "a text file: it begins with 'éé"),
+            (b"<!DOCTYPE html>", "a text file: it begins with '<!DOCTYPE html>'"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+            (b"PK\x03\x04" + bytes(99), "damage"),
+        ],
+    )
+    def test_what_is_no_checkpoint_is_called_what_it_is(self, tmp_path, content, found):
+        expected = "expected a safetensors file or a torch checkpoint of weights, found "
         for name in ("a.safetensors", "a.pt"):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(ValueError, match="not a safetensors file"):
+            with pytest.raises(ValueError, match=expected + found) as caught:
                 read_checkpoint(tmp_path / name)
+            assert "\n" not in str(caught.value)
+        (tmp_path / "a.pt").write_bytes(bytes(range(256)))
+        with pytest.raises(ValueError, match=expected + "another kind of file"):
+            read_checkpoint(tmp_path / "a.pt")
 
     def test_checkpoint_without_tensors_is_named(self, tmp_path):
         torch.save({"epoch": 3}, tmp_path / "weights.pt")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import timm
@@ -10,7 +11,8 @@ from images import write_classes, write_images
 
 from tpvprune.checkpoint import save_pruned
 from tpvprune.cli import main
-from tpvprune.command_line import benchmark, commands
+from tpvprune.command_line import benchmark, commands, planning
+from tpvprune.digest import file_digest
 from tpvprune.models import load_model
 from tpvprune.pipeline import prune
 
@@ -43,7 +45,9 @@ def root(tmp_path_factory):
     dense = timm.create_model("test_resnet", num_classes=3).eval()
     torch.save(dense.state_dict(), root / "weights.pt")
     result = prune(dense, [torch.randn(8, 3, 32, 32)], keep=0.6, criterion="magnitude")
-    save_pruned(result, root / "pruned", provenance={"weights": str(root / "weights.pt")})
+    weights = root / "weights.pt"
+    origin = {"weights": str(weights), "weights_sha256": file_digest(weights)}
+    save_pruned(result, root / "pruned", provenance=origin)
     (root / "mine_for_tests.py").write_text(FACTORY)
     return root
 
@@ -96,7 +100,7 @@ def test_interruption_says_what_became_of_the_output(run, monkeypatch, tmp_path)
         ("benchmark", benchmark, "the same command"),
     ):
         monkeypatch.setattr(home, f"run_{command}", interrupt)
-        model = ["--model", "test_resnet", "--output", tmp_path / "out"]
+        model = ["--model", "test_resnet", "--data-dir", "flat", "--output", tmp_path / "out"]
         code, _, err = run(command, *model)
         assert code == 130
         assert words in err
@@ -128,12 +132,38 @@ def test_dry_run_of_prune_plans_and_leaves_nothing(run, root):
     assert document["seconds"] > 0
     assert 0 < document["smallest"]["macs"] < document["dense"]["macs"]
     assert {group["name"] for group in document["groups"]} >= {"conv1.0"}
-    assert "dry run: nothing was done or written" in err
+    assert "dry run: nothing was written" in err
     assert sorted(root.iterdir()) == before
     limits = ["--keep", "0.001", "--min-channels", "8"]
     code, _, err = run("prune", *model, "--output", "new", *limits, "--dry-run")
     assert code == 3
     assert "cannot be reached" in " ".join(err.split())
+
+
+def test_estimates_come_from_a_trial_of_the_whole_run(run, tmp_path, monkeypatch):
+    tried = []
+
+    def slow(_, batches, **options):
+        tried.append((sum(map(len, batches)), options["steps"], options["repair"]))
+        time.sleep(0.3)
+
+    monkeypatch.setattr(planning, "prune", slow)
+    monkeypatch.setattr(planning, "prune_weights", lambda _, batches, **__: tried.append("weights"))
+    write_images(tmp_path / "many", 48)
+    argv = ["prune", "--model", "test_resnet", "--data-dir", tmp_path / "many", *SIZE, "--json"]
+    argv += ["--output", "new", "--dry-run"]
+    _, out, err = run(*argv, "--steps", "2", "--repair", "reconstruct")
+    assert tried == [(12, 2, "compensate")]
+    assert json.loads(out)["seconds"] == pytest.approx(0.3 * 4**0.6, rel=0.2)
+    text = " ".join(err.split())
+    assert "12 images of noise took" in text
+    assert "besides block reconstruction" in text
+    run(*argv, "--granularity", "weight")
+    assert tried[1:] == ["weights"]
+    monkeypatch.setattr(planning, "_PATIENCE", 0)
+    _, out, err = run(*argv)
+    assert len(tried) == 2
+    assert "besides reading images, variance curves and least squares" in " ".join(err.split())
 
 
 def test_dry_run_of_distill_and_benchmark(run, root):

@@ -170,6 +170,17 @@ class TestTrouble:
         assert re.search(message, notice), notice
         assert "\n" not in notice
 
+    @pytest.mark.parametrize("num_good", [1, 12, 99])
+    def test_a_single_one_among_few_is_skipped_and_named_too(self, tmp_path, same, num_good):
+        write_images(tmp_path, num_good, size=4)
+        (tmp_path / "bad.tif").write_bytes(b"no image")
+        notices = []
+        assert len(read(tmp_path, same, notices=notices)) == num_good
+        assert re.match(f"note: 1 of {num_good + 1} images could not.*first: bad.tif", notices[0])
+        (tmp_path / "worse.tif").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=f"2 of {num_good + 2} images cannot be decoded"):
+            read(tmp_path, same)
+
     @pytest.mark.parametrize("name", TROUBLE)
     def test_alone_it_is_an_error_that_names_it(self, tmp_path, same, name):
         content, message = TROUBLE[name]

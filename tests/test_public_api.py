@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -191,3 +192,12 @@ def test_pruned_models_share_no_memory_with_the_dense_one():
             tensor.zero_()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert isinstance(pruned, nn.Module)
+
+
+def test_the_api_reference_finds_every_name():
+    doc = pytest.importorskip("pdoc.doc", reason="needs pdoc: pip install 'tpvprune[dev]'")
+    for name in tpvprune.__all__:
+        getattr(tpvprune, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(doc.Module(tpvprune).members) == set(tpvprune.__all__)

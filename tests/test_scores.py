@@ -297,7 +297,12 @@ def test_scores_do_not_depend_on_the_state_of_the_model(mode):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"num_probes": 0}, "num_probes"), ({"metric": "loss"}, "metric: expected logits")],
+    [
+        ({"num_probes": 0}, "num_probes"),
+        ({"until": 0.0}, "until: expected"),
+        ({"amp": torch.float16}, "amp: expected torch.bfloat16"),
+        ({"metric": "loss"}, "metric: expected logits"),
+    ],
 )
 def test_scores_reject_bad_arguments(arguments, message):
     model = build("chain")
@@ -312,3 +317,59 @@ def test_scores_reject_weights_that_are_not_finite():
         model.fc.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite activations, found NaN in layer 'fc'"):
         tpv_scores(model, groups, batches())
+
+
+# ---- as many samples as it takes ------------------------------------------------------------
+
+
+def test_stops_once_half_of_the_channels_are_known_well_enough():
+    model = build("residual")
+    groups = found(model)
+    many = images(640).split(16)
+    seen = []
+
+    def stream():
+        for number, batch in enumerate(many):
+            seen.append(number)
+            yield batch
+
+    class Again:
+        def __iter__(self):
+            return stream()
+
+    scores = tpv_scores(model, groups, Again(), compensated=False, until=0.2)
+    num = scores.num_samples
+    assert 64 <= num < 640
+    assert len(seen) == num // 16  # the rest was not even read
+    assert_same(scores, tpv_scores(model, groups, many[: num // 16], compensated=False))
+
+    def uncertainty(n):
+        some = tpv_scores(model, groups, many[:n], compensated=False)
+        return torch.cat([some.stderr[g] / some[g] for g in some]).median()
+
+    assert uncertainty(num // 16) <= 0.2
+    assert num == 64 or uncertainty(num // 16 - 1) > 0.2
+
+
+def test_sees_everything_if_that_is_not_enough():
+    model = build("chain")
+    scores = tpv_scores(model, found(model), images(96).split(32), until=1e-9)
+    assert scores.num_samples == 96
+
+
+# ---- mixed precision ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("case", ["residual", "attention"])
+def test_mixed_precision_gives_nearly_the_same_scores(case, compensated):
+    model = build(case).float()
+    data = [x.float() for x in images(64).split(16)]
+    groups = find_groups(model, data[0])
+    options = {"compensated": compensated, "num_probes": 4}
+    exact = tpv_scores(model, groups, data, **options)
+    mixed = tpv_scores(model, groups, data, amp=torch.bfloat16, **options)
+    a, b = (torch.cat(list(s.values())) for s in (exact, mixed))
+    assert not torch.equal(a, b)
+    assert ((a - b).abs() / a).median() < 0.02
+    assert all(t.dtype == torch.float32 for t in model.parameters())

@@ -239,5 +239,6 @@ def test_labels_stay_with_their_images(tmp_path, size):
 def test_images_that_cannot_be_decoded_are_an_error(tmp_path):
     write_images(tmp_path, 6)
     spoil(tmp_path / "0003.png")
+    spoil(tmp_path / "0005.png")
     with pytest.raises(ValueError, match=r"0003\.png"):
         training_images(open_images(tmp_path), preprocessing(16))

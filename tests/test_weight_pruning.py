@@ -367,6 +367,27 @@ def test_command_removes_single_weights(run, tmp_path, granularity):
     assert "no label was used" in err
 
 
+def test_zeroed_weights_are_counted_and_called_alike_everywhere(run, tmp_path, capsys):
+    code, out, err = run("--granularity", "2:4", "--criterion", "magnitude", "--json")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    pruned = json.loads(out)["pruned"]
+    saved = load_pruned(tmp_path / "out")
+    zeros = sum(int((~mask).sum()) for mask in load_masks(tmp_path / "out").values())
+    params = sum(p.numel() for p in saved.parameters())
+    expected = {"params": params, "nonzero_params": params - zeros}
+    evaluate = ["evaluate", "out", "--data-dir", "photos", "--latency-repeats", "0", "--json"]
+    assert (code, main(evaluate)) == (0, 0)
+    found, said = capsys.readouterr()
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    for counts in (pruned, report["pruned"], json.loads(found)):
+        assert {name: counts[name] for name in expected} == expected
+    assert "non-zero parameters" in err
+    assert "non-zero parameters" in said
+    assert "Non-zero parameters" in page
+    run("--criterion", "magnitude", "--repair", "none", "--overwrite")
+    assert "on-zero" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
 @pytest.mark.parametrize("granularity", ["weight", "2:4"])
 def test_dry_run_says_what_the_run_then_does(run, tmp_path, granularity):
     flags = ("--granularity", granularity, "--criterion", "magnitude", "--repair", "none", "--json")

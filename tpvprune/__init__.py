@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tpvprune.scores import Scores, tpv_scores
     from tpvprune.selection import select_channels
 
-    __version__: str
+__version__: str
 
 __all__ = [  # noqa: RUF022  (in the order of the flow)
     # the flow in one call

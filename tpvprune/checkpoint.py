@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tpvprune.atomic import check_folder, written_folder
 from tpvprune.downloads import local_folder
+from tpvprune.places import check_saved
 from tpvprune.removal import attribute_changes, shrink_to
 from tpvprune.report import report_data, write_report
 from tpvprune.skeleton import (
@@ -189,8 +190,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: If the file is missing, not JSON, or not of this format.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected config.json of a saved pruned model, found none")
+    check_saved(folder)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
     try:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpvprune.command_line.first_checks import check_first
 from tpvprune.command_line.flags import build_parser
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         command = args.command
         args.command_line = shlex.join(["tpvprune", *argv])
+        check_first(args)
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
             dry = getattr(args, "dry_run", False)
@@ -106,10 +108,10 @@ def _failed(error: Exception) -> int:
         return BUG
     if type(error).__name__ == "LostProcessError":
         return _fail(LOST, str(error))
-    if importlib.import_module("tpvprune.memory").is_lack_of_memory(error):
-        return _fail(BAD_INPUT, "out of memory: lower -b, --num-images or the input size")
     if isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
         return _fail(BAD_INPUT, " ".join(str(error).split()) or type(error).__name__)
+    if importlib.import_module("tpvprune.memory").is_lack_of_memory(error):
+        return _fail(BAD_INPUT, "out of memory: lower -b, --num-images or the input size")
     traceback.print_exception(error)
     return _fail(BUG, "this is a bug: please report it with the lines above")
 

@@ -30,7 +30,7 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
 from tpvprune.patches import count_positions, gather, patches_of, window_of
-from tpvprune.running import evaluating, on_device
+from tpvprune.running import evaluating, fast_layout, on_device
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
 """``constrain(layer, refitted weights, curvature)``; see :func:`refit_run`."""
@@ -121,8 +121,9 @@ def refitted(
             ridge=ridge,
             constrain=constrain,
         )
+        moved = fast_layout(torch.cat([on_device(x, repaired) for x in inputs]), repaired)
         with evaluating(repaired), torch.no_grad(), run:
-            repaired(torch.cat([on_device(x, repaired) for x in inputs]))
+            repaired(moved)
         spread_weights(repaired)
         return repaired
 
@@ -175,8 +176,9 @@ def refit_run(
     with evaluating(dense), torch.no_grad():
         for x in inputs:
             dense_run.start_batch(len(x))
+            moved = fast_layout(on_device(x, dense), dense)
             with dense_run:
-                dense(on_device(x, dense))
+                dense(moved)
     names = {layer.name for layer in layers.values()} if groups is not None else set()
     rows = {name: _kept_rows(groups, kept, name) for name in names if groups is not None}
     return RefitRun(

@@ -67,6 +67,25 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_nonzero_params(model: nn.Module) -> int:
+    """Count the parameters but for the zeros in weights of two or more axes.
+
+    Those are what weight removal leaves; vectors (biases, scales) count in full, as zero is where
+    they start.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Number of elements, at most that of :func:`count_params`.
+    """
+    return count_params(model) - sum(
+        parameter.numel() - int(parameter.count_nonzero())
+        for parameter in model.parameters()
+        if parameter.ndim > 1
+    )
+
+
 @torch.no_grad()
 def measure_latency(
     model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3

@@ -19,10 +19,13 @@ from tpvprune.baselines.weights import (
     magnitude_scores,
     random_scores,
 )
+from tpvprune.criterion_names import NEEDS_LABELS
 from tpvprune.distributed import gathered
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.scores import Scores, tpv_scores
+
+__all__ = ["NEEDS_LABELS", "SCORERS", "scorer"]
 
 SCORERS: dict[str, Callable[..., Scores]] = {
     "tpv": tpv_scores,
@@ -44,18 +47,6 @@ SCORERS: dict[str, Callable[..., Scores]] = {
     "jacobian": jacobian_scores,
 }
 """Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``."""
-
-NEEDS_LABELS: frozenset[str] = frozenset(
-    {
-        "taylor",
-        "taylor_torch_pruning",
-        "hessian",
-        "hessian_torch_pruning",
-        "obdc_torch_pruning",
-        "jacobian",
-    }
-)
-"""Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""
 
 _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
 

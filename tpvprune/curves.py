@@ -50,6 +50,7 @@ def variance_curves(
     max_rows: int = 4096,
     max_bytes: int = 1 << 28,
     of: Budget = "macs",
+    amp: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict[str, Curve]:
     """Measure the curve of every group.
@@ -68,6 +69,7 @@ def variance_curves(
         max_rows: At most so many (sample, direction) pairs enter a curve.
         max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
         of: The budget: units of one group that save more of it leave earlier.
+        amp: ``torch.bfloat16`` for mixed precision.
         seed: Of the directions.
 
     Returns:
@@ -89,6 +91,7 @@ def variance_curves(
             ridge=ridge,
             max_rows=max_rows,
             max_bytes=max_bytes,
+            amp=amp,
             seed=seed,
         ),
     )
@@ -172,6 +175,7 @@ def _collect(
     ridge: float,
     max_rows: int,
     max_bytes: int,
+    amp: torch.dtype | None,
     seed: int,
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
@@ -192,7 +196,7 @@ def _collect(
     wanted = {name: share(-(-limit // num_probes)) for name, limit in limits.items()}
     seen, most = 0, max(wanted.values())
     for x, directions, tap in passes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed
+        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, amp=amp
     ):
 
         def collect(

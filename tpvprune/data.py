@@ -18,6 +18,8 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from tpvprune.places import check_images
+
 # timm's own, and what PIL reads as surely.
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _MOST_LISTED = 200_000
@@ -129,16 +131,10 @@ def _checked_location(data_dir: str | Path | None, dataset: str) -> str:
         if not dataset:
             raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
         return dataset
-    path = Path(data_dir)
     if dataset:
-        return f"{dataset} in {path}"
-    if not path.exists():
-        raise ValueError(f"{path}: no such folder or file")
-    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise ValueError(f"{path}: cannot be read: check its permissions")
-    if path.is_file() and path.suffix != ".tar":
-        raise ValueError(f"{path}: expected a folder or an uncompressed .tar of images")
-    return str(path)
+        return f"{dataset} in {Path(data_dir)}"
+    check_images(data_dir)
+    return str(Path(data_dir))
 
 
 def _reason(error: BaseException, dataset: str) -> str:

@@ -14,11 +14,12 @@ from tpvprune.atomic import check_folder
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import bar, before_after, percent, say, stages, table
 from tpvprune.command_line.session import Subject, provenance
-from tpvprune.command_line.session_results import check_writable, measured
+from tpvprune.command_line.session_results import measured
 from tpvprune.disagreement import disagreement
 from tpvprune.evaluation import evaluate
 from tpvprune.models import load_model
 from tpvprune.pipeline import PruningResult, prune
+from tpvprune.places import check_writable
 from tpvprune.preprocessing import resolve_preprocessing
 from tpvprune.removal import remove_channels
 from tpvprune.report import report_data

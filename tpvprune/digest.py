@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,3 +32,19 @@ def digest_of(*parts: Any) -> bytes:
             plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(plain.numpy())
     return digest.digest()
+
+
+def file_digest(path: str | Path) -> str:
+    """Compute the SHA-256 of a file.
+
+    Args:
+        path: The file; read in parts.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -224,7 +224,8 @@ def _top_classes(outputs: Tensor, num: int) -> Tensor:
 
 
 def _call(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs = first_output(model(*call_arguments(model, fast_layout(inputs))))
+    (moved,) = call_arguments(model, inputs)
+    outputs = first_output(model(fast_layout(moved, model)))
     if outputs.ndim < 2:
         raise ValueError(
             f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "

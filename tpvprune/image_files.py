@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tpvprune.data import ImageSource
+from tpvprune.places import check_list
 
 _MAX_LIST_BYTES = 2**30
 
@@ -28,8 +29,7 @@ def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageS
         ValueError: If there is no such list, or it names no file that is there.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such list of image files")
+    check_list(path)
     if path.stat().st_size > _MAX_LIST_BYTES:
         raise ValueError(
             f"{path}: expected a list of paths, found more than {_MAX_LIST_BYTES} bytes"

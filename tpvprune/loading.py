@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class ImageBatches:
     Every pass decodes the images again; `in_memory` holds them where they fit.
     Targets do not leave the reading thread unless `labelled`. Images that cannot
     be decoded are skipped and counted in `skipped`, and `notice` is told once, after a whole
-    pass; more than 1 % is an error. Of several processes each decodes its share of every batch.
+    pass; more than 1 % is an error, but for a single one beside others. Of several processes each
+    decodes its share of every batch.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class ImageBatches:
             Inputs [B, C, H, W], or (inputs, targets [B]) if labelled.
 
         Raises:
-            ValueError: If there is no image, or more than 1 % cannot be decoded.
+            ValueError: If there is no image, or more than 1 % and more than one cannot be decoded,
+                or all of them.
         """
         self.skipped, seen = 0, 0
         for chunk in self._decoded():
@@ -81,7 +83,8 @@ class ImageBatches:
             if failed:
                 self.first_skipped = self.first_skipped or failed[0]
                 self.skipped += len(failed)
-                self._raise_if_too_many(self.total or seen)
+                if self.skipped > max(1, MAX_UNDECODABLE * (self.total or seen)):
+                    self._refuse(self.total or seen)
             if done:
                 inputs = torch.stack([image for image, _ in done])
                 if self.labelled:
@@ -91,6 +94,8 @@ class ImageBatches:
         if seen == 0:
             least = f"at least {num_processes()} " if num_processes() > 1 else ""
             raise ValueError(f"{self.source.name}: expected {least}images, found none")
+        if self.skipped == seen:
+            self._refuse(seen)
         if self.skipped and self._notice is not None:
             self._notice(
                 f"note: {self.skipped} of {self.total or seen} images could not be decoded and "
@@ -98,13 +103,11 @@ class ImageBatches:
             )
             self._notice = None
 
-    def _raise_if_too_many(self, total: int) -> None:
-        if self.skipped > MAX_UNDECODABLE * total:
-            raise ValueError(
-                f"{self.source.name}: at least {self.skipped} of {total} images cannot "
-                f"be decoded, more than 1 %: repair or remove them "
-                f"(first: {self.first_skipped})"
-            )
+    def _refuse(self, total: int) -> NoReturn:
+        raise ValueError(
+            f"{self.source.name}: at least {self.skipped} of {total} images cannot be decoded, "
+            f"more than 1 %: repair or remove them (first: {self.first_skipped})"
+        )
 
     def _decoded(self) -> Iterator[list[Any]]:
         items, start = iter(self._items()), 0

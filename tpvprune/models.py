@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.downloads import HUB, go_offline_if_unreachable, is_unreachable
+from tpvprune.file_kinds import found_instead
+from tpvprune.places import check_checkpoint
 
 _MAX_NAMED = 3
 _FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -187,14 +189,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is missing, not a checkpoint, or holds no tensors.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+    check_checkpoint(path)
     try:
         state = load_state_dict(str(path), weights_only=True)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     except Exception as error:
+        found = found_instead(path, _first_line(error))
         raise ValueError(
-            f"{path}: not a safetensors file or weights-only torch file ({_first_line(error)})"
+            f"{path}: expected a safetensors file or a torch checkpoint of weights, found {found}"
         ) from error
     if not tensors:
         raise ValueError(f"{path}: expected tensors, found none")

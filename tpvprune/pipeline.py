@@ -23,6 +23,7 @@ from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
+from tpvprune.narrowest import narrowest
 from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.removal import remove_channels, restore_empty
 from tpvprune.running import evaluating, first_output, on_device
@@ -32,6 +33,7 @@ from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, sele
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Of = Literal["macs", "params", "latency"]
 Allocation = Literal["curves", "rank", "plain"]
+_NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def prune(
     min_channels: int = 1,
     max_removed: float = 1.0,
     num_probes: int = 1,
+    amp: torch.dtype | None = None,
     absorb: bool | None = None,
     ignore: Iterable[str] = (),
     latency_batch_size: int = 1,
@@ -93,6 +96,7 @@ def prune(
         min_channels: Units every group keeps.
         max_removed: Largest fraction of a group that may go.
         num_probes: Random output directions per input.
+        amp: ``torch.bfloat16`` scores in mixed precision (``"tpv"`` only).
         absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
             for (:func:`tpvprune.absorption.absorption`), at three compensations more; None: where
             the repair refits weights.
@@ -135,14 +139,14 @@ def prune(
                 found = _score(
                     criterion, pruned, now,
                     labelled_batches if criterion in NEEDS_LABELS else fit,
-                    num_probes=num_probes, seed=seed,
+                    num_probes=num_probes, amp=amp, seed=seed,
                 )  # fmt: skip
             scores = scores or found
         with clock("selection", step, steps):
             if use_curves:
                 choose, ranks, factors = _by_curves(
                     pruned, now, fit, target, factors,
-                    of=aim.budget, floors=floors, num_probes=num_probes, seed=seed,
+                    of=aim.budget, floors=floors, num_probes=num_probes, amp=amp, seed=seed,
                 )  # fmt: skip
             else:
                 per_cost = allocation != "plain"
@@ -151,8 +155,8 @@ def prune(
                 )
                 ranks = {**found}
             chosen = aim.choose(
-                partial(_feasible, choose, now, ranks, of=aim.budget), pruned, now, target,
-                last=step == steps,
+                partial(_feasible, choose, now, ranks, of=aim.budget, floors=floors),
+                pruned, now, target, last=step == steps,
             )  # fmt: skip
         with clock("removal", step, steps):
             pruned, kept = remove_channels(pruned, now, chosen), compose(kept, chosen)
@@ -290,9 +294,11 @@ def _feasible(
     groups: ChannelGroups,
     ranks: Mapping[str, Tensor],
     keep: float,
+    *,
     of: Budget,
+    floors: Floors,
 ) -> Kept:
-    """Return a selection that fits the budget and leaves every layer a channel."""
+    """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
     aim = keep
     for _ in range(4):
         chosen = restore_empty(groups, choose(keep=aim), ranks)
@@ -300,6 +306,10 @@ def _feasible(
             break
         # Channels were put back where a layer would have none: the others must pay for them.
         aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
+    else:
+        lowest = restore_empty(groups, choose(keep=_NOTHING), ranks)
+        if not reaches(groups, lowest, keep=keep, of=of):
+            chosen = narrowest(groups, of, ranks=ranks, **floors)
     check_same("channels to cut", chosen)
     return chosen
 
@@ -335,10 +345,11 @@ def _score(
     source: Any,
     *,
     num_probes: int,
+    amp: torch.dtype | None,
     seed: int,
 ) -> Scores:
     if criterion == "tpv":
-        return scorer("tpv")(model, groups, source, num_probes=num_probes, seed=seed)
+        return scorer("tpv")(model, groups, source, num_probes=num_probes, amp=amp, seed=seed)
     return scorer(criterion)(model, groups, source, seed=seed)
 
 
@@ -352,10 +363,11 @@ def _by_curves(
     of: Budget,
     floors: Floors,
     num_probes: int,
+    amp: torch.dtype | None,
     seed: int,
 ) -> tuple[Callable[..., Kept], Mapping[str, Tensor], Mapping[str, float]]:
     """Return how to choose widths, the channels' ranks, and the factors (None: to be measured)."""
-    curves = variance_curves(model, groups, fit, num_probes=num_probes, of=of, seed=seed)
+    curves = variance_curves(model, groups, fit, num_probes=num_probes, of=of, amp=amp, seed=seed)
     ranks = {name: curve.order.argsort() for name, curve in curves.items()}
     choose = partial(allocate, groups, of=of, **floors)
     if factors is None:

@@ -34,7 +34,7 @@ from tpvprune.distributed import gathered, spread_weights
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.preconditioner import KroneckerFactors, layers_in
-from tpvprune.running import evaluating, fast_layout, frozen, on_device
+from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 
 _FEWEST_PARTS = 10  # the last tenth is held back
 _BATCH = 128
@@ -112,10 +112,11 @@ def reconstruct_blocks(
     # Half of the memory for the activations of one layer, half for the targets of all blocks.
     chosen = first_inputs(_mirrored(source) if mirror else source, dense, max_bytes // 2)
     room = max(1, max_bytes // 2 // sum((b.bytes_per_input for b in blocks), 1))
-    x = on_device(torch.cat(chosen)[:room], dense)
+    x = fast_layout(on_device(torch.cat(chosen)[:room], dense), dense)
     plan = Plan(len(x), rows_per_input, min_rows, seed)
     run = refit_run(repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan)
-    solver = _Solver(len(x), rounds, iterations, damping, max_positions, seed, progress)
+    fast = x.ndim == 4 and takes_channels_last(dense, x)
+    solver = _Solver(len(x), rounds, iterations, damping, max_positions, seed, fast, progress)
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
         targets = _dense_outputs(dense, blocks, x)
         _walk(repaired, targets, on_device(x, repaired), run, solver)
@@ -188,6 +189,7 @@ class _Solver:
     damping: float
     max_positions: int
     seed: int
+    fast: bool  # in channels-last memory
     progress: Progress | None = None
 
     def chunks(self, call: BlockCall) -> list[BlockCall]:
@@ -200,16 +202,16 @@ class _Solver:
 
     def fit(self, module: nn.Module, call: BlockCall) -> None:
         """Move the weights of a block so that it gives ``call.out``."""
-        data = [_channels_last(c) for c in self._enough(self.chunks(call))]
+        data = self._enough(self.chunks(call))
+        data = [_channels_last(c) for c in data] if self.fast else data
         data, held = data[: -len(data) // 10], data[-len(data) // 10 :]
         if not data:
             return
         layers = layers_in(module, data[0])
         if not layers:
             return
-        params = {
-            n: _fast(module.get_parameter(n).detach()) for layer in layers for n in layer.names
-        }
+        params = {n: module.get_parameter(n).detach() for layer in layers for n in layer.names}
+        params = {n: _fast(p) for n, p in params.items()} if self.fast else params
         loss = _loss(module, params, held)
         size = sum(float(c.out.square().sum(dtype=torch.float64)) for c in held)
         for _ in range(self.rounds):
@@ -256,7 +258,9 @@ class _Solver:
 
 def _fast(value: Any) -> Any:
     """Return a feature map or kernel in the layout in which convolutions run fastest."""
-    return fast_layout(value) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def _channels_last(call: BlockCall) -> BlockCall:

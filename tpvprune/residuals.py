@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpvprune.distributed import places, share, summed
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.positions import by_channel, sampled_rows
-from tpvprune.running import evaluating, on_device
+from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.taps import Observer, reader_plan
 
 _FLOOR = 1e-10
@@ -137,8 +137,9 @@ def input_covariances(
             num = len(x)
             if not num:
                 break
+            moved = fast_layout(on_device(x, model), model)
             with Observer(set(plan), observe):
-                model(on_device(x, model))
+                model(moved)
             seen += num
     for call, parts in sums.items():
         total, gram, count = summed(*parts, torch.tensor(counts[call], dtype=torch.float64))

@@ -9,7 +9,8 @@ activations per direction; no gradient of any weight is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
-from tpvprune.distributed import summed, total
+from tpvprune.distributed import in_step, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroups
 from tpvprune.positions import by_channel, contract
@@ -26,6 +27,7 @@ from tpvprune.taps import Metric, passes, reader_plan
 
 # What stands in for a channel is fitted on so many samples: that pass is a forward of its own.
 _MAP_SAMPLES = 256
+_FEWEST = 64  # samples: the standard error of fewer is too small too often
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def tpv_scores(
     compensated: bool = True,
     num_probes: int = 1,
     ridge: float = 1e-3,
+    until: float | None = None,
+    amp: torch.dtype | None = None,
     seed: int = 0,
 ) -> Scores:
     r"""Score channels by the output variance that their removal causes.
@@ -82,6 +86,9 @@ def tpv_scores(
         num_probes: Directions per sample, >= 1; each costs one more backward. The deterministic
             ``"pseudo"`` uses one.
         ridge: lambda, relative to the mean variance of the reader's inputs.
+        until: Stop after the batch at which half of the channels have standard errors of at most
+            this fraction of their scores, and at least 64 samples were seen; None: see all.
+        amp: ``torch.bfloat16`` for mixed precision.
         seed: Of the directions.
 
     Returns:
@@ -96,6 +103,10 @@ def tpv_scores(
     """
     if num_probes < 1:
         raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
+    if amp not in (None, torch.bfloat16):
+        raise ValueError(f"amp: expected torch.bfloat16 or None, found {amp}")
+    if until is not None and not 0 < until < float("inf"):
+        raise ValueError(f"until: expected a number above 0, found {until}.")
     inputs = unlabeled(batches)
     mean, squares, num_samples = retried_in_single(
         model,
@@ -107,11 +118,12 @@ def tpv_scores(
             compensated=compensated,
             num_probes=num_probes,
             ridge=ridge,
+            until=until,
+            amp=amp,
             seed=seed,
         ),
     )
-    variance = {n: (squares[n] - mean[n].square()).clamp_min(0) for n in mean}
-    stderr = {n: (v / max(num_samples - 1, 1)).sqrt() for n, v in variance.items()}
+    stderr = {n: _standard_error(mean[n], squares[n], num_samples) for n in mean}
     return Scores(mean, stderr, num_samples, "tpv", used_labels=False)
 
 
@@ -124,6 +136,8 @@ def _moments(
     compensated: bool,
     num_probes: int,
     ridge: float,
+    until: float | None,
+    amp: torch.dtype | None,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Measure the scores and their squares.
@@ -141,25 +155,54 @@ def _moments(
     first = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     second = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     num_samples = 0
-
-    for changes, num in output_changes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, maps=maps
-    ):
-        num_samples += num
-        for name, u in changes.items():  # [probes, B, C]
-            per_sample = u.double().square().mean(0)
-            first[name] += per_sample.sum(0).cpu()
-            second[name] += per_sample.square().sum(0).cpu()
-    num_samples = int(total(num_samples))
-    sums = iter(summed(*first.values(), *second.values()))
-    first, second = ({name: next(sums) / num_samples for name in part} for part in (first, second))
-    for name, value in first.items():
+    measured = output_changes(
+        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, maps=maps, amp=amp
+    )
+    with closing(measured):
+        for batch in measured if until is None else in_step(measured):
+            if batch is not None:
+                changes, num = batch
+                num_samples += num
+                for name, u in changes.items():  # [probes, B, C]
+                    per_sample = u.double().square().mean(0)
+                    first[name] += per_sample.sum(0).cpu()
+                    second[name] += per_sample.square().sum(0).cpu()
+            if until is not None:
+                mean, squares, seen = _means(first, second, num_samples)
+                if seen >= _FEWEST and _uncertainty(mean, squares, seen) <= until:
+                    break
+    mean, squares, num_samples = _means(first, second, num_samples)
+    for name, value in mean.items():
         if not bool(value.isfinite().all()):
             raise NotFiniteError(
                 f"group {name!r}: expected finite scores, found NaN or infinity; "
                 "check the inputs and the weights for non-finite values."
             )
-    return first, second, num_samples
+    return mean, squares, num_samples
+
+
+def _means(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], num_samples: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Return sums over the samples of here as means over those of all processes."""
+    num_samples = int(total(num_samples))
+    sums = iter(summed(*first.values(), *second.values()))
+    mean, squares = ({name: next(sums) / num_samples for name in part} for part in (first, second))
+    return mean, squares, num_samples
+
+
+def _standard_error(mean: Tensor, squares: Tensor, num_samples: int) -> Tensor:
+    variance = (squares - mean.square()).clamp_min(0)
+    return (variance / max(num_samples - 1, 1)).sqrt()
+
+
+def _uncertainty(
+    mean: Mapping[str, Tensor], squares: Mapping[str, Tensor], num_samples: int
+) -> float:
+    """Return the median over channels of standard error / score; of dead channels both are 0."""
+    errors = torch.cat([_standard_error(mean[n], squares[n], num_samples) for n in mean])
+    scores = torch.cat(list(mean.values()))
+    return float((errors / scores.clamp_min(torch.finfo(scores.dtype).tiny)).median())
 
 
 def output_changes(
@@ -171,7 +214,8 @@ def output_changes(
     num_probes: int = 1,
     seed: int = 0,
     maps: Mapping[int, tuple[Tensor, Tensor]] | None = None,
-) -> Iterator[tuple[dict[str, Tensor], int]]:
+    amp: torch.dtype | None = None,
+) -> Generator[tuple[dict[str, Tensor], int], None, None]:
     """Measure v^T u_c(x), the change of the output along v when channel c leaves.
 
     Args:
@@ -182,6 +226,7 @@ def output_changes(
         num_probes: Directions per sample.
         seed: Of the directions.
         maps: Of :func:`tpvprune.residuals.residual_maps`; readers without one are uncompensated.
+        amp: Type of the mixed precision, or None.
 
     Yields:
         Batch by batch, ({group: [probes, B, C]}, B).
@@ -194,7 +239,7 @@ def output_changes(
     }
     maps = {call: (mean.to(device), m.to(device)) for call, (mean, m) in (maps or {}).items()}
     for x, directions, tap in passes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed
+        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, amp=amp
     ):
         num = len(x)
         parts: list[dict[str, Tensor]] = []

@@ -14,7 +14,7 @@ from tpvprune.distributed import own
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.membership import num_processes
-from tpvprune.running import evaluating, first_output, frozen, on_device
+from tpvprune.running import evaluating, fast_layout, first_output, frozen, on_device
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 Metric = Literal["logits", "pseudo", "fisher", "features"]
@@ -28,6 +28,7 @@ def passes(
     metric: Metric,
     num_probes: int,
     seed: int,
+    amp: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
     """Run the forwards, batch by batch, with the model frozen and in eval mode.
 
@@ -38,6 +39,7 @@ def passes(
         metric: See :func:`tpvprune.scores.tpv_scores`.
         num_probes: Directions per sample.
         seed: Of the directions.
+        amp: Type of the mixed precision, or None.
 
     Yields:
         (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
@@ -47,8 +49,8 @@ def passes(
     cloned: set[int] = set()
     with evaluating(model), frozen(model), torch.enable_grad():
         for number, batch in enumerate(inputs):
-            x = on_device(batch.detach(), model)
-            tap = InputTap(model, x, calls, cloned)
+            x = fast_layout(on_device(batch.detach(), model), model)
+            tap = InputTap(model, x, calls, cloned, amp)
             check_outputs(model, x, tap.outputs, batch=number)
             yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
             tap.close()  # whoever still holds it must not hold two graphs at a time
@@ -98,18 +100,25 @@ class InputTap:
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, calls: set[int], cloned: set[int] | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        calls: set[int],
+        cloned: set[int] | None = None,
+        amp: torch.dtype | None = None,
     ) -> None:
         """Run the model; ``cloned`` names (and learns) the calls whose input must be cloned."""
-        self._model, self._x, self._calls = model, x, calls
+        self._model, self._x, self._calls, self._amp = model, x, calls, amp
         self._cloned = set() if cloned is None else cloned
         self._forward()
 
     def _forward(self) -> None:
         self._copies: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
-        with Observer(self._calls, self._copy):
-            self.outputs = first_output(self._model(self._x)).flatten(1)
+        mixed = torch.autocast(self._x.device.type, self._amp, enabled=self._amp is not None)
+        with mixed, Observer(self._calls, self._copy):
+            outputs = first_output(self._model(self._x)).flatten(1)
+        self.outputs = outputs if self._amp is None else outputs.float()
 
     def _copy(self, call: int, a: Tensor) -> Tensor:
         copied = a.clone() if call in self._cloned else a.view_as(a)
@@ -134,7 +143,10 @@ class InputTap:
         held = {call: copied.detach() for call, copied in self._copies.items()}
 
         def show(call: int, grad: Tensor) -> None:
-            collect(call, held.pop(call) if last else held[call], grad)
+            a = held.pop(call) if last else held[call]
+            if self._amp is not None:  # sums over positions are taken in full precision
+                a, grad = a.float(), grad.float()
+            collect(call, a, grad)
 
         hooks = [t.register_hook(partial(show, call)) for call, t in self._copies.items()]
         copies, outputs = list(self._copies.values()), self.outputs

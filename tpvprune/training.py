@@ -239,7 +239,7 @@ class _Run:
 
 
 def outputs_of(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Tensor:
-    """Run a model on images in channels-last memory, in mixed precision if asked.
+    """Run a model on images in its fast layout, in mixed precision if asked.
 
     Args:
         model: Any model; its own mode and the present grad mode hold.
@@ -249,8 +249,9 @@ def outputs_of(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Ten
     Returns:
         Its first output, in float32 at least.
     """
+    inputs = fast_layout(inputs, model)
     with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
-        outputs = first_output(model(fast_layout(inputs)))
+        outputs = first_output(model(inputs))
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 

@@ -43,7 +43,7 @@ def training_images(
     Inputs of at most 64 pixels are shifted by up to 4 and mirrored; they are decoded once and
     held as bytes where they take at most 2 GiB. Of larger ones a random part of 0.35 to 1 of the
     area is cut out, resized and mirrored as they are decoded, on every pass. A ValueError tells
-    if there is no image, or more than 1 % cannot be decoded.
+    if there is no image, or more than 1 % and more than one cannot be decoded.
 
     Args:
         source: Where from.

@@ -16,7 +16,7 @@ from tpvprune.atomic import written_file
 from tpvprune.command_line.console import percent, say, stages, table
 from tpvprune.command_line.session import Subject, ignored, open_subject, provenance
 from tpvprune.command_line.session_images import calibration, choose, open_data
-from tpvprune.command_line.session_results import check_writable, write_json
+from tpvprune.command_line.session_results import write_json
 from tpvprune.criteria import NEEDS_LABELS
 from tpvprune.data import ImageSource, open_images
 from tpvprune.diagnostics.catalogue import MEASURES, Setting, setting_of
@@ -33,6 +33,7 @@ from tpvprune.diagnostics.tpv import parameter_points, stability_rows
 from tpvprune.evaluation import evaluate
 from tpvprune.groups import find_groups
 from tpvprune.loading import in_memory
+from tpvprune.places import check_writable
 from tpvprune.reporting.audit import render_audit
 
 _JSON, _PAGE = "audit.json", "report.html"

@@ -16,10 +16,11 @@ from tpvprune.benchmark_rows import Row, key_of, markdown
 from tpvprune.command_line.console import say
 from tpvprune.command_line.session import Subject, open_subject, provenance
 from tpvprune.command_line.session_images import calibration, labelled_images, open_data
-from tpvprune.command_line.session_results import check_writable, write_json
+from tpvprune.command_line.session_results import write_json
 from tpvprune.data import ImageSource
 from tpvprune.distributed import by_first
 from tpvprune.membership import alone
+from tpvprune.places import check_writable
 from tpvprune.reporting.benchmark import render_benchmark
 
 _ROWS, _SETTINGS, _TABLE, _PAGE = "results.csv", "settings.json", "results.md", "report.html"

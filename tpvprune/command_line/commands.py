@@ -8,9 +8,6 @@ import importlib
 import inspect
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
@@ -29,17 +26,15 @@ from tpvprune.command_line.console import (
 from tpvprune.command_line.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.command_line.session_images import (
     Shown,
+    Witnesses,
     calibration,
     choose,
     has_labels,
-    is_labelled,
     labelled_images,
     open_data,
 )
 from tpvprune.command_line.session_results import (
     blocked_facts,
-    check_file,
-    check_writable,
     image_facts,
     latencies,
     pruned_document,
@@ -47,13 +42,17 @@ from tpvprune.command_line.session_results import (
     shown_changes,
     write_json,
 )
+from tpvprune.costs import count_nonzero_params
 from tpvprune.criteria import scorer
+from tpvprune.criterion_names import is_labelled
 from tpvprune.data import ImageSource
 from tpvprune.distributed import by_first
 from tpvprune.evaluation import agreement, count_macs, count_params, evaluate
-from tpvprune.groups import ChannelGroup, find_groups
+from tpvprune.groups import find_groups
 from tpvprune.loading import in_memory
+from tpvprune.narrowest import narrowest
 from tpvprune.pipeline import PruningResult, prune
+from tpvprune.places import check_file, check_writable
 from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
@@ -85,7 +84,8 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     if distilling:
         spare["apart"] = training.num_held_back(images)
     batches, held_out = calibration(args, subject, images, labelled=used_labels, **spare)
-    witnesses = held_out if labelled is None else labelled
+    witnesses = Witnesses(labelled, "labelled") if labelled is not None else held_out
+    assert witnesses is not None
     with stages() as progress:
         result = prune(
             subject.model,
@@ -117,7 +117,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         witnesses=witnesses,
         labelled=labelled,
     )
-    seen = shown_changes(args, subject, result.model, subject.model, witnesses)
+    seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
     by_first(
         save_pruned,
         result,
@@ -186,7 +186,7 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     subject, _ = open_evaluated(args)
     groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
     total = groups.macs()
-    smallest = {group.name: _first_channel(group) for group in groups}
+    smallest = narrowest(groups)
     rows = [("group", "unit", "channels", "saves up to")]
     listed = []
     for group in groups:
@@ -203,12 +203,15 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     document = {
         **provenance(args, subject),
         "dense": {"macs": total, "params": groups.params()},
-        "smallest": {"macs": groups.macs(smallest), "params": groups.params(smallest)},
+        "smallest": {
+            "macs": groups.macs(smallest),
+            "params": groups.params(narrowest(groups, "params")),
+        },
         "groups": listed,
         "blocked": blocked_facts(groups),
     }
     table(rows)
-    say("saves up to: share of all MACs that goes if this group alone shrinks to one channel")
+    say("saves up to: share of all MACs that goes if this group alone shrinks as far as it can")
     blocked_lines(document["blocked"])
     say(
         f"{args.folder or args.model}: {short(total)} MACs, {short(groups.params())} parameters; "
@@ -240,6 +243,7 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         {
             "macs": count_macs(model, subject.example),
             "params": count_params(model),
+            "nonzero_params": count_nonzero_params(model),
             **latency,
             "top1": None,
             "top5": None,
@@ -286,9 +290,3 @@ def _distilled(
     model, facts = training.trained(args, small, subject.model, images, num_images=None)
     report = {**result.report, "repair": "distill", "repair_chosen": None, "training": facts}
     return dataclasses.replace(result, model=model, report=report)
-
-
-def _first_channel(group: ChannelGroup) -> Tensor:
-    kept = torch.zeros(group.num_channels, dtype=torch.bool)
-    kept[0] = True
-    return kept

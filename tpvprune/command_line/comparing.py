@@ -10,11 +10,11 @@ from typing import Any
 
 from tpvprune.atomic import written_file
 from tpvprune.command_line.console import percent, say, table
-from tpvprune.command_line.session_results import check_file
+from tpvprune.places import check_file
 from tpvprune.report import DAMAGE, read_report
 from tpvprune.reporting.comparing import Run, figures_of, render_comparison
 
-_LONGEST_NAME = 24  # leaves room for all columns in 80
+_WIDTH, _SHORTEST_NAME = 80, 11
 
 
 def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -55,8 +55,6 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _report(folder: str) -> dict[str, Any]:
     report = read_report(folder)
-    if not report:
-        raise ValueError(f"{folder}: expected report.json of a saved run, found none")
     try:
         render_comparison([(folder, report)])
     except DAMAGE as error:
@@ -78,19 +76,22 @@ def _show(runs: Sequence[Run]) -> None:
     heads = {
         "macs": "MACs",
         "params": "params",
+        "nonzero_params": "non-zero",
         "latency": "latency",
         "top1": "top-1",
         "top1_change": "change",
         "agreement": "agreement",
     }
     shown = [key for key in heads if any(row[key] is not None for row in found)]
-    rows = [("run", *(heads[key] for key in shown))]
-    for (name, _), row in zip(runs, found, strict=True):
-        rows.append((_short(name), *(_cell(key, row[key]) for key in shown)))
-    table(rows)
+    cells = [[heads[key] for key in shown]]
+    cells += [[_cell(key, row[key]) for key in shown] for row in found]
+    longest = _WIDTH - sum(2 + max(map(len, column)) for column in zip(*cells, strict=True))
+    names = ["run", *(_short(name, max(longest, _SHORTEST_NAME)) for name, _ in runs)]
+    table([(name, *row) for name, row in zip(names, cells, strict=True)])
     models = {str(report.get("model")) for _, report in runs}
     own = "each run's own dense model" if len(models) > 1 else "the dense model"
-    say(f"MACs, params, latency: fractions of {own}")
+    non_zero = ", non-zero parameters" if "nonzero_params" in shown else ""
+    say(f"MACs, parameters{non_zero}, latency: fractions of {own}")
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -99,8 +100,8 @@ def _cell(key: str, value: float | None) -> str:
     return f"{100 * value:+.2f}" if key == "top1_change" else percent(value)
 
 
-def _short(name: str) -> str:
-    if len(name) <= _LONGEST_NAME:
+def _short(name: str, longest: int) -> str:
+    if len(name) <= longest:
         return name
-    half = (_LONGEST_NAME - 3) // 2
+    half = (longest - 3) // 2
     return f"{name[:half]}...{name[-half:]}"

@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tpvprune.reporting.costs import cost_labels
+
 _WIDTH = 80
 
 
@@ -144,18 +146,16 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
     """Print costs and quality of two models side by side; what is None is left out.
 
     Args:
-        dense: macs, params, latency_ms, top1, top5, agreement.
+        dense: macs, params, nonzero_params, latency_ms, latency_range_ms, top1, top5, agreement.
         pruned: The same.
     """
     rows = [("", "dense", "pruned", "ratio")]
-    for name, key in (("MACs", "macs"), ("parameters", "params")):
+    for key, name in cost_labels(dense, pruned).items():
         before, after = dense[key], pruned[key]
         rows.append((name, short(before), short(after), f"{after / before:.3f}"))
     if pruned.get("latency_ms") is not None:
-        before, after = dense["latency_ms"], pruned["latency_ms"]
-        rows.append(
-            ("latency, 1 image", f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.3f}")
-        )
+        ratio = pruned["latency_ms"] / dense["latency_ms"]
+        rows.append(("latency, 1 image", _latency(dense), _latency(pruned), f"{ratio:.3f}"))
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if pruned.get(key) is not None:
             before, after = dense[key], pruned[key]
@@ -164,6 +164,19 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
     if pruned.get("agreement") is not None:
         rows.append(("agreement", percent(1.0), percent(pruned["agreement"]), ""))
     table(rows)
+    _say_spread(pruned)
+
+
+def _latency(side: Mapping[str, Any]) -> str:
+    spread = side.get("latency_range_ms")
+    return f"{side['latency_ms']:.2f}" + (
+        f" ± {(spread[1] - spread[0]) / 2:.2f} ms" if spread else " ms"
+    )
+
+
+def _say_spread(side: Mapping[str, Any]) -> None:
+    if side.get("latency_range_ms"):
+        say("latency: median of five rounds ± half of what lies between fastest and slowest")
 
 
 def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
@@ -256,16 +269,14 @@ def show_evaluated(document: Mapping[str, Any]) -> None:
     if document["dense"] is not None:
         before_after(document["dense"], document)
         return
-    rows = [
-        ("MACs", short(document["macs"])),
-        ("parameters", short(document["params"])),
-    ]
+    rows = [(name, short(document[key])) for key, name in cost_labels(document).items()]
     if document["latency_ms"] is not None:
-        rows.append(("latency, 1 image", f"{document['latency_ms']:.2f} ms"))
+        rows.append(("latency, 1 image", _latency(document)))
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if document[key] is not None:
             rows.append((name, percent(document[key])))
     table(rows)
+    _say_spread(document)
     if document["top1"] is None:
         say(
             "only costs were measured: top-1 needs one subfolder per class of the model, "

@@ -9,9 +9,9 @@ from typing import Any
 from tpvprune.command_line.console import bar, say
 from tpvprune.command_line.session import open_evaluated, provenance
 from tpvprune.command_line.session_images import choose, open_data
-from tpvprune.command_line.session_results import check_file
 from tpvprune.export import Exported, export_model
 from tpvprune.loading import in_memory
+from tpvprune.places import check_file
 
 
 def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -172,6 +173,12 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
             "--no-mix", action="store_true", help="do not mix images with others of their batch"
         )
         group.add_argument(
+            "--mirrored",
+            action="store_true",
+            help="teach the mean of the dense outputs on an image and on its mirror image: better "
+            "where left and right mean nothing",
+        )
+        group.add_argument(
             "--num-views",
             type=count,
             metavar="N",
@@ -267,6 +274,11 @@ fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1
 positive = _checked(float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30")
 count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
 
+granularity = _checked(
+    str,
+    lambda g: re.fullmatch(r"channel|head|weight|\d+:\d+", str(g)) is not None,
+    "channel, head, weight or 2:4",
+)
 word = _checked(str.strip, bool, "a name")
 
 

@@ -24,6 +24,7 @@ from tpvprune.command_line.flag_groups import (
     add_training,
     count,
     fraction,
+    granularity,
     listed,
     word,
 )
@@ -85,6 +86,7 @@ def _add_prune(sub: Parser) -> None:
     how = sub.section("pruning")
     how.add_argument(
         "--granularity",
+        type=granularity,
         default="channel",
         metavar="G",
         help="what is removed: channel (heads and convolution groups too), head (those alone), "
@@ -246,7 +248,10 @@ def _add_benchmark(sub: Parser) -> None:
 
 def _add_compare(sub: Parser) -> None:
     sub.add_argument(
-        "folders", nargs="+", metavar="OUT", help="folders that `prune` or `distill` wrote"
+        "folders",
+        nargs="+",
+        metavar="OUT",
+        help="two or more folders that `prune` or `distill` wrote",
     )
     page = sub.section("page")
     page.add_argument("--output", type=Path, metavar="F", help="HTML file to write (none)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,18 +16,31 @@ from tpvprune.checkpoint import read_config
 from tpvprune.command_line.benchmark import plan_of
 from tpvprune.command_line.console import blocked_lines, percent, say, short
 from tpvprune.command_line.session import Subject, ignored, open_pruned, open_subject, provenance
-from tpvprune.command_line.session_images import is_labelled, open_data
-from tpvprune.command_line.session_results import blocked_facts, check_writable
+from tpvprune.command_line.session_images import open_data
+from tpvprune.command_line.session_results import blocked_facts
 from tpvprune.command_line.single_weights import asked_for
-from tpvprune.command_line.training import num_held_back, recipe_of
+from tpvprune.command_line.training import dense_weights, num_held_back, recipe_of
+from tpvprune.criterion_names import is_labelled
 from tpvprune.downloads import local_folder
 from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.narrowest import narrowest
+from tpvprune.pipeline import prune
+from tpvprune.places import check_writable
 from tpvprune.running import evaluating, first_output, frozen
 from tpvprune.weights.masks import pattern_of
+from tpvprune.weights.pruning import prune_weights
 from tpvprune.weights.scores import prunable_weights
 
 _BATCH = 8
 _REPEATS = 3
+# Images of noise that a run is tried on, if their passes take at most so many seconds; at least so
+# many say anything.
+_SAMPLE, _PATIENCE, _FEWEST = 64, 5.0, 8
+# Seconds grow with this power of the images, within a factor of two: 64 to 1,000 images of
+# cifar_resnet20 and test_resnet.
+_GROWTH = 0.6
+# What a trial leaves out.
+_MORE = {"reconstruct": "block reconstruction (minutes), ", "distill": ""}
 
 
 def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -48,26 +63,46 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     groups = find_groups(subject.model, subject.example, ignore=layers)
     num = args.num_images if images.count is None else min(args.num_images, images.count)
     forward, backward = _seconds(subject)
+
+    def whole(batches: list[torch.Tensor]) -> None:
+        prune(
+            subject.model,
+            batches,
+            keep=args.keep,
+            criterion=args.criterion,
+            repair="compensate" if args.repair in _MORE else args.repair,
+            steps=args.steps,
+            allocation=args.allocation,
+            num_probes=args.num_probes,
+            seed=args.seed,
+            ignore=layers,
+            labelled_batches=[(x, torch.zeros(len(x), dtype=torch.long)) for x in batches],
+        )
+
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
-    seconds = num * (args.steps * passes + 4 * forward)
+    expected = _expected(subject, whole, num, args.steps * passes + 4 * forward)
+    more = _MORE.get(args.repair, "")
     if args.repair == "distill":
-        seconds += _training(args, images.count or 0, forward, backward)
-    document = _document(args, subject, groups, seconds, num_images=num)
+        training = _training(args, images.count or 0, forward, backward)
+        expected = replace(expected, seconds=expected.seconds + training)
+    document = _document(args, subject, groups, expected.seconds, num_images=num)
     _say_groups(document, groups)
-    share = (
-        document["smallest"][args.of] / document["dense"][args.of] if args.of != "latency" else 0
-    )
-    reached = share <= args.keep
-    say(
-        f"budget: {percent(args.keep)} of {args.of}, smallest possible {percent(share)}"
-        + ("" if reached else ": it cannot be reached")
-    )
+    reached = True  # of milliseconds only the clock knows
+    if args.of == "latency":
+        say(f"budget: {percent(args.keep)} of the latency that is then measured")
+    else:
+        share = document["smallest"][args.of] / document["dense"][args.of]
+        reached = share <= args.keep
+        say(
+            f"budget: {percent(args.keep)} of {args.of}, smallest possible {percent(share)}"
+            + ("" if reached else ": it cannot be reached")
+        )
     say(
         f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}, "
         f"{args.steps} steps, {'LABELS WOULD BE USED' if used_labels else 'no label is read'}"
     )
-    _say_time(seconds)
+    _say_time(expected, more)
     return (0 if reached else 3), document
 
 
@@ -77,14 +112,28 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     images = open_data(args, labelled=False)
     weights = prunable_weights(subject.model, ignore=ignored(args, subject))
     sizes = {name: weight.numel() for name, weight in weights.items()}
-    left, whole = args.keep * sum(sizes.values()), []
+    left, undivided = args.keep * sum(sizes.values()), []
     if args.granularity != "weight":
         n, m = pattern_of(args.granularity)
-        whole = [name for name, weight in weights.items() if weight.shape[1] % m]
-        left = sum(size * (1 if name in whole else n / m) for name, size in sizes.items())
+        undivided = [name for name, weight in weights.items() if weight.shape[1] % m]
+        left = sum(size * (1 if name in undivided else n / m) for name, size in sizes.items())
     num = args.num_images if images.count is None else min(args.num_images, images.count)
     forward, backward = _seconds(subject)
-    seconds = num * (2 * (forward + backward) + 4 * forward)
+
+    def whole(batches: list[torch.Tensor]) -> None:
+        prune_weights(
+            subject.model,
+            batches,
+            keep=args.keep,
+            pattern=None if args.granularity == "weight" else args.granularity,
+            criterion=args.criterion,
+            repair=args.repair,
+            num_probes=args.num_probes,
+            ignore=ignored(args, subject),
+            seed=args.seed,
+        )
+
+    expected = _expected(subject, whole, num, 2 * (forward + backward) + 4 * forward)
     document = {
         **provenance(args, subject),
         "dry_run": True,
@@ -93,8 +142,8 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "dense": {"weights": sum(sizes.values())},
         "pruned": {"weights": round(left)},
         "blocked": [{"name": name, "num_channels": sizes[name], "reason": "inputs do not divide"}
-                    for name in whole],
-        "seconds": seconds,
+                    for name in undivided],
+        "seconds": expected.seconds,
     }  # fmt: skip
     say(
         f"{document['model']}: of {short(sum(sizes.values()))} weights in {len(sizes)} layers "
@@ -102,7 +151,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     blocked_lines(document["blocked"])
     say(f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}")
-    _say_time(seconds, more="reading images, and several times that for exact refits of rows")
+    _say_time(expected)
     return 0, document
 
 
@@ -135,7 +184,7 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
     recipe = recipe_of(args)
     args.folder = local_folder(args.folder)
     config = read_config(args.folder)
-    dense = args.dense or config["provenance"].get("weights")
+    dense = args.dense or dense_weights(config, args.folder)
     args.dense = None
     subject, _ = open_pruned(args)
     images = open_data(args, labelled=labelled)
@@ -152,7 +201,7 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
     teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
     say(f"{args.folder}: {recipe.epochs} epochs on {num} images of {images.name}, {teacher}")
     say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
-    _say_time(seconds)
+    _say_time(_Expected(seconds))
     return 0, document
 
 
@@ -180,7 +229,7 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         f"{rows} rows: {', '.join(plan.criteria)}; repair {', '.join(plan.repairs)}; keep "
         f"{', '.join(map(str, plan.keeps))}; {len(plan.seeds)} seeds; {num} images of {images.name}"
     )
-    _say_time(seconds, more="measuring top-1 on --eval-dir")
+    _say_time(_Expected(seconds), "measuring top-1 on --eval-dir, ")
     return 0, document
 
 
@@ -192,17 +241,18 @@ def _document(
     *,
     num_images: int,
 ) -> dict[str, Any]:
-    narrowest = {
-        group.name: torch.arange(group.num_channels) < getattr(args, "min_channels", 1)
-        for group in groups
-    }
+    names = ("round_to", "min_channels", "max_removed")
+    floors = {name: getattr(args, name) for name in names if name in args}
     return {
         **provenance(args, subject),
         "dry_run": True,
         "keep": args.keep,
         "num_images": num_images,
         "dense": {"macs": groups.macs(), "params": groups.params()},
-        "smallest": {"macs": groups.macs(narrowest), "params": groups.params(narrowest)},
+        "smallest": {
+            "macs": groups.macs(narrowest(groups, "macs", **floors)),
+            "params": groups.params(narrowest(groups, "params", **floors)),
+        },
         "groups": [
             {"name": g.name, "unit": g.unit, "num_channels": g.num_channels} for g in groups
         ],
@@ -232,13 +282,55 @@ def _batch_of(args: argparse.Namespace) -> int:
     return int(args.batch_size or 128)
 
 
-def _say_time(seconds: float, more: str = "reading images, least squares") -> None:
-    if seconds < 100:
-        text = f"{seconds:.0f} s"
+@dataclass(frozen=True)
+class _Expected:
+    """How long a run may take; `num` images of noise took `took` seconds, if that was tried."""
+
+    seconds: float
+    num: int = 0
+    took: float = 0.0
+
+
+def _expected(
+    subject: Subject,
+    whole: Callable[[list[torch.Tensor]], None],
+    num: int,
+    passes: float,
+) -> _Expected:
+    """Return how long `num` images take, from a trial on a few of noise where that is quick."""
+    # The work beside the passes (variance curves, least squares) grows more slowly than the number
+    # of images, as it reads at most so many rows of each layer.
+    sample = min(num // 4, _SAMPLE)
+    if passes * sample > _PATIENCE or sample < _FEWEST:
+        return _Expected(num * passes)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(sample, *subject.example.shape[1:], generator=generator)
+    batches = list(noise.to(subject.device).split(_SAMPLE))
+    start = time.perf_counter()
+    whole(batches)
+    took = time.perf_counter() - start
+    return _Expected(took * (num / sample) ** _GROWTH, sample, took)
+
+
+def _say_time(expected: _Expected, more: str = "") -> None:
+    about = f"about {_duration(expected.seconds)}"
+    if expected.num:
+        say(
+            f"{about} on this device: {expected.num} images of noise took "
+            f"{_duration(expected.took)}; besides {more}reading images and measuring"
+        )
     else:
-        text = f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-    say(f"about {text} of forward and backward passes on this device, besides {more}")
-    say("dry run: nothing was done or written")
+        say(
+            f"{about} of forward and backward passes on this device, besides {more}reading images, "
+            "variance curves and least squares, which may take several times as long"
+        )
+    say("dry run: nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _seconds(subject: Subject) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tpvprune.checkpoint import load_pruned, read_config
 from tpvprune.command_line.console import say
+from tpvprune.command_line.first_checks import NEITHER
 from tpvprune.distributed import check_same
 from tpvprune.downloads import local_folder
 from tpvprune.finite import check_outputs
@@ -80,7 +81,7 @@ def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]
     """
     both = args.folder is not None and args.model is not None
     if (args.folder or args.model) is None or (both and not is_factory(args.model)):
-        raise ValueError("expected either the folder of a pruned model or --model M")
+        raise ValueError(NEITHER)
     if args.folder is None:
         if args.dense is not None:
             raise ValueError("--dense: expected the folder of a pruned model to compare it with")

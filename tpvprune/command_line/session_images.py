@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import nn
 
+from tpvprune.batches import hold_back
 from tpvprune.command_line.console import bar, say
+from tpvprune.command_line.first_checks import check_given
 from tpvprune.command_line.session import Subject
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.data import ImageSource, open_images
 from tpvprune.distributed import total
 from tpvprune.image_files import array_images, listed_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
 
-_HELD_OUT = 512
+_HELD_OUT, _ENOUGH = 512, 64
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """Images to measure agreement on that the repair has not seen, and what they are."""
+
+    batches: Any
+    kind: Literal["labelled", "other", "held-back"]
+
+    def __str__(self) -> str:
+        """Return their number and kind, for people."""
+        num = num_images(self.batches)
+        return f"{num} {self.kind} image{'' if num == 1 else 's'}"
 
 
 class Shown:
@@ -28,25 +42,6 @@ class Shown:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(bar(self.title, total=_length(self.batches))(self.batches))
-
-
-def is_labelled(name: str) -> bool:
-    """Tell whether a criterion reads labels.
-
-    Args:
-        name: Name of the criterion.
-
-    Returns:
-        True if it needs labelled images.
-
-    Raises:
-        ValueError: If there is no such criterion, with close matches.
-    """
-    if name not in SCORERS:
-        close = difflib.get_close_matches(name, SCORERS, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(SCORERS)}"
-        raise ValueError(f"unknown criterion {name!r}: {hint}")
-    return name in NEEDS_LABELS
 
 
 def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
@@ -63,9 +58,8 @@ def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) 
     Raises:
         ValueError: If no source is given, or one without labels where they are needed.
     """
+    check_given(args)
     data_list = getattr(args, "data_list", None)
-    if args.data_dir is None and not args.dataset and data_list is None:
-        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
     is_array = not args.dataset and str(args.data_dir).endswith(".npy")
     if labelled and (is_array or data_list is not None):
         raise ValueError(
@@ -134,21 +128,23 @@ def calibration(
     labelled: bool,
     held_out: int = _HELD_OUT,
     apart: int = 0,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Witnesses | None]:
     """Return the images that pruning sees, and others to measure agreement on.
 
-    A set that is used up by the former gives the same images for both.
+    The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
+    they are what :func:`tpvprune.batches.hold_back` keeps from it, with whatever is left.
 
     Args:
         args: Parsed flags.
         subject: The model and its preprocessing.
         images: Where from.
         labelled: Whether the first of the two also yields labels.
-        held_out: How many images to hold out for measuring, beyond those for pruning.
+        held_out: How many images to hold out for measuring, beyond those for pruning; 0: none
+            are needed.
         apart: How many images to set apart before; if any, they are the ones to measure on.
 
     Returns:
-        Batches to prune with, batches to measure agreement on.
+        Batches to prune with, and what to measure agreement on.
 
     Raises:
         ValueError: If no image can be read, or the classes are not the model's.
@@ -162,10 +158,15 @@ def calibration(
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
     if apart:
-        return batches, in_memory(choose(args, subject, images, apart))
-    if not held_out or images.count is None or images.count <= args.num_images:
-        return batches, batches
-    return batches, in_memory(choose(args, subject, images, held_out, skip=args.num_images))
+        return batches, Witnesses(in_memory(choose(args, subject, images, apart)), "held-back")
+    if not held_out:
+        return batches, None
+    others: Any = []
+    if images.count is not None and images.count > args.num_images:
+        others = in_memory(choose(args, subject, images, held_out, skip=args.num_images))
+        if images.count - args.num_images >= _ENOUGH:
+            return batches, Witnesses(others, "other")
+    return batches, Witnesses([*hold_back(batches)[1], *others], "held-back")
 
 
 def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from torch import nn
 
 from tpvprune.atomic import written_file
 from tpvprune.command_line.session import Subject, provenance
-from tpvprune.command_line.session_images import Shown, class_names, num_images
+from tpvprune.command_line.session_images import Shown, Witnesses, class_names, num_images
+from tpvprune.costs import count_nonzero_params
 from tpvprune.data import ImageSource
+from tpvprune.digest import file_digest
 from tpvprune.disagreement import disagreement
 from tpvprune.distributed import by_first
 from tpvprune.evaluation import agreement, evaluate, measure_latency
@@ -34,7 +35,7 @@ def pruned_document(
     *,
     images: ImageSource,
     batches: Any,
-    witnesses: Any,
+    witnesses: Witnesses,
     labelled: Any,
 ) -> dict[str, Any]:
     """Measure the pruned model beside the dense one, and return all that is known of it.
@@ -53,13 +54,15 @@ def pruned_document(
     """
     dense, pruned = measured(args, subject, result.model, labelled)
     dense["agreement"] = 1.0
-    pruned["agreement"] = agreement(result.model, subject.model, Shown(witnesses, "agreement"))
+    pruned["agreement"] = agreement(
+        result.model, subject.model, Shown(witnesses.batches, "agreement")
+    )
     return {
         **provenance(args, subject),
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, witnesses, labelled=labelled is not None),
+        "images": image_facts(images, batches, witnesses),
         "output": str(args.output),
     }
 
@@ -88,6 +91,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
         "provenance": {
             "command": args.command_line,
             "weights": subject.made.weights,
+            "weights_sha256": file_digest(args.checkpoint) if args.checkpoint else None,
             "seed": args.seed,
             **facts,
         },
@@ -97,7 +101,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
 def measured(
     args: argparse.Namespace, subject: Subject, pruned: nn.Module, labelled: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return latency and accuracy of the dense and of the pruned model.
+    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model.
 
     Args:
         args: Parsed flags.
@@ -106,10 +110,14 @@ def measured(
         labelled: Labelled batches, or None.
 
     Returns:
-        For each of the two: latency_ms, latency_range_ms, top1, top5, None where not measured.
+        For each of the two: nonzero_params, and latency_ms, latency_range_ms, top1, top5, None
+        where not measured.
     """
     models = (subject.model, pruned)
-    facts = [{**timed, "top1": None, "top5": None} for timed in latencies(args, subject, models)]
+    facts = [
+        {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
+        for model, timed in zip(models, latencies(args, subject, models), strict=True)
+    ]
     if labelled is not None:
         for model, fact in zip(models, facts, strict=True):
             scored = evaluate(model, Shown(labelled, "top-1"))
@@ -185,52 +193,13 @@ def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:
 
 
 def image_facts(
-    images: ImageSource, batches: Any, witnesses: Any = None, *, labelled: bool = False
+    images: ImageSource, batches: Any, witnesses: Witnesses | None = None
 ) -> dict[str, Any]:
     """Return where the images came from, how many, and what agreement was measured on."""
     facts: dict[str, Any] = {"source": images.name, "num_images": num_images(batches)}
-    if witnesses is batches:
-        facts["agreement_on"] = "the same images"
-    elif witnesses is not None:
-        kind = "labelled" if labelled else "other"
-        facts["agreement_on"] = f"{num_images(witnesses)} {kind} images"
+    if witnesses is not None:
+        facts["agreement_on"] = str(witnesses)
     return facts
-
-
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """Find out before any work is done whether a file may be written.
-
-    Args:
-        path: The file.
-        overwrite: Whether one that is there already may be replaced.
-
-    Raises:
-        ValueError: If it may not.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file name, found a folder")
-    if path.exists() and not path.is_file():  # which a new file would replace
-        raise ValueError(f"{path}: expected a file name, found a device: choose another name")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Make and remove a file where `path` will be: permission bits do not tell all.
-
-    Args:
-        path: A file or folder that is there or not.
-
-    Raises:
-        ValueError: If the system refuses.
-    """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

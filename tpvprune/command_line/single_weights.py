@@ -10,10 +10,16 @@ from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import show_pruned, stages
 from tpvprune.command_line.session import Subject, ignored, open_subject
-from tpvprune.command_line.session_images import calibration, labelled_images, open_data
-from tpvprune.command_line.session_results import check_writable, pruned_document, saved_with
+from tpvprune.command_line.session_images import (
+    Witnesses,
+    calibration,
+    labelled_images,
+    open_data,
+)
+from tpvprune.command_line.session_results import pruned_document, saved_with
 from tpvprune.groups import find_groups
 from tpvprune.membership import num_processes
+from tpvprune.places import check_writable
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 
@@ -37,15 +43,11 @@ def asked_for(args: argparse.Namespace) -> bool:
         True for `weight` and patterns such as `2:4`.
 
     Raises:
-        ValueError: If the granularity is unknown, or a flag does not apply to it.
+        ValueError: If the pattern is none, or a flag does not apply to the granularity.
     """
     if args.granularity in {"channel", "head"}:
         return False
     if args.granularity != "weight":
-        if ":" not in args.granularity:
-            raise ValueError(
-                f"--granularity: expected channel, head, weight or 2:4, found {args.granularity!r}"
-            )
         n, m = pattern_of(args.granularity)
         if args.keep not in {0.5, n / m}:
             raise ValueError(f"--keep: {n} of {m} weights stay with --granularity {n}:{m}")
@@ -74,7 +76,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     labelled = labelled_images(args, subject)
     spare = {} if labelled is None else {"held_out": 0}
     batches, held_out = calibration(args, subject, images, labelled=False, **spare)
-    witnesses = held_out if labelled is None else labelled
+    witnesses = Witnesses(labelled, "labelled") if labelled is not None else held_out
+    assert witnesses is not None
     with stages() as progress:
         result = prune_weights(
             subject.model,

@@ -26,13 +26,15 @@ from tpvprune.command_line.session_images import (
     labelled_images,
     open_data,
 )
-from tpvprune.command_line.session_results import check_writable, measured, shown_changes
+from tpvprune.command_line.session_results import measured, shown_changes
 from tpvprune.data import ImageSource
+from tpvprune.digest import file_digest
 from tpvprune.distillation import distill
 from tpvprune.distributed import by_first
 from tpvprune.downloads import local_folder
 from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
 from tpvprune.loading import in_memory
+from tpvprune.places import check_writable
 from tpvprune.report import read_report
 from tpvprune.training import Recipe
 from tpvprune.training_images import training_images
@@ -161,7 +163,7 @@ def trained(
             model = finetune(subject.model, batches, recipe=recipe, **how)
         else:
             how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-            how |= {"loss": args.loss, "temperature": args.temperature}
+            how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
     after = _closeness(model, dense, witnesses)
     if not math.isfinite(after["output_variance"]):
@@ -175,6 +177,7 @@ def trained(
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
         "loss": "cross-entropy" if labelled else args.loss,
         "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
+        "mirrored": not labelled and args.mirrored,
         "mixed": mixed,
         "batch_size": batches.batch_size,
         "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
@@ -199,7 +202,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     recipe_of(args)
     args.folder = local_folder(args.folder)
     config, earlier = read_config(args.folder), read_report(args.folder)
-    args.dense = args.dense or _dense_weights(config, args.folder)
+    args.dense = args.dense or dense_weights(config, args.folder)
     subject, dense = open_pruned(args)
     assert dense is not None
     images = open_data(args, labelled=labelled)
@@ -235,7 +238,12 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         args.output,
         overwrite=args.overwrite,
         origin=args.folder,
-        provenance={"command": args.command_line, "weights": weights, "seed": args.seed},
+        provenance={
+            "command": args.command_line,
+            "weights": weights,
+            "weights_sha256": config["provenance"].get("weights_sha256"),
+            "seed": args.seed,
+        },
         report={**document, **shown, "scores": earlier.get("scores")},
     )
     by_first(state_file(args.output).unlink, missing_ok=True)
@@ -254,13 +262,34 @@ def _closeness(model: nn.Module, dense: nn.Module, batches: Any) -> dict[str, fl
     }
 
 
-def _dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
-    weights = config["provenance"].get("weights")
-    if weights == "pretrained" or (isinstance(weights, str) and Path(weights).is_file()):
-        return weights
+def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
+    """Return the weights that a saved model was pruned from, if they are still the same.
+
+    The folder may be a stranger's: of the file that it names nothing is used, unless its contents
+    are what the folder says they are.
+
+    Args:
+        config: The folder's ``config.json``.
+        folder: For messages.
+
+    Returns:
+        ``"pretrained"``, or the path of the checkpoint.
+
+    Raises:
+        ValueError: If the file is gone, another one, or was saved without its digest.
+    """
+    weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
+    found = repr(weights)
+    if weights == "pretrained":
+        return "pretrained"
+    if isinstance(weights, str) and Path(weights).is_file():
+        if isinstance(digest, str) and file_digest(weights) == digest:
+            say(f"dense weights: {weights}, the file that {folder} was pruned from (SHA-256)")
+            return weights
+        found += " without its SHA-256" if digest is None else " with another SHA-256"
     raise ValueError(
-        f"{folder}: expected the weights that it was pruned from, found {weights!r}: pass --dense "
-        "with the dense model's checkpoint, or --dense pretrained"
+        f"{folder}: expected the weights that it was pruned from, found {found[:300]}: pass "
+        "--dense with the dense model's checkpoint, or --dense pretrained"
     )
 
 

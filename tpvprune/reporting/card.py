@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpvprune.reporting.charts import percent, significant, whole
+from tpvprune.reporting.costs import cost_labels
 
 _ROWS = (
-    ("macs", "MACs of one input", whole),
-    ("params", "parameters", whole),
     ("top1", "top-1", lambda x: percent(x, 2)),
     ("top5", "top-5", lambda x: percent(x, 2)),
     ("agreement", "agreement with the dense model", lambda x: percent(x, 2)),
     ("latency_ms", "latency of one input, ms", significant),
 )
-_OF = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+_OF = {"macs": "MACs", "params": "parameters", "latency": "latency", "weights": "weights"}
+_CHANNELS = "whole channels were removed, so it is a smaller network that needs no special runtime."
+_WEIGHTS = "single weights were set to zero and the others refitted; shapes and MACs are as before."
 
 
 def card(
@@ -47,8 +48,8 @@ def _lead(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     model = _plain(config["model"] or report.get("model") or "A model of the user's own")
     keep, of = report.get("keep"), _OF.get(str(report.get("of")), "MACs")
     share = f" to {percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)} of its {of}" if keep else ""
-    text = f"`{model}`, pruned{share} with tpvprune: whole channels were removed, so it is a "
-    text += "smaller network that needs no special runtime."
+    text = f"`{model}`, pruned{share} with tpvprune: "
+    text += _WEIGHTS if report.get("of") == "weights" else _CHANNELS
     if report.get("used_labels") is False:
         text += " No label was used to score, cut or repair it."
     elif report.get("used_labels"):
@@ -59,7 +60,9 @@ def _lead(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 def _numbers(report: Mapping[str, Any]) -> str:
     dense, pruned = report.get("dense") or {}, report.get("pruned") or {}
     lines = []
-    for key, label, write in _ROWS:
+    labels = {**cost_labels(dense, pruned), "macs": "MACs of one input"}
+    costs = [(key, label, whole) for key, label in labels.items()]
+    for key, label, write in (*costs, *_ROWS):
         cells = [write(side[key]) if side.get(key) is not None else "" for side in (dense, pruned)]
         if any(cells):
             lines.append(f"| {label} | {cells[0]} | {cells[1]} |")

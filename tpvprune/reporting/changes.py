@@ -65,12 +65,10 @@ def samples(data: Mapping[str, Any]) -> str:
     )
     if not pictures:
         return ""
-    seen = (data.get("images") or {}).get("agreement_on") == "the same images"
     about = (
         f"<p>{whole(found['num_changed'])} of {whole(found['num_images'])} images have another "
-        f"class than before; it was {'' if seen else 'not '}pruned with them. Shown are those of "
-        "which the dense model was most certain: its class above, the pruned model\u2019s "
-        "below.</p>"
+        "class than before; none of them served the repair. Shown are those of which the dense "
+        "model was most certain: its class above, the pruned model\u2019s below.</p>"
     )
     return section("Images that changed", about, f'<div class="pictures">{pictures}</div>')
 

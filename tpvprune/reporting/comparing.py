@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, short, significant
+from tpvprune.reporting.costs import cost_labels
 from tpvprune.reporting.curves import Curve, curve_chart
 from tpvprune.reporting.page import page
 from tpvprune.reporting.style import hues
@@ -49,8 +50,9 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
         report: Its ``report.json``.
 
     Returns:
-        ``macs``, ``params`` and ``latency`` as fractions of the dense model's, ``top1``,
-        ``top1_change``, ``agreement``; None where one was not measured.
+        ``macs``, ``params``, ``nonzero_params`` (None where no parameter is zero) and ``latency``
+        as fractions of the dense model's, ``top1``, ``top1_change``, ``agreement``; None where one
+        was not measured.
     """
     dense, pruned = both(report)
 
@@ -63,6 +65,9 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
     return {
         "macs": share("macs"),
         "params": share("params"),
+        "nonzero_params": share("nonzero_params")
+        if "nonzero_params" in cost_labels(dense, pruned)
+        else None,
         "latency": share("latency_ms"),
         "top1": top1,
         "top1_change": None if top1 is None or before is None else top1 - before,
@@ -95,6 +100,7 @@ def _numbers(runs: Sequence[Run]) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
         ("macs", "MACs", percent, False),
         ("params", "Parameters", percent, False),
+        ("nonzero_params", "Non-zero parameters", percent, False),
         ("latency", "Latency", percent, False),
         ("top1", "Top-1", lambda x: percent(x, 2), True),
         ("top1_change", "Change", lambda x: f"{100 * x:+.2f}".replace("-", "\u2212"), True),

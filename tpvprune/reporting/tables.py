@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, short, significant, whole
+from tpvprune.reporting.costs import cost_labels
 
 _COLUMNS = {
     "criterion": "Criterion",
@@ -77,7 +78,7 @@ def header(data: Mapping[str, Any]) -> str:
 
 
 def figures(data: Mapping[str, Any]) -> str:
-    """Show the five numbers that matter most.
+    """Show the numbers that matter most.
 
     Args:
         data: The report's data.
@@ -87,10 +88,12 @@ def figures(data: Mapping[str, Any]) -> str:
     """
     dense, pruned = both(data)
     found = []
-    for key, label in (("macs", "MACs"), ("params", "Parameters")):
+    for key, label in cost_labels(dense, pruned).items():
         share = _ratio(pruned, dense, key)
         if share is not None:
-            found.append((label, percent(share), f"{short(pruned[key])} of {short(dense[key])}"))
+            found.append(
+                (capitalised(label), percent(share), f"{short(pruned[key])} of {short(dense[key])}")
+            )
     if pruned.get("top1") is not None:
         sub = ""
         if dense.get("top1") is not None:
@@ -126,9 +129,10 @@ def before_after(data: Mapping[str, Any]) -> str:
     share = "output_variance_share"
     if pruned.get("output_variance") is not None and data.get("output_second_moment"):
         pruned[share] = pruned["output_variance"] / data["output_second_moment"]
+    costs = {key: (capitalised(name), whole) for key, name in cost_labels(dense, pruned).items()}
     writers: dict[str, tuple[str, Callable[[Any], str]]] = {
+        **costs,
         "macs": ("MACs of one input", whole),
-        "params": ("Parameters", whole),
         "top1": ("Top-1", lambda x: percent(x, 2)),
         "top5": ("Top-5", lambda x: percent(x, 2)),
         "agreement": ("Agreement with dense", lambda x: percent(x, 2)),
@@ -261,6 +265,11 @@ def section(title: str, about: str, body: str) -> str:
     """
     text = f'<div class="about"><h2>{title}</h2>{about}</div>'
     return f"<section>{text}<div>{body}</div></section>"
+
+
+def capitalised(label: str) -> str:
+    """Return a label as a heading: its first letter large, the others as they are."""
+    return label[:1].upper() + label[1:]
 
 
 def _of(data: Mapping[str, Any]) -> str:

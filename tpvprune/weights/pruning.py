@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import hold_back
 from tpvprune.clock import Clock, Progress
-from tpvprune.costs import count_macs
+from tpvprune.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.running import on_device
 from tpvprune.weights.choice import joint_weight_masks
@@ -132,7 +132,7 @@ def prune_weights(
             for n, m in masks.items()
             if bool(m.all()) and pattern is not None
         ],
-        **_costs(model, masks, fit[0]),
+        **_costs(model, pruned, masks, fit[0]),
     }
     return WeightPruningResult(pruned, masks, scores, report)
 
@@ -145,15 +145,19 @@ def _select(
     return select_n_of_m(scores, pattern=pattern)
 
 
-def _costs(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> dict[str, Any]:
+def _costs(
+    model: nn.Module, pruned: nn.Module, masks: Mapping[str, Tensor], x: Tensor
+) -> dict[str, Any]:
     """Return dense and pruned costs; MACs count zeros too, as dense arithmetic does."""
-    params = sum(p.numel() for p in model.parameters())
     macs, weights = count_macs(model, on_device(x[:1], model)), _total(masks)
-    gone = weights - sum(int(m.sum()) for m in masks.values())
-    return {
-        "dense": {"macs": macs, "params": params, "weights": weights},
-        "pruned": {"macs": macs, "params": params - gone, "weights": weights - gone},
-    }
+    left = sum(int(m.sum()) for m in masks.values())
+
+    def costs(of: nn.Module, weights: int) -> dict[str, int]:
+        nonzero = count_nonzero_params(of)
+        params = count_params(of)
+        return {"macs": macs, "params": params, "nonzero_params": nonzero, "weights": weights}
+
+    return {"dense": costs(model, weights), "pruned": costs(pruned, left)}
 
 
 def _total(masks: Mapping[str, Tensor]) -> int:

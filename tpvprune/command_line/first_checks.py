@@ -1,0 +1,100 @@
+"""What can be told from flags and paths alone, before seconds go into imports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from tpvprune.atomic import check_folder
+from tpvprune.criterion_names import is_labelled
+from tpvprune.places import (
+    check_checkpoint,
+    check_file,
+    check_images,
+    check_list,
+    check_run,
+    check_saved,
+    check_writable,
+)
+
+NEITHER = "expected either the folder of a pruned model or --model M"
+_ON_THE_HUB = ("hf-hub:", "hf_hub:")
+_WRITE_A_MODEL = frozenset({"prune", "distill", "finetune", "demo"})
+_WRITE_A_FILE = frozenset({"score", "compare", "export"})
+_MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
+
+
+def check_first(args: argparse.Namespace) -> None:
+    """Find what is missing, unknown or in the way; the commands find the rest, and this again.
+
+    A ValueError tells what it is. Several processes check together, once they have joined.
+
+    Args:
+        args: Parsed flags of any command.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    _check_output(args)
+    if getattr(args, "granularity", None) in {"channel", "head"} or args.command == "score":
+        is_labelled(args.criterion)
+    if args.command == "compare":
+        _check_runs(args.folders)
+    _check_subject(args)
+    if "data_dir" in args:
+        _check_images(args)
+
+
+def check_given(args: argparse.Namespace) -> None:
+    """Check that the flags name images.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if args.data_dir is None and not args.dataset and getattr(args, "data_list", None) is None:
+        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
+
+
+def _check_runs(folders: Sequence[str]) -> None:
+    if len(folders) < 2:
+        raise ValueError(
+            f"compare: expected at least two folders, found {len(folders)}: report.html of a "
+            "folder shows that run alone"
+        )
+    for folder in folders:
+        check_run(folder)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    output = getattr(args, "output", None)
+    if args.command in _WRITE_A_MODEL:
+        check_writable(check_folder(args.output, overwrite=args.overwrite))
+    elif args.command in _WRITE_A_FILE and output is not None:
+        check_file(output, overwrite=args.overwrite)
+
+
+def _check_subject(args: argparse.Namespace) -> None:
+    folder: Any = getattr(args, "folder", None)
+    if "folder" in args and folder is None and args.model is None:
+        raise ValueError(NEITHER)
+    if folder is not None and not folder.startswith(_ON_THE_HUB):
+        check_saved(folder)
+    for path in (getattr(args, "checkpoint", None), getattr(args, "dense", None)):
+        if path not in {None, "pretrained"}:
+            check_checkpoint(str(path))
+
+
+def _check_images(args: argparse.Namespace) -> None:
+    if args.command not in _MAY_DO_WITHOUT_IMAGES:
+        check_given(args)
+    if args.data_list is not None:
+        check_list(args.data_list)
+    elif args.data_dir is not None and not args.dataset:
+        check_images(args.data_dir, arrays=True)
+    for name in ("eval_dir", "held_out_dir"):
+        if getattr(args, name, None) is not None:
+            check_images(getattr(args, name))

@@ -1,0 +1,114 @@
+"""Whether what a user names is there and may be written, told before heavy imports."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Check that a checkpoint is there.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint file")
+
+
+def check_images(path: str | Path, *, arrays: bool = False) -> None:
+    """Check that images can be read from a place.
+
+    Args:
+        path: A folder or a ``.tar``.
+        arrays: An ``.npy`` will do, too.
+
+    Raises:
+        ValueError: If it is missing, closed to this user, or another kind of file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder or file")
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ValueError(f"{path}: cannot be read: check its permissions")
+    if path.is_file() and path.suffix not in {".tar", *([".npy"] if arrays else [])}:
+        raise ValueError(f"{path}: expected a folder or an uncompressed .tar of images")
+
+
+def check_list(path: str | Path) -> None:
+    """Check that a list of image files is there.
+
+    Args:
+        path: The text file.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such list of image files")
+
+
+def check_saved(folder: str | Path) -> None:
+    """Check that a folder may hold a saved pruned model.
+
+    Args:
+        folder: On this machine.
+
+    Raises:
+        ValueError: If it has no ``config.json``.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: expected config.json of a saved pruned model, found none")
+
+
+def check_run(folder: str | Path) -> None:
+    """Check that a folder may hold a saved run.
+
+    Args:
+        folder: On this machine.
+
+    Raises:
+        ValueError: If it has no ``report.json``.
+    """
+    if not (Path(folder) / "report.json").is_file():
+        raise ValueError(f"{folder}: expected report.json of a saved run, found none")
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Find out before any work is done whether a file may be written.
+
+    Args:
+        path: The file.
+        overwrite: Whether one that is there already may be replaced.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file name, found a folder")
+    if path.exists() and not path.is_file():  # which a new file would replace
+        raise ValueError(f"{path}: expected a file name, found a device: choose another name")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file where `path` will be: permission bits do not tell all.
+
+    Args:
+        path: A file or folder that is there or not.
+
+    Raises:
+        ValueError: If the system refuses.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
