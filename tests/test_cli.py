@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from images import as_tar, spoil, write_classes, write_images
 
 from tpvprune.checkpoint import load_pruned
 from tpvprune.cli import main
-from tpvprune.command_line import commands
+from tpvprune.command_line import commands, session_images
 from tpvprune.data import open_images
 from tpvprune.loading import choose_images
 from tpvprune.preprocessing import resolve_preprocessing
@@ -185,7 +186,7 @@ BAD_INPUT = {
         r"has shape fc\.weight \(6, \d+\) instead of \(9, \d+\)",
     ),
     "other model's checkpoint": (["--model", "test_efficientnet"], "lacks conv_stem.weight"),
-    "damaged checkpoint": (["--checkpoint", "flat/0000.png"], "weights, found another kind of file"),
+    "damaged checkpoint": (["--checkpoint", "flat/0000.png"], "found another kind of file"),
     "two sources of weights": (["--pretrained"], "not allowed with argument"),
     "unknown model argument": (["--model-kwargs", "foo=1"], "cannot be built.*foo"),
     "model argument without value": (["--model-kwargs", "foo"], "expected NAME=VALUE"),
@@ -324,6 +325,38 @@ class TestOtherCommands:
         assert document["versions"]["torch"] == torch.__version__
         for group in document["groups"].values():
             assert len(group["scores"]) == len(group["stderr"]) == group["num_channels"]
+
+    def test_score_stops_when_enough_is_known(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(session_images, "_KNOWN", 0.5)
+        argv = ["score", "--model", "test_resnet", "--checkpoint", "weights.pt", *SMALL]
+        argv += ["--data-dir", tmp_path / "many", "--num-images", "auto", "--amp"]
+        write_images(tmp_path / "many", 120)
+        code, _, err = run(*argv, "--output", tmp_path / "scores.json")
+        document = json.loads((tmp_path / "scores.json").read_text())
+        assert code == 0
+        assert 64 <= document["num_images"] < 120
+        assert f"{document['num_images']} images scored" in err
+        ratios = [
+            e / s
+            for g in document["groups"].values()
+            for s, e in zip(g["scores"], g["stderr"], strict=True)
+            if s
+        ]
+        assert statistics.median(ratios) <= 0.5
+
+    def test_prune_takes_as_many_images_as_the_scores_need(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(commands, "_FEWEST", 30)
+        code, out, _ = run(*flags(tmp_path / "out", "--num-images", "auto", "--amp", "--json"))
+        assert code == 0
+        assert json.loads(out)["images"]["num_images"] == 40  # all there are, still too few
+
+    @pytest.mark.parametrize(
+        "extra", [["--criterion", "magnitude"], ["--granularity", "2:4", "--repair", "none"]]
+    )
+    def test_auto_needs_standard_errors(self, run, tmp_path, extra):
+        code, _, err = run(*flags(tmp_path / "out", "--num-images", "auto", *extra))
+        assert code == 2
+        assert "have no standard errors: pass a number" in " ".join(err.split())
 
     def test_evaluate_measures_a_model_on_labels(self, run):
         code, out, err = run(

@@ -23,6 +23,7 @@ from tpvprune.command_line.console import (
     stages,
     table,
 )
+from tpvprune.command_line.flag_groups import AUTO
 from tpvprune.command_line.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.command_line.session_images import (
     Shown,
@@ -31,7 +32,9 @@ from tpvprune.command_line.session_images import (
     choose,
     has_labels,
     labelled_images,
+    mixed_precision,
     open_data,
+    scored_until_known,
 )
 from tpvprune.command_line.session_results import (
     blocked_facts,
@@ -56,6 +59,7 @@ from tpvprune.places import check_file, check_writable
 from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
+_FEWEST = 512  # images for a repair, where the scores would do with less
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
@@ -77,6 +81,10 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     if args.granularity == "head":
         layers += single_weights.all_but_heads(subject, layers)
     images = open_data(args, labelled=used_labels)
+    if args.num_images == AUTO:
+        groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
+        scored = scored_until_known(args, subject, images, groups)
+        args.num_images = max(_FEWEST, scored.num_samples)
     labelled = labelled_images(args, subject)
     distilling = args.repair == "distill"
     # Labelled images are new to the model; others of the calibration source may not be.
@@ -101,6 +109,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             min_channels=args.min_channels,
             max_removed=args.max_removed,
             num_probes=args.num_probes,
+            amp=mixed_precision(args),
             seed=args.seed,
             ignore=layers,
             labelled_batches=batches if used_labels else None,
@@ -144,13 +153,16 @@ def run_score(args: argparse.Namespace) -> Outcome:
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
-    batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
     groups = find_groups(subject.model, subject.example, ignore=layers)
-    score = scorer(args.criterion)
-    options: dict[str, Any] = {"seed": args.seed}
-    if "num_probes" in inspect.signature(score).parameters:
-        options["num_probes"] = args.num_probes
-    scores = score(subject.model, groups, Shown(batches, "scoring"), **options)
+    if args.num_images == AUTO:
+        scores = scored_until_known(args, subject, images, groups)
+    else:
+        batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
+        score = scorer(args.criterion)
+        known = inspect.signature(score).parameters
+        options = {"num_probes": args.num_probes, "amp": mixed_precision(args)}
+        options = {k: v for k, v in options.items() if k in known}
+        scores = score(subject.model, groups, Shown(batches, "scoring"), seed=args.seed, **options)
     document = {
         **provenance(args, subject),
         "criterion": args.criterion,

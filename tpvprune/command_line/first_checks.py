@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpvprune.atomic import check_folder
+from tpvprune.command_line.flag_groups import AUTO
 from tpvprune.criterion_names import is_labelled
 from tpvprune.places import (
     check_checkpoint,
@@ -41,9 +42,29 @@ def check_first(args: argparse.Namespace) -> None:
         is_labelled(args.criterion)
     if args.command == "compare":
         _check_runs(args.folders)
+    check_auto(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
+
+
+def check_auto(args: argparse.Namespace) -> None:
+    """Check that there are standard errors that can tell when there are enough images.
+
+    Args:
+        args: Parsed flags of any command.
+
+    Raises:
+        ValueError: If there are none with ``--num-images auto``.
+    """
+    if getattr(args, "num_images", None) != AUTO:
+        return
+    granularity = getattr(args, "granularity", "channel")
+    if args.criterion != "tpv" or granularity not in {"channel", "head"}:
+        raise ValueError(
+            "--num-images auto: expected --criterion tpv and channels or heads, found "
+            f"{args.criterion} and {granularity}, which have no standard errors: pass a number"
+        )
 
 
 def check_given(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+AUTO = "auto"  # for --num-images: as many as the scores need
+
 
 class _UsageError(ValueError):
     """Wrong flags: reported in one line like every other bad input."""
@@ -69,7 +71,12 @@ def _add_model_kwargs(group: argparse._ArgumentGroup) -> None:
 
 
 def add_data(
-    sub: Parser, *, num_images: bool, split: str | None = None, default: int = 1024
+    sub: Parser,
+    *,
+    num_images: bool,
+    split: str | None = None,
+    default: int = 1024,
+    auto: bool = False,
 ) -> None:
     """Add which images, and how they are read; `default` many of them if `num_images`."""
     group = sub.section("images")
@@ -92,10 +99,11 @@ def add_data(
     group.add_argument("--target-key", metavar="K", help="label column of the dataset")
     group.add_argument(
         "--num-images",
-        type=count,
+        type=_count_or_auto if auto else count,
         default=default if num_images else None,
         metavar="N",
-        help=f"images used, chosen by the seed ({default if num_images else 'all'})",
+        help=f"images used, chosen by the seed ({default if num_images else 'all'})"
+        + ("; auto: until half of the scores are known to 10 %%" if auto else ""),
     )
     group.add_argument(
         "-b",
@@ -273,6 +281,11 @@ fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1
 # Tensors of 32 bits hold no numbers above 3e38.
 positive = _checked(float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30")
 count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
+_count_or_auto = _checked(
+    lambda text: text if text == AUTO else int(text),
+    lambda n: n == AUTO or n >= 1,
+    "a whole number of at least 1, or auto",
+)
 
 granularity = _checked(
     str,

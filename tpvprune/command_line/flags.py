@@ -80,7 +80,7 @@ class _Version(argparse.Action):
 
 def _add_prune(sub: Parser) -> None:
     add_model(sub)
-    add_data(sub, num_images=True)
+    add_data(sub, num_images=True, auto=True)
     add_eval_dir(sub)
     add_criterion(sub)
     how = sub.section("pruning")
@@ -143,8 +143,9 @@ def _add_prune(sub: Parser) -> None:
 
 def _add_score(sub: Parser) -> None:
     add_model(sub)
-    add_data(sub, num_images=True)
+    add_data(sub, num_images=True, auto=True)
     add_criterion(sub)
+    sub.section("pruning").add_argument("--amp", action="store_true", help="mixed precision (tpv)")
     add_ignore(sub.section("pruning"))
     add_device(sub)
     add_output(sub, "JSON file for the scores")

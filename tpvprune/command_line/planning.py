@@ -15,12 +15,14 @@ from tpvprune.atomic import check_folder
 from tpvprune.checkpoint import read_config
 from tpvprune.command_line.benchmark import plan_of
 from tpvprune.command_line.console import blocked_lines, percent, say, short
+from tpvprune.command_line.flag_groups import AUTO
 from tpvprune.command_line.session import Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.command_line.session_images import open_data
 from tpvprune.command_line.session_results import blocked_facts
 from tpvprune.command_line.single_weights import asked_for
 from tpvprune.command_line.training import dense_weights, num_held_back, recipe_of
 from tpvprune.criterion_names import is_labelled
+from tpvprune.data import ImageSource
 from tpvprune.downloads import local_folder
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.narrowest import narrowest
@@ -32,6 +34,7 @@ from tpvprune.weights.pruning import prune_weights
 from tpvprune.weights.scores import prunable_weights
 
 _BATCH = 8
+_GUESS = 1024  # images that --num-images auto may take
 _REPEATS = 3
 # Images of noise that a run is tried on, if their passes take at most so many seconds; at least so
 # many say anything.
@@ -61,7 +64,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
     groups = find_groups(subject.model, subject.example, ignore=layers)
-    num = args.num_images if images.count is None else min(args.num_images, images.count)
+    num = _num_images(args, images)
     forward, backward = _seconds(subject)
 
     def whole(batches: list[torch.Tensor]) -> None:
@@ -117,7 +120,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         n, m = pattern_of(args.granularity)
         undivided = [name for name, weight in weights.items() if weight.shape[1] % m]
         left = sum(size * (1 if name in undivided else n / m) for name, size in sizes.items())
-    num = args.num_images if images.count is None else min(args.num_images, images.count)
+    num = _num_images(args, images)
     forward, backward = _seconds(subject)
 
     def whole(batches: list[torch.Tensor]) -> None:
@@ -218,7 +221,7 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     plan = plan_of(args, subject)
     images = open_data(args, labelled=plan.labelled)
     groups = find_groups(subject.model, subject.example)
-    num = args.num_images if images.count is None else min(args.num_images, images.count)
+    num = _num_images(args, images)
     forward, backward = _seconds(subject)
     rows = len(plan.keys())
     seconds = len(plan.series()) * num * (forward + backward) + rows * num * 4 * forward
@@ -231,6 +234,12 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     _say_time(_Expected(seconds), "measuring top-1 on --eval-dir, ")
     return 0, document
+
+
+def _num_images(args: argparse.Namespace, images: ImageSource) -> int:
+    """Return how many images a run will see; for auto, which only the run can tell, a guess."""
+    wanted = _GUESS if args.num_images == AUTO else args.num_images
+    return int(wanted if images.count is None else min(wanted, images.count))
 
 
 def _document(

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tpvprune.batches import hold_back
 from tpvprune.command_line.console import bar, say
-from tpvprune.command_line.first_checks import check_given
+from tpvprune.command_line.first_checks import check_auto, check_given
 from tpvprune.command_line.session import Subject
 from tpvprune.data import ImageSource, open_images
 from tpvprune.distributed import total
+from tpvprune.groups import ChannelGroups
 from tpvprune.image_files import array_images, listed_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
+from tpvprune.scores import Scores, tpv_scores
 
 _HELD_OUT, _ENOUGH = 512, 64
+_KNOWN = 0.1  # standard error / score
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,40 @@ def choose(
         labelled=labelled,
         notice=say,
     )
+
+
+def scored_until_known(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, groups: ChannelGroups
+) -> Scores:
+    """Score with ``--num-images auto``: until half of the scores are known well enough.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        groups: Its channel groups.
+
+    Returns:
+        The scores, which tell how many images they saw.
+    """
+    check_auto(args)
+    chosen = choose(args, subject, images, images.count)
+    scores = tpv_scores(
+        subject.model,
+        groups,
+        Shown(chosen, "scoring"),
+        num_probes=args.num_probes,
+        until=_KNOWN,
+        amp=mixed_precision(args),
+        seed=args.seed,
+    )
+    say(f"{scores.num_samples} images scored, until half of the scores were known to {_KNOWN:.0%}")
+    return scores
+
+
+def mixed_precision(args: argparse.Namespace) -> torch.dtype | None:
+    """Return the type in which ``--amp`` scores; float16, which training may use, is too narrow."""
+    return torch.bfloat16 if args.amp and args.criterion == "tpv" else None
 
 
 def calibration(

@@ -9,6 +9,7 @@ from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import show_pruned, stages
+from tpvprune.command_line.first_checks import check_auto
 from tpvprune.command_line.session import Subject, ignored, open_subject
 from tpvprune.command_line.session_images import (
     Witnesses,
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     Returns:
         Exit code and JSON document.
     """
+    check_auto(args)
     check_writable(check_folder(args.output, overwrite=args.overwrite))
     subject = open_subject(args)
     layers = ignored(args, subject)
