@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         command = args.command
         args.command_line = shlex.join(["tpvprune", *argv])
-        check_first(args)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            check_first(args)
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
             dry = getattr(args, "dry_run", False)
@@ -97,6 +98,7 @@ def _processes(args: Any) -> Iterator[bool]:
     args.device = membership.device_here(args.device)
     with membership.joined(args.device), contextlib.ExitStack() as stack:
         distributed.check_same("command", args.command_line)
+        distributed.by_first(check_first, args)
         if not membership.is_first():
             silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stderr(silence))

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.atomic import check_folder
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import bar, before_after, percent, say, stages, table
 from tpvprune.command_line.session import Subject, provenance
@@ -19,7 +18,6 @@ from tpvprune.disagreement import disagreement
 from tpvprune.evaluation import evaluate
 from tpvprune.models import load_model
 from tpvprune.pipeline import PruningResult, prune
-from tpvprune.places import check_writable
 from tpvprune.preprocessing import resolve_preprocessing
 from tpvprune.removal import remove_channels
 from tpvprune.report import report_data
@@ -55,7 +53,6 @@ def main_demo(
     Returns:
         Exit code (3: budget not reached) and JSON document.
     """
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
     (images, labels), held_out = _digits(args.seed)
     training = images[:num_images], labels[:num_images]
     say(

@@ -8,7 +8,6 @@ import importlib
 import inspect
 from typing import Any
 
-from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line import single_weights, training
@@ -55,7 +54,6 @@ from tpvprune.groups import find_groups
 from tpvprune.loading import in_memory
 from tpvprune.narrowest import narrowest
 from tpvprune.pipeline import PruningResult, prune
-from tpvprune.places import check_file, check_writable
 from tpvprune.report import report_data
 
 Outcome = tuple[int, dict[str, Any]]
@@ -73,7 +71,6 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     """
     if single_weights.asked_for(args):
         return single_weights.run(args)
-    by_first(lambda: check_writable(check_folder(args.output, overwrite=args.overwrite)))
     used_labels = is_labelled(args.criterion)
     training.recipe_of(args)
     subject = open_subject(args)
@@ -148,7 +145,6 @@ def run_score(args: argparse.Namespace) -> Outcome:
     Returns:
         Exit code and JSON document.
     """
-    by_first(check_file, args.output, overwrite=args.overwrite)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
     layers = ignored(args, subject)

@@ -10,7 +10,6 @@ from typing import Any
 
 from tpvprune.atomic import written_file
 from tpvprune.command_line.console import percent, say, table
-from tpvprune.places import check_file
 from tpvprune.report import DAMAGE, read_report
 from tpvprune.reporting.comparing import Run, figures_of, render_comparison
 
@@ -26,8 +25,6 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     Returns:
         Exit code and JSON document.
     """
-    if args.output is not None:
-        check_file(args.output, overwrite=args.overwrite)
     runs = [
         (name, _report(folder))
         for name, folder in zip(_names(args.folders), args.folders, strict=True)

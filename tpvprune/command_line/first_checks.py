@@ -1,9 +1,8 @@
-"""What can be told from flags and paths alone, before seconds go into imports."""
+"""What can be told from flags and paths alone, before seconds go into imports and work."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,35 +27,23 @@ _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 
 
 def check_first(args: argparse.Namespace) -> None:
-    """Find what is missing, unknown or in the way; the commands find the rest, and this again.
-
-    A ValueError tells what it is. Several processes check together, once they have joined.
+    """Find what is missing, unknown or in the way; a ValueError tells what it is.
 
     Args:
         args: Parsed flags of any command.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return
     _check_output(args)
     if getattr(args, "granularity", None) in {"channel", "head"} or args.command == "score":
         is_labelled(args.criterion)
     if args.command == "compare":
         _check_runs(args.folders)
-    check_auto(args)
+    _check_auto(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
 
 
-def check_auto(args: argparse.Namespace) -> None:
-    """Check that there are standard errors that can tell when there are enough images.
-
-    Args:
-        args: Parsed flags of any command.
-
-    Raises:
-        ValueError: If there are none with ``--num-images auto``.
-    """
+def _check_auto(args: argparse.Namespace) -> None:
     if getattr(args, "num_images", None) != AUTO:
         return
     granularity = getattr(args, "granularity", "channel")
@@ -67,15 +54,7 @@ def check_auto(args: argparse.Namespace) -> None:
         )
 
 
-def check_given(args: argparse.Namespace) -> None:
-    """Check that the flags name images.
-
-    Args:
-        args: Parsed flags.
-
-    Raises:
-        ValueError: If they do not.
-    """
+def _check_given(args: argparse.Namespace) -> None:
     if args.data_dir is None and not args.dataset and getattr(args, "data_list", None) is None:
         raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
 
@@ -111,7 +90,7 @@ def _check_subject(args: argparse.Namespace) -> None:
 
 def _check_images(args: argparse.Namespace) -> None:
     if args.command not in _MAY_DO_WITHOUT_IMAGES:
-        check_given(args)
+        _check_given(args)
     if args.data_list is not None:
         check_list(args.data_list)
     elif args.data_dir is not None and not args.dataset:

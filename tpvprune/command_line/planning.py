@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpvprune.atomic import check_folder
 from tpvprune.checkpoint import read_config
 from tpvprune.command_line.benchmark import plan_of
 from tpvprune.command_line.console import blocked_lines, percent, say, short
 from tpvprune.command_line.flag_groups import AUTO
 from tpvprune.command_line.session import Subject, ignored, open_pruned, open_subject, provenance
-from tpvprune.command_line.session_images import open_data
+from tpvprune.command_line.session_images import mixed_precision, open_data
 from tpvprune.command_line.session_results import blocked_facts
 from tpvprune.command_line.single_weights import asked_for
 from tpvprune.command_line.training import dense_weights, num_held_back, recipe_of
@@ -27,7 +26,6 @@ from tpvprune.downloads import local_folder
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.narrowest import narrowest
 from tpvprune.pipeline import prune
-from tpvprune.places import check_writable
 from tpvprune.running import evaluating, first_output, frozen
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
@@ -57,7 +55,6 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """
     if asked_for(args):
         return _plan_weights(args)
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
     recipe_of(args)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
@@ -77,6 +74,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             steps=args.steps,
             allocation=args.allocation,
             num_probes=args.num_probes,
+            amp=mixed_precision(args),
             seed=args.seed,
             ignore=layers,
             labelled_batches=[(x, torch.zeros(len(x), dtype=torch.long)) for x in batches],
@@ -110,7 +108,6 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
     subject = open_subject(args)
     images = open_data(args, labelled=False)
     weights = prunable_weights(subject.model, ignore=ignored(args, subject))
@@ -183,7 +180,6 @@ def plan_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
     recipe = recipe_of(args)
     args.folder = local_folder(args.folder)
     config = read_config(args.folder)

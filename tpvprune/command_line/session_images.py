@@ -12,7 +12,6 @@ from torch import nn
 
 from tpvprune.batches import hold_back
 from tpvprune.command_line.console import bar, say
-from tpvprune.command_line.first_checks import check_auto, check_given
 from tpvprune.command_line.session import Subject
 from tpvprune.data import ImageSource, open_images
 from tpvprune.distributed import total
@@ -62,7 +61,6 @@ def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) 
     Raises:
         ValueError: If no source is given, or one without labels where they are needed.
     """
-    check_given(args)
     data_list = getattr(args, "data_list", None)
     is_array = not args.dataset and str(args.data_dir).endswith(".npy")
     if labelled and (is_array or data_list is not None):
@@ -138,7 +136,6 @@ def scored_until_known(
     Returns:
         The scores, which tell how many images they saw.
     """
-    check_auto(args)
     chosen = choose(args, subject, images, images.count)
     scores = tpv_scores(
         subject.model,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tpvprune.atomic import check_folder
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import show_pruned, stages
-from tpvprune.command_line.first_checks import check_auto
 from tpvprune.command_line.session import Subject, ignored, open_subject
 from tpvprune.command_line.session_images import (
     Witnesses,
@@ -20,7 +18,6 @@ from tpvprune.command_line.session_images import (
 from tpvprune.command_line.session_results import pruned_document, saved_with
 from tpvprune.groups import find_groups
 from tpvprune.membership import num_processes
-from tpvprune.places import check_writable
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 
@@ -70,8 +67,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     Returns:
         Exit code and JSON document.
     """
-    check_auto(args)
-    check_writable(check_folder(args.output, overwrite=args.overwrite))
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=False)

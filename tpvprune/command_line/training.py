@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpvprune.atomic import check_folder
 from tpvprune.baselines.finetuning import finetune
 from tpvprune.checkpoint import read_config, save_pruned
 from tpvprune.command_line.console import bar, say, show_trained, updates
@@ -34,7 +33,6 @@ from tpvprune.distributed import by_first
 from tpvprune.downloads import local_folder
 from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
 from tpvprune.loading import in_memory
-from tpvprune.places import check_writable
 from tpvprune.report import read_report
 from tpvprune.training import Recipe
 from tpvprune.training_images import training_images
@@ -198,7 +196,6 @@ def state_file(output: Path) -> Path:
 
 
 def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
-    by_first(lambda: check_writable(check_folder(args.output, overwrite=args.overwrite)))
     recipe_of(args)
     args.folder = local_folder(args.folder)
     config, earlier = read_config(args.folder), read_report(args.folder)
