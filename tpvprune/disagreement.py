@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.costs import call_arguments
-from tpvprune.distributed import summed
+from tpvprune.distributed import summed, total
 from tpvprune.running import evaluating, first_output
 
 _THUMBNAIL = 96  # pixels of the longer side
@@ -59,7 +59,7 @@ def disagreement(
                 first_output(m(*call_arguments(m, inputs))).double().cpu() for m in (model, dense)
             )
             if theirs.ndim != 2 or theirs.shape != ours.shape or theirs.shape[1] < 2:
-                return None
+                break
             if counts is None:
                 counts = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
             chosen = [x.softmax(1).max(1) for x in (theirs, ours)]
@@ -80,8 +80,13 @@ def disagreement(
                 if len(shown) > num_samples:
                     heapq.heappop(shown)
             seen += len(inputs)
-    if counts is None:
+    # A process may have no image at all, and learns here how many classes there are.
+    num_classes = total(0 if counts is None else counts.shape[1])
+    num_counting = total(counts is not None)
+    if not num_counting:
         return None
+    if counts is None:
+        counts = torch.zeros(2, int(num_classes / num_counting), dtype=torch.float64)
     counts = summed(counts)[0]
     samples = [sample for _, _, sample in sorted(shown, key=lambda entry: (-entry[0], -entry[1]))]
     for sample in samples:
