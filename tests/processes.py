@@ -142,6 +142,19 @@ def command(*argv):
     return main(argv)
 
 
+def slow_command(*argv):
+    """A command whose first process is the last to leave."""
+    tell = membership._told
+
+    def late(*args):
+        time.sleep(1)
+        return tell(*args)
+
+    if os.environ["RANK"] == "0":
+        membership._told = late
+    return main(argv)
+
+
 def disagreement():
     distributed.check_same("numbers", torch.arange(3))
     try:
@@ -174,8 +187,8 @@ def lost(how, *argv):
 
 
 def run(job, arguments):
-    # `command` and `lost` join by themselves.
-    if job in {"command", "lost"}:
+    # These join by themselves.
+    if job in {"command", "slow_command", "lost"}:
         return globals()[job](*arguments)
     with membership.joined():
         torch.save(globals()[job](*arguments), f"{os.environ['RANK']}.pt")

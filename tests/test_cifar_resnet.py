@@ -52,8 +52,13 @@ def conv_and_linear_macs(model):
 
 @pytest.mark.parametrize(
     ("depth", "params", "macs"),
-    [(20, 0.27e6, 40.6e6), (32, 0.46e6, 69e6), (44, 0.66e6, 97e6), (56, 0.85e6, 125.5e6),
-     (110, 1.7e6, 253e6)],
+    [
+        (20, 0.27e6, 40.6e6),
+        (32, 0.46e6, 69e6),
+        (44, 0.66e6, 97e6),
+        (56, 0.85e6, 125.5e6),
+        (110, 1.7e6, 253e6),
+    ],
 )
 def test_sizes_are_those_of_the_paper(depth, params, macs):
     model = timm.create_model(f"cifar_resnet{depth}").eval()

@@ -12,7 +12,6 @@ SINGLE = {"rtol": 2e-3, "atol": 1e-9}  # the matrices S are kept in float32
 RIDGE = 1e-3
 
 
-
 @torch.no_grad()
 def pseudo_direction(model, x):
     p = model(x).softmax(1)

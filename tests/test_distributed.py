@@ -136,9 +136,10 @@ def test_a_process_that_is_lost_ends_the_run(start, tmp_path, how, message):
     assert not list(tmp_path.glob("out/**/*"))
 
 
-def test_bad_input_is_said_once(start, tmp_path):
+@pytest.mark.parametrize("job", ["command", "slow_command"])
+def test_bad_input_is_said_once(start, tmp_path, job):
     argv = prune(tmp_path / "nowhere", tmp_path / "out")
-    codes, _, texts = start("command", 2, *argv)
+    codes, _, texts = start(job, 2, *argv)
     assert all(code in {1, 2} for code in codes)
     assert "".join(texts).count("no such folder") == 1
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from images import write_images
 from torch import nn
 
 import tpvprune
@@ -69,7 +70,8 @@ def test_a_model_that_gives_nan_is_refused_before_anything_is_done(model, tmp_pa
     state["layer2.0.conv2.weight"][0] = torch.nan
     torch.save(state, tmp_path / "weights.pt")
     argv = ["--model", "test_resnet", "--checkpoint", str(tmp_path / "weights.pt")]
-    for command in (["groups", *argv], ["evaluate", *argv, "--data-dir", "nowhere"]):
+    images = str(write_images(tmp_path / "images", 2))
+    for command in (["groups", *argv], ["evaluate", *argv, "--data-dir", images]):
         assert main([*command, "--img-size", "24"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "found NaN in layer 'layer2.0.conv2': check the weights" in line

@@ -128,9 +128,7 @@ def test_two_steps_equal_one():
     second = {"stem": torch.tensor([True, False, True, True])}  # of those left
     half = remove_channels(dense, groups, first)
     twice = remove_channels(half, find_groups(half, images(2)), second)
-    once = remove_channels(
-        dense, groups, {"stem": torch.tensor([True, False, False, True, True])}
-    )
+    once = remove_channels(dense, groups, {"stem": torch.tensor([True, False, False, True, True])})
     assert torch.equal(twice(images()), once(images()))
 
 

@@ -97,9 +97,7 @@ def test_smaller_budgets_keep_subsets(per_cost):
     groups = found("residual")
     scores, before = random_scores(groups), whole(groups)
     for keep in torch.linspace(1, 0.1, 19).tolist():
-        kept = select_channels(
-            None, groups, scores, keep=keep, per_cost=per_cost, refill=False
-        )
+        kept = select_channels(None, groups, scores, keep=keep, per_cost=per_cost, refill=False)
         assert all((kept[n] <= before[n]).all() for n in kept)
         before = kept
 

@@ -191,6 +191,9 @@ def _told(store: Any, watch: _Watch, error: BaseException) -> Exception | None:
     if isinstance(error, KeyboardInterrupt) and not watch.lost:
         return None
     watch.stop()
+    if isinstance(error, OtherProcessError):  # it must not come before the one that can tell
+        watch.leave()
+        return None
     lost = watch.lost or isinstance(error, (LostProcessError, KeyboardInterrupt))
     if lost:
         time.sleep(0.5)  # a process that fails closes its connections: its words come first

@@ -189,7 +189,7 @@ class _Solver:
     damping: float
     max_positions: int
     seed: int
-    fast: bool  # in channels-last memory
+    fast: bool = False  # in channels-last memory
     progress: Progress | None = None
 
     def chunks(self, call: BlockCall) -> list[BlockCall]:

@@ -106,9 +106,7 @@ def _failing_together(names: list[str], checker: _Checker) -> dict[str, str]:
     return reasons
 
 
-def _joined(
-    accepted: list[str], name: str, checker: _Checker
-) -> tuple[list[str], dict[str, str]]:
+def _joined(accepted: list[str], name: str, checker: _Checker) -> tuple[list[str], dict[str, str]]:
     """Return what is accepted, and refused, once ``name`` has failed together with ``accepted``.
 
     Of a pair that fails, what saves more stays.

@@ -409,7 +409,6 @@ def _floating(model: nn.Module) -> dict[str, Tensor]:
 def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
     """Return E_x ||after - before||^2."""
     total = sum(
-        float((a.double() - b.double()).square().sum())
-        for a, b in zip(after, before, strict=True)
+        float((a.double() - b.double()).square().sum()) for a, b in zip(after, before, strict=True)
     )
     return total / sum(map(len, before))
