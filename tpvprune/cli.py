@@ -56,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         command = args.command
         args.command_line = shlex.join(["tpvprune", *argv])
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            check_first(args)
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
             dry = getattr(args, "dry_run", False)
@@ -86,9 +84,11 @@ def _processes(args: Any) -> Iterator[bool]:
         Whether this is the process that speaks.
 
     Raises:
-        ValueError: If the command is not one for several processes.
+        ValueError: If the command is not one for several processes, or its flags ask for what is
+            not there.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        check_first(args)  # before anything heavy is imported
         yield True
         return
     if args.command not in _SHARED:

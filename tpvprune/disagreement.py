@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.costs import call_arguments
-from tpvprune.distributed import summed, total
+from tpvprune.distributed import summed
 from tpvprune.running import evaluating, first_output
 
 _THUMBNAIL = 96  # pixels of the longer side
@@ -48,7 +48,7 @@ def disagreement(
         ``classes``: for every class that the dense model chooses, its index, ``num_images`` and
         ``agreement``; ``num_images``, ``num_changed``; ``samples``: ``image`` (a data address),
         ``dense``, ``pruned`` (class indices), ``dense_share``, ``pruned_share`` (softmax of the
-        chosen class). None for outputs that are not [B, classes].
+        chosen class). None if any outputs are not [B, classes].
     """
     counts: Tensor | None = None
     shown: list[tuple[float, int, dict[str, Any]]] = []
@@ -59,6 +59,7 @@ def disagreement(
                 first_output(m(*call_arguments(m, inputs))).double().cpu() for m in (model, dense)
             )
             if theirs.ndim != 2 or theirs.shape != ours.shape or theirs.shape[1] < 2:
+                counts = None
                 break
             if counts is None:
                 counts = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
@@ -81,12 +82,12 @@ def disagreement(
                     heapq.heappop(shown)
             seen += len(inputs)
     # A process may have no image at all, and learns here how many classes there are.
-    num_classes = total(0 if counts is None else counts.shape[1])
-    num_counting = total(counts is not None)
-    if not num_counting:
+    width = 0 if counts is None else counts.shape[1]
+    widths, counting = summed(*torch.tensor([width, width > 0], dtype=torch.float64))
+    if not counting:
         return None
     if counts is None:
-        counts = torch.zeros(2, int(num_classes / num_counting), dtype=torch.float64)
+        counts = torch.zeros(2, round(float(widths / counting)), dtype=torch.float64)
     counts = summed(counts)[0]
     samples = [sample for _, _, sample in sorted(shown, key=lambda entry: (-entry[0], -entry[1]))]
     for sample in samples:

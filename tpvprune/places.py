@@ -61,8 +61,7 @@ def check_saved(folder: str | Path) -> None:
     Raises:
         ValueError: If it has no ``config.json``.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: expected config.json of a saved pruned model, found none")
+    _check_holds(folder, "config.json", "pruned model")
 
 
 def check_run(folder: str | Path) -> None:
@@ -74,8 +73,12 @@ def check_run(folder: str | Path) -> None:
     Raises:
         ValueError: If it has no ``report.json``.
     """
-    if not (Path(folder) / "report.json").is_file():
-        raise ValueError(f"{folder}: expected report.json of a saved run, found none")
+    _check_holds(folder, "report.json", "run")
+
+
+def _check_holds(folder: str | Path, name: str, what: str) -> None:
+    if not (Path(folder) / name).is_file():
+        raise ValueError(f"{folder}: expected {name} of a saved {what}, found none")
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

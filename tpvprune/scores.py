@@ -9,6 +9,7 @@ activations per direction; no gradient of any weight is ever formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -167,10 +168,8 @@ def _moments(
                     per_sample = u.double().square().mean(0)
                     first[name] += per_sample.sum(0).cpu()
                     second[name] += per_sample.square().sum(0).cpu()
-            if until is not None:
-                mean, squares, seen = _means(first, second, num_samples)
-                if seen >= _FEWEST and _uncertainty(mean, squares, seen) <= until:
-                    break
+            if until is not None and _uncertainty(first, second, num_samples) <= until:
+                break
     mean, squares, num_samples = _means(first, second, num_samples)
     for name, value in mean.items():
         if not bool(value.isfinite().all()):
@@ -197,9 +196,15 @@ def _standard_error(mean: Tensor, squares: Tensor, num_samples: int) -> Tensor:
 
 
 def _uncertainty(
-    mean: Mapping[str, Tensor], squares: Mapping[str, Tensor], num_samples: int
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], num_samples: int
 ) -> float:
-    """Return the median over channels of standard error / score; of dead channels both are 0."""
+    """Return the median over channels of standard error / score; of dead channels both are 0.
+
+    Infinite as long as too few samples make the standard errors themselves uncertain.
+    """
+    mean, squares, num_samples = _means(first, second, num_samples)
+    if num_samples < _FEWEST:
+        return math.inf
     errors = torch.cat([_standard_error(mean[n], squares[n], num_samples) for n in mean])
     scores = torch.cat(list(mean.values()))
     return float((errors / scores.clamp_min(torch.finfo(scores.dtype).tiny)).median())

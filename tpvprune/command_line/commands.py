@@ -23,14 +23,14 @@ from tpvprune.command_line.console import (
     table,
 )
 from tpvprune.command_line.flag_groups import AUTO
+from tpvprune.command_line.pruning_options import pruning_options
 from tpvprune.command_line.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.command_line.session_images import (
     Shown,
-    Witnesses,
     calibration,
     choose,
     has_labels,
-    labelled_images,
+    images_to_prune_with,
     mixed_precision,
     open_data,
     scored_until_known,
@@ -82,32 +82,19 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
         scored = scored_until_known(args, subject, images, groups)
         args.num_images = max(_FEWEST, scored.num_samples)
-    labelled = labelled_images(args, subject)
     distilling = args.repair == "distill"
-    # Labelled images are new to the model; others of the calibration source may not be.
-    spare = {} if labelled is None else {"held_out": 0}
-    if distilling:
-        spare["apart"] = training.num_held_back(images)
-    batches, held_out = calibration(args, subject, images, labelled=used_labels, **spare)
-    witnesses = Witnesses(labelled, "labelled") if labelled is not None else held_out
-    assert witnesses is not None
+    batches, labelled, witnesses = images_to_prune_with(
+        args,
+        subject,
+        images,
+        labelled=used_labels,
+        apart=training.num_held_back(images) if distilling else 0,
+    )
     with stages() as progress:
         result = prune(
             subject.model,
             unlabeled(batches, device=subject.device),
-            keep=args.keep,
-            of=args.of,
-            latency_batch_size=args.latency_batch_size,
-            criterion=args.criterion,
-            repair="compensate" if distilling else args.repair,
-            steps=args.steps,
-            allocation=args.allocation,
-            round_to=args.round_to,
-            min_channels=args.min_channels,
-            max_removed=args.max_removed,
-            num_probes=args.num_probes,
-            amp=mixed_precision(args),
-            seed=args.seed,
+            **pruning_options(args),
             ignore=layers,
             labelled_batches=batches if used_labels else None,
             progress=progress,

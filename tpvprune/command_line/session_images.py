@@ -204,6 +204,39 @@ def calibration(
     return batches, Witnesses([*hold_back(batches)[1], *others], "held-back")
 
 
+def images_to_prune_with(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    *,
+    labelled: bool = False,
+    apart: int = 0,
+) -> tuple[Any, Any, Witnesses]:
+    """Return what `prune` sees, and what it is measured on.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        labelled: Whether the first also yields labels.
+        apart: As for :func:`calibration`.
+
+    Returns:
+        Batches to prune with, the labelled ones of `--eval-dir` or None, and what to measure
+        agreement on: those of `--eval-dir`, which are new to the model, or else others of the
+        calibration source, which may not be.
+    """
+    evaluated = labelled_images(args, subject)
+    held_out = _HELD_OUT if evaluated is None else 0
+    batches, witnesses = calibration(
+        args, subject, images, labelled=labelled, held_out=held_out, apart=apart
+    )
+    if evaluated is not None:
+        witnesses = Witnesses(evaluated, "labelled")
+    assert witnesses is not None
+    return batches, evaluated, witnesses
+
+
 def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
     if args.eval_dir is None:

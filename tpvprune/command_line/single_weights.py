@@ -8,13 +8,9 @@ from typing import Any
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
 from tpvprune.command_line.console import show_pruned, stages
+from tpvprune.command_line.pruning_options import weight_options
 from tpvprune.command_line.session import Subject, ignored, open_subject
-from tpvprune.command_line.session_images import (
-    Witnesses,
-    calibration,
-    labelled_images,
-    open_data,
-)
+from tpvprune.command_line.session_images import images_to_prune_with, open_data
 from tpvprune.command_line.session_results import pruned_document, saved_with
 from tpvprune.groups import find_groups
 from tpvprune.membership import num_processes
@@ -70,22 +66,13 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=False)
-    labelled = labelled_images(args, subject)
-    spare = {} if labelled is None else {"held_out": 0}
-    batches, held_out = calibration(args, subject, images, labelled=False, **spare)
-    witnesses = Witnesses(labelled, "labelled") if labelled is not None else held_out
-    assert witnesses is not None
+    batches, labelled, witnesses = images_to_prune_with(args, subject, images)
     with stages() as progress:
         result = prune_weights(
             subject.model,
             unlabeled(batches, device=subject.device),
-            keep=args.keep,
-            pattern=None if args.granularity == "weight" else args.granularity,
-            criterion=args.criterion,
-            repair=args.repair,
-            num_probes=args.num_probes,
+            **weight_options(args),
             ignore=layers,
-            seed=args.seed,
             progress=progress,
         )
     document = pruned_document(

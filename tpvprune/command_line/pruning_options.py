@@ -1,0 +1,50 @@
+"""From the flags of `tpvprune prune` to the arguments of the functions behind it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tpvprune.command_line.session_images import mixed_precision
+
+_FROM_FLAGS = (
+    "keep",
+    "of",
+    "latency_batch_size",
+    "criterion",
+    "steps",
+    "allocation",
+    "round_to",
+    "min_channels",
+    "max_removed",
+    "num_probes",
+    "seed",
+)
+
+
+def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say to :func:`tpvprune.pipeline.prune`.
+
+    Args:
+        args: Parsed flags.
+
+    Returns:
+        Keyword arguments; a network that is distilled afterwards is first compensated.
+    """
+    repair = "compensate" if args.repair == "distill" else args.repair
+    named = {name: getattr(args, name) for name in _FROM_FLAGS}
+    return {**named, "repair": repair, "amp": mixed_precision(args)}
+
+
+def weight_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say to :func:`tpvprune.weights.pruning.prune_weights`.
+
+    Args:
+        args: Parsed flags.
+
+    Returns:
+        Keyword arguments.
+    """
+    named = {name: getattr(args, name) for name in ("keep", "criterion", "repair", "num_probes")}
+    pattern = None if args.granularity == "weight" else args.granularity
+    return {**named, "pattern": pattern, "seed": args.seed}
