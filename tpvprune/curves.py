@@ -21,7 +21,7 @@ from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
-from tpvprune.taps import Metric, passes, reader_plan
+from tpvprune.taps import Metric, Probing, passes, reader_plan
 
 _MIN_ROWS = 64  # fewer (sample, direction) pairs cannot rank a group's channels
 _MAX_STEPS = 96  # wide groups leave several channels at a time
@@ -51,6 +51,7 @@ def variance_curves(
     max_bytes: int = 1 << 28,
     of: Budget = "macs",
     amp: torch.dtype | None = None,
+    grad_checkpointing: bool = False,
     seed: int = 0,
 ) -> dict[str, Curve]:
     """Measure the curve of every group.
@@ -70,6 +71,7 @@ def variance_curves(
         max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
         of: The budget: units of one group that save more of it leave earlier.
         amp: ``torch.bfloat16`` for mixed precision.
+        grad_checkpointing: See :func:`tpvprune.scores.tpv_scores`.
         seed: Of the directions.
 
     Returns:
@@ -86,13 +88,10 @@ def variance_curves(
             groups,
             inputs,
             input_covariances(model, groups, inputs),
-            metric=metric,
-            num_probes=num_probes,
+            Probing(metric, num_probes, amp, grad_checkpointing, seed),
             ridge=ridge,
             max_rows=max_rows,
             max_bytes=max_bytes,
-            amp=amp,
-            seed=seed,
         ),
     )
     savings = unit_costs(groups, of)
@@ -169,14 +168,11 @@ def _collect(
     groups: ChannelGroups,
     inputs: Iterable[Tensor],
     covariances: Mapping[int, tuple[Tensor, Tensor]],
+    probing: Probing,
     *,
-    metric: Metric,
-    num_probes: int,
     ridge: float,
     max_rows: int,
     max_bytes: int,
-    amp: torch.dtype | None,
-    seed: int,
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
     precisions = {c: ridge_inverse(cov.cpu(), ridge) for c, (_, cov) in covariances.items()}
@@ -193,11 +189,9 @@ def _collect(
             if known is not None and not joint:
                 maps[group.name, r.call] = residual_map(known, cuts[group.name, r.call]._units())
     # The first images of the whole set, with all of their directions.
-    wanted = {name: share(-(-limit // num_probes)) for name, limit in limits.items()}
+    wanted = {name: share(-(-limit // probing.num_probes)) for name, limit in limits.items()}
     seen, most = 0, max(wanted.values())
-    for x, directions, tap in passes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, amp=amp
-    ):
+    for x, directions, tap in passes(model, groups, inputs, probing):
 
         def collect(
             call: int, a: Tensor, grad: Tensor, num: int = len(x), seen: int = seen

@@ -66,6 +66,7 @@ def prune(
     max_removed: float = 1.0,
     num_probes: int = 1,
     amp: torch.dtype | None = None,
+    grad_checkpointing: bool = False,
     absorb: bool | None = None,
     ignore: Iterable[str] = (),
     latency_batch_size: int = 1,
@@ -97,6 +98,7 @@ def prune(
         max_removed: Largest fraction of a group that may go.
         num_probes: Random output directions per input.
         amp: ``torch.bfloat16`` scores in mixed precision (``"tpv"`` only).
+        grad_checkpointing: Score with less memory in more time (``"tpv"`` only).
         absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
             for (:func:`tpvprune.absorption.absorption`), at three compensations more; None: where
             the repair refits weights.
@@ -126,7 +128,10 @@ def prune(
     floors = Floors(
         round_to=aim.round_to(round_to), min_channels=min_channels, max_removed=max_removed
     )
-
+    probing: dict[str, Any] = {
+        "num_probes": num_probes, "amp": amp, "grad_checkpointing": grad_checkpointing,
+        "seed": seed,
+    }  # fmt: skip
     pruned, kept, scores = model, _whole(groups), None
     history: list[dict[str, float]] = []
     absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
@@ -139,20 +144,20 @@ def prune(
                 found = _score(
                     criterion, pruned, now,
                     labelled_batches if criterion in NEEDS_LABELS else fit,
-                    num_probes=num_probes, amp=amp, seed=seed,
+                    **probing,
                 )  # fmt: skip
             scores = scores or found
         with clock("selection", step, steps):
             if use_curves:
                 choose, ranks, factors = _by_curves(
                     pruned, now, fit, target, factors,
-                    of=aim.budget, floors=floors, num_probes=num_probes, amp=amp, seed=seed,
+                    of=aim.budget, floors=floors, probing=probing,
                 )  # fmt: skip
             else:
-                per_cost = allocation != "plain"
                 choose = partial(
-                    select_channels, pruned, now, found, of=aim.budget, per_cost=per_cost, **floors
-                )
+                    select_channels, pruned, now, found,
+                    of=aim.budget, per_cost=allocation != "plain", **floors,
+                )  # fmt: skip
                 ranks = {**found}
             chosen = aim.choose(
                 partial(_feasible, choose, now, ranks, of=aim.budget, floors=floors),
@@ -344,13 +349,12 @@ def _score(
     groups: ChannelGroups,
     source: Any,
     *,
-    num_probes: int,
-    amp: torch.dtype | None,
     seed: int,
+    **probing: Any,
 ) -> Scores:
-    if criterion == "tpv":
-        return scorer("tpv")(model, groups, source, num_probes=num_probes, amp=amp, seed=seed)
-    return scorer(criterion)(model, groups, source, seed=seed)
+    return scorer(criterion)(
+        model, groups, source, seed=seed, **(probing if criterion == "tpv" else {})
+    )
 
 
 def _by_curves(
@@ -362,17 +366,15 @@ def _by_curves(
     *,
     of: Budget,
     floors: Floors,
-    num_probes: int,
-    amp: torch.dtype | None,
-    seed: int,
+    probing: Mapping[str, Any],
 ) -> tuple[Callable[..., Kept], Mapping[str, Tensor], Mapping[str, float]]:
     """Return how to choose widths, the channels' ranks, and the factors (None: to be measured)."""
-    curves = variance_curves(model, groups, fit, num_probes=num_probes, of=of, amp=amp, seed=seed)
+    curves = variance_curves(model, groups, fit, of=of, **probing)
     ranks = {name: curve.order.argsort() for name, curve in curves.items()}
     choose = partial(allocate, groups, of=of, **floors)
     if factors is None:
         draft = restore_empty(groups, choose(curves, keep=target), ranks)
-        factors = absorption(model, groups, draft, curves, fit, seed=seed)
+        factors = absorption(model, groups, draft, curves, fit, seed=probing["seed"])
     return partial(choose, scaled(curves, factors)), ranks, factors
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tpvprune.distributed import places, share, summed
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.observer import Observer
 from tpvprune.positions import by_channel, sampled_rows
 from tpvprune.running import evaluating, fast_layout, on_device
-from tpvprune.taps import Observer, reader_plan
+from tpvprune.taps import reader_plan
 
 _FLOOR = 1e-10
 

@@ -24,7 +24,7 @@ from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroups
 from tpvprune.positions import by_channel, contract
 from tpvprune.residuals import residual_maps
-from tpvprune.taps import Metric, passes, reader_plan
+from tpvprune.taps import Metric, Probing, passes, reader_plan
 
 # What stands in for a channel is fitted on so many samples: that pass is a forward of its own.
 _MAP_SAMPLES = 256
@@ -66,6 +66,7 @@ def tpv_scores(
     ridge: float = 1e-3,
     until: float | None = None,
     amp: torch.dtype | None = None,
+    grad_checkpointing: bool = False,
     seed: int = 0,
 ) -> Scores:
     r"""Score channels by the output variance that their removal causes.
@@ -90,6 +91,8 @@ def tpv_scores(
         until: Stop after the batch at which half of the channels have standard errors of at most
             this fraction of their scores, and at least 64 samples were seen; None: see all.
         amp: ``torch.bfloat16`` for mixed precision.
+        grad_checkpointing: Keep only the inputs of the model's blocks, and compute their inside
+            again in the backward pass: the same scores with less memory, in more time.
         seed: Of the directions.
 
     Returns:
@@ -115,13 +118,10 @@ def tpv_scores(
             model,
             groups,
             inputs,
-            metric=metric,
+            Probing(metric, num_probes, amp, grad_checkpointing, seed),
             compensated=compensated,
-            num_probes=num_probes,
             ridge=ridge,
             until=until,
-            amp=amp,
-            seed=seed,
         ),
     )
     stderr = {n: _standard_error(mean[n], squares[n], num_samples) for n in mean}
@@ -132,14 +132,11 @@ def _moments(
     model: nn.Module,
     groups: ChannelGroups,
     inputs: Iterable[Tensor],
+    probing: Probing,
     *,
-    metric: Metric,
     compensated: bool,
-    num_probes: int,
     ridge: float,
     until: float | None,
-    amp: torch.dtype | None,
-    seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Measure the scores and their squares.
 
@@ -156,9 +153,7 @@ def _moments(
     first = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     second = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     num_samples = 0
-    measured = output_changes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, maps=maps, amp=amp
-    )
+    measured = output_changes(model, groups, inputs, probing, maps=maps)
     with closing(measured):
         for batch in measured if until is None else in_step(measured):
             if batch is not None:
@@ -214,12 +209,9 @@ def output_changes(
     model: nn.Module,
     groups: ChannelGroups,
     inputs: Iterable[Tensor],
+    probing: Probing,
     *,
-    metric: Metric = "logits",
-    num_probes: int = 1,
-    seed: int = 0,
     maps: Mapping[int, tuple[Tensor, Tensor]] | None = None,
-    amp: torch.dtype | None = None,
 ) -> Generator[tuple[dict[str, Tensor], int], None, None]:
     """Measure v^T u_c(x), the change of the output along v when channel c leaves.
 
@@ -227,11 +219,8 @@ def output_changes(
         model: The network.
         groups: Its channel groups.
         inputs: Batches [B, ...].
-        metric: See :func:`tpv_scores`.
-        num_probes: Directions per sample.
-        seed: Of the directions.
+        probing: How the passes are run.
         maps: Of :func:`tpvprune.residuals.residual_maps`; readers without one are uncompensated.
-        amp: Type of the mixed precision, or None.
 
     Yields:
         Batch by batch, ({group: [probes, B, C]}, B).
@@ -243,9 +232,7 @@ def output_changes(
         for call, readers in plan.items()
     }
     maps = {call: (mean.to(device), m.to(device)) for call, (mean, m) in (maps or {}).items()}
-    for x, directions, tap in passes(
-        model, groups, inputs, metric=metric, num_probes=num_probes, seed=seed, amp=amp
-    ):
+    for x, directions, tap in passes(model, groups, inputs, probing):
         num = len(x)
         parts: list[dict[str, Tensor]] = []
 

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tpvprune.distributed import own
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.membership import num_processes
+from tpvprune.observer import Observer
+from tpvprune.recomputation import recomputed, segments_of
 from tpvprune.running import evaluating, fast_layout, first_output, frozen, on_device
-from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 Metric = Literal["logits", "pseudo", "fisher", "features"]
 
 
+@dataclass(frozen=True)
+class Probing:
+    """How the passes are run; see :func:`tpvprune.scores.tpv_scores`.
+
+    ``num_probes`` directions per sample, drawn with ``seed`` for a ``metric``; in mixed precision
+    of type ``amp``; with ``grad_checkpointing`` the inside of blocks is computed again in the
+    backward pass instead of being kept.
+    """
+
+    metric: Metric = "logits"
+    num_probes: int = 1
+    amp: torch.dtype | None = None
+    grad_checkpointing: bool = False
+    seed: int = 0
+
+
 def passes(
-    model: nn.Module,
-    groups: ChannelGroups,
-    inputs: Iterable[Tensor],
-    *,
-    metric: Metric,
-    num_probes: int,
-    seed: int,
-    amp: torch.dtype | None = None,
+    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], probing: Probing
 ) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
     """Run the forwards, batch by batch, with the model frozen and in eval mode.
 
@@ -36,23 +47,24 @@ def passes(
         model: The network.
         groups: Its channel groups.
         inputs: Batches [B, ...].
-        metric: See :func:`tpvprune.scores.tpv_scores`.
-        num_probes: Directions per sample.
-        seed: Of the directions.
-        amp: Type of the mixed precision, or None.
+        probing: How.
 
     Yields:
         (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(probing.seed)
     calls = set(reader_plan(groups))
-    cloned: set[int] = set()
+    cloned: set[int | nn.Module] = set()
+    segments = segments_of(model) if probing.grad_checkpointing else []
     with evaluating(model), frozen(model), torch.enable_grad():
         for number, batch in enumerate(inputs):
             x = fast_layout(on_device(batch.detach(), model), model)
-            tap = InputTap(model, x, calls, cloned, amp)
+            tap = InputTap(model, x, calls, cloned, amp=probing.amp, segments=segments)
             check_outputs(model, x, tap.outputs, batch=number)
-            yield x, probe_directions(tap.outputs, metric, num_probes, generator), tap
+            directions = probe_directions(
+                tap.outputs, probing.metric, probing.num_probes, generator
+            )
+            yield x, directions, tap
             tap.close()  # whoever still holds it must not hold two graphs at a time
 
 
@@ -104,29 +116,25 @@ class InputTap:
         model: nn.Module,
         x: Tensor,
         calls: set[int],
-        cloned: set[int] | None = None,
+        cloned: set[int | nn.Module] | None = None,
+        *,
         amp: torch.dtype | None = None,
+        segments: Sequence[nn.Module] = (),
     ) -> None:
-        """Run the model; ``cloned`` names (and learns) the calls whose input must be cloned."""
+        """Run the model; ``cloned`` (which learns) has the calls and segments that need clones."""
         self._model, self._x, self._calls, self._amp = model, x, calls, amp
         self._cloned = set() if cloned is None else cloned
+        self._segments = segments
         self._forward()
 
     def _forward(self) -> None:
-        self._copies: dict[int, Tensor] = {}
-        self._versions: dict[int, int] = {}
+        # The hooks know the inputs alone: a graph that knew itself would never be freed.
+        self._inputs = _Inputs(self._calls, self._cloned, widen=self._amp is not None)
         mixed = torch.autocast(self._x.device.type, self._amp, enabled=self._amp is not None)
-        with mixed, Observer(self._calls, self._copy):
+        observer = Observer(self._calls, self._inputs.copy)
+        with mixed, observer, recomputed(self._segments, observer, self._inputs):
             outputs = first_output(self._model(self._x)).flatten(1)
         self.outputs = outputs if self._amp is None else outputs.float()
-
-    def _copy(self, call: int, a: Tensor) -> Tensor:
-        copied = a.clone() if call in self._cloned else a.view_as(a)
-        if not copied.requires_grad:
-            copied = copied.detach().requires_grad_()
-        self._copies[call] = copied
-        self._versions[call] = copied._version
-        return copied
 
     def backward(
         self, v: Tensor, collect: Callable[[int, Tensor, Tensor], None], *, last: bool = False
@@ -135,70 +143,113 @@ class InputTap:
 
         With ``last`` the graph is given up on the way, layer by layer.
         """
-        stale = {c for c, t in self._copies.items() if t._version != self._versions[c]}
-        if stale:
+        if stale := self._inputs.stale():
             # The model wrote into the activation after it was read; keep private copies instead.
             self._cloned |= stale
             self._forward()
-        held = {call: copied.detach() for call, copied in self._copies.items()}
-
-        def show(call: int, grad: Tensor) -> None:
-            a = held.pop(call) if last else held[call]
-            if self._amp is not None:  # sums over positions are taken in full precision
-                a, grad = a.float(), grad.float()
-            collect(call, a, grad)
-
-        hooks = [t.register_hook(partial(show, call)) for call, t in self._copies.items()]
-        copies, outputs = list(self._copies.values()), self.outputs
-        leaves = [t for t in copies if t.is_leaf] or copies[:1]
-        del copies
+        inputs, outputs = self._inputs, self.outputs
         if last:
             self.close()
-        try:
-            torch.autograd.grad(outputs, leaves, v, retain_graph=not last, allow_unused=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with inputs.shown_to(collect, last=last):
+            torch.autograd.grad(
+                outputs, inputs.sources, v, retain_graph=not last, allow_unused=True
+            )
 
     def close(self) -> None:
         """Let go of the graph and of every activation."""
-        self._copies, self.outputs = {}, self.outputs.detach()
+        self._inputs, self.outputs = _Inputs(set(), set()), self.outputs.detach()
 
 
-class Observer(TorchFunctionMode):
-    """Show the inputs of the given convolution and linear calls to ``see``; it may replace them."""
+class _Inputs:
+    """The inputs of the reader calls of one forward; with recomputation those of one segment."""
 
-    def __init__(self, calls: set[int], see: Callable[[int, Tensor], Tensor | None]) -> None:
-        super().__init__()
-        self._calls, self._see, self._count = calls, see, 0
+    def __init__(
+        self, calls: set[int], cloned: set[int | nn.Module], *, widen: bool = False
+    ) -> None:
+        self.calls, self._cloned, self._widen = calls, cloned, widen
+        self.sources: list[Tensor] = []  # what backward runs down to
+        self._recomputing = False
+        self._held: dict[int, Tensor] = {}
+        self._again: set[int] = set()  # the calls whose inputs every backward pass computes again
+        self._versions: dict[int | nn.Module, list[tuple[Tensor, int]]] = {}
+        self._collect: Callable[[int, Tensor, Tensor], None] | None = None
+        self._last = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if function_name(func) in CONTRACTIONS:
-            call, self._count = self._count, self._count + 1
-            if call in self._calls:
-                replaced = self._see(call, args[0])
-                if replaced is not None:
-                    args = (replaced, *args[1:])
-        elif function_name(func) == "batch_norm" and torch.is_grad_enabled():
-            return _normalize(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+    def copy(self, call: int, a: Tensor) -> Tensor:
+        """Return the copy that the reader gets in the place of ``a``."""
+        copied = a.clone() if call in self._cloned else a.view_as(a)
+        if not copied.requires_grad:
+            copied = copied.detach().requires_grad_()
+            self.sources.append(copied)
+        elif not self.sources:
+            self.sources.append(copied)
+        copied.register_hook(partial(self._show, call))
+        if not self._recomputing:
+            self._held[call] = copied.detach()
+            self._note(call, self._held[call])
+        return copied
 
+    def recall(self, call: int, a: Tensor) -> Tensor:
+        """Return such a copy when a segment is computed again, and keep it."""
+        copied = a.clone()  # whatever is written into `a` later
+        self._again.add(call)
+        self._held[call] = copied.detach()
+        return copied if copied.requires_grad else self._held[call].requires_grad_()
 
-def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # With fixed statistics it is one affine map, whose backward needs no input.
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "-", "eps")
-    v = {"training": False, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
-    x, mean, weight, bias = v["input"], v["running_mean"], v.get("weight"), v.get("bias")
-    fixed = [t for t in (mean, v["running_var"], weight, bias) if t is not None]
-    if v["training"] or mean is None or any(t.requires_grad or t.dtype != x.dtype for t in fixed):
-        return func(*args, **kwargs)
-    scale = (v["running_var"] + v["eps"]).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (-1, *[1] * (x.ndim - 2))
-    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
+    @contextmanager
+    def entering(self, segment: nn.Module, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """Let a segment run on inputs that it will be computed again from.
+
+        Yields:
+            Those inputs.
+        """
+        if segment in self._cloned:
+            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        for a in args:
+            if isinstance(a, Tensor):
+                self._note(segment, a.detach())
+        self._recomputing = True
+        try:
+            yield args
+        finally:
+            self._recomputing = False
+
+    def _note(self, key: int | nn.Module, a: Tensor) -> None:
+        self._versions.setdefault(key, []).append((a, a._version))
+
+    def stale(self) -> set[int | nn.Module]:
+        """Return the calls and segments whose input was overwritten after it was read."""
+        return {
+            key
+            for key, noted in self._versions.items()
+            if any(a._version != version for a, version in noted)
+        }
+
+    @contextmanager
+    def shown_to(
+        self, collect: Callable[[int, Tensor, Tensor], None], *, last: bool
+    ) -> Iterator[None]:
+        """Let ``collect`` see every input and its gradient during a backward pass.
+
+        Yields:
+            Nothing.
+        """
+        self._collect, self._last = collect, last
+        if last:
+            self._versions = {}
+        try:
+            yield
+        finally:
+            self._collect = None
+
+    def _show(self, call: int, grad: Tensor) -> None:
+        if self._collect is None:
+            return
+        done = self._last or call in self._again
+        a = (self._held.pop(call) if done else self._held[call]).detach()
+        if self._widen:  # sums over positions are taken in full precision
+            a, grad = a.float(), grad.float()
+        self._collect(call, a, grad)
 
 
 # ---- small pieces ---------------------------------------------------------------------------

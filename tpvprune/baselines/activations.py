@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.groups import ChannelGroups
+from tpvprune.observer import Observer
 from tpvprune.running import evaluating, on_device
 from tpvprune.scores import Scores
-from tpvprune.taps import Observer
 
 
 @torch.no_grad()

@@ -143,7 +143,11 @@ def run_score(args: argparse.Namespace) -> Outcome:
         batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
         score = scorer(args.criterion)
         known = inspect.signature(score).parameters
-        options = {"num_probes": args.num_probes, "amp": mixed_precision(args)}
+        options = {
+            "num_probes": args.num_probes,
+            "amp": mixed_precision(args),
+            "grad_checkpointing": args.grad_checkpointing,
+        }
         options = {k: v for k, v in options.items() if k in known}
         scores = score(subject.model, groups, Shown(batches, "scoring"), seed=args.seed, **options)
     document = {

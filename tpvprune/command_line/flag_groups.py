@@ -231,6 +231,15 @@ def add_latency(sub: Parser) -> None:
     )
 
 
+def add_checkpointing(group: Any) -> None:
+    """Add a choice of less memory in more time."""
+    group.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="score with less memory, in more time (tpv)",
+    )
+
+
 def add_ignore(group: Any) -> None:
     """Add which layers stay whole."""
     group.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 from tpvprune.command_line.completion import SHELLS, PrintCompletion
 from tpvprune.command_line.flag_groups import (
     Parser,
+    add_checkpointing,
     add_criterion,
     add_data,
     add_device,
@@ -133,6 +134,7 @@ def _add_prune(sub: Parser) -> None:
         metavar="X",
         help="largest fraction of one group that may go (1)",
     )
+    add_checkpointing(how)
     add_ignore(how)
     add_training(sub, "training (with --repair distill)")
     add_device(sub)
@@ -145,8 +147,10 @@ def _add_score(sub: Parser) -> None:
     add_model(sub)
     add_data(sub, num_images=True, auto=True)
     add_criterion(sub)
-    sub.section("pruning").add_argument("--amp", action="store_true", help="mixed precision (tpv)")
-    add_ignore(sub.section("pruning"))
+    how = sub.section("pruning")
+    how.add_argument("--amp", action="store_true", help="mixed precision (tpv)")
+    add_checkpointing(how)
+    add_ignore(how)
     add_device(sub)
     add_output(sub, "JSON file for the scores")
 

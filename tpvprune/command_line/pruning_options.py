@@ -18,6 +18,7 @@ _FROM_FLAGS = (
     "min_channels",
     "max_removed",
     "num_probes",
+    "grad_checkpointing",
     "seed",
 )
 

@@ -144,6 +144,7 @@ def scored_until_known(
         num_probes=args.num_probes,
         until=_KNOWN,
         amp=mixed_precision(args),
+        grad_checkpointing=args.grad_checkpointing,
         seed=args.seed,
     )
     say(f"{scores.num_samples} images scored, until half of the scores were known to {_KNOWN:.0%}")

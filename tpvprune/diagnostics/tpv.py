@@ -34,6 +34,7 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.removal import remove_channels
 from tpvprune.running import evaluating, first_output, on_device
 from tpvprune.scores import output_changes
+from tpvprune.taps import Probing
 
 StepOf = Literal["model", "tensor"]
 Draw = Callable[[str, Tensor, torch.Generator], Tensor]
@@ -299,8 +300,9 @@ def selection_variance(
     """
     inputs = unlabeled(batches)
     gone = {name: ~mask for name, mask in kept.items() if not bool(mask.all())}
+    probing = Probing(num_probes=num_probes, seed=seed)
     rows = []
-    for changes, _ in output_changes(model, groups, inputs, num_probes=num_probes, seed=seed):
+    for changes, _ in output_changes(model, groups, inputs, probing):
         sums = [changes[name][:, :, mask].double().sum(2) for name, mask in gone.items()]
         rows.append(torch.stack(sums).sum(0).square().mean(0).cpu())
     pruned = remove_channels(model, groups, kept)
