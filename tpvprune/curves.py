@@ -135,32 +135,33 @@ class _Cut:
         """Return the joint change [rows] of channels that leave now; the others take over."""
         gone = torch.isin(self.channel, channels)
         columns = gone.nonzero().squeeze(1)
-        change = torch.zeros(self.s.shape[1])
         if not len(columns):
-            return change
-        leaving = self.s[columns]
+            return torch.zeros(self.s.shape[1])
+        leaving, inputs = self.s[columns], self.index[columns]
+        self._drop(gone)
         if self.precision is None:
-            change = leaving.sum((0, 2))
-        else:
-            inputs = self.index[columns]
-            p = self.precision[:, inputs]
-            taken = torch.linalg.solve(p[inputs], p.T).T  # [n, |R|] = P[:, R] P_RR^-1
-            change = torch.einsum("crj,jc->r", leaving, taken.float())
-            # The inputs that stay predict those that leave: a_R ~ -P_RR^-1 P_RK a_K.
-            share = -taken[self.index[~gone]].float()
-            stays = self.s[~gone]
-            stays.flatten(1).addmm_(share, leaving.flatten(1))
-            self.s = stays
-            self.precision = self.precision - taken @ p.T
-            self.precision[inputs] = 0
-            self.precision[:, inputs] = 0
-            # Rows of inputs that left are never used again; one keeps the matrix invertible.
-            self.precision[inputs, inputs] = 1
-            self.index, self.channel = self.index[~gone], self.channel[~gone]
-            return change
-        self.s = self.s[~gone]
-        self.index, self.channel = self.index[~gone], self.channel[~gone]
-        return change
+            return leaving.sum((0, 2))
+        p = self.precision[:, inputs]
+        taken = torch.linalg.solve(p[inputs], p.T).T  # [n, |R|] = P[:, R] P_RR^-1
+        # The inputs that stay predict those that leave: a_R ~ -P_RR^-1 P_RK a_K.
+        share = -taken[self.index].float()
+        self.s.flatten(1).addmm_(share, leaving.flatten(1))
+        self.precision = self.precision - taken @ p.T
+        self.precision[inputs] = 0
+        self.precision[:, inputs] = 0
+        # Rows of inputs that left are never used again; one keeps the matrix invertible.
+        self.precision[inputs, inputs] = 1
+        return torch.einsum("crj,jc->r", leaving, taken.float())
+
+    def _drop(self, gone: Tensor) -> None:
+        """Let the last columns that stay fill the places of those that leave: S is not copied."""
+        stays = len(gone) - int(gone.sum())
+        order = torch.arange(stays)
+        holes = gone[:stays].nonzero().squeeze(1)
+        order[holes] = (~gone[stays:]).nonzero().squeeze(1) + stays
+        self.s[holes] = self.s[order[holes]]
+        self.s = self.s[:stays]
+        self.index, self.channel = self.index[order], self.channel[order]
 
 
 def _collect(
