@@ -203,7 +203,9 @@ def _collect(
                 take = max(0, wanted[group.name] - seen)
                 rows, grads = inputs[:take], gradients[:take]
                 index = reader.index.to(grads.device)
-                own, cut = grads[:, :, index], cuts[group.name, call]
+                # What one group reads as a whole, in order, needs no copy.
+                whole = torch.equal(index, torch.arange(grads.shape[2], device=index.device))
+                own, cut = grads if whole else grads[:, :, index], cuts[group.name, call]
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
                 elif (group.name, call) in maps:
