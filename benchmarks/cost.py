@@ -166,9 +166,7 @@ PROCEDURES: dict[str, Callable[[Material], None]] = {
     "tpv_plain_4_probes": functools.partial(tpv, compensated=False, num_probes=4),
     "tpv_compensated_4_probes": functools.partial(tpv, num_probes=4),
     "tpv_plain_amp": functools.partial(tpv, compensated=False, amp=torch.bfloat16),
-    "tpv_plain_checkpointing": functools.partial(
-        tpv, compensated=False, grad_checkpointing=True
-    ),
+    "tpv_plain_checkpointing": functools.partial(tpv, compensated=False, grad_checkpointing=True),
     "grouping": grouping,
     "verification": verification,
     "selection": selection,

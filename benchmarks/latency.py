@@ -1,0 +1,130 @@
+"""Milliseconds as the budget against MACs as the budget: speed by the clock, and agreement.
+
+    python benchmarks/latency.py --model cifar_resnet56 --checkpoint FILE \
+        --train-dir cifar10-train.tar --test-dir cifar10-test.tar
+    python benchmarks/latency.py --model resnet50 --macs-keep 0.5 --num-images 512 \
+        --num-test 64 --train-dir cifar10-train.tar --test-dir cifar10-test.tar
+
+Every model is timed by turns with the dense one. Agreement with the dense model is measured on
+unlabeled images of the test set; without a checkpoint the weights are random and it means little.
+Between the models that were cut to MACs, agreement is interpolated to the latency that the one
+cut to milliseconds has: which of the two budgets leaves a better model at the same speed?
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import write_environment
+from oneshot import images
+from rows import append
+
+from tpvprune.batches import unlabeled
+from tpvprune.evaluation import agreement
+from tpvprune.latency import compare_latency
+from tpvprune.models import load_model
+from tpvprune.pipeline import PruningResult, prune
+
+COLUMNS = [
+    "model", "image_size", "batch_size", "of", "keep", "macs_kept", "dense_ms", "pruned_ms",
+    "ratio", "ratio_low", "ratio_high", "agreement", "seconds", "peak_gib",
+]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    model, _ = load_model(args.model, checkpoint=args.checkpoint)
+    train = list(unlabeled(images(args, model, args.train_dir, args.num_images, args.seed)))
+    test = list(unlabeled(images(args, model, args.test_dir, args.num_test, args.seed)))
+    rows: list[dict[str, Any]] = []
+    path = args.output / f"latency-{args.model}.csv"
+    path.unlink(missing_ok=True)
+
+    def measured(of: str, keep: float, sizes: Sequence[int]) -> None:
+        start = time.perf_counter()
+        result = prune(model, train, keep=keep, of=of, latency_batch_size=sizes[0], seed=args.seed)
+        seconds = time.perf_counter() - start
+        same = agreement(result.model, model, test)
+        for size in sizes:
+            rows.append(row(result, size, same, seconds))
+            append(path, rows[-1], COLUMNS)
+            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+
+    def row(result: PruningResult, size: int, same: float, seconds: float) -> dict[str, Any]:
+        batch = torch.cat(test)[:1].repeat_interleave(size, 0)
+        speed = compare_latency(model, result.model, batch, rounds=args.rounds)
+        return {
+            "model": args.model,
+            "image_size": batch.shape[-1],
+            "batch_size": size,
+            "of": result.report["of"],
+            "keep": result.report["keep"],
+            "macs_kept": f"{result.groups.macs(result.kept) / result.groups.macs():.3f}",
+            "dense_ms": f"{speed.dense_ms:.2f}",
+            "pruned_ms": f"{speed.pruned_ms:.2f}",
+            "ratio": f"{speed.ratio:.3f}",
+            "ratio_low": f"{speed.ratio_low:.3f}",
+            "ratio_high": f"{speed.ratio_high:.3f}",
+            "agreement": f"{100 * same:.2f}",
+            "seconds": f"{seconds:.0f}",
+            "peak_gib": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}",
+        }
+
+    for keep in args.macs_keep:
+        measured("macs", keep, args.batch_sizes)
+    for size in args.batch_sizes:
+        measured("latency", args.keep, [size])
+    for size in args.batch_sizes:
+        print(verdict([r for r in rows if r["batch_size"] == size]))
+    write_environment(path.with_suffix(".json"), args)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--checkpoint", default=None, help="none: random weights")
+    parser.add_argument("--train-dir", required=True)
+    parser.add_argument("--test-dir", required=True)
+    parser.add_argument("--input-size", type=int, nargs=3, default=None)
+    parser.add_argument("--crop-pct", type=float, default=None)
+    parser.add_argument("--keep", type=float, default=0.6, help="of the milliseconds")
+    parser.add_argument(
+        "--macs-keep", type=float, nargs="+", default=[0.6, 0.45, 0.35, 0.25, 0.15, 0.1]
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--num-test", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(argv)
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how models cut to MACs, at the latency of the one cut to milliseconds, compare."""
+    ours = next(r for r in rows if r["of"] == "latency")
+    head = f"batch {ours['batch_size']}: ratio {ours['ratio']}, agreement {ours['agreement']}"
+    points = sorted((float(r["ratio"]), float(r["agreement"])) for r in rows if r is not ours)
+    at = float(ours["ratio"])
+    for (x, y), (x2, y2) in pairwise(points):
+        if x <= at <= x2 and x < x2:
+            return f"{head}; cut to MACs at this ratio {y + (y2 - y) * (at - x) / (x2 - x):.2f}"
+    return f"{head}; cut to MACs: ratios from {points[0][0]} to {points[-1][0]} only"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
