@@ -10,6 +10,7 @@ from images import write_classes, write_images
 
 from tpvprune.checkpoint import load_pruned, read_config
 from tpvprune.cli import main
+from tpvprune.command_line import training as training_commands
 
 CLASSES = 4
 SMALL = ["-b", "8", "-j", "2", "--latency-repeats", "0"]
@@ -47,6 +48,27 @@ def distil(output, *extra, data="flat"):
 
 def weights_of(folder):
     return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(2.0, 0.8, "start"), (2.0, 0.95, "trained"), (0.5, 0.8, "trained"), (0.5, 0.95, "trained")],
+)
+def test_training_that_only_harms_is_not_saved(run, root, tmp_path, monkeypatch, case):
+    variance, agreement, saved = case
+    found = [
+        {"output_variance": 1.0, "agreement": 0.9},
+        {"output_variance": variance, "agreement": agreement},
+    ]
+    measured = iter(found)
+    monkeypatch.setattr(training_commands, "_closeness", lambda *_: next(measured))
+    code, out, err = run(*distil(tmp_path / "out", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert document["training"]["saved"] == saved
+    assert document["pruned"]["agreement"] == found[saved == "trained"]["agreement"]
+    assert ("weights it began with are saved" in " ".join(err.split())) == (saved == "start")
+    assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (saved == "start")
 
 
 def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(run, tmp_path):
@@ -187,7 +209,10 @@ BAD_INPUT = {
     "no labels": (["finetune", "small"], "one subfolder per class"),
     "other classes": (["finetune", "small", "--data-dir", "other"], "the model's 4 classes"),
     "prune without a rate": ([*PRUNE, "--repair", "distill", "--lr", "x"], "--lr: expected"),
-    "prune with a long warm-up": ([*PRUNE, "--warmup-epochs", "99"], "warmup_epochs: expected"),
+    "prune with a long warm-up": (
+        [*PRUNE, "--repair", "distill", "--warmup-epochs", "99"],
+        "warmup_epochs: expected",
+    ),
 }
 
 

@@ -62,10 +62,11 @@ def test_table_fits_80_columns_and_has_every_run(folders, capsys):
     assert out == ""
     assert max(map(len, err.splitlines())) <= 80
     lines = {line.split()[0]: line for line in err.splitlines()}
+    assert lines["run"].split()[-2:] == ["agreement", "images"]
     assert lines["first"].split()[1:] == [
-        "50.00", "%", "25.00", "%", "75.00", "%", "85.00", "%", "-5.00", "93.00", "%"
+        "50.00", "25.00", "75.00", "85.00", "-5.00", "93.00", "512"
     ]  # fmt: skip
-    assert lines["bare"].split()[1:] == ["40.00", "%", "-", "-", "-", "-", "-"]
+    assert lines["bare"].split()[1:] == ["40.00", "-", "-", "-", "-", "-", "-"]
 
 
 def test_runs_with_zeroed_weights_have_a_column_more(folders, tmp_path, capsys):
@@ -79,11 +80,50 @@ def test_runs_with_zeroed_weights_have_a_column_more(folders, tmp_path, capsys):
     err = capsys.readouterr().err
     assert max(map(len, err.splitlines()[:3])) <= 80
     assert err.splitlines()[0].split()[:4] == ["run", "MACs", "params", "non-zero"]
-    cells = err.splitlines()[2].split()
-    assert cells[1:7] == ["100.00", "%", "100.00", "%", "52.50", "%"]
-    assert "Non-zero parameters" in page.read_text("utf-8")
+    assert err.splitlines()[2].split()[1:4] == ["100.00", "100.00", "52.50"]
+    assert err.splitlines()[1].split()[1:4] == ["50.00", "25.00", "25.00"]
+    text = page.read_text("utf-8")
+    assert 'data-label="Non-zero parameters" class=best>25.0' in text
     assert main(["compare", folders[0], folders[1]]) == 0
     assert "non-zero" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "num_labelled", "marked"),
+    [
+        ("512 other images", 300, {"Top-1", "Change", "Agreement"}),
+        ("64 held-back images", 300, {"Top-1", "Change"}),
+        ("511 other images", 300, {"Top-1", "Change"}),
+        ("512 other images", 299, {"Agreement"}),
+        ("512 other images", None, {"Agreement"}),
+        (None, 300, {"Top-1", "Change"}),
+    ],
+)
+def test_best_is_marked_only_among_equal_images(images, num_labelled, marked):
+    pruned = {**report()["pruned"], "num_images": 300}
+    other = report(
+        pruned={**pruned, "top1": 0.86, "agreement": 0.95, "num_images": num_labelled},
+        images={"agreement_on": images},
+    )
+    text = render_comparison([("a", report(pruned=pruned)), ("b", other)])
+    found = set(re.findall(r'data-label="([^"]+)" class=best', text))
+    assert found - {"MACs", "Parameters", "Latency"} == marked
+    assert ("but not of agreement" in text.lower()) == ("Agreement" not in marked)
+    assert '<span class="on">512 other images</span>' in text
+    assert '<span class="on">300 labelled images</span>' in text
+
+
+def test_runs_that_saw_different_images_say_so(folders, tmp_path, capsys):
+    (tmp_path / "odd").mkdir()
+    odd = report(images={"agreement_on": "64 held-back images"})
+    (tmp_path / "odd" / "report.json").write_text(json.dumps(odd))
+    assert main(["compare", folders[0], str(tmp_path / "odd")]) == 0
+    err = capsys.readouterr().err
+    assert "agreement on 512 other images: first" in err
+    assert "agreement on 64 held-back images: odd" in err
+    assert "compare those runs with care" in err
+    assert main(["compare", folders[0], folders[1]]) == 0
+    assert "with care" not in capsys.readouterr().err
 
 
 def test_json_holds_each_run(folders, capsys):

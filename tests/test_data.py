@@ -1,4 +1,6 @@
 import random
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -280,10 +282,54 @@ class TestSources:
         labels = torch.cat([y for _, y in choose(source, preprocessing, labelled=True)])
         assert labels.tolist() == [0] * 4 + [1] * 4
 
-    @pytest.mark.parametrize("name", ["torch/cifar10", "torch/nonsense", "tfds/nonsense"])
-    def test_datasets_that_are_not_there_are_named(self, tmp_path, name):
-        with pytest.raises(ValueError, match=f"{name} in .*(cannot be opened|not installed)"):
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("torch/cifar10", "its files are not there: --dataset-download fetches them"),
+            ("torch/nonsense", "cannot be opened"),
+        ],
+    )
+    def test_datasets_that_are_not_there_are_named(self, tmp_path, name, message):
+        with pytest.raises(ValueError, match=f"{name} in .*: {message}"):
             open_images(tmp_path, dataset=name)
+
+    @pytest.mark.parametrize("prefix", ["hfds", "hfids", "tfds", "wds"])
+    def test_missing_packages_are_said_once(self, tmp_path, prefix, capsys, monkeypatch):
+        def create(*_, **__):
+            print("Please install something")
+            raise RuntimeError("no such package")
+
+        monkeypatch.setattr("timm.data.create_dataset", create)
+        monkeypatch.setattr("tpvprune.data.find_spec", lambda _: None)
+        with pytest.raises(ValueError, match=f"{prefix}/x in .*not installed here: pip install "):
+            open_images(tmp_path, dataset=f"{prefix}/x")
+        assert capsys.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("name", ["cifra", "folder", "trch/cifar10", "torch/", "/cifar10"])
+    def test_datasets_of_no_known_kind_are_refused(self, tmp_path, name):
+        write_images(tmp_path)
+        with pytest.raises(ValueError, match=f"begins with one of torch/.*, found '{name}'"):
+            open_images(tmp_path, dataset=name)
+
+    def test_a_dataset_of_torchvision_needs_its_folder(self):
+        with pytest.raises(ValueError, match=r"torch/mnist: expected the folder .*--data-dir"):
+            open_images(dataset="torch/mnist")
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_failed_downloads_leave_no_empty_folders(self, tmp_path, there, monkeypatch):
+        root = tmp_path / "a" / "b"
+        if there:
+            (root / "mine").mkdir(parents=True)
+
+        def create(*_, root, **__):
+            Path(root, "raw", "deep").mkdir(parents=True)
+            raise URLError("no network")
+
+        monkeypatch.setattr("timm.data.create_dataset", create)
+        with pytest.raises(ValueError, match=r"cannot be downloaded \(no network\)"):
+            open_images(root, dataset="torch/mnist", download=True)
+        left = [tmp_path / "a", root, root / "mine"] if there else []
+        assert sorted(tmp_path.rglob("*")) == left
 
     def test_streams_are_read_in_order(self, preprocessing, monkeypatch):
         class Stream(torch.utils.data.IterableDataset):

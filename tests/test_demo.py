@@ -1,6 +1,7 @@
 """The demonstration, with one short epoch, few images and three of the five rows."""
 
 import argparse
+import html
 import json
 
 import pytest
@@ -51,6 +52,32 @@ def test_saved_model_is_the_first_row(finished):
     first = document["comparison"][1]
     assert (scored.macs, scored.top1) == (first["macs"], pytest.approx(first["top1"]))
     assert scored.top1 == pytest.approx(document["pruned"]["top1"])
+
+
+def test_note_says_why_the_saved_row_is_saved_and_what_a_difference_is_worth(finished):
+    output, _, document, _ = finished
+    rows = document["comparison"][1:]
+    best = max(rows, key=lambda row: row["top1"])
+    note = document["comparison_note"]
+    assert "Saved is 'TPV, joint curves', chosen beforehand and without labels" in note
+    if best["top1"] > rows[0]["top1"]:
+        assert f"{100 * (best['top1'] - rows[0]['top1']):.1f} points more top-1" in note
+        assert best["criterion"] in note
+    assert html.escape(note) in (output / "report.html").read_text("utf-8")
+
+
+def test_noise_is_that_of_the_same_images():
+    best, saved = torch.zeros(2, 400, dtype=torch.bool)
+    best[:207] = saved[:200] = True
+    saved[395:] = True  # 7 images only the one names right, 5 only the other
+    error = ((7 + 5) / 400 - (2 / 400) ** 2) ** 0.5 / 400**0.5
+    note = demo._why_saved("a", "b", best, saved)
+    assert "'b' has 0.5 points more" in note
+    assert f"On 400 images the standard error of that difference is {100 * error:.1f}" in note
+    assert note.endswith("within noise.")
+    saved[:] = False
+    assert demo._why_saved("a", "b", best, saved).endswith("more than noise.")
+    assert demo._why_saved("a", "a", best, best).endswith("no other row has a higher top-1.")
 
 
 def test_report_tells_criteria_seed_and_versions(finished):

@@ -431,7 +431,7 @@ def test_writing_that_fails_leaves_the_earlier_state(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tpvprune.training_state.save_file", full)
+    monkeypatch.setattr("tpvprune.unfinished.save_file", full)
     with pytest.raises(ValueError, match="No space left"):
         distill(student, dense, batches(8, 4), epochs=2, state=state)
     assert state.read_bytes() == before

@@ -1,14 +1,17 @@
 """Small habits of the command line: versions, plans, completion, own models, saved folders."""
 
 import json
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from images import write_classes, write_images
 
+from tpvprune import cli
 from tpvprune.checkpoint import save_pruned
 from tpvprune.cli import main
 from tpvprune.command_line import benchmark, commands, planning
@@ -96,7 +99,7 @@ def test_interruption_says_what_became_of_the_output(run, monkeypatch, tmp_path)
         raise KeyboardInterrupt
 
     for command, home, words in (
-        ("prune", commands, "nothing was written"),
+        ("prune", commands, "output is untouched; the same command goes on"),
         ("benchmark", benchmark, "the same command"),
     ):
         monkeypatch.setattr(home, f"run_{command}", interrupt)
@@ -280,3 +283,68 @@ def test_names_from_files_are_never_imported(run, root, tmp_path):
     ):
         assert run(*argv)[0] == 2
         assert "mine_for_tests" not in sys.modules
+
+
+@pytest.mark.parametrize("flag", [("--epochs", 3), ("--lr", 0.5), ("--mirrored",)])
+def test_flags_of_training_are_refused_where_nothing_is_trained(run, flag, tmp_path):
+    model = ["--model", "test_resnet", "--data-dir", "flat", "--output", tmp_path / "out"]
+    code, _, err = run("prune", *model, *flag)
+    assert code == 2
+    assert f"{flag[0]}: expected only with --repair distill, found --repair compensate" in err
+    code, _, err = run("prune", *model, "-j", -1)
+    assert code == 2
+    assert "-j/--workers" in err
+
+
+def test_widths_that_are_not_rounded_are_named(run, tmp_path):
+    model = ["--model", "test_resnet", "--data-dir", "flat", "--num-images", 8, "--img-size", 24]
+    code, _, err = run("prune", *model, "--round-to", 64, "--output", tmp_path / "out")
+    assert code in {0, 3}
+    assert "note: --round-to 64 leaves" in err
+    code, _, err = run("prune", *model, "--round-to", 10**5, "--output", tmp_path / "new")
+    assert code == 2
+    assert "round_to: expected at most" in err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- wrong flags, and what the exit code means -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "where"),
+    [
+        (["prune", "--modle", "x"], "--modle: did you mean --model?", "prune"),
+        (["prune", "--modle=x"], "--modle: did you mean --model?", "prune"),
+        (["benchmark", "--model", "x", "--latency-repeats", "0"], "--latency-repeats", "benchmark"),
+        (["demo", "what", "--output", "o"], "what", "demo"),
+    ],
+)
+def test_unknown_flags_are_named_and_point_to_the_help_of_the_command(argv, message, where, capsys):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: " + message in err
+    assert err.endswith(f"(see tpvprune {where} --help)\n")
+
+
+def test_beginnings_of_flags_stand_for_them(tmp_path, capsys):
+    assert main(["compare", str(tmp_path), "--overw"]) == 2
+    assert "expected at least two folders" in capsys.readouterr().err
+
+
+def test_unknown_devices_are_answered_in_whole_words(tmp_path, capsys):
+    write_images(tmp_path, 1)
+    argv = ["score", "--model", "test_resnet", "--data-dir", tmp_path, "--output", tmp_path / "o"]
+    assert main([*map(str, argv), "--device", "foo"]) == 2
+    err = capsys.readouterr().err
+    assert "--device foo: cannot be used here: expected cpu, cuda, cuda:1 or mps (" in err
+    assert err.endswith(" ...)\n")
+
+
+def test_exit_codes_are_the_same_everywhere(capsys):
+    known = {cli.DONE, cli.BUG, cli.BAD_INPUT, cli.NOT_REACHED, cli.LOST, cli.INTERRUPTED}
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    page = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    for text in (capsys.readouterr().out, page):
+        (listed,) = re.findall(r"exit codes: (.*?130 \w+)\.", " ".join(text.split()), re.I)
+        assert {int(number) for number in re.findall(r"\b(\d+) ", listed)} == known

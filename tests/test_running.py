@@ -1,5 +1,8 @@
 """Images are laid out in memory as convolutions like it best, where the model can take it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import batches
@@ -68,3 +71,15 @@ def test_model_that_views_its_maps_is_pruned_like_one_that_flattens_them(repair)
     taught = distill(pruned[0], viewing, data, epochs=1)
     labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in data]
     assert evaluate(taught, labelled, dense=viewing).agreement >= 0
+
+
+def test_forward_mode_derivatives_do_not_warn_of_torch_itself():
+    code = (
+        "import torch; from tpvprune.running import prepare_forward_mode; prepare_forward_mode(); "
+        "torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))"
+    )
+    # A process of its own: torch warns once.
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "jit" not in done.stderr

@@ -367,6 +367,30 @@ def test_command_removes_single_weights(run, tmp_path, granularity):
     assert "no label was used" in err
 
 
+@pytest.mark.parametrize("granularity", ["weight", "2:4"])
+def test_page_shows_where_weights_went_and_what_changed(run, tmp_path, granularity):
+    for number in range(6):
+        write_images(tmp_path / "labelled" / str(number), 3)
+    flags = ("--granularity", granularity, "--criterion", "magnitude", "--repair", "none")
+    code, out, _ = run(*flags, "--eval-dir", "labelled", "--json")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    masks = load_masks(tmp_path / "out")
+    assert code == 0
+    assert json.loads(out)["layers"] == report["layers"]
+    assert {x["name"] + ".weight": (x["num_weights"], x["kept"]) for x in report["layers"]} == {
+        name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()
+    }
+    share = next(mask for mask in masks.values() if not mask.all()).float().mean()
+    assert "Weights that stay" in page
+    assert f'<span class="num">{100 * share:.1f}\u202f%</span>' in page
+    assert report["disagreement"]["num_images"] == 18
+    assert report["class_names"] == [str(number) for number in range(6)]
+    assert ("Images that changed" in page) == (report["disagreement"]["num_changed"] > 0)
+    assert ("Agreement by class" in page) == (len(report["disagreement"]["classes"]) > 1)
+    assert "channels" not in page
+
+
 def test_zeroed_weights_are_counted_and_called_alike_everywhere(run, tmp_path, capsys):
     code, out, err = run("--granularity", "2:4", "--criterion", "magnitude", "--json")
     report = json.loads((tmp_path / "out" / "report.json").read_text())

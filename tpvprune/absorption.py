@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tpvprune.clock import Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.curves import Curve
 from tpvprune.distributed import gathered
@@ -36,6 +37,7 @@ def absorption(
     num_segments: int = 3,
     max_inputs: int = 1024,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measure, for early, middle and late groups, how much variance is left after the repair.
 
@@ -53,6 +55,7 @@ def absorption(
         num_segments: Segments besides the streams; each costs a compensation.
         max_inputs: At most so many inputs are used.
         seed: Of the sampled positions.
+        progress: Called with ("absorption", done, total) after every segment.
 
     Returns:
         Group name -> measured / predicted variance. Groups of which nothing was cut get the
@@ -63,12 +66,13 @@ def absorption(
         with alone():
             return absorption(
                 model, groups, kept, curves, whole,
-                num_segments=num_segments, max_inputs=max_inputs, seed=seed,
+                num_segments=num_segments, max_inputs=max_inputs, seed=seed, progress=progress,
             )  # fmt: skip
     fit, held = _split(inputs, max_inputs)
     predicted, measured = 0.0, 0.0
     segment_of: dict[str, float] = {}
-    for segment in _segments(groups, kept, curves, num_segments):
+    segments = _segments(groups, kept, curves, num_segments)
+    for number, segment in enumerate(segments, 1):
         expected = sum(_damage(g, kept, curves) for g in segment)
         if expected <= 0:
             continue
@@ -78,6 +82,8 @@ def absorption(
         found = output_variance(repaired, model, held)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
+        if progress is not None:
+            progress("absorption", number, len(segments))
     average = measured / predicted if predicted else 1.0
     least, most = _RANGE
     return {g.name: min(most, max(least, segment_of.get(g.name, average))) for g in groups}

@@ -32,10 +32,13 @@ _HOMES = {
 }
 
 _UNTOUCHED = ": nothing was written"
+_GOES_ON = ": the output is untouched; the same command goes on after the last"
 _AFTER = {
     "benchmark": ": the same command goes on with the rows that are missing",
+    "distill": f"{_GOES_ON} finished epoch",
     "export": _UNTOUCHED,
-    "prune": _UNTOUCHED,
+    "finetune": f"{_GOES_ON} finished epoch",
+    "prune": f"{_GOES_ON} finished selection or epoch",
     "score": _UNTOUCHED,
 }
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tpvprune.clock import Progress
 from tpvprune.distributed import share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
@@ -53,6 +54,7 @@ def variance_curves(
     amp: torch.dtype | None = None,
     grad_checkpointing: bool = False,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Curve]:
     """Measure the curve of every group.
 
@@ -73,6 +75,7 @@ def variance_curves(
         amp: ``torch.bfloat16`` for mixed precision.
         grad_checkpointing: See :func:`tpvprune.scores.tpv_scores`.
         seed: Of the directions.
+        progress: Called with ("elimination", done, total) after every group.
 
     Returns:
         Group name -> :class:`Curve`.
@@ -95,7 +98,12 @@ def variance_curves(
         ),
     )
     savings = unit_costs(groups, of)
-    return {g.name: _eliminate(g, cuts.pop(g.name), savings[g.name].float()) for g in groups}
+    curves: dict[str, Curve] = {}
+    for g in groups:
+        curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
+        if progress is not None:
+            progress("elimination", len(curves), len(curves) + len(cuts))
+    return curves
 
 
 # ---- statistics -----------------------------------------------------------------------------

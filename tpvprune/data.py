@@ -7,10 +7,12 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import timm.data
 import torch
@@ -23,6 +25,14 @@ from tpvprune.places import check_images
 # timm's own, and what PIL reads as surely.
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _MOST_LISTED = 200_000
+# timm's prefixes of dataset names, and what timm reads those with.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "torch": (),
+    "hfds": ("datasets",),
+    "hfids": ("datasets",),
+    "tfds": ("tensorflow", "tensorflow-datasets"),
+    "wds": ("webdataset",),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def open_images(
     Args:
         data_dir: Folder of images (with or without class subfolders), a `.tar` of
             them, or the root of `dataset`.
-        dataset: Empty, or timm's name: torch/..., hfds/..., wds/..., ...
+        dataset: Empty, or timm's name: torch/..., hfds/..., hfids/..., tfds/... or wds/...
         split: Split of the dataset; a folder's subfolder of that name is used.
         class_map: File that maps class names to indices.
         input_key: Name of the image column (hfds, wds).
@@ -93,8 +103,10 @@ def open_images(
         options["cache_tarinfo"] = False
     if dataset.lower().startswith("torch/"):
         options = {"download": download}
+    fetched_to = data_dir if dataset and download else None
     try:
-        with _extensions():
+        # timm prints what is missing, besides raising it.
+        with _extensions(), _no_empty_folders(fetched_to), redirect_stdout(io.StringIO()):
             opened = timm.data.create_dataset(
                 dataset,
                 root=None if data_dir is None else str(data_dir),
@@ -127,25 +139,56 @@ def _check_target(source: ImageSource) -> None:
 
 
 def _checked_location(data_dir: str | Path | None, dataset: str) -> str:
-    if data_dir is None:
-        if not dataset:
-            raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
-        return dataset
     if dataset:
-        return f"{dataset} in {Path(data_dir)}"
+        _check_name(dataset, data_dir)
+        return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
+    if data_dir is None:
+        raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
     check_images(data_dir)
     return str(Path(data_dir))
 
 
+def _check_name(dataset: str, data_dir: str | Path | None) -> None:
+    prefix, _, rest = dataset.partition("/")
+    if prefix.lower() not in _PACKAGES or not rest:
+        known = ", ".join(f"{name}/..." for name in _PACKAGES)
+        raise ValueError(
+            f"--dataset: expected a name that begins with one of {known}, found {dataset!r}: for a "
+            "folder or a .tar of images pass --data-dir alone"
+        )
+    if prefix.lower() == "torch" and data_dir is None:
+        raise ValueError(
+            f"{dataset}: expected the folder that holds it, or is to hold it with "
+            "--dataset-download, found none: pass --data-dir D"
+        )
+
+
 def _reason(error: BaseException, dataset: str) -> str:
-    if isinstance(error, ImportError):
-        return f"needs a package that is not installed ({error})"
+    message = (str(error).splitlines() or [""])[0]
+    unknown = f"cannot be opened ({type(error).__name__}: {message})"
+    if dataset:
+        return _reason_of_dataset(error, dataset) or unknown
     if isinstance(error, tarfile.TarError):
         return f"not a readable tar ({error})"
-    message = (str(error).splitlines() or [""])[0]
-    if not dataset and (isinstance(error, ValueError) or "Found 0 images" in message):
+    if isinstance(error, ValueError) or "Found 0 images" in message:
         return f"expected images ({', '.join(_EXTENSIONS)}), found none"
-    return f"cannot be opened ({type(error).__name__}: {message})"
+    return unknown
+
+
+def _reason_of_dataset(error: BaseException, dataset: str) -> str:
+    packages = _PACKAGES[dataset.partition("/")[0].lower()]
+    if any(find_spec(package.replace("-", "_")) is None for package in packages):
+        return f"needs what is not installed here: pip install {' '.join(packages)}"
+    if "download=True" in str(error):
+        return "its files are not there: --dataset-download fetches them"
+    if isinstance(error, URLError):
+        return (
+            f"cannot be downloaded ({error.reason}): check the network, or put its files there "
+            "yourself"
+        )
+    if isinstance(error, ImportError):
+        return f"needs a package that is not installed ({error})"
+    return ""
 
 
 @contextmanager
@@ -157,6 +200,25 @@ def _extensions() -> Iterator[None]:
         yield
     finally:
         set_img_extensions(before)
+
+
+@contextmanager
+def _no_empty_folders(root: str | Path | None) -> Iterator[None]:
+    """Take away the new folders in which a download that failed has put nothing."""
+    top = [] if root is None else [Path(root), *Path(root).parents]
+    before = {path for path in top if path.is_dir()} | _folders(root)
+    try:
+        yield
+    except BaseException:
+        new = (_folders(root) | set(top)) - before
+        for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                path.rmdir()
+        raise
+
+
+def _folders(root: str | Path | None) -> set[Path]:
+    return set() if root is None else {Path(folder) for folder, _, _ in os.walk(root)}
 
 
 def _passed_over(root: str) -> str:

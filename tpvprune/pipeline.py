@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from tpvprune.absorption import absorption, scaled
 from tpvprune.allocation import allocate
 from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.clock import Clock, Progress
+from tpvprune.clock import Clock, Counted, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS, scorer
 from tpvprune.curves import variance_curves
@@ -26,6 +27,7 @@ from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, l
 from tpvprune.narrowest import narrowest
 from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.removal import remove_channels, restore_empty
+from tpvprune.rounds import Record, Rounds
 from tpvprune.running import evaluating, first_output, on_device
 from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
@@ -71,6 +73,7 @@ def prune(
     ignore: Iterable[str] = (),
     latency_batch_size: int = 1,
     labelled_batches: Iterable[Any] | None = None,
+    state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruningResult:
@@ -93,7 +96,8 @@ def prune(
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
             ``"plain"``: by score alone.
-        round_to: Kept widths are multiples of this.
+        round_to: Kept widths are multiples of this, in groups of more than that many single
+            channels; at most the width of the widest.
         min_channels: Units every group keeps.
         max_removed: Largest fraction of a group that may go.
         num_probes: Random output directions per input.
@@ -106,6 +110,9 @@ def prune(
         latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
             read it.
+        state: File for the state of the unfinished run, written whenever channels have left; if
+            it is that of the same model, inputs and arguments, the run goes on from there to the
+            same result. The caller removes it. Among several processes it is not used.
         seed: Of everything random.
         progress: Called with (stage, done, total).
 
@@ -113,7 +120,8 @@ def prune(
         The result; ``report["reached"]`` tells whether the budget was met.
 
     Raises:
-        ValueError: If an argument is out of range, or the criterion needs labels and has none.
+        ValueError: If an argument is out of range, the criterion needs labels and has none, or
+            the state is damaged.
     """
     check_budget(keep, "macs" if of == "latency" else of, round_to, min_channels, max_removed)
     _check(criterion, repair, steps, allocation, labelled_batches)
@@ -124,53 +132,51 @@ def prune(
         groups = _prunable(find_groups(model, example, ignore=ignore))
         aim = _aim(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
-
     floors = Floors(
         round_to=aim.round_to(round_to), min_channels=min_channels, max_removed=max_removed
     )
+    _check_rounding(round_to, groups)
     probing: dict[str, Any] = {
         "num_probes": num_probes, "amp": amp, "grad_checkpointing": grad_checkpointing,
         "seed": seed,
     }  # fmt: skip
-    pruned, kept, scores = model, _whole(groups), None
-    history: list[dict[str, float]] = []
     absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
-    factors: Mapping[str, float] | None = None if absorb else {}
-    for step in range(1, steps + 1):
-        now = groups if step == 1 else _regrouped(pruned, groups, kept, example)
-        target = min(1.0, keep ** (step / steps) * aim.cost(groups) / aim.cost(now))
-        if scores is None or not use_curves:
-            with clock("scores", step, steps):
-                found = _score(
-                    criterion, pruned, now,
-                    labelled_batches if criterion in NEEDS_LABELS else fit,
-                    **probing,
-                )  # fmt: skip
-            scores = scores or found
-        with clock("selection", step, steps):
-            if use_curves:
-                choose, ranks, factors = _by_curves(
-                    pruned, now, fit, target, factors,
-                    of=aim.budget, floors=floors, probing=probing,
-                )  # fmt: skip
-            else:
-                choose = partial(
-                    select_channels, pruned, now, found,
-                    of=aim.budget, per_cost=allocation != "plain", **floors,
-                )  # fmt: skip
-                ranks = {**found}
-            chosen = aim.choose(
-                partial(_feasible, choose, now, ranks, of=aim.budget, floors=floors),
-                pruned, now, target, last=step == steps,
-            )  # fmt: skip
-        with clock("removal", step, steps):
-            pruned, kept = remove_channels(pruned, now, chosen), compose(kept, chosen)
-        for stage, refit in _repairs(repair, last=step == steps).items():
+    selector = _Selector(
+        criterion, use_curves, allocation != "plain", fit,
+        labelled_batches if criterion in NEEDS_LABELS else fit,
+        aim.budget, floors, probing, clock,
+    )  # fmt: skip
+    record = Record.of(
+        state, model, torch.cat(fit), keep, of, criterion, repair, steps, allocation, absorb,
+        latency_batch_size, list(floors.items()), list(probing.items()), [g.name for g in groups],
+    )  # fmt: skip
+    rounds = record.load(model, groups) or Rounds(
+        model, _whole(groups), factors=None if absorb else {}
+    )
+    aim.speed, clock.seconds = rounds.speed, {**clock.seconds, **rounds.seconds}
+    for step in range(max(1, rounds.chosen), steps + 1):
+        if step > rounds.chosen:
+            now = groups if step == 1 else _regrouped(rounds.model, groups, rounds.kept, example)
+            target = min(1.0, keep ** (step / steps) * aim.cost(groups) / aim.cost(now))
+            found = selector.scored(rounds, now, step, steps)
+            with clock("selection", step, steps):
+                choose = selector.prepared(rounds, now, target, found)
+                chosen = aim.choose(choose, rounds.model, now, target, last=step == steps)
+            with clock("removal", step, steps):
+                rounds.model = remove_channels(rounds.model, now, chosen)
+                rounds.kept = compose(rounds.kept, chosen)
+            rounds.chosen, rounds.speed, rounds.seconds = step, aim.speed, clock.seconds
+            record.save(rounds)
+        for stage, refit in _repairs(repair, last=step == steps, progress=progress).items():
             with clock(stage, step, steps):
-                pruned = refit(pruned, model, fit, groups=groups, kept=kept, seed=seed)
-        history.append(_measure(groups, kept, pruned, model, held))
+                rounds.model = refit(
+                    rounds.model, model, fit, groups=groups, kept=rounds.kept, seed=seed
+                )
+        rounds.history.append(_measure(groups, rounds.kept, rounds.model, model, held))
     with clock("repair"):
-        candidates = _candidates(repair, remove_channels(model, groups, kept), pruned, fit)
+        candidates = _candidates(
+            repair, remove_channels(model, groups, rounds.kept), rounds.model, fit
+        )
         variances = {n: output_variance(c, model, held) for n, c in candidates.items()}
     best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
     report = {
@@ -184,16 +190,16 @@ def prune(
         "seed": seed,
         "num_images": int(total(sum(map(len, fit)))),
         "num_held_back": int(total(sum(map(len, held)))),
-        "reached": aim.reached(groups, kept),
+        "reached": aim.reached(groups, rounds.kept),
         "output_variance": variances,
         "output_second_moment": _second_moment(model, held),
-        "steps": history,
+        "steps": rounds.history,
         "timings": clock.seconds,
-        **_widths(groups, kept),
+        **_widths(groups, rounds.kept),
         **aim.facts(),
     }
-    assert scores is not None
-    return PruningResult(candidates[best], groups, scores, kept, report)
+    assert rounds.scores is not None
+    return PruningResult(candidates[best], groups, rounds.scores, rounds.kept, report)
 
 
 # ---- pieces ---------------------------------------------------------------------------------
@@ -319,6 +325,14 @@ def _feasible(
     return chosen
 
 
+def _check_rounding(round_to: int, groups: ChannelGroups) -> None:
+    widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
+    if round_to > max(1, widest):
+        raise ValueError(
+            f"round_to: expected at most {widest}, the width of the widest group, found {round_to}"
+        )
+
+
 def _whole(groups: ChannelGroups) -> Kept:
     return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
 
@@ -343,46 +357,82 @@ def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     return composed
 
 
-def _score(
-    criterion: str,
-    model: nn.Module,
-    groups: ChannelGroups,
-    source: Any,
-    *,
-    seed: int,
-    **probing: Any,
-) -> Scores:
-    return scorer(criterion)(
-        model, groups, source, seed=seed, **(probing if criterion == "tpv" else {})
-    )
+@dataclass(frozen=True)
+class _Selector:
+    """How a round finds out which channels matter least."""
+
+    criterion: str
+    use_curves: bool
+    per_cost: bool
+    fit: list[Tensor]
+    source: Any
+    budget: Budget
+    floors: Floors
+    probing: Mapping[str, Any]
+    clock: Clock
+
+    def scored(self, rounds: Rounds, groups: ChannelGroups, step: int, steps: int) -> Scores | None:
+        """Return the scores of the network as it is, where the choice needs them."""
+        if rounds.scores is not None and self.use_curves:
+            return None
+        with self.clock("scores", step, steps):
+            found = self._score(rounds.model, groups)
+        rounds.scores = rounds.scores or found
+        return found
+
+    def prepared(
+        self, rounds: Rounds, groups: ChannelGroups, target: float, found: Scores | None
+    ) -> Callable[[float], Kept]:
+        """Return how to choose widths for a fraction of the cost of the network as it is."""
+        choose: Callable[..., Kept]
+        ranks: Mapping[str, Tensor]
+        if self.use_curves:
+            choose, ranks = self._by_curves(rounds, groups, target)
+        else:
+            assert found is not None
+            ranks = {**found}
+            choose = partial(
+                select_channels, rounds.model, groups, found,
+                of=self.budget, per_cost=self.per_cost, **self.floors,
+            )  # fmt: skip
+        return partial(_feasible, choose, groups, ranks, of=self.budget, floors=self.floors)
+
+    def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
+        seen = Counted(self.source, "scoring", self.clock.progress)
+        options = self.probing if self.criterion == "tpv" else {"seed": self.probing["seed"]}
+        return scorer(self.criterion)(model, groups, seen, **options)
+
+    def _by_curves(
+        self, rounds: Rounds, groups: ChannelGroups, target: float
+    ) -> tuple[Callable[..., Kept], Mapping[str, Tensor]]:
+        """Return how to choose widths, and the channels' ranks; measure the factors once."""
+        progress = self.clock.progress
+        curves = variance_curves(
+            rounds.model,
+            groups,
+            Counted(self.fit, "curves", progress, passes=2),
+            of=self.budget,
+            progress=progress,
+            **self.probing,
+        )
+        ranks = {name: curve.order.argsort() for name, curve in curves.items()}
+        choose = partial(allocate, groups, of=self.budget, **self.floors)
+        if rounds.factors is None:
+            draft = restore_empty(groups, choose(curves, keep=target), ranks)
+            rounds.factors = absorption(
+                rounds.model, groups, draft, curves, self.fit,
+                seed=self.probing["seed"], progress=progress,
+            )  # fmt: skip
+        return partial(choose, scaled(curves, rounds.factors)), ranks
 
 
-def _by_curves(
-    model: nn.Module,
-    groups: ChannelGroups,
-    fit: list[Tensor],
-    target: float,
-    factors: Mapping[str, float] | None,
-    *,
-    of: Budget,
-    floors: Floors,
-    probing: Mapping[str, Any],
-) -> tuple[Callable[..., Kept], Mapping[str, Tensor], Mapping[str, float]]:
-    """Return how to choose widths, the channels' ranks, and the factors (None: to be measured)."""
-    curves = variance_curves(model, groups, fit, of=of, **probing)
-    ranks = {name: curve.order.argsort() for name, curve in curves.items()}
-    choose = partial(allocate, groups, of=of, **floors)
-    if factors is None:
-        draft = restore_empty(groups, choose(curves, keep=target), ranks)
-        factors = absorption(model, groups, draft, curves, fit, seed=probing["seed"])
-    return partial(choose, scaled(curves, factors)), ranks, factors
-
-
-def _repairs(repair: Repair, *, last: bool) -> dict[str, Callable[..., nn.Module]]:
+def _repairs(
+    repair: Repair, *, last: bool, progress: Progress | None
+) -> dict[str, Callable[..., nn.Module]]:
     """Return the refits that follow one round of cutting, in order."""
     refits: dict[str, Callable[..., nn.Module]] = {}
     if repair == "reconstruct" and last:
-        refits["reconstruction"] = reconstruct_blocks
+        refits["reconstruction"] = partial(reconstruct_blocks, progress=progress)
     elif repair in {"compensate", "reconstruct", "auto"}:
         refits["compensation"] = compensate_weights
     return refits

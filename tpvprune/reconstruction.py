@@ -34,7 +34,14 @@ from tpvprune.distributed import gathered, spread_weights
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.preconditioner import KroneckerFactors, layers_in
-from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
+from tpvprune.running import (
+    evaluating,
+    fast_layout,
+    frozen,
+    on_device,
+    prepare_forward_mode,
+    takes_channels_last,
+)
 
 _FEWEST_PARTS = 10  # the last tenth is held back
 _BATCH = 128
@@ -309,6 +316,7 @@ class _Linearised:
     def gauss_newton(self, v: Params) -> Params:
         """Return J^T J v, summed over all samples."""
         changes = []
+        prepare_forward_mode()
         with torch.no_grad():
             for call in self.data:
                 run = partial(_run, self.module, call)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpvprune.reporting.changes import classes, samples
 from tpvprune.reporting.page import page
-from tpvprune.reporting.pictures import blocked, repairs, scores, steps, widths
+from tpvprune.reporting.pictures import blocked, repairs, scores, steps, weights, widths
 from tpvprune.reporting.tables import before_after, comparison, figures, header, making, title_of
 from tpvprune.reporting.training import training
 
@@ -21,8 +21,8 @@ DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, R
 """What comes of a page that is made of data of the wrong kind."""
 _MAX_BYTES = 256 * 2**20
 _SECTIONS = (
-    before_after, comparison, training, widths, steps, classes, samples, scores, repairs, blocked,
-    making,
+    before_after, comparison, training, widths, weights, steps, classes, samples, scores, repairs,
+    blocked, making,
 )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +13,18 @@ import torch
 from torch import Tensor, nn
 
 _TAKES_CHANNELS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@cache
+def prepare_forward_mode() -> None:
+    """Let torch load what forward-mode derivatives need, without a warning about torch itself.
+
+    The first derivative of a process compiles some of torch's own functions with
+    ``torch.jit.script``, of which torch says that it is deprecated.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tpvprune.distributed import check_same, spread_weights, sum_gradients, tota
 from tpvprune.membership import is_first
 from tpvprune.running import fast_layout, first_output
 from tpvprune.shared_norms import shared_norms
-from tpvprune.training_state import load_state, read_facts, save_state
+from tpvprune.unfinished import load_state, read_facts, save_state
 
 Loss = Callable[[nn.Module, Any, tuple[int, int]], Tensor]
 """Of the model in training, a batch, and (view, position) that tell the batch apart.

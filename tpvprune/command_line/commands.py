@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tpvprune.batches import unlabeled
@@ -90,15 +93,18 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         labelled=used_labels,
         apart=training.num_held_back(images) if distilling else 0,
     )
-    with stages() as progress:
+    state = training.state_file(args.output, "pruning")
+    with stages() as progress, _only_for_stops(state):
         result = prune(
             subject.model,
             unlabeled(batches, device=subject.device),
             **pruning_options(args),
             ignore=layers,
             labelled_batches=batches if used_labels else None,
+            state=state,
             progress=progress,
         )
+    _say_unrounded(args, result)
     if distilling:
         result = _distilled(args, subject, images, result)
     document = pruned_document(
@@ -118,7 +124,8 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         **saved_with(args, subject),
         report={**report_data(result), **document, **seen},
     )
-    by_first(training.state_file(args.output).unlink, missing_ok=True)
+    for unfinished in (training.state_file(args.output), state):
+        by_first(unfinished.unlink, missing_ok=True)
     show_pruned(document)
     return (0 if result.report["reached"] else 3), document
 
@@ -279,6 +286,27 @@ def run_demo(args: argparse.Namespace) -> Outcome:
     demo = importlib.import_module("tpvprune.demo")
     outcome: Outcome = demo.main_demo(args)
     return outcome
+
+
+@contextlib.contextmanager
+def _only_for_stops(state: Path) -> Iterator[None]:
+    """Let the state of an unfinished run outlast a stop, but no error: that would come again."""
+    try:
+        yield
+    except Exception:
+        state.unlink(missing_ok=True)
+        raise
+
+
+def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
+    narrow = [
+        g.name for g in result.groups if g.unit == "channel" and 1 < g.num_channels <= args.round_to
+    ]
+    if args.round_to > 1 and narrow:
+        say(
+            f"note: --round-to {args.round_to} leaves {len(narrow)} groups of at most "
+            f"{args.round_to} channels unrounded (first: {narrow[0]})"
+        )
 
 
 def _distilled(

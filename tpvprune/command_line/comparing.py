@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tpvprune.atomic import written_file
-from tpvprune.command_line.console import percent, say, table
+from tpvprune.command_line.console import say, table
 from tpvprune.report import DAMAGE, read_report
-from tpvprune.reporting.comparing import Run, figures_of, render_comparison
+from tpvprune.reporting.comparing import (
+    Run,
+    figures_of,
+    figures_of_all,
+    measured_on,
+    render_comparison,
+)
 
-_WIDTH, _SHORTEST_NAME = 80, 11
+_WIDTH, _SHORTEST_NAME = 80, 10
 
 
 def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -42,6 +48,7 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 "folder": folder,
                 **{key: report.get(key) for key in kept},
                 "share": figures_of(report),
+                "measured_on": measured_on(report),
             }
             for (name, report), folder in zip(runs, args.folders, strict=True)
         ],
@@ -69,7 +76,7 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def _show(runs: Sequence[Run]) -> None:
-    found = [figures_of(report) for _, report in runs]
+    found = figures_of_all(runs)
     heads = {
         "macs": "MACs",
         "params": "params",
@@ -82,19 +89,28 @@ def _show(runs: Sequence[Run]) -> None:
     shown = [key for key in heads if any(row[key] is not None for row in found)]
     cells = [[heads[key] for key in shown]]
     cells += [[_cell(key, row[key]) for key in shown] for row in found]
+    on = [measured_on(report)["agreement"] for _, report in runs]
+    if any(on):
+        numbers = [(where or "-").partition(" ")[0] for where in on]
+        cells = [[*row, num] for row, num in zip(cells, ["images", *numbers], strict=True)]
     longest = _WIDTH - sum(2 + max(map(len, column)) for column in zip(*cells, strict=True))
     names = ["run", *(_short(name, max(longest, _SHORTEST_NAME)) for name, _ in runs)]
     table([(name, *row) for name, row in zip(names, cells, strict=True)])
     models = {str(report.get("model")) for _, report in runs}
     own = "each run's own dense model" if len(models) > 1 else "the dense model"
     non_zero = ", non-zero parameters" if "nonzero_params" in shown else ""
-    say(f"MACs, parameters{non_zero}, latency: fractions of {own}")
+    say(f"all in percent; MACs, parameters{non_zero}, latency: of {own}")
+    for kind in dict.fromkeys(filter(None, on)):
+        where = ", ".join(name for name, seen in zip(names[1:], on, strict=True) if seen == kind)
+        say(f"agreement on {kind}" + (f": {where}" if len(set(on)) > 1 else ""), indent="  ")
+    if len(set(filter(None, on))) > 1:
+        say("agreement on different images: compare those runs with care")
 
 
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:+.2f}" if key == "top1_change" else percent(value)
+    return f"{100 * value:{'+' if key == 'top1_change' else ''}.2f}"
 
 
 def _short(name: str, longest: int) -> str:

@@ -60,37 +60,56 @@ def bar(
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Show which stage is running, and for how long, where stderr is a terminal.
+    """Show which stage is running, and how long it will take, where stderr is a terminal.
 
     Yields:
-        Function of (stage, done, total) that names the running stage.
+        Function of (stage, parts done, all parts).
     """
-    start, stage, done = time.monotonic(), "", threading.Event()
+    shown = Stages()
+    if not sys.stderr.isatty():
+        yield shown.update
+        return
+    done = threading.Event()
 
     def show() -> None:
         while not done.wait(0.5):
-            if stage:
-                line = f"{stage} ... {time.monotonic() - start:.0f} s"
+            if line := shown.line():
                 print(f"\r\x1b[K{line[: _WIDTH - 1]}", end="", file=sys.stderr, flush=True)
 
-    def name(running: str, finished: int, total: int) -> None:
-        nonlocal start, stage
-        number = min(finished + 1, total)
-        label = running if total == 1 else f"{running} {number}/{total}"
-        if label != stage:
-            start, stage = time.monotonic(), label
-
-    if not sys.stderr.isatty():
-        yield name
-        return
     ticker = threading.Thread(target=show, daemon=True)
     ticker.start()
     try:
-        yield name
+        yield shown.update
     finally:
         done.set()
         ticker.join()
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class Stages:
+    """What runs, since when, and how much of it is done."""
+
+    def __init__(self) -> None:
+        """Start before the first stage."""
+        self._stage, self._done, self._total = "", 0, 0
+        self._start = time.monotonic()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Note that so many of the parts of a stage are done."""
+        if stage != self._stage or done < self._done:
+            self._stage, self._start = stage, time.monotonic()
+        self._done, self._total = done, total
+
+    def line(self) -> str:
+        """Return a line for people, empty before the first stage."""
+        if not self._stage:
+            return ""
+        took = time.monotonic() - self._start
+        label = self._stage if self._total <= 1 else f"{self._stage} {self._done}/{self._total}"
+        if not 0 < self._done < self._total:
+            return f"{label} ... {took:.0f} s"
+        left = took * (self._total - self._done) / self._done
+        return f"{label} ... {took:.0f} s, about {left:.0f} s left"
 
 
 @contextmanager
@@ -221,8 +240,9 @@ def show_trained(document: Mapping[str, Any]) -> None:
         document: The JSON document of `tpvprune distill`.
     """
     training = document["training"]
+    epochs = counted(training["epochs"], "epoch")
     say(
-        f"{document['model']}: {training['epochs']} epochs, peak rate {training['lr']:g}, on "
+        f"{document['model']}: {epochs}, peak rate {training['lr']:g}, on "
         f"{training['num_images'] or 'streamed'} images"
     )
     before_after(document["dense"], document["pruned"])
@@ -256,7 +276,12 @@ def trained_line(training: Mapping[str, Any]) -> None:
         f"{before['output_variance']:.4g} before, {after['output_variance']:.4g} after, agreement "
         f"{percent(before['agreement'])} before, {percent(after['agreement'])} after"
     )
-    if not after["output_variance"] <= before["output_variance"]:
+    if training["saved"] == "start":
+        say(
+            "note: training took the model further from the dense one, so the weights it began "
+            "with are saved: try more images or a lower --lr"
+        )
+    elif not after["output_variance"] <= before["output_variance"]:
         say("note: training took the outputs further from the dense model's: try a lower --lr")
 
 
@@ -298,6 +323,16 @@ def short(count: float) -> str:
             scaled = count / factor
             return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
     return f"{count:.0f}"
+
+
+def counted(num: int, what: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "epoch"), counted(2, "epoch")
+        ('1 epoch', '2 epochs')
+    """
+    return f"{num} {what}" + ("" if num == 1 else "s")
 
 
 def percent(fraction: float) -> str:

@@ -38,6 +38,7 @@ def check_first(args: argparse.Namespace) -> None:
     if args.command == "compare":
         _check_runs(args.folders)
     _check_auto(args)
+    _check_training(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
@@ -52,6 +53,17 @@ def _check_auto(args: argparse.Namespace) -> None:
             "--num-images auto: expected --criterion tpv and channels or heads, found "
             f"{args.criterion} and {granularity}, which have no standard errors: pass a number"
         )
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    if args.command != "prune" or args.repair == "distill":
+        return
+    for name, default in args.untrained.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected only with --repair distill, found --repair "
+                f"{args.repair}: leave one of them out"
+            )
 
 
 def _check_given(args: argparse.Namespace) -> None:

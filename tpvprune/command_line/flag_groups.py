@@ -86,7 +86,9 @@ def add_data(
     group.add_argument(
         "--data-list", metavar="F", help="text file: one image path a line (from --data-dir)"
     )
-    group.add_argument("--dataset", default="", metavar="NAME", help="torch/..., hfds/..., wds/...")
+    group.add_argument(
+        "--dataset", default="", metavar="NAME", help="torch/..., hfds/..., tfds/..., wds/..."
+    )
     group.add_argument(
         "--split",
         default=split or ("train" if num_images else "validation"),
@@ -113,7 +115,7 @@ def add_data(
         help="images per batch (64; in training 128)",
     )
     group.add_argument(
-        "-j", "--workers", type=int, default=4, metavar="N", help="decoding threads (4)"
+        "-j", "--workers", type=count, default=4, metavar="N", help="decoding threads (4)"
     )
     add_preprocessing(sub)
 
@@ -150,6 +152,13 @@ def add_criterion(sub: Parser) -> None:
     group.add_argument(
         "--num-probes", type=count, default=1, metavar="N", help="random output directions (1)"
     )
+
+
+_ONLY_TRAINING = (
+    *("epochs", "lr", "loss", "temperature", "no_mix", "mirrored", "num_views", "opt", "sched"),
+    *("weight_decay", "warmup_epochs", "clip_grad", "model_ema_decay", "amp_dtype"),
+    "freeze_batchnorm",
+)
 
 
 def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
@@ -222,6 +231,8 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
     group.add_argument(
         "--freeze-batchnorm", action="store_true", help="keep BatchNorm's running statistics"
     )
+    # --amp and -b are of use without any training, too.
+    sub.set_defaults(untrained={name: sub.get_default(name) for name in _ONLY_TRAINING})
 
 
 def add_latency(sub: Parser) -> None:

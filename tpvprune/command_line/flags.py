@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,37 @@ from tpvprune.command_line.flag_groups import (
 )
 
 _EPILOG = (
-    "exit codes: 0 done; 2 bad input; 3 budget not reachable (the best effort is saved); 1 bug. "
-    "Text and progress go to stderr; with --json, one JSON document goes to stdout."
+    "exit codes: 0 done; 1 bug; 2 bad input; 3 budget not reachable (the best effort is saved); "
+    "4 another process of the run was lost; 130 interrupted. Text and progress go to stderr; with "
+    "--json, one JSON document goes to stdout."
 )
+
+
+class _Command(Parser):
+    """The parser of one command, which says what it does not know before what it misses."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is left over here, where the help is that of the command.
+
+        Args:
+            args: Words after the command's name.
+            namespace: As in argparse.
+
+        Returns:
+            The namespace, and an empty list.
+        """
+        given = list(args or ())
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for name in (text.partition("=")[0] for text in takewhile("--".__ne__, given)):
+            # argparse takes the beginning of a flag for the flag.
+            if name.startswith("--") and not any(flag.startswith(name) for flag in known):
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean {close[0]}?" if close else ""
+                self.error(f"unrecognized arguments: {name}{hint}")
+        found, left = super().parse_known_args(given, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Command
+    )
 
     for name, add, usage, text in _COMMANDS:
         sub = commands.add_parser(

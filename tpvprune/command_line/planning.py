@@ -13,7 +13,7 @@ from torch import nn
 
 from tpvprune.checkpoint import read_config
 from tpvprune.command_line.benchmark import plan_of
-from tpvprune.command_line.console import blocked_lines, percent, say, short
+from tpvprune.command_line.console import blocked_lines, counted, percent, say, short
 from tpvprune.command_line.flag_groups import AUTO
 from tpvprune.command_line.pruning_options import pruning_options, weight_options
 from tpvprune.command_line.session import Subject, ignored, open_pruned, open_subject, provenance
@@ -98,9 +98,10 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             f"budget: {percent(args.keep)} of {args.of}, smallest possible {percent(share)}"
             + ("" if reached else ": it cannot be reached")
         )
+    labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
     say(
         f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}, "
-        f"{args.steps} steps, {'LABELS WOULD BE USED' if used_labels else 'no label is read'}"
+        f"{counted(args.steps, 'step')}, {labels}"
     )
     _say_time(expected, more)
     return (0 if reached else 3), document
@@ -192,7 +193,8 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
         "seconds": seconds,
     }
     teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
-    say(f"{args.folder}: {recipe.epochs} epochs on {num} images of {images.name}, {teacher}")
+    epochs = counted(recipe.epochs, "epoch")
+    say(f"{args.folder}: {epochs} on {num} images of {images.name}, {teacher}")
     say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
     _say_time(_Expected(seconds))
     return 0, document

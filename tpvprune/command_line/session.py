@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import platform
+import textwrap
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -152,7 +153,8 @@ def _checked_subject(
         with torch.no_grad():
             outputs = model(subject.example)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = textwrap.shorten(reason, 120, placeholder=" ...")
         size = " x ".join(map(str, preprocessing.input_size))
         raise ValueError(
             f"{made.name} does not run on inputs of {size} ({reason}): set --input-size"
@@ -166,8 +168,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a device without memory has no answer
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used ({reason[:100]})") from error
+        reason = textwrap.shorten(str(error).splitlines()[0], 100, placeholder=" ...")
+        raise ValueError(
+            f"--device {name}: cannot be used here: expected cpu, cuda, cuda:1 or mps ({reason})"
+        ) from error
     return device
 
 

@@ -111,7 +111,7 @@ def measured(
 
     Returns:
         For each of the two: nonzero_params, and latency_ms, latency_range_ms, top1, top5, None
-        where not measured.
+        where not measured; num_images, how many labelled ones, where top1 was.
     """
     models = (subject.model, pruned)
     facts = [
@@ -121,7 +121,7 @@ def measured(
     if labelled is not None:
         for model, fact in zip(models, facts, strict=True):
             scored = evaluate(model, Shown(labelled, "top-1"))
-            fact |= {"top1": scored.top1, "top5": scored.top5}
+            fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
     return facts[0], facts[1]
 
 

@@ -11,7 +11,7 @@ from tpvprune.command_line.console import show_pruned, stages
 from tpvprune.command_line.pruning_options import weight_options
 from tpvprune.command_line.session import Subject, ignored, open_subject
 from tpvprune.command_line.session_images import images_to_prune_with, open_data
-from tpvprune.command_line.session_results import pruned_document, saved_with
+from tpvprune.command_line.session_results import pruned_document, saved_with, shown_changes
 from tpvprune.groups import find_groups
 from tpvprune.membership import num_processes
 from tpvprune.weights.masks import pattern_of
@@ -84,11 +84,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         witnesses=witnesses,
         labelled=labelled,
     )
+    seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
     save_pruned(
         result.model,
         args.output,
         **saved_with(args, subject, granularity=args.granularity),
-        report=document,
+        report={**document, **seen},
         masks=result.masks,
     )
     show_pruned(document)

@@ -170,6 +170,11 @@ def trained(
             f"training: expected finite outputs, found others after {recipe.epochs} epochs: lower "
             f"--lr ({recipe.lr:g}) or --weight-decay ({recipe.weight_decay:g})"
         )
+    # What the teacher's own outputs say is worse in both ways is not saved.
+    helped = labelled or (
+        after["output_variance"] <= before["output_variance"]
+        or after["agreement"] >= before["agreement"]
+    )
     facts = {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
@@ -185,14 +190,16 @@ def trained(
         "seconds": None if resumed else round(time.monotonic() - start, 1),
         "before": before,
         "after": after,
+        "saved": "trained" if helped else "start",
     }
-    return model, facts
+    return model if helped else subject.model, facts
 
 
-def state_file(output: Path) -> Path:
+def state_file(output: Path, stage: str = "training") -> Path:
     """Return where the state of an unfinished run lies: beside its output."""
     output = output.expanduser().resolve()
-    return output.with_name(f"{output.name}.unfinished.safetensors")
+    middle = "unfinished" if stage == "training" else f"unfinished-{stage}"
+    return output.with_name(f"{output.name}.{middle}.safetensors")
 
 
 def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
@@ -209,6 +216,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     model, facts = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled
     )
+    saved = facts["after" if facts["saved"] == "trained" else "before"]
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
     weights = config["provenance"].get("weights")
     document = {
@@ -219,7 +227,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
         "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
-        "pruned": {**_costs(model, subject), **sides[1], **facts["after"]},
+        "pruned": {**_costs(model, subject), **sides[1], **saved},
         "images": {
             "source": images.name,
             "num_images": facts["num_images"],

@@ -32,7 +32,7 @@ from tpvprune.diagnostics.jacobian_norms import (
 from tpvprune.evaluation import output_variance
 from tpvprune.groups import ChannelGroups
 from tpvprune.removal import remove_channels
-from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.running import evaluating, first_output, on_device, prepare_forward_mode
 from tpvprune.scores import output_changes
 from tpvprune.taps import Probing
 
@@ -262,6 +262,7 @@ def _outputs_at(
     """Return f(w + dw), or J dw of the linearisation."""
     with torch.no_grad():
         if linear:
+            prepare_forward_mode()
             change: Tensor = jvp(partial(outputs, x=x), (weights,), (moved,))[1]
             return change
         return outputs({name: w + moved[name] for name, w in weights.items()}, x)

@@ -88,7 +88,7 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def width_rows(groups: Sequence[tuple[str, int, int]]) -> str:
+def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) -> str:
     """Draw one bar per group: its dense width as an outline, the kept part filled.
 
     Bars share one scale of channels; where widths differ more than 8-fold every outline
@@ -96,24 +96,28 @@ def width_rows(groups: Sequence[tuple[str, int, int]]) -> str:
 
     Args:
         groups: Name, dense channels, kept channels; in network order.
+        shares: Show shares in any case, and write them in the place of the numbers.
 
     Returns:
         An HTML list.
     """
     widest = max(dense for _, dense, _ in groups)
-    same_scale = widest <= MAX_SPREAD * min(dense for _, dense, _ in groups)
+    same_scale = not shares and widest <= MAX_SPREAD * min(dense for _, dense, _ in groups)
     rows, stage = [], groups[0][0].split(".")[0]
     for name, dense, kept in groups:
         first = name.split(".")[0] != stage
         stage = name.split(".")[0]
         length = 100 * dense / widest if same_scale else 100
+        number = f'{kept}<span class="soft">\u202f/\u202f{dense}</span>'
+        if shares:
+            number = percent(kept / max(dense, 1))
         rows.append(
             f'<li{" class=gap" if first else ""} title="{escape(name)}: {kept} of {dense}">'
             f'<span class="name">{escape(name)}</span>'
             f'<span class="track"><span class="dense" style="width:{length:.2f}%">'
             f'<span class="stays" style="width:{100 * kept / max(dense, 1):.2f}%">'
             "</span></span></span>"
-            f'<span class="num">{kept}<span class="soft">\u202f/\u202f{dense}</span></span></li>'
+            f'<span class="num">{number}</span></li>'
         )
     columns = " two" if len(groups) > 24 else ""
     return f'<ol class="rows{columns}">{"".join(rows)}</ol>'

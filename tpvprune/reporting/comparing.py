@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tpvprune.reporting.charts import percent, short, significant
+from tpvprune.reporting.charts import percent, short, significant, whole
 from tpvprune.reporting.costs import cost_labels
 from tpvprune.reporting.curves import Curve, curve_chart
 from tpvprune.reporting.page import page
@@ -40,6 +40,23 @@ svg g circle { r: 4px; }
   background: var(--fill); box-shadow: inset 0 0 0 1px var(--edge); }
 .cells .share span { display: block; height: 100%; border-radius: 2px; background: var(--c); }
 td.best { color: var(--kept); font-weight: 600; }
+.runs th { white-space: normal; } .runs tbody th { overflow-wrap: anywhere; }
+.runs td { vertical-align: top; } .runs tbody th { vertical-align: top; min-width: 7rem; }
+.runs .on { display: block; color: var(--soft); font-weight: 400; font-size: .75rem;
+  line-height: 1.35; white-space: normal; }
+.wraps td, .wraps thead th { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
+.wraps tbody th { vertical-align: top; padding-right: .7rem; } .wraps td { vertical-align: top; }
+@media (max-width: 40rem) {
+  .runs thead { display: none; } .runs table, .runs tbody { display: block; }
+  .runs tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem 1rem;
+    border-top: 1px solid var(--line); padding: .7rem 0 1rem; }
+  .runs tbody th { grid-column: 1 / -1; border: 0; padding: 0; }
+  .runs td { display: block; text-align: left; border: 0; padding: 0; }
+  .runs td:empty { display: none; }
+  .runs td::before { content: attr(data-label); display: block; color: var(--soft);
+    font-weight: 400; font-size: .75rem; white-space: normal; }
+  .cells td { min-width: 4.5rem; } .cells .name { overflow-wrap: anywhere; }
+}
 """
 
 
@@ -75,6 +92,24 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
+def figures_of_all(runs: Sequence[Run]) -> list[dict[str, float | None]]:
+    """Return what :func:`figures_of` does of each run, non-zero parameters for all or for none.
+
+    Args:
+        runs: Names and reports.
+
+    Returns:
+        A dict per run. Where one run has zeros among its parameters, the non-zero parameters of
+        those that have none are all of them.
+    """
+    found = [figures_of(report) for _, report in runs]
+    if any(row["nonzero_params"] is not None for row in found):
+        for row in found:
+            if row["nonzero_params"] is None:
+                row["nonzero_params"] = row["params"]
+    return found
+
+
 def render_comparison(runs: Sequence[Run]) -> str:
     """Render several runs as one HTML page, without any outside resource.
 
@@ -96,6 +131,25 @@ def render_comparison(runs: Sequence[Run]) -> str:
     return page(title, parts, style=_STYLE + hues(len(runs)))
 
 
+def measured_on(report: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return which images accuracy and agreement of one run were measured on.
+
+    Args:
+        report: Its ``report.json``.
+
+    Returns:
+        ``top1``, ``top1_change`` and ``agreement``: number and kind, as ``512 other images``; None
+        where it is not known, or nothing was measured.
+    """
+    pruned, on = both(report)[1], (report.get("images") or {}).get("agreement_on")
+    agreed = None if on is None or pruned.get("agreement") is None else str(on)
+    labelled = agreed if str(agreed).endswith("labelled images") else None
+    if pruned.get("num_images"):
+        labelled = f"{int(pruned['num_images'])} labelled images"
+    top1 = None if pruned.get("top1") is None else labelled
+    return {"top1": top1, "top1_change": top1, "agreement": agreed}
+
+
 def _numbers(runs: Sequence[Run]) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
         ("macs", "MACs", percent, False),
@@ -106,27 +160,57 @@ def _numbers(runs: Sequence[Run]) -> str:
         ("top1_change", "Change", lambda x: f"{100 * x:+.2f}".replace("-", "\u2212"), True),
         ("agreement", "Agreement", lambda x: percent(x, 2), True),
     )
-    found = [figures_of(report) for _, report in runs]
+    found = figures_of_all(runs)
+    images = [measured_on(report) for _, report in runs]
     shown = [c for c in columns if any(row[c[0]] is not None for row in found)]
-    best = {
-        key: (max if more else min)(row[key] for row in found if row[key] is not None)  # type: ignore[type-var]
-        for key, _, _, more in shown
-    }
+    best = {key: _best(key, found, images, more=more) for key, _, _, more in shown}
     body = ""
-    for i, ((name, _), row) in enumerate(zip(runs, found, strict=True)):
+    for i, ((name, _), row, on) in enumerate(zip(runs, found, images, strict=True)):
         cells = "".join(
-            f"<td{' class=best' if len(runs) > 1 and row[key] == best[key] else ''}>"
-            f"{'' if (value := row[key]) is None else write(value)}</td>"
-            for key, _, write, _ in shown
+            _number(label, row[key], write, "" if key == "top1_change" else on.get(key), best[key])
+            for key, label, write, _ in shown
         )
         body += f'<tr><th class="dot c{i}">{escape(name)}</th>{cells}</tr>'
     head = "".join(f"<th>{label}</th>" for _, label, _, _ in shown)
-    seen = {str((report.get("images") or {}).get("agreement_on")) for _, report in runs} - {"None"}
-    about = "<p>The best of each column stands out.</p>"
-    if seen:
-        about += f"<p>Agreement with the dense model on {escape('; '.join(sorted(seen)))}.</p>"
+    about = "<p>The best of each column stands out"
+    unlike = [label for key, label, _, _ in shown if _is_unlike(key, found, images)]
+    if unlike:
+        about += (
+            f", but not of {escape(' and '.join(unlike).lower())}: it was not measured on equally "
+            "many images of the same kind, or that is not known"
+        )
     table = f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return section("Numbers", about, f'<div class="scroll">{table}</div>')
+    return section("Numbers", f"{about}.</p>", f'<div class="runs">{table}</div>', style="across")
+
+
+def _number(
+    label: str, value: float | None, write: Callable[[float], str], on: str | None, best: Any
+) -> str:
+    if value is None:
+        return "<td></td>"
+    below = f'<span class="on">{escape(_counted(on))}</span>' if on else ""
+    mark = " class=best" if value == best else ""
+    return f'<td data-label="{label}"{mark}>{write(value)}{below}</td>'
+
+
+def _counted(on: str) -> str:
+    num, space, kind = on.partition(" ")
+    return f"{whole(int(num))}{space}{kind}" if num.isdecimal() else on
+
+
+def _best(key: str, found: Sequence[Any], images: Sequence[Any], *, more: bool) -> float | None:
+    values = [row[key] for row in found if row[key] is not None]
+    if len(found) < 2 or _is_unlike(key, found, images):
+        return None
+    return (max if more else min)(values)
+
+
+def _is_unlike(key: str, found: Sequence[Any], images: Sequence[Any]) -> bool:
+    # True as well where it is not known which images the numbers of the column come from.
+    if key not in images[0]:
+        return False
+    on = {where[key] for row, where in zip(found, images, strict=True) if row[key] is not None}
+    return len(on) > 1 or None in on
 
 
 def _chart(runs: Sequence[Run]) -> str:
@@ -170,24 +254,29 @@ def _settings(runs: Sequence[Run]) -> str:
     )
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
     about = "<p>Settings and versions that are not the same in all runs.</p>"
-    return section("What differs", about, f'<div class="scroll">{table}</div>')
+    return section("What differs", about, f'<div class="scroll wraps">{table}</div>')
 
 
 def _widths(runs: Sequence[Run]) -> str:
-    kept = [{str(g["name"]): g for g in report.get("groups") or ()} for _, report in runs]
-    names = list(dict.fromkeys(name for groups in kept for name in groups))
+    # Runs that only set single weights to zero have no widths.
+    kept = {
+        i: {str(g["name"]): g for g in report["groups"]}
+        for i, (_, report) in enumerate(runs)
+        if report.get("groups")
+    }
+    names = list(dict.fromkeys(name for groups in kept.values() for name in groups))
     if not names:
         return ""
-    head = "".join(f'<th class="dot c{i}">{escape(name)}</th>' for i, (name, _) in enumerate(runs))
+    head = "".join(f'<th class="dot c{i}">{escape(runs[i][0])}</th>' for i in kept)
     body = ""
     for name in names:
-        cells = "".join(_width(groups.get(name), i) for i, groups in enumerate(kept))
+        cells = "".join(_width(groups.get(name), i) for i, groups in kept.items())
         body += f'<tr><th><span class="name">{escape(name)}</span></th>{cells}</tr>'
     table = (
         f'<table class="cells"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
     about = "<p>Channels that stay, of those that the dense model has.</p>"
-    return section("Kept width", about, f'<div class="scroll">{table}</div>')
+    return section("Kept width", about, f'<div class="scroll wraps">{table}</div>')
 
 
 def _width(group: Mapping[str, Any] | None, i: int) -> str:

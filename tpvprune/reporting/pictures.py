@@ -49,6 +49,28 @@ def widths(data: Mapping[str, Any]) -> str:
     return section("Kept width", about, width_rows(rows))
 
 
+def weights(data: Mapping[str, Any]) -> str:
+    """Picture which share of the weights of each layer is left, where single ones went.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    layers = data.get("layers")
+    if not layers:
+        return ""
+    rows = [(str(x["name"]), int(x["num_weights"]), int(x["kept"])) for x in layers]
+    total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    about = (
+        f"<p>{whole(kept)} of {whole(total)} weights stay, in {len(rows)} layers; the others are "
+        "zero. Bars show shares of each layer.</p>"
+        '<p><span class="key">stays</span><span class="key outline">zero</span></p>'
+    )
+    return section("Weights that stay", about, width_rows(rows, shares=True))
+
+
 def steps(data: Mapping[str, Any]) -> str:
     """Draw agreement and accuracy against MACs.
 
@@ -162,9 +184,10 @@ def blocked(data: Mapping[str, Any]) -> str:
             for g in groups
         )
         items += f'<li><span class="name">{names}</span>{escape(reason)}</li>'
-    about = f"<p>{len(left)} groups keep all their channels.</p>"
+    group, unit = ("layer", "weights") if data.get("of") == "weights" else ("group", "channels")
+    about = f"<p>{len(left)} {group}s keep all their {unit}.</p>"
     if len(left) == 1:
-        about = "<p>One group keeps all its channels.</p>"
+        about = f"<p>One {group} keeps all its {unit}.</p>"
     return section("Layers left whole", about, f'<ul class="reasons">{items}</ul>')
 
 

@@ -38,7 +38,7 @@ section { display: grid; gap: 1rem 3.5rem; border-top: 1px solid var(--line);
   padding: 1.5rem 0 2.75rem; }
 section > * { min-width: 0; }
 .about p { color: var(--soft); font-size: .875rem; line-height: 1.5; margin: 0 0 .6rem; }
-@media (min-width: 60rem) { section { grid-template-columns: 14.5rem 1fr; } }
+@media (min-width: 60rem) { section:not(.across) { grid-template-columns: 14.5rem 1fr; } }
 
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
   gap: 2rem 2rem; margin: 3rem 0 3.5rem; padding: 0; }

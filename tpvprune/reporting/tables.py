@@ -184,9 +184,12 @@ def comparison(data: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{_cell(key, row.get(key), dense_macs)}</td>" for key in keys)
         body += f"<tr{' class=ours' if ours else ''}>{cells}</tr>"
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    about = "<p>Same budget, same repair, same images. The saved model stands out.</p>"
+    if data.get("comparison_note"):
+        about += f"<p>{escape(str(data['comparison_note']))}</p>"
     return section(
         "Criteria compared",
-        "<p>Same budget, same repair, same images. The saved model stands out.</p>",
+        about,
         f'<div class="scroll">{table}</div>',
     )
 
@@ -252,19 +255,21 @@ def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return dense, pruned
 
 
-def section(title: str, about: str, body: str) -> str:
+def section(title: str, about: str, body: str, *, style: str = "") -> str:
     """Set a heading and a few words beside a table or picture.
 
     Args:
         title: Heading.
         about: HTML paragraphs.
         body: HTML.
+        style: Class of the whole; ``across`` sets the words above, for what needs the width.
 
     Returns:
         HTML.
     """
     text = f'<div class="about"><h2>{title}</h2>{about}</div>'
-    return f"<section>{text}<div>{body}</div></section>"
+    mark = f' class="{style}"' if style else ""
+    return f"<section{mark}>{text}<div>{body}</div></section>"
 
 
 def capitalised(label: str) -> str:

@@ -72,7 +72,8 @@ def prune_weights(
         progress: Called with (stage, done, total).
 
     Returns:
-        The result; ``report`` has weights, agreement and output variance before and after.
+        The result; ``report`` has weights, agreement and output variance before and after, and
+        how many weights of each layer stay.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -126,6 +127,10 @@ def prune_weights(
         "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
         "output_variance": {n: output_variance(m, model, held) for n, m in models.items()},
         "agreement": agreement(pruned, model, held),
+        "layers": [
+            {"name": n.removesuffix(".weight"), "num_weights": m.numel(), "kept": int(m.sum())}
+            for n, m in masks.items()
+        ],
         "timings": clock.seconds,
         "blocked": [
             {"name": n, "num_channels": m.numel(), "reason": f"inputs do not divide into {pattern}"}

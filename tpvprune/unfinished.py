@@ -1,9 +1,9 @@
-"""The state of an unfinished training run: one safetensors file, written whole or not at all."""
+"""The state of an unfinished run: one safetensors file, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,24 @@ def save_state(
             else:
                 numbers.setdefault(str(index), {})[key] = value
     header = {**facts, "optimizer": {"numbers": numbers, "groups": state["param_groups"]}}
+    save_tensors(path, tensors, header)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and facts, in the place of an earlier state.
+
+    Args:
+        path: The file; ValueError tells if the system refuses to write it.
+        tensors: By any names.
+        facts: Plain JSON values.
+    """
     # Copies: safetensors refuses tensors that share memory.
     copies = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
     with written_file(path) as unfinished:
-        save_file(copies, unfinished, metadata={_HEADER: json.dumps(header)})
+        save_file(copies, unfinished, metadata={_HEADER: json.dumps(facts)})
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -76,6 +87,24 @@ def read_facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a saved state by the part of the name before the first colon.
+
+    Args:
+        path: What ``save_tensors`` wrote.
+        parts: All such parts, also those that hold nothing.
+
+    Returns:
+        Part -> rest of the name -> tensor.
+    """
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            part, _, rest = key.partition(":")
+            found[part][rest] = file.get_tensor(key)
+    return found
+
+
 def load_state(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
@@ -87,11 +116,7 @@ def load_state(
         optimizer: Over the parameters of one of them.
     """
     saved = read_facts(path)["optimizer"]
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*modules, "optimizer")}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            name, _, rest = key.partition(":")
-            parts[name][rest] = file.get_tensor(key)
+    parts = read_tensors(path, (*modules, "optimizer"))
     for name, module in modules.items():
         module.load_state_dict(parts[name], strict=True)
     entries: dict[int, dict[str, Any]] = {int(i): dict(n) for i, n in saved["numbers"].items()}

@@ -1,0 +1,133 @@
+"""How far a pruning run is: its rounds, and the file from which one that was stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tpvprune.digest import digest_of
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.latency import Speed
+from tpvprune.membership import num_processes
+from tpvprune.removal import remove_channels
+from tpvprune.scores import Scores
+from tpvprune.unfinished import read_facts, read_tensors, save_tensors
+
+_PARTS = ("model", "kept", "scores", "stderr")
+
+
+@dataclass
+class Rounds:
+    """What the rounds so far have led to.
+
+    Of round number ``chosen``, counted from 1, the channels have left but nothing is repaired yet,
+    or all is done; ``history`` has one entry for every round that is done.
+    """
+
+    model: nn.Module
+    kept: Kept
+    chosen: int = 0
+    scores: Scores | None = None
+    factors: Mapping[str, float] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    speed: Speed | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file in which a run notes where it stands, if it does."""
+
+    path: Path | None
+    key: str
+
+    @classmethod
+    def of(cls, path: str | Path | None, *parts: Any) -> Record:
+        """Return that of a run; several processes have none.
+
+        Args:
+            path: The file, or None.
+            *parts: What tells one run from another; see :func:`tpvprune.digest.digest_of`.
+
+        Returns:
+            The record.
+        """
+        if path is None or num_processes() > 1:
+            return cls(None, "")
+        return cls(Path(path), digest_of(*parts).hex())
+
+    def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
+        """Return where this run stopped, or None; see :func:`load_rounds`."""
+        return None if self.path is None else load_rounds(self.path, self.key, model, groups)
+
+    def save(self, rounds: Rounds) -> None:
+        """Note where it stands."""
+        if self.path is not None:
+            save_rounds(self.path, self.key, rounds)
+
+
+def save_rounds(path: Path, key: str, rounds: Rounds) -> None:
+    """Write where a run stands, in the place of what was there.
+
+    Args:
+        path: The file.
+        key: What tells one run from another.
+        rounds: After the channels of a round have left.
+    """
+    assert rounds.scores is not None
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "model": rounds.model.state_dict(),
+        "kept": rounds.kept,
+        "scores": rounds.scores,
+        "stderr": rounds.scores.stderr or {},
+    }
+    scores = rounds.scores
+    facts = {
+        "key": key,
+        "chosen": rounds.chosen,
+        "factors": None if rounds.factors is None else dict(rounds.factors),
+        "history": rounds.history,
+        "speed": None if rounds.speed is None else asdict(rounds.speed),
+        "seconds": rounds.seconds,
+        "scores": [scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)],
+    }
+    tensors = {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
+    save_tensors(path, tensors, facts)
+
+
+def load_rounds(path: Path, key: str, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
+    """Return where a run of the same kind stopped.
+
+    Args:
+        path: The file; there may be none.
+        key: Of this run.
+        model: The dense model.
+        groups: Its channel groups.
+
+    Returns:
+        The rounds; None without a file, or with that of another run.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not path.exists():
+        return None
+    facts: dict[str, Any] = read_facts(path)
+    if facts.get("key") != key:
+        return None
+    parts = read_tensors(path, _PARTS)
+    kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
+    pruned = remove_channels(model, groups, kept)
+    pruned.load_state_dict(parts["model"])
+    num_samples, criterion, used_labels, has_errors = facts["scores"]
+    stderr = parts["stderr"] if has_errors else None
+    scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
+    speed = None if facts["speed"] is None else Speed(**facts["speed"])
+    return Rounds(
+        pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
+        facts["seconds"],
+    )  # fmt: skip
