@@ -251,6 +251,14 @@ def test_own_model_goes_all_the_way(run, tmp_path):
     assert "mine_for_tests" not in (tmp_path / "own" / "model.safetensors").read_text("latin-1")
 
 
+def test_the_size_of_inputs_of_an_own_model_is_said_unless_it_is_given(run):
+    note = "for a model of your own: --img-size N sets another side"
+    _, _, err = run("groups", "--model", "mine_for_tests:small")
+    assert note in " ".join(err.split())
+    _, _, err = run("groups", "--model", "mine_for_tests:small", "--img-size", 24)
+    assert note not in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -64,7 +64,11 @@ def open_subject(args: argparse.Namespace) -> Subject:
     )
     if made.weights == "random" and args.command != "groups":
         say("note: random weights: --pretrained or --checkpoint F loads trained ones")
-    return _checked_subject(args, model, made, device)
+    subject = _checked_subject(args, model, made, device)
+    if is_factory(args.model) and _input_size(args) is None:
+        size = " x ".join(map(str, subject.preprocessing.input_size))
+        say(f"note: inputs of {size} for a model of your own: --img-size N sets another side")
+    return subject
 
 
 def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:

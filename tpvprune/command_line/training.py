@@ -16,7 +16,7 @@ from torch import nn
 
 from tpvprune.baselines.finetuning import finetune
 from tpvprune.checkpoint import read_config, save_pruned
-from tpvprune.command_line.console import bar, say, show_trained, updates
+from tpvprune.command_line.console import bar, counted, say, show_trained, updates
 from tpvprune.command_line.session import Subject, open_pruned, provenance
 from tpvprune.command_line.session_images import (
     Shown,
@@ -167,8 +167,9 @@ def trained(
     if not math.isfinite(after["output_variance"]):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
-            f"training: expected finite outputs, found others after {recipe.epochs} epochs: lower "
-            f"--lr ({recipe.lr:g}) or --weight-decay ({recipe.weight_decay:g})"
+            "training: expected finite outputs, found others after "
+            f"{counted(recipe.epochs, 'epoch')}: lower --lr ({recipe.lr:g}) or --weight-decay "
+            f"({recipe.weight_decay:g})"
         )
     # What the teacher's own outputs say is worse in both ways is not saved.
     helped = labelled or (
