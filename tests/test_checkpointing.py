@@ -11,7 +11,7 @@ from tpvprune.curves import variance_curves
 from tpvprune.recomputation import segments_of
 from tpvprune.taps import Probing, passes
 
-MODELS = {"test_resnet": 24, "test_vit": 160, "test_convnext": 64, "mobilenetv3_small_050": 32}
+MODELS = {"test_resnet": 24, "test_vit": 160, "test_convnext": 64, "test_efficientnet": 32}
 
 
 class Overwriting(nn.Module):
