@@ -114,6 +114,7 @@ class _Cut:
 
     def __init__(self, reader: Reader, precision: Tensor | None) -> None:
         self.index, self.channel = reader.index, reader.channel
+        self.columns = _columns(reader.index)
         self.precision = precision
         self.parts: list[Tensor] = []
         self.s = torch.empty(0)
@@ -207,20 +208,17 @@ def _collect(
         ) -> None:
             dim = plan[call][0][1].channel_dim
             inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
-            for group, reader in plan[call]:
+            for group, _ in plan[call]:
                 take = max(0, wanted[group.name] - seen)
-                rows, grads = inputs[:take], gradients[:take]
-                index = reader.index.to(grads.device)
-                # What one group reads as a whole, in order, needs no copy.
-                whole = torch.equal(index, torch.arange(grads.shape[2], device=index.device))
-                own, cut = grads if whole else grads[:, :, index], cuts[group.name, call]
+                rows, cut = inputs[:take], cuts[group.name, call]
+                own = gradients[:take, :, cut.columns]
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
                 elif (group.name, call) in maps:
-                    r = residual(rows, -1, means[call], maps[group.name, call][:, reader.index])
+                    r = residual(rows, -1, means[call], maps[group.name, call][:, cut.columns])
                     s = (r * own).sum(1).unsqueeze(2)
                 else:
-                    s = (rows[:, :, index] * own).sum(1).unsqueeze(2)
+                    s = (rows[:, :, cut.columns] * own).sum(1).unsqueeze(2)
                 cut.parts.append(s.transpose(0, 1).float().cpu())
 
         for v in directions:
@@ -238,6 +236,13 @@ def _collect(
             )
         found[name].append(cut)
     return found
+
+
+def _columns(index: Tensor) -> slice | Tensor:
+    """Return what selects these positions: those that follow one another need no copy."""
+    num, first = len(index), int(index[0]) if len(index) else 0
+    run = torch.equal(index, torch.arange(first, first + num))
+    return slice(first, first + num) if run else index
 
 
 def _by_sample(t: Tensor, dim: int, num: int) -> Tensor:

@@ -72,7 +72,7 @@ def main_demo(
         **provenance(args, subject),
         **result.report,
         "dense": {**result.report["dense"], **dense, "agreement": 1.0},
-        "pruned": {**result.report["pruned"], **pruned, "num_images": len(held_out[1])},
+        "pruned": {**result.report["pruned"], **pruned},
         "comparison": rows,
         "comparison_note": note,
         "images": {"source": "sklearn.datasets.load_digits", "num_images": len(training[1]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,31 +11,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.absorption import absorption, scaled
-from tpvprune.allocation import allocate
 from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.clock import Clock, Counted, Progress
+from tpvprune.choosing import Of, Selector, aim_at
+from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
-from tpvprune.criteria import NEEDS_LABELS, SCORERS, scorer
-from tpvprune.curves import variance_curves
-from tpvprune.distributed import by_first, check_same, from_first, total
+from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.distributed import from_first, total
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
-from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
-from tpvprune.narrowest import narrowest
 from tpvprune.reconstruction import reconstruct_blocks
-from tpvprune.removal import remove_channels, restore_empty
+from tpvprune.removal import remove_channels
 from tpvprune.rounds import Record, Rounds
 from tpvprune.running import evaluating, first_output, on_device
 from tpvprune.scores import Scores
-from tpvprune.selection import Budget, Floors, check_budget, cost, reaches, select_channels
+from tpvprune.selection import Floors, check_budget
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
-Of = Literal["macs", "params", "latency"]
 Allocation = Literal["curves", "rank", "plain"]
-_NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def prune(
     with clock("groups"):
         example = _example(model, fit)
         groups = _prunable(find_groups(model, example, ignore=ignore))
-        aim = _aim(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
+        aim = aim_at(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
     floors = Floors(
         round_to=aim.round_to(round_to), min_channels=min_channels, max_removed=max_removed
@@ -141,13 +135,13 @@ def prune(
         "seed": seed,
     }  # fmt: skip
     absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
-    selector = _Selector(
+    selector = Selector(
         criterion, use_curves, allocation != "plain", fit,
         labelled_batches if criterion in NEEDS_LABELS else fit,
         aim.budget, floors, probing, clock,
     )  # fmt: skip
     record = Record.of(
-        state, model, torch.cat(fit), keep, of, criterion, repair, steps, allocation, absorb,
+        state, model, dict(enumerate(fit)), keep, of, criterion, repair, steps, allocation, absorb,
         latency_batch_size, list(floors.items()), list(probing.items()), [g.name for g in groups],
     )  # fmt: skip
     rounds = record.load(model, groups) or Rounds(
@@ -205,58 +199,6 @@ def prune(
 # ---- pieces ---------------------------------------------------------------------------------
 
 
-@dataclass
-class _Aim:
-    """What must be met: a budget, and for milliseconds the proof by the clock."""
-
-    budget: Budget
-    keep: float
-    dense: nn.Module
-    batch: Tensor
-    speed: Speed | None = None
-
-    def round_to(self, wanted: int) -> int:
-        if wanted == 1 and isinstance(self.budget, LatencyTable):
-            return self.budget.step
-        return wanted
-
-    def cost(self, groups: ChannelGroups) -> float:
-        return cost(groups, {}, self.budget)
-
-    def choose(
-        self,
-        choose: Callable[[float], Kept],
-        pruned: nn.Module,
-        groups: ChannelGroups,
-        target: float,
-        *,
-        last: bool,
-    ) -> Kept:
-        """Return what stays; the last choice is made by the clock where time is the budget."""
-
-        def measure(chosen: Kept) -> Speed:
-            smaller = remove_channels(pruned, groups, chosen)
-            return by_first(compare_latency, self.dense, smaller, self.batch)
-
-        if not last or not isinstance(self.budget, LatencyTable):
-            return choose(target)
-        chosen, self.speed = as_fast_as(self.keep, target, choose, measure)
-        return chosen
-
-    def reached(self, groups: ChannelGroups, kept: Kept) -> bool:
-        if self.speed is not None:
-            return self.speed.ratio <= self.keep
-        return reaches(groups, kept, keep=self.keep, of=self.budget)
-
-    def facts(self) -> dict[str, Any]:
-        return {} if self.speed is None else {"speed": asdict(self.speed)}
-
-
-def _aim(of: Of, keep: float, model: nn.Module, groups: ChannelGroups, batch: Tensor) -> _Aim:
-    budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
-    return _Aim(budget, keep, model, batch)
-
-
 @torch.no_grad()
 def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
     """Return the first input, which the model gives finite outputs for."""
@@ -300,31 +242,6 @@ def _prunable(groups: ChannelGroups) -> ChannelGroups:
     raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
 
 
-def _feasible(
-    choose: Callable[..., Kept],
-    groups: ChannelGroups,
-    ranks: Mapping[str, Tensor],
-    keep: float,
-    *,
-    of: Budget,
-    floors: Floors,
-) -> Kept:
-    """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
-    aim = keep
-    for _ in range(4):
-        chosen = restore_empty(groups, choose(keep=aim), ranks)
-        if reaches(groups, chosen, keep=keep, of=of):
-            break
-        # Channels were put back where a layer would have none: the others must pay for them.
-        aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
-    else:
-        lowest = restore_empty(groups, choose(keep=_NOTHING), ranks)
-        if not reaches(groups, lowest, keep=keep, of=of):
-            chosen = narrowest(groups, of, ranks=ranks, **floors)
-    check_same("channels to cut", chosen)
-    return chosen
-
-
 def _check_rounding(round_to: int, groups: ChannelGroups) -> None:
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
     if round_to > max(1, widest):
@@ -355,75 +272,6 @@ def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     for name, mask in chosen.items():
         composed[name][kept[name].nonzero().squeeze(1)[~mask]] = False
     return composed
-
-
-@dataclass(frozen=True)
-class _Selector:
-    """How a round finds out which channels matter least."""
-
-    criterion: str
-    use_curves: bool
-    per_cost: bool
-    fit: list[Tensor]
-    source: Any
-    budget: Budget
-    floors: Floors
-    probing: Mapping[str, Any]
-    clock: Clock
-
-    def scored(self, rounds: Rounds, groups: ChannelGroups, step: int, steps: int) -> Scores | None:
-        """Return the scores of the network as it is, where the choice needs them."""
-        if rounds.scores is not None and self.use_curves:
-            return None
-        with self.clock("scores", step, steps):
-            found = self._score(rounds.model, groups)
-        rounds.scores = rounds.scores or found
-        return found
-
-    def prepared(
-        self, rounds: Rounds, groups: ChannelGroups, target: float, found: Scores | None
-    ) -> Callable[[float], Kept]:
-        """Return how to choose widths for a fraction of the cost of the network as it is."""
-        choose: Callable[..., Kept]
-        ranks: Mapping[str, Tensor]
-        if self.use_curves:
-            choose, ranks = self._by_curves(rounds, groups, target)
-        else:
-            assert found is not None
-            ranks = {**found}
-            choose = partial(
-                select_channels, rounds.model, groups, found,
-                of=self.budget, per_cost=self.per_cost, **self.floors,
-            )  # fmt: skip
-        return partial(_feasible, choose, groups, ranks, of=self.budget, floors=self.floors)
-
-    def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
-        seen = Counted(self.source, "scoring", self.clock.progress)
-        options = self.probing if self.criterion == "tpv" else {"seed": self.probing["seed"]}
-        return scorer(self.criterion)(model, groups, seen, **options)
-
-    def _by_curves(
-        self, rounds: Rounds, groups: ChannelGroups, target: float
-    ) -> tuple[Callable[..., Kept], Mapping[str, Tensor]]:
-        """Return how to choose widths, and the channels' ranks; measure the factors once."""
-        progress = self.clock.progress
-        curves = variance_curves(
-            rounds.model,
-            groups,
-            Counted(self.fit, "curves", progress, passes=2),
-            of=self.budget,
-            progress=progress,
-            **self.probing,
-        )
-        ranks = {name: curve.order.argsort() for name, curve in curves.items()}
-        choose = partial(allocate, groups, of=self.budget, **self.floors)
-        if rounds.factors is None:
-            draft = restore_empty(groups, choose(curves, keep=target), ranks)
-            rounds.factors = absorption(
-                rounds.model, groups, draft, curves, self.fit,
-                seed=self.probing["seed"], progress=progress,
-            )  # fmt: skip
-        return partial(choose, scaled(curves, rounds.factors)), ranks
 
 
 def _repairs(

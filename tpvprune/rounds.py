@@ -61,73 +61,64 @@ class Record:
         return cls(Path(path), digest_of(*parts).hex())
 
     def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
-        """Return where this run stopped, or None; see :func:`load_rounds`."""
-        return None if self.path is None else load_rounds(self.path, self.key, model, groups)
+        """Return where this run stopped.
+
+        Args:
+            model: The dense model.
+            groups: Its channel groups.
+
+        Returns:
+            The rounds; None without a file, or with that of another run.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        facts: dict[str, Any] = read_facts(self.path)
+        if facts.get("key") != self.key:
+            return None
+        parts = read_tensors(self.path, _PARTS)
+        kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
+        pruned = remove_channels(model, groups, kept)
+        pruned.load_state_dict(parts["model"])
+        num_samples, criterion, used_labels, has_errors = facts["scores"]
+        stderr = parts["stderr"] if has_errors else None
+        scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
+        speed = None if facts["speed"] is None else Speed(**facts["speed"])
+        return Rounds(
+            pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
+            facts["seconds"],
+        )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
-        """Note where it stands."""
-        if self.path is not None:
-            save_rounds(self.path, self.key, rounds)
+        """Write where the run stands, in the place of what was there.
 
-
-def save_rounds(path: Path, key: str, rounds: Rounds) -> None:
-    """Write where a run stands, in the place of what was there.
-
-    Args:
-        path: The file.
-        key: What tells one run from another.
-        rounds: After the channels of a round have left.
-    """
-    assert rounds.scores is not None
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "model": rounds.model.state_dict(),
-        "kept": rounds.kept,
-        "scores": rounds.scores,
-        "stderr": rounds.scores.stderr or {},
-    }
-    scores = rounds.scores
-    facts = {
-        "key": key,
-        "chosen": rounds.chosen,
-        "factors": None if rounds.factors is None else dict(rounds.factors),
-        "history": rounds.history,
-        "speed": None if rounds.speed is None else asdict(rounds.speed),
-        "seconds": rounds.seconds,
-        "scores": [scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)],
-    }
-    tensors = {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
-    save_tensors(path, tensors, facts)
-
-
-def load_rounds(path: Path, key: str, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
-    """Return where a run of the same kind stopped.
-
-    Args:
-        path: The file; there may be none.
-        key: Of this run.
-        model: The dense model.
-        groups: Its channel groups.
-
-    Returns:
-        The rounds; None without a file, or with that of another run.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
-    if not path.exists():
-        return None
-    facts: dict[str, Any] = read_facts(path)
-    if facts.get("key") != key:
-        return None
-    parts = read_tensors(path, _PARTS)
-    kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
-    pruned = remove_channels(model, groups, kept)
-    pruned.load_state_dict(parts["model"])
-    num_samples, criterion, used_labels, has_errors = facts["scores"]
-    stderr = parts["stderr"] if has_errors else None
-    scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
-    speed = None if facts["speed"] is None else Speed(**facts["speed"])
-    return Rounds(
-        pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
-        facts["seconds"],
-    )  # fmt: skip
+        Args:
+            rounds: After the channels of a round have left.
+        """
+        if self.path is None:
+            return
+        scores = rounds.scores
+        assert scores is not None
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": rounds.model.state_dict(),
+            "kept": rounds.kept,
+            "scores": scores,
+            "stderr": scores.stderr or {},
+        }
+        facts = {
+            "key": self.key,
+            "chosen": rounds.chosen,
+            "factors": None if rounds.factors is None else dict(rounds.factors),
+            "history": rounds.history,
+            "speed": None if rounds.speed is None else asdict(rounds.speed),
+            "seconds": rounds.seconds,
+            "scores": [
+                scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)
+            ],
+        }  # fmt: skip
+        tensors = {
+            f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()
+        }
+        save_tensors(self.path, tensors, facts)

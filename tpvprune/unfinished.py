@@ -69,10 +69,10 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Return the facts of a saved state.
 
     Args:
-        path: What ``save_state`` wrote.
+        path: What ``save_tensors`` or ``save_state`` wrote.
 
     Returns:
-        The facts, and ``optimizer``: its numbers.
+        The facts; of a training, ``optimizer`` with its numbers too.
 
     Raises:
         ValueError: If the file is damaged or something else.

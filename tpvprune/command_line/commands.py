@@ -26,7 +26,7 @@ from tpvprune.command_line.console import (
     table,
 )
 from tpvprune.command_line.flag_groups import AUTO
-from tpvprune.command_line.pruning_options import pruning_options
+from tpvprune.command_line.pruning_options import probing_options, pruning_options
 from tpvprune.command_line.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.command_line.session_images import (
     Shown,
@@ -34,7 +34,6 @@ from tpvprune.command_line.session_images import (
     choose,
     has_labels,
     images_to_prune_with,
-    mixed_precision,
     open_data,
     scored_until_known,
 )
@@ -58,6 +57,7 @@ from tpvprune.loading import in_memory
 from tpvprune.narrowest import narrowest
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.report import report_data
+from tpvprune.selection import round_step
 
 Outcome = tuple[int, dict[str, Any]]
 _FEWEST = 512  # images for a repair, where the scores would do with less
@@ -93,7 +93,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         labelled=used_labels,
         apart=training.num_held_back(images) if distilling else 0,
     )
-    state = training.state_file(args.output, "pruning")
+    state = training.state_file(args.output, "unfinished-pruning")
     with stages() as progress, _only_for_stops(state):
         result = prune(
             subject.model,
@@ -150,13 +150,8 @@ def run_score(args: argparse.Namespace) -> Outcome:
         batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
         score = scorer(args.criterion)
         known = inspect.signature(score).parameters
-        options = {
-            "num_probes": args.num_probes,
-            "amp": mixed_precision(args),
-            "grad_checkpointing": args.grad_checkpointing,
-        }
-        options = {k: v for k, v in options.items() if k in known}
-        scores = score(subject.model, groups, Shown(batches, "scoring"), seed=args.seed, **options)
+        options = {k: v for k, v in probing_options(args).items() if k in known}
+        scores = score(subject.model, groups, Shown(batches, "scoring"), **options)
     document = {
         **provenance(args, subject),
         "criterion": args.criterion,
@@ -300,7 +295,9 @@ def _only_for_stops(state: Path) -> Iterator[None]:
 
 def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
     narrow = [
-        g.name for g in result.groups if g.unit == "channel" and 1 < g.num_channels <= args.round_to
+        g.name
+        for g in result.groups
+        if g.unit == "channel" and g.num_channels > 1 and round_step(g, args.round_to) == 1
     ]
     if args.round_to > 1 and narrow:
         say(

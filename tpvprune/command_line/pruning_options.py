@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tpvprune.command_line.session_images import mixed_precision
+import torch
 
 _FROM_FLAGS = (
     "keep",
@@ -17,9 +17,6 @@ _FROM_FLAGS = (
     "round_to",
     "min_channels",
     "max_removed",
-    "num_probes",
-    "grad_checkpointing",
-    "seed",
 )
 
 
@@ -34,7 +31,26 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     repair = "compensate" if args.repair == "distill" else args.repair
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
-    return {**named, "repair": repair, "amp": mixed_precision(args)}
+    return {**named, **probing_options(args), "repair": repair}
+
+
+def probing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say of probing to :func:`tpvprune.scores.tpv_scores` and the like.
+
+    Args:
+        args: Parsed flags.
+
+    Returns:
+        Keyword arguments.
+    """
+    # float16, which training may use, is too narrow to score in.
+    amp = torch.bfloat16 if args.amp and args.criterion == "tpv" else None
+    return {
+        "num_probes": args.num_probes,
+        "amp": amp,
+        "grad_checkpointing": args.grad_checkpointing,
+        "seed": args.seed,
+    }
 
 
 def weight_options(args: argparse.Namespace) -> dict[str, Any]:

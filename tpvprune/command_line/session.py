@@ -157,11 +157,9 @@ def _checked_subject(
         with torch.no_grad():
             outputs = model(subject.example)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = textwrap.shorten(reason, 120, placeholder=" ...")
         size = " x ".join(map(str, preprocessing.input_size))
         raise ValueError(
-            f"{made.name} does not run on inputs of {size} ({reason}): set --input-size"
+            f"{made.name} does not run on inputs of {size} ({_reason(error)}): set --input-size"
         ) from error
     check_outputs(model, subject.example, first_output(outputs))
     return subject
@@ -172,11 +170,16 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a device without memory has no answer
     except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[0], 100, placeholder=" ...")
         raise ValueError(
-            f"--device {name}: cannot be used here: expected cpu, cuda, cuda:1 or mps ({reason})"
+            f"--device {name}: cannot be used here: expected cpu, cuda, cuda:1 or mps "
+            f"({_reason(error)})"
         ) from error
     return device
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(first, 120, placeholder=" ...")
 
 
 def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:

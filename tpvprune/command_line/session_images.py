@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from tpvprune.batches import hold_back
 from tpvprune.command_line.console import bar, say
+from tpvprune.command_line.pruning_options import probing_options
 from tpvprune.command_line.session import Subject
 from tpvprune.data import ImageSource, open_images
 from tpvprune.distributed import total
@@ -141,19 +141,11 @@ def scored_until_known(
         subject.model,
         groups,
         Shown(chosen, "scoring"),
-        num_probes=args.num_probes,
         until=_KNOWN,
-        amp=mixed_precision(args),
-        grad_checkpointing=args.grad_checkpointing,
-        seed=args.seed,
+        **probing_options(args),
     )
     say(f"{scores.num_samples} images scored, until half of the scores were known to {_KNOWN:.0%}")
     return scores
-
-
-def mixed_precision(args: argparse.Namespace) -> torch.dtype | None:
-    """Return the type in which ``--amp`` scores; float16, which training may use, is too narrow."""
-    return torch.bfloat16 if args.amp and args.criterion == "tpv" else None
 
 
 def calibration(

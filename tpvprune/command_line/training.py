@@ -196,11 +196,10 @@ def trained(
     return model if helped else subject.model, facts
 
 
-def state_file(output: Path, stage: str = "training") -> Path:
+def state_file(output: Path, kind: str = "unfinished") -> Path:
     """Return where the state of an unfinished run lies: beside its output."""
     output = output.expanduser().resolve()
-    middle = "unfinished" if stage == "training" else f"unfinished-{stage}"
-    return output.with_name(f"{output.name}.{middle}.safetensors")
+    return output.with_name(f"{output.name}.{kind}.safetensors")
 
 
 def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,189 @@
+"""How one round of pruning chooses the channels that stay: the budget, and the ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tpvprune.absorption import absorption, scaled
+from tpvprune.allocation import allocate
+from tpvprune.clock import Clock, Counted
+from tpvprune.criteria import scorer
+from tpvprune.curves import variance_curves
+from tpvprune.distributed import by_first, check_same
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
+from tpvprune.narrowest import narrowest
+from tpvprune.removal import remove_channels, restore_empty
+from tpvprune.rounds import Rounds
+from tpvprune.scores import Scores
+from tpvprune.selection import Budget, Floors, cost, reaches, select_channels
+
+Of = Literal["macs", "params", "latency"]
+_NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
+
+
+@dataclass
+class Aim:
+    """What must be met: a budget, and for milliseconds the proof by the clock."""
+
+    budget: Budget
+    keep: float
+    dense: nn.Module
+    batch: Tensor
+    speed: Speed | None = None
+
+    def round_to(self, wanted: int) -> int:
+        """Return the multiple to round widths to: the one that runs fast, if none is wanted."""
+        if wanted == 1 and isinstance(self.budget, LatencyTable):
+            return self.budget.step
+        return wanted
+
+    def cost(self, groups: ChannelGroups) -> float:
+        """Return the cost of the whole."""
+        return cost(groups, {}, self.budget)
+
+    def choose(
+        self,
+        choose: Callable[[float], Kept],
+        pruned: nn.Module,
+        groups: ChannelGroups,
+        target: float,
+        *,
+        last: bool,
+    ) -> Kept:
+        """Return what stays; the last choice is made by the clock where time is the budget."""
+
+        def measure(chosen: Kept) -> Speed:
+            smaller = remove_channels(pruned, groups, chosen)
+            return by_first(compare_latency, self.dense, smaller, self.batch)
+
+        if not last or not isinstance(self.budget, LatencyTable):
+            return choose(target)
+        chosen, self.speed = as_fast_as(self.keep, target, choose, measure)
+        return chosen
+
+    def reached(self, groups: ChannelGroups, kept: Kept) -> bool:
+        """Return whether what stays meets the budget."""
+        if self.speed is not None:
+            return self.speed.ratio <= self.keep
+        return reaches(groups, kept, keep=self.keep, of=self.budget)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report says of the speed, where it was measured."""
+        return {} if self.speed is None else {"speed": asdict(self.speed)}
+
+
+def aim_at(of: Of, keep: float, model: nn.Module, groups: ChannelGroups, batch: Tensor) -> Aim:
+    """Return what must be met.
+
+    Args:
+        of: What the budget is of.
+        keep: Fraction of the dense cost that stays.
+        model: The dense model.
+        groups: Its channel groups.
+        batch: One call's inputs, where time is the budget.
+
+    Returns:
+        The aim, with the measured costs of widths where time is the budget.
+    """
+    budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
+    return Aim(budget, keep, model, batch)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How a round finds out which channels matter least."""
+
+    criterion: str
+    use_curves: bool
+    per_cost: bool
+    fit: list[Tensor]
+    source: Any
+    budget: Budget
+    floors: Floors
+    probing: Mapping[str, Any]
+    clock: Clock
+
+    def scored(self, rounds: Rounds, groups: ChannelGroups, step: int, steps: int) -> Scores | None:
+        """Return the scores of the network as it is, where the choice needs them."""
+        if rounds.scores is not None and self.use_curves:
+            return None
+        with self.clock("scores", step, steps):
+            found = self._score(rounds.model, groups)
+        rounds.scores = rounds.scores or found
+        return found
+
+    def prepared(
+        self, rounds: Rounds, groups: ChannelGroups, target: float, found: Scores | None
+    ) -> Callable[[float], Kept]:
+        """Return how to choose widths for a fraction of the cost of the network as it is."""
+        choose: Callable[..., Kept]
+        ranks: Mapping[str, Tensor]
+        if self.use_curves:
+            choose, ranks = self._by_curves(rounds, groups, target)
+        else:
+            assert found is not None
+            ranks = {**found}
+            choose = partial(
+                select_channels, rounds.model, groups, found,
+                of=self.budget, per_cost=self.per_cost, **self.floors,
+            )  # fmt: skip
+        return partial(_feasible, choose, groups, ranks, of=self.budget, floors=self.floors)
+
+    def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
+        seen = Counted(self.source, "scoring", self.clock.progress)
+        options = self.probing if self.criterion == "tpv" else {"seed": self.probing["seed"]}
+        return scorer(self.criterion)(model, groups, seen, **options)
+
+    def _by_curves(
+        self, rounds: Rounds, groups: ChannelGroups, target: float
+    ) -> tuple[Callable[..., Kept], Mapping[str, Tensor]]:
+        """Return how to choose widths, and the channels' ranks; measure the factors once."""
+        progress = self.clock.progress
+        curves = variance_curves(
+            rounds.model,
+            groups,
+            Counted(self.fit, "curves", progress, passes=2),
+            of=self.budget,
+            progress=progress,
+            **self.probing,
+        )
+        ranks = {name: curve.order.argsort() for name, curve in curves.items()}
+        choose = partial(allocate, groups, of=self.budget, **self.floors)
+        if rounds.factors is None:
+            draft = restore_empty(groups, choose(curves, keep=target), ranks)
+            rounds.factors = absorption(
+                rounds.model, groups, draft, curves, self.fit,
+                seed=self.probing["seed"], progress=progress,
+            )  # fmt: skip
+        return partial(choose, scaled(curves, rounds.factors)), ranks
+
+
+def _feasible(
+    choose: Callable[..., Kept],
+    groups: ChannelGroups,
+    ranks: Mapping[str, Tensor],
+    keep: float,
+    *,
+    of: Budget,
+    floors: Floors,
+) -> Kept:
+    """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
+    aim = keep
+    for _ in range(4):
+        chosen = restore_empty(groups, choose(keep=aim), ranks)
+        if reaches(groups, chosen, keep=keep, of=of):
+            break
+        # Channels were put back where a layer would have none: the others must pay for them.
+        aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
+    else:
+        lowest = restore_empty(groups, choose(keep=_NOTHING), ranks)
+        if not reaches(groups, lowest, keep=keep, of=of):
+            chosen = narrowest(groups, of, ranks=ranks, **floors)
+    check_same("channels to cut", chosen)
+    return chosen
