@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tpvprune
+import tpvprune.choosing
 import tpvprune.pipeline
 from tpvprune import distributed, membership
 from tpvprune.augmentation import HeldImages
@@ -181,7 +182,7 @@ def lost(how, *argv):
         return tpvprune.variance_curves(*args, **kwargs)
 
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    tpvprune.pipeline.variance_curves = fail if last else impatient
+    tpvprune.choosing.variance_curves = fail if last else impatient
     membership._BEAT, membership._GRACE = 0.2, 2.0
     return main(argv)
 

@@ -74,7 +74,7 @@ def test_nothing_cut_is_nothing_absorbed():
 def test_prune_measures_factors_only_for_repairs_that_refit(repair, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "tpvprune.pipeline.absorption", lambda *a, **k: calls.append(1) or absorption(*a, **k)
+        "tpvprune.choosing.absorption", lambda *a, **k: calls.append(1) or absorption(*a, **k)
     )
     prune(build("residual"), batches(32), keep=0.6, repair=repair, steps=2)
     assert len(calls) == (repair == "compensate")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,6 +13,9 @@ from images import write_classes, write_images
 from tpvprune.checkpoint import load_pruned, read_config
 from tpvprune.cli import main
 from tpvprune.command_line import training as training_commands
+from tpvprune.command_line.session_images import all_but, choose, choose_apart
+from tpvprune.data import open_images
+from tpvprune.preprocessing import resolve_preprocessing
 
 CLASSES = 4
 SMALL = ["-b", "8", "-j", "2", "--latency-repeats", "0"]
@@ -69,6 +74,34 @@ def test_training_that_only_harms_is_not_saved(run, root, tmp_path, monkeypatch,
     assert document["pruned"]["agreement"] == found[saved == "trained"]["agreement"]
     assert ("weights it began with are saved" in " ".join(err.split())) == (saved == "start")
     assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (saved == "start")
+
+
+def test_training_is_measured_on_images_that_an_earlier_prune_has_not_fitted(root):
+    images = open_images(root / "flat")
+    model = timm.create_model("test_resnet")
+    how = resolve_preprocessing(model, input_size=(3, 32, 32), crop_pct=1.0)
+    args, subject = Namespace(seed=3, batch_size=8, workers=1), SimpleNamespace(preprocessing=how)
+
+    def seen(batches):
+        return {x.numpy().tobytes() for x in torch.cat(list(batches))}
+
+    num, skip = all_but(4, images, None)
+    apart = seen(choose_apart(args, subject, images, 4))
+    trained = seen(choose(args, subject, images, num, skip=skip))
+    fitted = seen(choose(args, subject, images, 36))
+    assert [len(apart), len(trained), len(fitted)] == [4, 36, 36]
+    assert not apart & (trained | fitted)
+    stream = SimpleNamespace(count=None)
+    assert all_but(4, stream, 10) == (10, 4)  # a stream is read in its own order
+
+
+def test_a_mirrored_teacher_is_what_training_is_measured_by(run, tmp_path):
+    code, out, _ = run(*distil(tmp_path / "out", "--mirrored", "--epochs", "1", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert document["training"]["mirrored"] is True
+    by_teacher = document["training"]["after"]["output_variance"]
+    assert document["pruned"]["output_variance"] not in {by_teacher, None}
 
 
 def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(run, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpvprune
-from tpvprune import latency, pipeline
+from tpvprune import choosing, latency
 from tpvprune.latency import LatencyTable, LayerTime, Speed, as_fast_as, compare_latency
 from tpvprune.selection import CostModel, cost, unit_costs
 
@@ -131,13 +131,13 @@ def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path)
     model, groups = chain
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     table = table_of(groups, model, lambda i, o: i * o)
-    monkeypatch.setattr(pipeline, "latency_table", lambda *_: table)
+    monkeypatch.setattr(choosing, "latency_table", lambda *_: table)
 
     def by_params(dense, pruned, x):
         assert x.shape[0] == 3
         return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(dense))
 
-    monkeypatch.setattr(pipeline, "compare_latency", by_params)
+    monkeypatch.setattr(choosing, "compare_latency", by_params)
     result = tpvprune.prune(
         model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none"
     )

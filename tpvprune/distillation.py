@@ -113,7 +113,7 @@ def distill(
     )  # fmt: skip
     student_like = next(student.parameters())
     source = unlabeled(batches)
-    teacher = _Mirrored(dense) if mirrored else dense
+    teacher = teacher_of(dense, mirrored=mirrored)
     loss_of = _Difference(teacher, recipe, temperature if loss == "divergence" else None)
     with evaluating(dense):
         return train(
@@ -127,6 +127,19 @@ def distill(
             progress=progress,
             watch=watch,
         )
+
+
+def teacher_of(dense: nn.Module, *, mirrored: bool) -> nn.Module:
+    """Return the model whose outputs a student learns.
+
+    Args:
+        dense: The dense model.
+        mirrored: See :func:`distill`.
+
+    Returns:
+        The dense model, or the mean of its outputs on inputs and on their mirror images.
+    """
+    return _Mirrored(dense) if mirrored else dense
 
 
 def divergence(outputs: Tensor, dense_outputs: Tensor, *, temperature: float) -> Tensor:

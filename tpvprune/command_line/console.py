@@ -278,11 +278,11 @@ def trained_line(training: Mapping[str, Any]) -> None:
     )
     if training["saved"] == "start":
         say(
-            "note: training took the model further from the dense one, so the weights it began "
+            "note: training took the model further from its teacher, so the weights it began "
             "with are saved: try more images or a lower --lr"
         )
     elif not after["output_variance"] <= before["output_variance"]:
-        say("note: training took the outputs further from the dense model's: try a lower --lr")
+        say("note: training took the outputs further from the teacher's: try a lower --lr")
 
 
 def show_evaluated(document: Mapping[str, Any]) -> None:

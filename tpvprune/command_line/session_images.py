@@ -177,7 +177,8 @@ def calibration(
     Raises:
         ValueError: If no image can be read, or the classes are not the model's.
     """
-    chosen = choose(args, subject, images, args.num_images, skip=apart, labelled=labelled)
+    num, skip = all_but(apart, images, args.num_images)
+    chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
     if labelled:
         check_classes(images, subject.model, class_map=args.class_map)
     batches = in_memory(chosen, progress=bar("reading images"))
@@ -186,7 +187,9 @@ def calibration(
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
     if apart:
-        return batches, Witnesses(in_memory(choose(args, subject, images, apart)), "held-back")
+        return batches, Witnesses(
+            in_memory(choose_apart(args, subject, images, apart)), "held-back"
+        )
     if not held_out:
         return batches, None
     others: Any = []
@@ -195,6 +198,44 @@ def calibration(
         if images.count - args.num_images >= _ENOUGH:
             return batches, Witnesses(others, "other")
     return batches, Witnesses([*hold_back(batches)[1], *others], "held-back")
+
+
+def choose_apart(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, num: int
+) -> ImageBatches:
+    """Choose images to measure training on: the last of the permutation, the first of a stream.
+
+    An earlier `prune` with this seed has fitted its repair to the first ones: on them the model
+    looks better before training than it is.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        num: How many.
+
+    Returns:
+        Re-iterable batches without labels.
+    """
+    skip = 0 if images.count is None else images.count - num
+    return choose(args, subject, images, num, skip=skip)
+
+
+def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[int | None, int]:
+    """Return how many images to take after how many others, without those set apart.
+
+    Args:
+        apart: How many :func:`choose_apart` takes.
+        images: Where from.
+        num_images: How many are wanted; None for all.
+
+    Returns:
+        (num_images, skip) of :func:`choose`.
+    """
+    if images.count is None:
+        return num_images, apart
+    rest = images.count - apart
+    return (rest if num_images is None else min(num_images, rest)), 0
 
 
 def images_to_prune_with(

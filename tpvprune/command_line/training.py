@@ -20,15 +20,16 @@ from tpvprune.command_line.console import bar, counted, say, show_trained, updat
 from tpvprune.command_line.session import Subject, open_pruned, provenance
 from tpvprune.command_line.session_images import (
     Shown,
+    all_but,
     check_classes,
-    choose,
+    choose_apart,
     labelled_images,
     open_data,
 )
 from tpvprune.command_line.session_results import measured, shown_changes
 from tpvprune.data import ImageSource
 from tpvprune.digest import file_digest
-from tpvprune.distillation import distill
+from tpvprune.distillation import distill, teacher_of
 from tpvprune.distributed import by_first
 from tpvprune.downloads import local_folder
 from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
@@ -136,12 +137,13 @@ def trained(
     """
     recipe, held = recipe_of(args), num_held_back(images)
     mixed = not (labelled or args.no_mix)
-    witnesses = in_memory(choose(args, subject, images, held), progress=bar("reading images"))
+    witnesses = in_memory(choose_apart(args, subject, images, held), progress=bar("reading images"))
+    num_images, skip = all_but(held, images, num_images)
     batches, augment = training_images(
         images,
         subject.preprocessing,
         num_images=num_images,
-        skip=held,
+        skip=skip,
         seed=args.seed,
         batch_size=args.batch_size or 128,
         workers=args.workers,
@@ -150,7 +152,8 @@ def trained(
         progress=bar("reading images"),
         notice=say,
     )
-    before = _closeness(subject.model, dense, witnesses)
+    teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
+    before = _closeness(subject.model, teacher, witnesses)
     state = state_file(args.output)
     resumed, start = state.exists(), time.monotonic()
     if resumed:
@@ -163,7 +166,7 @@ def trained(
             how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
-    after = _closeness(model, dense, witnesses)
+    after = _closeness(model, teacher, witnesses)
     if not math.isfinite(after["output_variance"]):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
@@ -171,7 +174,7 @@ def trained(
             f"{counted(recipe.epochs, 'epoch')}: lower --lr ({recipe.lr:g}) or --weight-decay "
             f"({recipe.weight_decay:g})"
         )
-    # What the teacher's own outputs say is worse in both ways is not saved.
+    # What is further from the teacher in both ways is not saved.
     helped = labelled or (
         after["output_variance"] <= before["output_variance"]
         or after["agreement"] >= before["agreement"]
@@ -217,6 +220,9 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         args, subject, dense, images, num_images=args.num_images, labelled=labelled
     )
     saved = facts["after" if facts["saved"] == "trained" else "before"]
+    seen = in_memory(choose_apart(args, subject, images, facts["num_held_back"]))
+    if facts["mirrored"]:  # what was measured is how close it is to that teacher
+        saved = _closeness(model, dense, seen)
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
     weights = config["provenance"].get("weights")
     document = {
@@ -235,7 +241,6 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         },
         "output": str(args.output),
     }
-    seen = in_memory(choose(args, subject, images, facts["num_held_back"]))
     shown = shown_changes(args, subject, model, dense, seen)
     by_first(
         save_pruned,
