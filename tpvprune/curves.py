@@ -131,14 +131,9 @@ class _Cut:
         if self.precision is None:
             per_column = self.s[:, :, 0]
         else:
-            weights = residual_map(self.precision, self._units())[:, self.index]
+            weights = residual_map(self.precision, [(self.index, self.channel)])[:, self.index]
             per_column = torch.bmm(self.s, weights.T.float().unsqueeze(2)).squeeze(2)
         return torch.zeros(num_channels, rows).index_add_(0, self.channel, per_column)
-
-    def _units(self) -> list[Tensor]:
-        order = self.channel.argsort(stable=True)
-        counts = self.channel[order].unique_consecutive(return_counts=True)[1]
-        return list(self.index[order].split(counts.tolist()))
 
     def remove(self, channels: Tensor) -> Tensor:
         """Return the joint change [rows] of channels that leave now; the others take over."""
@@ -197,7 +192,7 @@ def _collect(
             known = precisions.get(r.call)
             cuts[group.name, r.call] = _Cut(r, known if joint else None)
             if known is not None and not joint:
-                maps[group.name, r.call] = residual_map(known, cuts[group.name, r.call]._units())
+                maps[group.name, r.call] = residual_map(known, [(r.index, r.channel)])
     # The first images of the whole set, with all of their directions.
     wanted = {name: share(-(-limit // probing.num_probes)) for name, limit in limits.items()}
     seen, most = 0, max(wanted.values())

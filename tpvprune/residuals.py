@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.distributed import places, share, summed
-from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.groups import ChannelGroups
 from tpvprune.observer import Observer
 from tpvprune.positions import by_channel, sampled_rows
 from tpvprune.running import evaluating, fast_layout, on_device
@@ -47,19 +47,31 @@ def residual_maps(
     maps = {}
     for call in list(covariances):
         mean, covariance = covariances.pop(call)  # one matrix in float64 at a time
-        matrix = residual_map(ridge_inverse(covariance, ridge), _blocks(plan[call]))
+        readers = [(reader.index, reader.channel) for _, reader in plan[call]]
+        matrix = residual_map(ridge_inverse(covariance, ridge), readers)
         maps[call] = (mean.to(dtype), matrix.to(dtype))
     return maps
 
 
-def residual_map(precision: Tensor, units: Iterable[Tensor]) -> Tensor:
-    """Return M [n, n] with (a - mean) M the part of each unit that the others cannot predict."""
-    units = list(units)
-    single = torch.cat([u for u in units if len(u) == 1] or [torch.zeros(0, dtype=torch.long)])
+def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return M with (a - mean) M the part of each unit that the other inputs cannot predict.
+
+    Args:
+        precision: Inverse covariance [n, n] of the inputs.
+        readers: The ``index`` and ``channel`` of each :class:`tpvprune.groups.Reader`.
+
+    Returns:
+        [n, n]; columns that nobody reads are zero.
+    """
     matrix = torch.zeros_like(precision)
-    matrix[:, single] = precision[:, single] / precision[single, single]
-    for unit in units:
-        if len(unit) > 1:
+    for index, channel in readers:
+        order = channel.argsort(stable=True)
+        inputs = index[order]
+        counts = channel[order].unique_consecutive(return_counts=True)[1]
+        alone = (counts == 1).repeat_interleave(counts)
+        single, several = inputs[alone], inputs[~alone]
+        matrix[:, single] = precision[:, single] / precision[single, single]
+        for unit in several.split(counts[counts > 1].tolist()):
             p = precision[:, unit]
             matrix[:, unit] = torch.linalg.solve(p[unit], p.T).T
     return matrix
@@ -154,11 +166,3 @@ def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
     mean, matrix = mean.to(a), matrix.to(a)
     flat = (a.movedim(dim, -1) - mean) @ matrix
     return flat.movedim(-1, dim)
-
-
-def _blocks(plan: list[tuple[ChannelGroup, Reader]]) -> Iterator[Tensor]:
-    """Yield the input positions of every unit that one reader call reads."""
-    for _, reader in plan:
-        order = reader.channel.argsort(stable=True)
-        counts = reader.channel[order].unique_consecutive(return_counts=True)[1]
-        yield from reader.index[order].split(counts.tolist())
