@@ -2,9 +2,11 @@
 
     python benchmarks/oneshot.py --model cifar_resnet56 --checkpoint FILE \
         --train-dir cifar10-train.tar --test-dir cifar10-test.tar --keep 0.7 0.5 0.3 --seeds 3
+    python benchmarks/oneshot.py ... --keep 0.5 --calibration noise digits
+    python benchmarks/oneshot.py ... --keep 0.5 --num-images 64
 
-A seed draws the unlabeled training images and the probes. One CSV row per (model, criterion,
-allocation, repair, steps, images, keep, seed); rows that exist are skipped, so a run that was
+A seed draws the unlabeled images and the probes. One CSV row per (model, criterion, allocation,
+repair, steps, images, what they show, keep, seed); rows that exist are skipped, so a run that was
 stopped goes on. Ends with a Markdown table, mean ± sd over the seeds. The dense accuracy is the
 row with keep 1.
 """
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from environment import write_environment
 from rows import append, grouped, mean_and_sd, read
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
 
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.data import open_images
@@ -28,9 +32,10 @@ from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.loading import choose_images, in_memory
 from tpvprune.models import load_model
 from tpvprune.pipeline import prune
-from tpvprune.preprocessing import resolve_preprocessing
+from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
 
-KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "keep", "seed"]
+KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "calibration"]
+KEY += ["keep", "seed"]
 COLUMNS = [*KEY, "labels", "macs_kept", "params_kept", "top1", "dense_top1", "agreement", "seconds"]
 
 
@@ -51,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if dense is None:
             dense, answers = evaluate(model, test).top1, model_outputs(model, test)
-        train = images(args, model, args.train_dir, args.num_images, seed)
-        for key in wanted:
-            row = measure(model, train, (test, answers), dict(zip(KEY, key, strict=True)))
+        shown = {kind: CALIBRATIONS[kind](args, model, seed) for kind in args.calibration}
+        for values in wanted:
+            key = dict(zip(KEY, values, strict=True))
+            row = measure(model, shown[key["calibration"]], (test, answers), key)
             row["dense_top1"] = f"{100 * dense:.2f}"
             append(path, row, COLUMNS)
-            print(f"{row['criterion']} keep {row['keep']} seed {seed}: {row['top1']}", flush=True)
+            setting = f"{row['criterion']} {row['calibration']} keep {row['keep']} seed {seed}"
+            print(f"{setting}: {row['top1']}", flush=True)
     write_environment(path.with_suffix(".json"), args)
     print(markdown(path))
     return 0
@@ -77,10 +84,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repair", default="compensate")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=["train"],
+        choices=CALIBRATIONS,
+        help="what pruning sees: training images, uniform noise, or resized handwritten digits",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    labelled = sorted(NEEDS_LABELS.intersection(args.criteria))
+    if labelled and args.calibration != ["train"]:
+        parser.error(f"criteria {', '.join(labelled)} need labels: --calibration train only")
+    return args
 
 
 def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
@@ -93,9 +111,11 @@ def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
             args.repair,
             args.steps,
             args.num_images,
+            calibration,
             keep,
             seed,
         )
+        for calibration in args.calibration
         for criterion in args.criteria
         for keep in args.keep
     ]
@@ -114,6 +134,37 @@ def images(args: argparse.Namespace, model: Any, folder: str, num: int | None, s
             labelled=True,
         )
     )
+
+
+def training_images(args: argparse.Namespace, model: Any, seed: int) -> Any:
+    """Return what the model was made for."""
+    return images(args, model, args.train_dir, args.num_images, seed)
+
+
+def noise(args: argparse.Namespace, model: Any, seed: int) -> Any:
+    """Return images whose every value is uniform in [0, 1]."""
+    how = resolve_preprocessing(model, input_size=args.input_size, crop_pct=args.crop_pct)
+    generator = torch.Generator().manual_seed(seed)
+    return normalised(torch.rand(args.num_images, *how.input_size, generator=generator), how)
+
+
+def digits(args: argparse.Namespace, model: Any, seed: int) -> Any:
+    """Return scikit-learn's grey 8 x 8 digits, resized to the model's inputs."""
+    how = resolve_preprocessing(model, input_size=args.input_size, crop_pct=args.crop_pct)
+    found = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    size = how.input_size
+    chosen = F.interpolate(found[order[: args.num_images]], size=size[1:], mode="bilinear")
+    return normalised(chosen.expand(-1, size[0], -1, -1), how)
+
+
+def normalised(pixels: torch.Tensor, how: Preprocessing) -> list[torch.Tensor]:
+    """Return batches as the model takes them, of pixels [N, C, H, W] in [0, 1]."""
+    mean, std = (torch.tensor(how.config[key])[:, None, None] for key in ("mean", "std"))
+    return list(((pixels - mean) / std).split(125))
+
+
+CALIBRATIONS = {"train": training_images, "noise": noise, "digits": digits}
 
 
 def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str, Any]:
@@ -150,13 +201,13 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
 def markdown(path: Path) -> str:
     """Return the table of a result file: mean ± sd of top-1 over the seeds."""
     lines = [
-        "| model | criterion | widths | repair | steps | images | MACs kept | top-1 | dense "
-        "| seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | criterion | widths | repair | steps | images | of | MACs kept | top-1 "
+        "| dense | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, rows in grouped(path, KEY[:-1]).items():
         macs = statistics.mean(float(r["macs_kept"]) for r in rows)
-        cells = [*key[:6], f"{macs:.3f}", mean_and_sd(rows, "top1")]
+        cells = [*key[:7], f"{macs:.3f}", mean_and_sd(rows, "top1")]
         lines.append("| " + " | ".join([*cells, rows[0]["dense_top1"], str(len(rows))]) + " |")
     return "\n".join(lines)
 
