@@ -84,6 +84,29 @@ def test_curves_are_monotone_permutations_from_zero(case):
         assert (curve.variance.diff() >= 0).all()
 
 
+def test_curves_in_little_memory_are_the_same():
+    model = build("attention")
+    groups = find_groups(model, images(2))
+    passes = []
+
+    def shown():
+        passes.append(1)
+        yield from batches()
+
+    class Inputs:
+        def __iter__(self):
+            return shown()
+
+    whole = variance_curves(model, groups, Inputs())
+    num = len(passes)
+    parts = variance_curves(model, groups, Inputs(), max_bytes_held=1)
+    assert (num, len(passes) - num) == (2, 1 + len(groups))
+    assert list(whole) == list(parts)
+    for name, curve in whole.items():
+        assert torch.equal(curve.order, parts[name].order)
+        assert torch.equal(curve.variance, parts[name].variance)
+
+
 def test_first_to_leave_has_the_smallest_compensated_score():
     model = build("chain")
     groups = find_groups(model, images(2))

@@ -53,7 +53,9 @@ class Counted(Iterable[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
-            yield batch
-            self._done += 1
-            if self._progress is not None and self._done <= self._total:
-                self._progress(self._stage, self._done, self._total)
+            try:
+                yield batch
+            finally:  # also of the last one that is asked for
+                self._done += 1
+                if self._progress is not None and self._done <= self._total:
+                    self._progress(self._stage, self._done, self._total)

@@ -10,8 +10,9 @@ includes the interactions inside the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def variance_curves(
     ridge: float = 1e-3,
     max_rows: int = 4096,
     max_bytes: int = 1 << 28,
+    max_bytes_held: int = 1 << 31,
     of: Budget = "macs",
     amp: torch.dtype | None = None,
     grad_checkpointing: bool = False,
@@ -71,6 +73,8 @@ def variance_curves(
         ridge: Relative ridge of the stand-in maps.
         max_rows: At most so many (sample, direction) pairs enter a curve.
         max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
+        max_bytes_held: Memory that those of all groups may take at one time (of one group: its
+            own limit); what is beyond it is measured in further passes over the inputs.
         of: The budget: units of one group that save more of it leave earlier.
         amp: ``torch.bfloat16`` for mixed precision.
         grad_checkpointing: See :func:`tpvprune.scores.tpv_scores`.
@@ -84,26 +88,35 @@ def variance_curves(
         ValueError: If an activation or a curve is not finite (of a float16 model: in float32,
             either).
     """
-    cuts = retried_in_single(
-        model,
-        lambda model: _collect(
-            model,
-            groups,
-            inputs,
-            input_covariances(model, groups, inputs),
-            Probing(metric, num_probes, amp, grad_checkpointing, seed),
-            ridge=ridge,
-            max_rows=max_rows,
-            max_bytes=max_bytes,
-        ),
-    )
     savings = unit_costs(groups, of)
-    curves: dict[str, Curve] = {}
-    for g in groups:
-        curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
-        if progress is not None:
-            progress("elimination", len(curves), len(curves) + len(cuts))
-    return curves
+    probing = Probing(metric, num_probes, amp, grad_checkpointing, seed)
+
+    def measured(model: nn.Module) -> dict[str, Curve]:
+        num = 0
+
+        def counted() -> Iterator[Tensor]:
+            nonlocal num
+            for x in inputs:
+                num += len(x)
+                yield x
+
+        covariances = input_covariances(model, groups, counted())
+        widths = {call: len(mean) for call, (mean, _) in covariances.items()}
+        most = min(max_rows, int(total(num)) * num_probes)
+        sizes = {g.name: _size(g, widths, most, max_bytes) for g in groups}
+        curves: dict[str, Curve] = {}
+        for names in _parts(sizes, max_bytes_held):
+            part = [groups[name] for name in names]
+            cuts = _collect(
+                model, part, inputs, covariances, probing=probing, sizes=sizes, ridge=ridge
+            )
+            for g in part:
+                curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
+                if progress is not None:
+                    progress("elimination", len(curves), len(sizes))
+        return {g.name: curves[g.name] for g in groups}
+
+    return retried_in_single(model, measured)
 
 
 # ---- statistics -----------------------------------------------------------------------------
@@ -168,33 +181,60 @@ class _Cut:
         self.index, self.channel = self.index[order], self.channel[order]
 
 
+class _Size(NamedTuple):
+    """How much of a group is measured: jointly or channel by channel, rows, and their bytes."""
+
+    joint: bool
+    rows: int
+    num_bytes: int
+
+
+def _size(group: ChannelGroup, widths: Mapping[int, int], most_rows: int, max_bytes: int) -> _Size:
+    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    rows = max_bytes // (4 * max(numbers, 1))
+    if rows < _MIN_ROWS:
+        return _Size(False, most_rows, 4 * most_rows * sum(len(r.index) for r in group.readers))
+    return _Size(True, min(most_rows, rows), 4 * min(most_rows, rows) * numbers)
+
+
+def _parts(sizes: Mapping[str, _Size], max_bytes_held: int) -> Iterator[list[str]]:
+    """Yield groups that are held together; those that want many inputs need few passes."""
+    part: list[str] = []
+    held = 0
+    for name in sorted(sizes, key=lambda name: -sizes[name].rows):
+        if part and held + sizes[name].num_bytes > max_bytes_held:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += sizes[name].num_bytes
+    yield part
+
+
 def _collect(
     model: nn.Module,
-    groups: ChannelGroups,
+    groups: Sequence[ChannelGroup],
     inputs: Iterable[Tensor],
     covariances: Mapping[int, tuple[Tensor, Tensor]],
-    probing: Probing,
     *,
+    probing: Probing,
+    sizes: Mapping[str, _Size],
     ridge: float,
-    max_rows: int,
-    max_bytes: int,
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
-    precisions = {c: ridge_inverse(cov.cpu(), ridge) for c, (_, cov) in covariances.items()}
-    means = {c: mean for c, (mean, _) in covariances.items()}
+    known = {c: covariances[c] for c in plan if c in covariances}
+    precisions = {c: ridge_inverse(cov.cpu(), ridge) for c, (_, cov) in known.items()}
+    means = {c: mean for c, (mean, _) in known.items()}
     cuts: dict[tuple[str, int], _Cut] = {}
-    limits, maps = {}, {}
+    maps = {}
     for group in groups:
-        numbers = sum(len(means.get(r.call, [0])) * len(r.index) for r in group.readers)
-        joint = max_bytes // (4 * max(numbers, 1)) >= _MIN_ROWS
-        limits[group.name] = min(max_rows, max_bytes // (4 * numbers)) if joint else max_rows
+        joint = sizes[group.name].joint
         for r in group.readers:
-            known = precisions.get(r.call)
-            cuts[group.name, r.call] = _Cut(r, known if joint else None)
-            if known is not None and not joint:
-                maps[group.name, r.call] = residual_map(known, [(r.index, r.channel)])
+            precision = precisions.get(r.call)
+            cuts[group.name, r.call] = _Cut(r, precision if joint else None)
+            if precision is not None and not joint:
+                maps[group.name, r.call] = residual_map(precision, [(r.index, r.channel)])
     # The first images of the whole set, with all of their directions.
-    wanted = {name: share(-(-limit // probing.num_probes)) for name, limit in limits.items()}
+    wanted = {g.name: share(-(-sizes[g.name].rows // probing.num_probes)) for g in groups}
     seen, most = 0, max(wanted.values())
     for x, directions, tap in passes(model, groups, inputs, probing):
 

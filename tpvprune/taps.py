@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tpvprune.distributed import own
 from tpvprune.finite import check_outputs
-from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.membership import num_processes
 from tpvprune.observer import Observer
 from tpvprune.recomputation import recomputed, segments_of
@@ -39,7 +39,7 @@ class Probing:
 
 
 def passes(
-    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], probing: Probing
+    model: nn.Module, groups: Iterable[ChannelGroup], inputs: Iterable[Tensor], probing: Probing
 ) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
     """Run the forwards, batch by batch, with the model frozen and in eval mode.
 
@@ -255,7 +255,7 @@ class _Inputs:
 # ---- small pieces ---------------------------------------------------------------------------
 
 
-def reader_plan(groups: ChannelGroups) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
+def reader_plan(groups: Iterable[ChannelGroup]) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
     """Return who reads at each call: call -> [(group, reader)]."""
     plan: dict[int, list[tuple[ChannelGroup, Reader]]] = {}
     for group in groups:
