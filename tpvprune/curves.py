@@ -101,14 +101,15 @@ def variance_curves(
                 yield x
 
         covariances = input_covariances(model, groups, counted())
-        widths = {call: len(mean) for call, (mean, _) in covariances.items()}
+        means = {call: mean for call, (mean, _) in covariances.items()}
+        precisions = {c: ridge_inverse(covariances.pop(c)[1].cpu(), ridge) for c in means}
         most = min(max_rows, int(total(num)) * num_probes)
-        sizes = {g.name: _size(g, widths, most, max_bytes) for g in groups}
+        sizes = {g.name: _size(g, means, most, max_bytes) for g in groups}
         curves: dict[str, Curve] = {}
         for names in _parts(sizes, max_bytes_held):
             part = [groups[name] for name in names]
             cuts = _collect(
-                model, part, inputs, covariances, probing=probing, sizes=sizes, ridge=ridge
+                model, part, inputs, probing, means=means, precisions=precisions, sizes=sizes
             )
             for g in part:
                 curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
@@ -189,8 +190,11 @@ class _Size(NamedTuple):
     num_bytes: int
 
 
-def _size(group: ChannelGroup, widths: Mapping[int, int], most_rows: int, max_bytes: int) -> _Size:
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+def _size(
+    group: ChannelGroup, means: Mapping[int, Tensor], most_rows: int, max_bytes: int
+) -> _Size:
+    widths = [len(means[r.call]) if r.call in means else 1 for r in group.readers]
+    numbers = sum(n * len(r.index) for n, r in zip(widths, group.readers, strict=True))
     rows = max_bytes // (4 * max(numbers, 1))
     if rows < _MIN_ROWS:
         return _Size(False, most_rows, 4 * most_rows * sum(len(r.index) for r in group.readers))
@@ -214,16 +218,13 @@ def _collect(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     inputs: Iterable[Tensor],
-    covariances: Mapping[int, tuple[Tensor, Tensor]],
-    *,
     probing: Probing,
+    *,
+    means: Mapping[int, Tensor],
+    precisions: Mapping[int, Tensor],
     sizes: Mapping[str, _Size],
-    ridge: float,
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
-    known = {c: covariances[c] for c in plan if c in covariances}
-    precisions = {c: ridge_inverse(cov.cpu(), ridge) for c, (_, cov) in known.items()}
-    means = {c: mean for c, (mean, _) in known.items()}
     cuts: dict[tuple[str, int], _Cut] = {}
     maps = {}
     for group in groups:
