@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compilation is measured anew
 
 import timm
 import torch
@@ -98,13 +99,37 @@ def forward(m: Material) -> None:
 
 def bare_backward(m: Material, layout: torch.memory_format = torch.contiguous_format) -> None:
     """Forward and backward by the activations alone, with nothing measured."""
+    passes(m.model, m, layout)
+
+
+def passes(
+    run: Callable[[Tensor], Tensor],
+    m: Material,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> None:
     m.model.requires_grad_(False)
     for x in m.inputs:
         leaf = x.clone(memory_format=layout).requires_grad_()
-        out = m.model(leaf)
+        out = run(leaf)
         torch.autograd.grad(out, leaf, torch.ones_like(out))
         del leaf, out
     m.model.requires_grad_(True)
+
+
+@functools.cache
+def compiled(model: torch.nn.Module) -> Any:
+    return torch.compile(model)
+
+
+def bare_backward_compiled(m: Material) -> None:
+    """The bare passes through torch.compile; the warm-up has compiled them."""
+    passes(compiled(m.model), m)
+
+
+def compilation(m: Material) -> None:
+    """What torch.compile takes once per model, and per size of batch; most of it outside of us."""
+    torch.compiler.reset()
+    passes(torch.compile(m.model), m.first())
 
 
 def taylor(m: Material, layout: torch.memory_format = torch.contiguous_format) -> None:
@@ -159,6 +184,8 @@ PROCEDURES: dict[str, Callable[[Material], None]] = {
     "forward": forward,
     "bare_backward": bare_backward,
     "bare_backward_channels_last": functools.partial(bare_backward, layout=torch.channels_last),
+    "bare_backward_compiled": bare_backward_compiled,
+    "compilation": compilation,
     "hessian_torch_pruning": hessian_torch_pruning,
     "jbr": jbr,
     "tpv_plain": functools.partial(tpv, compensated=False),

@@ -1,6 +1,7 @@
 """The score against torch.func and brute force, and the laws that it must obey."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 import tpvprune.taps
 from tpvprune import find_groups, tpv_scores
 from tpvprune.baselines.weights import magnitude_scores
+from tpvprune.curves import variance_curves
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}  # float64, the same sums in another order
 
@@ -260,6 +262,27 @@ def test_standard_error_is_that_of_the_mean_over_samples():
         torch.testing.assert_close(
             scores.stderr[name], per_sample.std(0) / 24**0.5, rtol=1e-7, atol=1e-13
         )
+
+
+@pytest.mark.parametrize("measure", [tpv_scores, variance_curves])
+@pytest.mark.parametrize("case", CASES)
+def test_leaves_no_activation_to_the_garbage_collector(case, measure):
+    model = build(case)
+    groups = found(model)
+    measure(model, groups, batches(4))  # what torch and the groups keep for the next time
+
+    def held():
+        return {id(o) for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        measure(model, groups, batches(4))
+        left = len(held() - before)
+    finally:
+        gc.enable()
+    assert left == 0
 
 
 def test_seed_decides_the_directions():

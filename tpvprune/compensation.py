@@ -281,11 +281,14 @@ class _DenseRun(BranchFollower):
         return gather(rows, picked[self._start : self._start + self._size])
 
     def finish(self) -> _Targets:
-        return _Targets(
-            {c: torch.cat(v) for c, v in self._outputs.items()},
-            {c: torch.cat(v) for c, v in self._sums.items() if c not in self.shared},
-            self._normed - self.shared,
-        )
+        for call in self.shared:
+            self._sums.pop(call, None)
+        return _Targets(_joined(self._outputs), _joined(self._sums), self._normed - self.shared)
+
+
+def _joined(batches: dict[int, list[Tensor]]) -> dict[int, Tensor]:
+    """Return the values of all batches together; the parts of one call at a time are held twice."""
+    return {call: torch.cat(batches.pop(call)) for call in list(batches)}
 
 
 # ---- the pruned run: refits -----------------------------------------------------------------

@@ -109,8 +109,9 @@ def variance_curves(
         for names in _parts(sizes, max_bytes_held):
             part = [groups[name] for name in names]
             cuts = _collect(
-                model, part, inputs, probing, means=means, precisions=precisions, sizes=sizes
-            )
+                model, part, inputs, probing,
+                num_inputs=num, means=means, precisions=precisions, sizes=sizes,
+            )  # fmt: skip
             for g in part:
                 curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
                 if progress is not None:
@@ -126,16 +127,20 @@ def variance_curves(
 class _Cut:
     """One reader of a group: S [own, rows, n] (or u [own, rows, 1]), and the stand-in map."""
 
-    def __init__(self, reader: Reader, precision: Tensor | None) -> None:
+    def __init__(self, reader: Reader, precision: Tensor | None, num_rows: int) -> None:
         self.index, self.channel = reader.index, reader.channel
         self.columns = _columns(reader.index)
         self.precision = precision
-        self.parts: list[Tensor] = []
-        self.s = torch.empty(0)
+        # Filled batch by batch: joining thousands of parts would need twice the memory, and leave
+        # it in pieces.
+        width = 1 if precision is None else len(precision)
+        self.s = torch.empty(len(reader.index), num_rows, width)
+        self._filled = 0
 
-    def finish(self) -> None:
-        self.s = torch.cat(self.parts, 1)
-        self.parts = []
+    def add(self, rows: Tensor) -> None:
+        """Take the next rows [rows, own, n]."""
+        start, self._filled = self._filled, self._filled + len(rows)
+        self.s[:, start : self._filled] = rows.transpose(0, 1)
 
     def changes(self, num_channels: int) -> Tensor:
         """Return u [C, rows]: what each channel's leaving now would change."""
@@ -220,6 +225,7 @@ def _collect(
     inputs: Iterable[Tensor],
     probing: Probing,
     *,
+    num_inputs: int,
     means: Mapping[int, Tensor],
     precisions: Mapping[int, Tensor],
     sizes: Mapping[str, _Size],
@@ -227,15 +233,17 @@ def _collect(
     plan = reader_plan(groups)
     cuts: dict[tuple[str, int], _Cut] = {}
     maps = {}
+    # The first images of the whole set, with all of their directions.
+    probes = probing.num_probes
+    wanted = {g.name: min(num_inputs, share(-(-sizes[g.name].rows // probes))) for g in groups}
     for group in groups:
         joint = sizes[group.name].joint
         for r in group.readers:
             precision = precisions.get(r.call)
-            cuts[group.name, r.call] = _Cut(r, precision if joint else None)
+            num_rows = wanted[group.name] * probes
+            cuts[group.name, r.call] = _Cut(r, precision if joint else None, num_rows)
             if precision is not None and not joint:
                 maps[group.name, r.call] = residual_map(precision, [(r.index, r.channel)])
-    # The first images of the whole set, with all of their directions.
-    wanted = {g.name: share(-(-sizes[g.name].rows // probing.num_probes)) for g in groups}
     seen, most = 0, max(wanted.values())
     for x, directions, tap in passes(model, groups, inputs, probing):
 
@@ -255,7 +263,7 @@ def _collect(
                     s = (r * own).sum(1).unsqueeze(2)
                 else:
                     s = (rows[:, :, cut.columns] * own).sum(1).unsqueeze(2)
-                cut.parts.append(s.transpose(0, 1).float().cpu())
+                cut.add(s)
 
         for v in directions:
             tap.backward(v, collect)
@@ -264,7 +272,6 @@ def _collect(
             break
     found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():
-        cut.finish()
         if not bool(cut.s.isfinite().all()):
             raise NotFiniteError(
                 f"group {name!r}: expected finite output changes, found NaN or infinity: check "

@@ -64,8 +64,10 @@ def passes(
             directions = probe_directions(
                 tap.outputs, probing.metric, probing.num_probes, generator
             )
-            yield x, directions, tap
-            tap.close()  # whoever still holds it must not hold two graphs at a time
+            try:
+                yield x, directions, tap
+            finally:
+                tap.close()  # whoever still holds it must not hold two graphs at a time
 
 
 def probe_directions(
@@ -146,18 +148,18 @@ class InputTap:
         if stale := self._inputs.stale():
             # The model wrote into the activation after it was read; keep private copies instead.
             self._cloned |= stale
+            self._inputs.forget()
             self._forward()
-        inputs, outputs = self._inputs, self.outputs
+        outputs, sources = self.outputs, self._inputs.sources
         if last:
-            self.close()
-        with inputs.shown_to(collect, last=last):
-            torch.autograd.grad(
-                outputs, inputs.sources, v, retain_graph=not last, allow_unused=True
-            )
+            self.outputs = outputs.detach()
+        with self._inputs.shown_to(collect, last=last):
+            torch.autograd.grad(outputs, sources, v, retain_graph=not last, allow_unused=True)
 
     def close(self) -> None:
         """Let go of the graph and of every activation."""
-        self._inputs, self.outputs = _Inputs(set(), set()), self.outputs.detach()
+        self._inputs.forget()
+        self.outputs = self.outputs.detach()
 
 
 class _Inputs:
@@ -225,6 +227,10 @@ class _Inputs:
             if any(a._version != version for a, version in noted)
         }
 
+    def forget(self) -> None:
+        """Let go of everything: hooks that know this hold on to the graph, which it knows."""
+        self.sources, self._held, self._versions = [], {}, {}
+
     @contextmanager
     def shown_to(
         self, collect: Callable[[int, Tensor, Tensor], None], *, last: bool
@@ -236,7 +242,7 @@ class _Inputs:
         """
         self._collect, self._last = collect, last
         if last:
-            self._versions = {}
+            self.sources, self._versions = [], {}
         try:
             yield
         finally:
