@@ -19,8 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tpvprune import compensate_weights, find_groups, remove_channels
+from tpvprune.branches import Plan
 from tpvprune.evaluation import output_variance
 from tpvprune.removal import restore_empty
+from tpvprune.targets import dense_targets, within_memory
 
 EXACT = {"rtol": 1e-5, "atol": 1e-7}  # a ridge of 1e-12 on Gram matrices
 NUM = 48
@@ -373,6 +375,25 @@ def test_norms_that_share_their_input_take_up_nothing():
 
 
 # ---- manners --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_targets_take_the_memory_that_was_planned(case):
+    dense = build(case)
+
+    def taken(plan):
+        targets = dense_targets(dense, batches(NUM, 20), plan)
+        values = [*targets.outputs.values(), *targets.sums.values()]
+        return sum(4 * v.numel() for v in values)
+
+    plan = Plan(NUM, rows_per_input=24, min_rows=1000, seed=0)
+    whole = taken(plan)
+    assert within_memory(plan, dense, images(1), whole) is plan
+    thinner = within_memory(plan, dense, images(1), whole - 1)
+    assert thinner is not plan
+    third = within_memory(plan, dense, images(1), whole // 3)
+    one_each = taken(Plan(NUM, rows_per_input=0, min_rows=0.5, seed=0))  # the least there is
+    assert taken(third) <= whole // 3 + one_each
 
 
 def test_models_are_not_touched(untouched):

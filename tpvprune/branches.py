@@ -6,6 +6,7 @@ and its target meet at the same place in both.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,18 +46,29 @@ def layers_by_weight(model: nn.Module) -> dict[int, Layer]:
 class Plan:
     """Which positions of this process's inputs are looked at: the same in both runs."""
 
-    def __init__(self, num_inputs: int, rows_per_input: int, min_rows: int, seed: int) -> None:
+    def __init__(self, num_inputs: int, rows_per_input: float, min_rows: float, seed: int) -> None:
         self.num_inputs = num_inputs
         self._all_inputs = int(total(num_inputs))
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
 
+    def thinned(self, factor: float) -> Plan:
+        """Return a plan with so many times fewer positions."""
+        fewer = (self._rows_per_input / factor, self._min_rows / factor)
+        return Plan(self.num_inputs, *fewer, self._seed)
+
+    def num_rows(self, layer: Any, num_positions: int) -> int:
+        """Return how many positions of all inputs, each with so many, a layer is fitted to."""
+        return self._all_inputs * self._per_input(layer, num_positions)
+
+    def _per_input(self, layer: Any, num_positions: int) -> int:
+        wanted = max(self._min_rows, self._rows_per_input * layer.weight[0].numel())
+        return min(num_positions, math.ceil(wanted / self._all_inputs))
+
     def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
         """Return [num_inputs, p] sampled positions of one call (all of them where few)."""
         if call not in self._positions:
-            unknowns = layer.weight[0].numel()
-            wanted = max(self._min_rows, self._rows_per_input * unknowns)
-            per_input = min(num_positions, -(-wanted // self._all_inputs))
+            per_input = self._per_input(layer, num_positions)
             if per_input == num_positions:
                 drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
             else:

@@ -31,6 +31,7 @@ from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
 from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.running import evaluating, fast_layout, on_device
+from tpvprune.targets import Targets, dense_targets, within_memory
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
 """``constrain(layer, refitted weights, curvature)``; see :func:`refit_run`."""
@@ -69,7 +70,8 @@ def compensate_weights(
         rows_per_input: Sampled positions per unknown of a row of W ...
         min_rows: ... but at least so many, where the inputs have them.
         max_bytes: Memory for the activations of all inputs together; the first inputs that fit
-            are used (at 224 px a ResNet-50 takes about 30 MB each).
+            are used (at 224 px a ResNet-50 takes about 20 MB each). The dense values that are
+            fitted to may take half as much again: large models look at fewer positions.
         seed: Of the sampled positions.
 
     Returns:
@@ -111,6 +113,7 @@ def refitted(
     def refit(inputs: list[Tensor]) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
+        plan = within_memory(plan, dense, inputs[0][:1], max_bytes // 2)
         run = refit_run(
             repaired,
             dense,
@@ -171,19 +174,10 @@ def refit_run(
     Returns:
         The mode.
     """
-    layers = layers_by_weight(dense)
-    dense_run = _DenseRun(layers, plan)
-    with evaluating(dense), torch.no_grad():
-        for x in inputs:
-            dense_run.start_batch(len(x))
-            moved = fast_layout(on_device(x, dense), dense)
-            with dense_run:
-                dense(moved)
-    names = {layer.name for layer in layers.values()} if groups is not None else set()
-    rows = {name: _kept_rows(groups, kept, name) for name in names if groups is not None}
-    return RefitRun(
-        layers_by_weight(pruned), plan, dense_run.finish(), rows, ridge, constrain=constrain
-    )
+    targets = dense_targets(dense, inputs, plan)
+    layers = layers_by_weight(dense).values() if groups is not None else ()
+    rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
+    return RefitRun(layers_by_weight(pruned), plan, targets, rows, ridge, constrain=constrain)
 
 
 def first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
@@ -228,72 +222,6 @@ def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -
     return None
 
 
-# ---- the dense run: targets -----------------------------------------------------------------
-
-
-@dataclass
-class _Targets:
-    """Sampled dense values: pre-activations by call, branch + shortcut sums by call.
-
-    ``normed`` names the calls that nothing but a BatchNorm reads.
-    """
-
-    outputs: dict[int, Tensor]
-    sums: dict[int, Tensor]
-    normed: set[int]
-
-
-class _DenseRun(BranchFollower):
-    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
-        super().__init__(layers, plan)
-        self._outputs: dict[int, list[Tensor]] = {}
-        self._sums: dict[int, list[Tensor]] = {}
-        self._modules: dict[int, Any] = {}
-        self._normed: set[int] = set()
-        self._start = self._size = 0
-
-    def start_batch(self, size: int) -> None:
-        self._start, self._size = self._start + self._size, size
-        self.reset()
-
-    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        out = func(*args, **kwargs)
-        self._outputs.setdefault(self.call, []).append(self._sample(out, self.call, layer.module))
-        self._modules[self.call] = layer.module
-        return out
-
-    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
-        out = func(*args)
-        self._sums.setdefault(branch.call, []).append(
-            self._sample(out, branch.call, self._modules[branch.call])
-        )
-        return out
-
-    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-        through = super().on_norm(branch, args, kwargs)
-        if through is not None:
-            self._normed.add(branch.call)
-        return through
-
-    def _sample(self, out: Tensor, call: int, module: Any) -> Tensor:
-        rows = positions_first(out, module, self._size)
-        picked = self.plan.positions(call, module, rows.shape[1])
-        return gather(rows, picked[self._start : self._start + self._size])
-
-    def finish(self) -> _Targets:
-        for call in self.shared:
-            self._sums.pop(call, None)
-        return _Targets(_joined(self._outputs), _joined(self._sums), self._normed - self.shared)
-
-
-def _joined(batches: dict[int, list[Tensor]]) -> dict[int, Tensor]:
-    """Return the values of all batches together; the parts of one call at a time are held twice."""
-    return {call: torch.cat(batches.pop(call)) for call in list(batches)}
-
-
-# ---- the pruned run: refits -----------------------------------------------------------------
-
-
 @dataclass
 class _Pending:
     """A layer whose refit waits for the addition that ends its branch."""
@@ -312,7 +240,7 @@ class RefitRun(BranchFollower):
         self,
         layers: dict[int, Layer],
         plan: Plan,
-        targets: _Targets,
+        targets: Targets,
         rows: Mapping[str, Tensor | None],
         ridge: float,
         *,
@@ -359,13 +287,10 @@ class RefitRun(BranchFollower):
         shortcut = gather(rows, positions)
         target = self._kept(self._targets.sums[branch.call], pending.layer.name) - shortcut
         if branch.scale is not None and branch.shift is not None:
-            scale = torch.where(
-                branch.scale.abs() < 1e-8, torch.ones_like(branch.scale), branch.scale
-            )
             dead = branch.scale.abs() < 1e-8
-            target = (target - branch.shift) / scale
-            plain = self._kept(self._targets.outputs[branch.call], pending.layer.name)
-            target[..., dead] = plain[..., dead]
+            target = (target - branch.shift) / torch.where(dead, 1.0, branch.scale)
+            if bool(dead.any()):  # what nobody sees stays as it is
+                target[..., dead] = _outputs(pending.patches, module).view_as(target)[..., dead]
         self._refit(pending, target, branch)
         value = pending.func(*self._fresh(pending), **pending.kwargs)
         if branch.scale is not None:
@@ -426,6 +351,14 @@ class RefitRun(BranchFollower):
             self._norm_of[branch.call] = intercept
 
 
+def _outputs(patches: Tensor, module: Any) -> Tensor:
+    """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
+    groups, num_rows, unknowns = patches.shape
+    weight = module.weight.reshape(groups, -1, unknowns)
+    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
+    return outputs if module.bias is None else outputs + module.bias
+
+
 def _solve(
     patches: Tensor,
     target: Tensor,
@@ -437,11 +370,7 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Return the ridge change of the weights and the intercept, both in the layer's layout."""
     groups, num_rows, unknowns = patches.shape
-    weight = module.weight.reshape(groups, -1, unknowns)
-    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
-    if module.bias is not None:
-        outputs = outputs + module.bias
-    error = (target - outputs).reshape(num_rows, groups, -1).transpose(0, 1)
+    error = (target - _outputs(patches, module)).reshape(num_rows, groups, -1).transpose(0, 1)
     count, x_mean, e_mean = summed(
         torch.tensor(float(num_rows), dtype=torch.float64),
         patches.sum(1, keepdim=True, dtype=torch.float64),
@@ -457,7 +386,7 @@ def _solve(
     curvature = gram + ridge * scale[:, None, None] * eye
     change = torch.linalg.solve(curvature, cross)  # [g, u, o]
     if constrain is not None:
-        present = weight.double()
+        present = module.weight.reshape(groups, -1, unknowns).double()
         change = (constrain(present + change.mT, curvature) - present).mT
     intercept = (e_mean - x_mean @ change).reshape(-1)
     change = change.transpose(1, 2).reshape(module.weight.shape)

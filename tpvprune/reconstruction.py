@@ -42,6 +42,7 @@ from tpvprune.running import (
     prepare_forward_mode,
     takes_channels_last,
 )
+from tpvprune.targets import within_memory
 
 _FEWEST_PARTS = 10  # the last tenth is held back
 _BATCH = 128
@@ -116,11 +117,12 @@ def reconstruct_blocks(
     first = on_device(next(iter(source))[:2], dense)
     with evaluating(dense, repaired), torch.no_grad():
         blocks = find_blocks(dense, repaired, first, groups, kept)
-    # Half of the memory for the activations of one layer, half for the targets of all blocks.
+    # Half of the memory for the activations of one layer, half for the targets of all blocks; as
+    # much as those for the targets of all layers.
     chosen = first_inputs(_mirrored(source) if mirror else source, dense, max_bytes // 2)
     room = max(1, max_bytes // 2 // sum((b.bytes_per_input for b in blocks), 1))
     x = fast_layout(on_device(torch.cat(chosen)[:room], dense), dense)
-    plan = Plan(len(x), rows_per_input, min_rows, seed)
+    plan = within_memory(Plan(len(x), rows_per_input, min_rows, seed), dense, x[:1], max_bytes // 2)
     run = refit_run(repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan)
     fast = x.ndim == 4 and takes_channels_last(dense, x)
     solver = _Solver(len(x), rounds, iterations, damping, max_positions, seed, fast, progress)

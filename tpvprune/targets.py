@@ -1,0 +1,133 @@
+"""What compensation fits the layers of a pruned network to: values of the dense one, sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
+from tpvprune.patches import count_positions, gather, window_of
+from tpvprune.running import evaluating, fast_layout, on_device
+
+
+@dataclass
+class Targets:
+    """Sampled dense values by call: branch + shortcut sums, pre-activations where there is none.
+
+    ``normed`` names the calls that nothing but a BatchNorm reads.
+    """
+
+    outputs: dict[int, Tensor]
+    sums: dict[int, Tensor]
+    normed: set[int]
+
+
+def dense_targets(dense: nn.Module, inputs: Iterable[Tensor], plan: Plan) -> Targets:
+    """Run the dense network and keep what its layers should give.
+
+    Args:
+        dense: The network.
+        inputs: Batches, in the order in which the pruned model will see them.
+        plan: Sampled positions.
+
+    Returns:
+        The targets.
+    """
+    run = _DenseRun(layers_by_weight(dense), plan)
+    with evaluating(dense), torch.no_grad():
+        for x in inputs:
+            run.start_batch(len(x))
+            moved = fast_layout(on_device(x, dense), dense)
+            with run:
+                dense(moved)
+    return run.finish()
+
+
+def within_memory(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
+    """Return a plan with fewer positions everywhere if the targets would take too much memory.
+
+    Args:
+        plan: What would be looked at.
+        dense: The network.
+        x: One input [1, ...].
+        max_bytes: Memory for the targets of all layers, in all processes together.
+
+    Returns:
+        The plan, or another.
+    """
+    targets = _TargetBytes(layers_by_weight(dense), plan)
+    with evaluating(dense), torch.no_grad(), targets:
+        dense(on_device(x, dense))
+    excess = targets.num_bytes / max_bytes
+    return plan if excess <= 1 else plan.thinned(excess)
+
+
+class _DenseRun(BranchFollower):
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
+        super().__init__(layers, plan)
+        self._outputs: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._modules: dict[int, Any] = {}
+        self._normed: set[int] = set()
+        self._summed: set[int] = set()  # the calls whose target is a sum, as earlier batches showed
+        self._start = self._size = 0
+
+    def start_batch(self, size: int) -> None:
+        self._prefer_sums()
+        self._start, self._size = self._start + self._size, size
+        self.reset()
+
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        out = func(*args, **kwargs)
+        if self.call not in self._summed:
+            self._keep(self._outputs, out, self.call, layer.module)
+        self._modules[self.call] = layer.module
+        return out
+
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        out = func(*args)
+        self._keep(self._sums, out, branch.call, self._modules[branch.call])
+        return out
+
+    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
+        through = super().on_norm(branch, args, kwargs)
+        if through is not None:
+            self._normed.add(branch.call)
+        return through
+
+    def _keep(self, kept: dict[int, Tensor], out: Tensor, call: int, module: Any) -> None:
+        rows = positions_first(out, module, self._size)
+        picked = self.plan.positions(call, module, rows.shape[1])
+        if call not in kept:  # all at once: parts that are joined later need twice the memory
+            kept[call] = rows.new_empty(*picked.shape, rows.shape[2])
+        batch = slice(self._start, self._start + self._size)
+        kept[call][batch] = gather(rows, picked[batch])
+
+    def _prefer_sums(self) -> None:
+        self._summed |= self._sums.keys() - self.shared
+        for call in self._summed:
+            self._outputs.pop(call, None)
+
+    def finish(self) -> Targets:
+        self._prefer_sums()
+        for call in self.shared - self._summed:
+            self._sums.pop(call, None)
+        return Targets(self._outputs, self._sums, self._normed - self.shared)
+
+
+class _TargetBytes(BranchFollower):
+    """Counts, on one input, what the targets of all layers will take on all inputs."""
+
+    num_bytes = 0
+
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        positions = count_positions(args[0], window_of(args, kwargs), 1)
+        self.num_bytes += 4 * self.plan.num_rows(layer.module, positions) * len(layer.module.weight)
+        return func(*args, **kwargs)
+
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        return func(*args)
