@@ -25,6 +25,7 @@ from tpvprune.membership import alone, num_processes
 from tpvprune.removal import remove_channels
 
 _RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
+_MAX_BYTES = 2 << 30  # of one compensation: half of what the repair itself takes, four times over
 
 
 def absorption(
@@ -78,7 +79,9 @@ def absorption(
             continue
         cut: Kept = {g.name: kept[g.name] for g in segment if g.name in kept}
         smaller = remove_channels(model, groups, cut)
-        repaired = compensate_weights(smaller, model, fit, groups=groups, kept=cut, seed=seed)
+        repaired = compensate_weights(
+            smaller, model, fit, groups=groups, kept=cut, max_bytes=_MAX_BYTES, seed=seed
+        )
         found = output_variance(repaired, model, held)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}

@@ -63,7 +63,7 @@ class Plan:
 
     def _per_input(self, layer: Any, num_positions: int) -> int:
         wanted = max(self._min_rows, self._rows_per_input * layer.weight[0].numel())
-        return min(num_positions, math.ceil(wanted / self._all_inputs))
+        return min(num_positions, max(1, math.ceil(wanted / self._all_inputs)))
 
     def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
         """Return [num_inputs, p] sampled positions of one call (all of them where few)."""

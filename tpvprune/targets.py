@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +58,15 @@ def within_memory(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Pl
         max_bytes: Memory for the targets of all layers, in all processes together.
 
     Returns:
-        The plan, or another.
+        The plan, or another; with one position of every input, if that is still too much.
     """
-    targets = _TargetBytes(layers_by_weight(dense), plan)
-    with evaluating(dense), torch.no_grad(), targets:
+    calls = _Calls(layers_by_weight(dense), plan)
+    with evaluating(dense), torch.no_grad(), calls:
         dense(on_device(x, dense))
-    excess = targets.num_bytes / max_bytes
-    return plan if excess <= 1 else plan.thinned(excess)
+    least = calls.target_bytes(plan.thinned(math.inf))
+    while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
+        plan = plan.thinned(max(taken / max_bytes, 1.01))
+    return plan
 
 
 class _DenseRun(BranchFollower):
@@ -119,14 +122,19 @@ class _DenseRun(BranchFollower):
         return Targets(self._outputs, self._sums, self._normed - self.shared)
 
 
-class _TargetBytes(BranchFollower):
-    """Counts, on one input, what the targets of all layers will take on all inputs."""
+class _Calls(BranchFollower):
+    """Sees, on one input, the calls of layers and how many positions they have."""
 
-    num_bytes = 0
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
+        super().__init__(layers, plan)
+        self._seen: list[tuple[Any, int]] = []
+
+    def target_bytes(self, plan: Plan) -> int:
+        """Return what the targets of all calls take on all inputs."""
+        return sum(4 * len(m.weight) * plan.num_rows(m, positions) for m, positions in self._seen)
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        positions = count_positions(args[0], window_of(args, kwargs), 1)
-        self.num_bytes += 4 * self.plan.num_rows(layer.module, positions) * len(layer.module.weight)
+        self._seen.append((layer.module, count_positions(args[0], window_of(args, kwargs), 1)))
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:

@@ -67,7 +67,7 @@ def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     groups = find_groups(subject.model, subject.example, ignore=layers)
     if not len(groups):
         raise ValueError(f"{args.model}: expected channel groups to score, found none")
-    size = args.batch_size or 64
+    size = args.batch_size
     batches = list(x.to(subject.device).split(size))
     witnesses = own_predictions(subject.model, batches) if y is None else _pairs(batches, y, size)
     half = max(len(batches) // 2, 1)
@@ -137,7 +137,7 @@ def _read(
     x = torch.cat([pair[0] for pair in pairs])
     if len(x) < _FEWEST:
         raise ValueError(f"{images.name}: expected at least {_FEWEST} images, found {len(x)}")
-    args.batch_size = min(args.batch_size or 64, len(x) // 2)
+    args.batch_size = min(args.images_per_batch, len(x) // 2)
     return x, torch.cat([pair[1] for pair in pairs]) if args.labels else None
 
 

@@ -112,7 +112,7 @@ def add_data(
         "--batch-size",
         type=count,
         metavar="N",
-        help="images per batch (64; in training 128)",
+        help="images per batch (64, of large images on a CPU fewer; in training 128)",
     )
     group.add_argument(
         "-j", "--workers", type=count, default=4, metavar="N", help="decoding threads (4)"

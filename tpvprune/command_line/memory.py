@@ -33,12 +33,13 @@ def within_memory(
         Exception: What the command raised, if it is no lack of memory, or batches are of one
             image or shared with other processes.
     """
-    size = getattr(args, "batch_size", None) or (128 if args.command in _TRAINING else 64)
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     while True:
+        attempt = argparse.Namespace(**vars(args))
         try:
-            return run(argparse.Namespace(**vars(args)))
+            return run(attempt)
         except Exception as error:
+            size = _images_per_batch(attempt)
             if not is_lack_of_memory(error) or size == 1 or shared or "batch_size" not in args:
                 raise
         # Outside of the handler, where the error no longer holds what filled the memory.
@@ -47,3 +48,9 @@ def within_memory(
         differs = " (which trains differently)" if args.command in _TRAINING else ""
         say(f"note: out of memory: going on with {size} images per batch{differs}")
         release_memory()
+
+
+def _images_per_batch(args: argparse.Namespace) -> int:
+    """Return how many images a batch has, as the flags say or the command decided."""
+    default = 128 if args.command in _TRAINING else getattr(args, "images_per_batch", 64)
+    return int(getattr(args, "batch_size", None) or default)
