@@ -324,6 +324,17 @@ def test_blocked_groups_disappear_from_every_record(resnet):
         remove_channels(model, fewer, {"layer1.0.conv1": torch.ones(64, dtype=torch.bool)})
 
 
+@pytest.mark.parametrize("inside", ["", "2"])
+def test_compiled_models_are_refused_with_what_to_do(inside):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"behind torch.compile: pass the module itself"):
+        find_groups(torch.compile(model), x)
+    model.get_submodule(inside).compile()
+    with pytest.raises(ValueError, match=rf"found '{inside or 'it'}' after .compile"):
+        find_groups(model, x)
+
+
 def test_selection_that_empties_something_is_refused_and_repaired():
     class Branches(nn.Module):
         def __init__(self):

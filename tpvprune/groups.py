@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tpvprune.running import check_not_compiled
 from tpvprune.tracing.fields import varying
 from tpvprune.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.tracing.tracking import Tracker, track
@@ -185,8 +186,10 @@ def find_groups(
         The groups in network order.
 
     Raises:
-        ValueError: If ``ignore`` names no module, or the model does not run on the inputs.
+        ValueError: If ``ignore`` names no module, the model is compiled, or it does not run on
+            the inputs.
     """
+    check_not_compiled(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     known = dict(model.named_modules())
     for name in ignore:

@@ -27,6 +27,28 @@ def prepare_forward_mode() -> None:
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuse what torch.compile made: its calls cannot be followed, and widths are built in.
+
+    Args:
+        model: A module.
+
+    Raises:
+        ValueError: If it, or a part of it, is compiled.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "expected a module that is not compiled, found one behind torch.compile: pass the "
+            "module itself (model._orig_mod) and compile what comes out"
+        )
+    parts = (n for n, m in model.named_modules() if getattr(m, "_compiled_call_impl", None))
+    if (name := next(parts, None)) is not None:
+        raise ValueError(
+            f"expected a module that is not compiled, found {name or 'it'!r} after .compile(): "
+            "load the model anew and compile what comes out"
+        )
+
+
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Put models into eval mode and put every module's own mode back at the end.
