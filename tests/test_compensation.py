@@ -397,6 +397,22 @@ def test_targets_take_the_memory_that_was_planned(case):
     assert taken(within_memory(plan, dense, images(1), 1)) == one_each
 
 
+def test_a_last_batch_of_one_image_has_no_targets_of_its_own():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.place = nn.Parameter(torch.randn(1, 4, 6, 6))
+
+        def forward(self, x):
+            return self.conv(x) + self.place
+
+    x, plan = images(5), Plan(5, rows_per_input=24, min_rows=1000, seed=0)
+    split = dense_targets(Embedded(), x.split(2), plan)
+    assert not split.sums
+    assert list(split.outputs) == [0]
+
+
 def test_models_are_not_touched(untouched):
     dense = build(Chain)
     pruned, groups, kept = cut_everywhere(dense)

@@ -93,7 +93,9 @@ class _DenseRun(BranchFollower):
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         out = func(*args)
-        self._keep(self._sums, out, branch.call, self._modules[branch.call])
+        # A batch of one image meets an embedding in its own shape, as no other batch does.
+        if branch.call in self._sums or not self._start:
+            self._keep(self._sums, out, branch.call, self._modules[branch.call])
         return out
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
