@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import batches, build
+from cases import Chain, batches, build, images
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -182,3 +182,11 @@ def test_turns_show_which_model_is_faster():
     assert found.ratio < 0.8
     with pytest.raises(ValueError, match="expected at least 4, found 3"):
         compare_latency(wide, narrow, torch.randn(1, 3, 8, 8), rounds=3)
+
+
+def test_slow_models_are_timed_in_fewer_rounds(monkeypatch):
+    models, x = (build(Chain), build(Chain)), images(1)
+    assert compare_latency(*models, x, rounds=25).rounds == 25
+    monkeypatch.setattr(latency, "_PATIENCE", 0.0)
+    assert compare_latency(*models, x, rounds=25).rounds == 6
+    assert compare_latency(*models, x, rounds=4).rounds == 4

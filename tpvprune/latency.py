@@ -37,6 +37,7 @@ _STEPS = (1, 2, 4, 8, 16, 32)
 _NO_SLOWER = 1.02  # rounding up to a multiple that costs no more than this is worth it
 _FORMAT = 1
 _TRIES, _NEAR, _CAUTION = 6, 0.95, 0.985
+_ENOUGH, _PATIENCE = 6, 20.0  # rounds that do where all would take longer than these seconds
 
 T = TypeVar("T")
 
@@ -130,7 +131,7 @@ def compare_latency(dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: i
         dense: The dense model.
         pruned: The pruned one.
         x: Inputs [B, ...].
-        rounds: Timed calls of each, >= 4.
+        rounds: Timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
 
     Returns:
         The times, and how they compare within a round.
@@ -143,7 +144,10 @@ def compare_latency(dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: i
     times: tuple[list[float], list[float]] = ([], [])
     with evaluating(dense, pruned), torch.no_grad():
         inputs = on_device(x, dense)
+        start = time.perf_counter()
         for i in range(rounds + 2):
+            if i >= _ENOUGH + 2 and time.perf_counter() - start > _PATIENCE:
+                break
             for model, found in zip((dense, pruned), times, strict=True):
                 took = _once(partial(model, inputs), inputs.device)
                 if i >= 2:
@@ -151,7 +155,7 @@ def compare_latency(dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: i
     ratios = [b / a for a, b in zip(*times, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     dense_ms, pruned_ms, ratio = map(statistics.median, (*times, ratios))
-    return Speed(dense_ms, pruned_ms, ratio, low, high, len(x), rounds)
+    return Speed(dense_ms, pruned_ms, ratio, low, high, len(x), len(ratios))
 
 
 def as_fast_as(
