@@ -73,6 +73,20 @@ def test_curves_of_wide_cuts_add_up_what_each_channel_leaves():
             torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
 
 
+@pytest.mark.parametrize("case", ["residual", "concat", "flatten", "grouped", "attention"])
+def test_uncompensated_curves_add_up_what_nobody_stands_in_for(case):
+    model, x = build(case), images(32)
+    groups = find_groups(model, x[:2])
+    curves = curves_of(model, groups, compensated=False)
+    v = pseudo_direction(model, x)
+    for group in groups:
+        u = torch.einsum("bkc,bk->bc", output_changes(model, group, x).detach(), v)
+        curve, most = curves[group.name], 0.0
+        for k in range(group.num_channels):
+            most = max(most, float(u[:, curve.order[:k]].sum(1).square().mean()))
+            torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
+
+
 @pytest.mark.parametrize("case", ["residual", "depthwise", "flatten", "attention"])
 def test_curves_are_monotone_permutations_from_zero(case):
     model = build(case)

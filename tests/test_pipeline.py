@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import CASES, batches, build, images
 
-from tpvprune import count_macs, count_params, prune
+from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
+from tpvprune.allocation import allocate
+from tpvprune.batches import hold_back
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.evaluation import agreement, output_variance
 
@@ -200,6 +202,19 @@ def test_criteria_without_labels_never_look_at_them(criterion):
     model = confident(build("chain"))
     poisoned = prune(model, [(x, Poison()) for x in data()], criterion=criterion)
     assert not poisoned.report["used_labels"]
+
+
+@pytest.mark.parametrize(("repair", "compensated"), [("none", False), ("bn", True)])
+def test_scores_and_curves_count_on_stand_ins_where_a_repair_follows(repair, compensated):
+    model = build("residual")
+    result = prune(model, data(), keep=0.5, repair=repair)
+    groups, (fit, _) = result.groups, hold_back(data())
+    scores = tpv_scores(model, groups, fit, compensated=compensated)
+    curves = variance_curves(model, groups, fit, compensated=compensated)
+    kept = allocate(groups, curves, keep=0.5)
+    for g in groups:
+        assert torch.equal(result.scores[g.name], scores[g.name])
+        assert torch.equal(result.kept[g.name], kept[g.name])
 
 
 def test_same_seed_gives_the_same_bits():

@@ -101,6 +101,7 @@ class Selector:
 
     criterion: str
     use_curves: bool
+    compensated: bool
     per_cost: bool
     fit: list[Tensor]
     source: Any
@@ -137,7 +138,9 @@ class Selector:
 
     def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
         seen = Counted(self.source, "scoring", self.clock.progress)
-        options = self.probing if self.criterion == "tpv" else {"seed": self.probing["seed"]}
+        options: Mapping[str, Any] = {"seed": self.probing["seed"]}
+        if self.criterion == "tpv":
+            options = {**self.probing, "compensated": self.compensated}
         return scorer(self.criterion)(model, groups, seen, **options)
 
     def _by_curves(
@@ -149,6 +152,7 @@ class Selector:
             rounds.model,
             groups,
             Counted(self.fit, "curves", progress, passes=2),
+            compensated=self.compensated,
             of=self.budget,
             progress=progress,
             **self.probing,

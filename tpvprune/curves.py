@@ -1,11 +1,11 @@
-"""Joint, compensated variance curves: what each group costs at every width, in one pass.
+"""Joint variance curves: what each group costs at every width, in one pass.
 
 For every cut and sample the matrix S(x)_jc = sum_p a_j(x, p) d_c(x, p), with
 d = d(v^T f)/da, is all that is needed: when the channels R leave and the others take over with
 the linear map B, the output of sample x changes, to first order, by
 u_R(x) = sum_{c in R} (S_cc - sum_j B_cj S_jc). Eliminating channels one after the other inside a
 group (as optimal brain surgeon does, updating the map) gives a curve width -> E[u^2] that
-includes the interactions inside the cut.
+includes the interactions inside the cut. Without a repair that lets the others take over, B is 0.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def variance_curves(
     inputs: Iterable[Tensor],
     *,
     metric: Metric = "logits",
+    compensated: bool = True,
     num_probes: int = 1,
     ridge: float = 1e-3,
     max_rows: int = 4096,
@@ -69,6 +70,7 @@ def variance_curves(
         groups: Its channel groups.
         inputs: Re-iterable of unlabeled batches [B, ...].
         metric: See :func:`tpvprune.scores.tpv_scores`.
+        compensated: The channels that stay stand in for those that leave.
         num_probes: Directions per sample.
         ridge: Relative ridge of the stand-in maps.
         max_rows: At most so many (sample, direction) pairs enter a curve.
@@ -100,7 +102,11 @@ def variance_curves(
                 num += len(x)
                 yield x
 
-        covariances = input_covariances(model, groups, counted())
+        covariances = {}
+        if compensated:
+            covariances = input_covariances(model, groups, counted())
+        else:
+            num = sum(map(len, inputs))
         means = {call: mean for call, (mean, _) in covariances.items()}
         precisions = {c: ridge_inverse(covariances.pop(c)[1].cpu(), ridge) for c in means}
         most = min(max_rows, int(total(num)) * num_probes)

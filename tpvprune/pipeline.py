@@ -82,10 +82,11 @@ def prune(
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
-        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
-            compensation), ``"reconstruct"`` (compensation, then block reconstruction: minutes
-            where compensation takes seconds, and better), or ``"auto"``: of none, bn and
-            compensate the one with the least output variance on the held-back inputs.
+        repair: ``"none"`` (``"tpv"`` then counts on no channel to stand in for another), ``"bn"``
+            (BatchNorm recalibration), ``"compensate"`` (weight compensation), ``"reconstruct"``
+            (compensation, then block reconstruction: minutes where compensation takes seconds,
+            and better), or ``"auto"``: of none, bn and compensate the one with the least output
+            variance on the held-back inputs.
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
@@ -136,7 +137,7 @@ def prune(
     }  # fmt: skip
     absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
     selector = Selector(
-        criterion, use_curves, allocation != "plain", fit,
+        criterion, use_curves, repair != "none", allocation != "plain", fit,
         labelled_batches if criterion in NEEDS_LABELS else fit,
         aim.budget, floors, probing, clock,
     )  # fmt: skip
