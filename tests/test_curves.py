@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import NUM_CLASSES, Chain, batches, build, duplicate_channel, images, kill_channel
-from oracles import output_changes, unpredictable
+from oracles import output_changes, reader_rows, unpredictable
 from torch import nn
 
 from tpvprune import find_groups, tpv_scores, variance_curves
@@ -73,14 +73,20 @@ def test_curves_of_wide_cuts_add_up_what_each_channel_leaves():
             torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
 
 
+@pytest.mark.parametrize("stand_in", ["mean", "zero"])
 @pytest.mark.parametrize("case", ["residual", "concat", "flatten", "grouped", "attention"])
-def test_uncompensated_curves_add_up_what_nobody_stands_in_for(case):
+def test_uncompensated_curves_add_up_what_each_channel_leaves(case, stand_in):
     model, x = build(case), images(32)
     groups = find_groups(model, x[:2])
-    curves = curves_of(model, groups, compensated=False)
+    curves = curves_of(model, groups, stand_in=stand_in)
     v = pseudo_direction(model, x)
     for group in groups:
-        u = torch.einsum("bkc,bk->bc", output_changes(model, group, x).detach(), v)
+        rows = reader_rows(model, group.readers, x)
+        means = {name: seen.mean(0) for name, seen in rows.items()}
+        if stand_in == "zero":
+            means = {name: torch.zeros_like(mean) for name, mean in means.items()}
+        changes = output_changes(model, group, x, lambda r, a, means=means: a - means[r.module])
+        u = torch.einsum("bkc,bk->bc", changes.detach(), v)
         curve, most = curves[group.name], 0.0
         for k in range(group.num_channels):
             most = max(most, float(u[:, curve.order[:k]].sum(1).square().mean()))

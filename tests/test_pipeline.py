@@ -204,13 +204,13 @@ def test_criteria_without_labels_never_look_at_them(criterion):
     assert not poisoned.report["used_labels"]
 
 
-@pytest.mark.parametrize(("repair", "compensated"), [("none", False), ("bn", True)])
-def test_scores_and_curves_count_on_stand_ins_where_a_repair_follows(repair, compensated):
+@pytest.mark.parametrize(("repair", "stand_in"), [("none", "zero"), ("bn", "mean")])
+def test_without_a_refit_no_channel_is_counted_on_to_stand_in(repair, stand_in):
     model = build("residual")
     result = prune(model, data(), keep=0.5, repair=repair)
     groups, (fit, _) = result.groups, hold_back(data())
-    scores = tpv_scores(model, groups, fit, compensated=compensated)
-    curves = variance_curves(model, groups, fit, compensated=compensated)
+    scores = tpv_scores(model, groups, fit, compensated=repair != "none")
+    curves = variance_curves(model, groups, fit, stand_in=stand_in)
     kept = allocate(groups, curves, keep=0.5)
     for g in groups:
         assert torch.equal(result.scores[g.name], scores[g.name])

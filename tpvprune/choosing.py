@@ -13,7 +13,7 @@ from tpvprune.absorption import absorption, scaled
 from tpvprune.allocation import allocate
 from tpvprune.clock import Clock, Counted
 from tpvprune.criteria import scorer
-from tpvprune.curves import variance_curves
+from tpvprune.curves import StandIn, variance_curves
 from tpvprune.distributed import by_first, check_same
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.latency import LatencyTable, Speed, as_fast_as, compare_latency, latency_table
@@ -101,7 +101,7 @@ class Selector:
 
     criterion: str
     use_curves: bool
-    compensated: bool
+    stand_in: StandIn
     per_cost: bool
     fit: list[Tensor]
     source: Any
@@ -140,7 +140,7 @@ class Selector:
         seen = Counted(self.source, "scoring", self.clock.progress)
         options: Mapping[str, Any] = {"seed": self.probing["seed"]}
         if self.criterion == "tpv":
-            options = {**self.probing, "compensated": self.compensated}
+            options = {**self.probing, "compensated": self.stand_in != "zero"}
         return scorer(self.criterion)(model, groups, seen, **options)
 
     def _by_curves(
@@ -152,7 +152,7 @@ class Selector:
             rounds.model,
             groups,
             Counted(self.fit, "curves", progress, passes=2),
-            compensated=self.compensated,
+            stand_in=self.stand_in,
             of=self.budget,
             progress=progress,
             **self.probing,

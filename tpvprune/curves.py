@@ -5,14 +5,15 @@ d = d(v^T f)/da, is all that is needed: when the channels R leave and the others
 the linear map B, the output of sample x changes, to first order, by
 u_R(x) = sum_{c in R} (S_cc - sum_j B_cj S_jc). Eliminating channels one after the other inside a
 group (as optimal brain surgeon does, updating the map) gives a curve width -> E[u^2] that
-includes the interactions inside the cut. Without a repair that lets the others take over, B is 0.
+includes the interactions inside the cut. Where no repair will let the others take over, the
+readers of a channel get its mean in its place, or nothing: u_R(x) = sum_{c in R} u_c(x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
 from tpvprune.taps import Metric, Probing, passes, reader_plan
+
+StandIn = Literal["map", "mean", "zero"]
 
 _MIN_ROWS = 64  # fewer (sample, direction) pairs cannot rank a group's channels
 _MAX_STEPS = 96  # wide groups leave several channels at a time
@@ -47,7 +50,7 @@ def variance_curves(
     inputs: Iterable[Tensor],
     *,
     metric: Metric = "logits",
-    compensated: bool = True,
+    stand_in: StandIn = "map",
     num_probes: int = 1,
     ridge: float = 1e-3,
     max_rows: int = 4096,
@@ -70,7 +73,9 @@ def variance_curves(
         groups: Its channel groups.
         inputs: Re-iterable of unlabeled batches [B, ...].
         metric: See :func:`tpvprune.scores.tpv_scores`.
-        compensated: The channels that stay stand in for those that leave.
+        stand_in: What the readers of a channel get in its place: a linear map of those that stay
+            (``"map"``), its mean, as after a recalibration of BatchNorm (``"mean"``), or
+            nothing (``"zero"``).
         num_probes: Directions per sample.
         ridge: Relative ridge of the stand-in maps.
         max_rows: At most so many (sample, direction) pairs enter a curve.
@@ -103,14 +108,16 @@ def variance_curves(
                 yield x
 
         covariances = {}
-        if compensated:
+        if stand_in != "zero":
             covariances = input_covariances(model, groups, counted())
         else:
             num = sum(map(len, inputs))
         means = {call: mean for call, (mean, _) in covariances.items()}
-        precisions = {c: ridge_inverse(covariances.pop(c)[1].cpu(), ridge) for c in means}
+        precisions = {}
+        if stand_in == "map":
+            precisions = {c: ridge_inverse(covariances.pop(c)[1].cpu(), ridge) for c in means}
         most = min(max_rows, int(total(num)) * num_probes)
-        sizes = {g.name: _size(g, means, most, max_bytes) for g in groups}
+        sizes = {g.name: _size(g, precisions, most, max_bytes) for g in groups}
         curves: dict[str, Curve] = {}
         for names in _parts(sizes, max_bytes_held):
             part = [groups[name] for name in names]
@@ -202,9 +209,9 @@ class _Size(NamedTuple):
 
 
 def _size(
-    group: ChannelGroup, means: Mapping[int, Tensor], most_rows: int, max_bytes: int
+    group: ChannelGroup, precisions: Mapping[int, Tensor], most_rows: int, max_bytes: int
 ) -> _Size:
-    widths = [len(means[r.call]) if r.call in means else 1 for r in group.readers]
+    widths = [len(precisions[r.call]) if r.call in precisions else 1 for r in group.readers]
     numbers = sum(n * len(r.index) for n, r in zip(widths, group.readers, strict=True))
     rows = max_bytes // (4 * max(numbers, 1))
     if rows < _MIN_ROWS:
@@ -268,7 +275,10 @@ def _collect(
                     r = residual(rows, -1, means[call], maps[group.name, call][:, cut.columns])
                     s = (r * own).sum(1).unsqueeze(2)
                 else:
-                    s = (rows[:, :, cut.columns] * own).sum(1).unsqueeze(2)
+                    gone = rows[:, :, cut.columns]
+                    if call in means:
+                        gone = gone - means[call][cut.columns].to(gone)
+                    s = (gone * own).sum(1).unsqueeze(2)
                 cut.add(s)
 
         for v in directions:

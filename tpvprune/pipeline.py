@@ -17,6 +17,7 @@ from tpvprune.choosing import Of, Selector, aim_at
 from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.curves import StandIn
 from tpvprune.distributed import from_first, total
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
@@ -30,6 +31,9 @@ from tpvprune.selection import Floors, check_budget
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Allocation = Literal["curves", "rank", "plain"]
+
+# What takes the place of a channel when no weights are refitted.
+_STAND_IN: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,11 @@ def prune(
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
-        repair: ``"none"`` (``"tpv"`` then counts on no channel to stand in for another), ``"bn"``
-            (BatchNorm recalibration), ``"compensate"`` (weight compensation), ``"reconstruct"``
-            (compensation, then block reconstruction: minutes where compensation takes seconds,
-            and better), or ``"auto"``: of none, bn and compensate the one with the least output
-            variance on the held-back inputs.
+        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration; after these two the curves count on
+            no channel to stand in for another), ``"compensate"`` (weight compensation),
+            ``"reconstruct"`` (compensation, then block reconstruction: minutes where compensation
+            takes seconds, and better), or ``"auto"``: of none, bn and compensate the one with the
+            least output variance on the held-back inputs.
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
@@ -137,7 +141,7 @@ def prune(
     }  # fmt: skip
     absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
     selector = Selector(
-        criterion, use_curves, repair != "none", allocation != "plain", fit,
+        criterion, use_curves, _STAND_IN.get(repair, "map"), allocation != "plain", fit,
         labelled_batches if criterion in NEEDS_LABELS else fit,
         aim.budget, floors, probing, clock,
     )  # fmt: skip
