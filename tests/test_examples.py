@@ -6,8 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from images import write_classes
 from PIL import Image
 
+from tpvprune.cli import main
 from tpvprune.command_line.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,23 @@ def test_example_runs_and_is_short(name, tmp_path, monkeypatch, capsys):
     assert len(path.read_text("utf-8").splitlines()) <= 50
     runpy.run_path(str(path), run_name="__main__")
     assert "MACs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "vit"])
+def test_training_example_makes_what_its_prune_command_reads(model, tmp_path, monkeypatch):
+    write_classes(tmp_path / "images", ("cats", "dogs"), 12)
+    path = ROOT / "examples" / "train_cifar10.py"
+    page = path.read_text("utf-8").replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    train = ["--model", model, "--data-dir", "images", "--output", f"{model}.safetensors"]
+    monkeypatch.setattr("sys.argv", ["train", *train, "--epochs", "1", "--batch-size", "8"])
+    with torch.random.fork_rng():
+        runpy.run_path(str(path), run_name="__main__")
+    lines = (line for line in page.splitlines() if "tpvprune prune" in line)
+    (command,) = (shlex.split(line)[1:] for line in lines if f"{model}.safetensors" in line)
+    command[command.index("--data-dir") + 1] = "images"
+    quick = ["--criterion", "magnitude", "--repair", "none", "--latency-repeats", "0"]
+    assert main([*command, *quick]) == 0
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):

@@ -1,6 +1,12 @@
-"""Train a small Vision Transformer on CIFAR-10, to have something of your own to prune.
+"""Train a small timm model on CIFAR-10, to have something of your own to prune.
 
-    python examples/train_small_vit.py --data-dir cifar10-train.tar --output vit.safetensors
+    python examples/train_cifar10.py --model resnet10t --data-dir cifar10-train.tar \
+        --output resnet10t.safetensors
+    tpvprune prune --model resnet10t --checkpoint resnet10t.safetensors --num-classes 10 \
+        --img-size 32 --crop-pct 1 --data-dir cifar10-train.tar --keep 0.5 --output pruned
+
+    python examples/train_cifar10.py --model vit --data-dir cifar10-train.tar \
+        --output vit.safetensors
     tpvprune prune --model vit_tiny_patch16_224 --checkpoint vit.safetensors --num-classes 10 \
         --model-kwargs img_size=32 patch_size=4 embed_dim=96 depth=4 num_heads=3 \
         --img-size 32 --crop-pct 1 --data-dir cifar10-train.tar --keep 0.7 --output pruned
@@ -20,7 +26,8 @@ from safetensors.torch import save_file
 from timm.data import create_dataset
 from torch import Tensor, nn
 
-MODEL = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+SMALL_VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+MODELS = {"resnet10t": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", SMALL_VIT)}
 
 
 def load(path: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -46,9 +53,10 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def main() -> None:
     """Train, print the loss of every epoch, save the weights."""
-    parser = argparse.ArgumentParser(description="train a small ViT on CIFAR-10")
+    parser = argparse.ArgumentParser(description="train a small model on CIFAR-10")
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--output", default="vit.safetensors")
+    parser.add_argument("--output", required=True)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -57,7 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **MODEL).to(args.device)
+    name, options = MODELS[args.model]
+    model = timm.create_model(name, num_classes=10, **options).to(args.device)
     # The model's own preprocessing, so that the command above needs no --mean and --std.
     x, y = load(args.data_dir, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
