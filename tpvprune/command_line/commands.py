@@ -311,6 +311,6 @@ def _distilled(
 ) -> PruningResult:
     """Return the result with its model trained on all images of the source."""
     small = dataclasses.replace(subject, model=result.model)
-    model, facts = training.trained(args, small, subject.model, images, num_images=None)
+    model, facts, _ = training.trained(args, small, subject.model, images, num_images=None)
     report = {**result.report, "repair": "distill", "repair_chosen": None, "training": facts}
     return dataclasses.replace(result, model=model, report=report)

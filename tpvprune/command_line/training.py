@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def trained(
     *,
     num_images: int | None,
     labelled: bool = False,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any], Iterable[Any]]:
     """Train a pruned model, and measure it before and after on images held back.
 
     Args:
@@ -130,7 +130,7 @@ def trained(
         labelled: Train with labels instead of the dense model.
 
     Returns:
-        The trained model and the facts for the report.
+        The trained model, the facts for the report, and the images held back.
 
     Raises:
         ValueError: If the outputs of the trained model are not finite.
@@ -196,7 +196,7 @@ def trained(
         "after": after,
         "saved": "trained" if helped else "start",
     }
-    return model if helped else subject.model, facts
+    return model if helped else subject.model, facts, witnesses
 
 
 def state_file(output: Path, kind: str = "unfinished") -> Path:
@@ -216,11 +216,10 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     if labelled:
         check_classes(images, subject.model, class_map=args.class_map)
     witnesses = labelled_images(args, subject)
-    model, facts = trained(
+    model, facts, seen = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled
     )
     saved = facts["after" if facts["saved"] == "trained" else "before"]
-    seen = in_memory(choose_apart(args, subject, images, facts["num_held_back"]))
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         saved = _closeness(model, dense, seen)
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
