@@ -9,6 +9,7 @@ import torch
 
 from tpvprune import demo
 from tpvprune.checkpoint import load_pruned
+from tpvprune.cli import main
 from tpvprune.evaluation import evaluate
 
 
@@ -97,9 +98,10 @@ def test_terminal_table_fits_80_columns(finished, capsys, monkeypatch):
     assert max(map(len, lines)) <= 80
 
 
-def test_a_folder_in_use_is_refused_before_any_work(finished):
-    with pytest.raises(ValueError, match="pass overwrite"):
-        demo.main_demo(finished[3])
+def test_a_folder_in_use_is_refused_before_any_work(finished, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "main_demo", lambda args: pytest.fail("work was done"))
+    assert main(["demo", "--output", str(finished[0])]) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
 
 
 def test_split_depends_on_the_seed_and_nothing_is_in_both_parts():

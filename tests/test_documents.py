@@ -51,6 +51,15 @@ def test_pruned_model_runs_in_plain_timm_code(tmp_path, monkeypatch):
     assert torch.equal(names["outputs"], expected)
 
 
+def test_tables_of_the_readme_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("tables")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = re.findall(r"<!-- table: (\w+) -->", readme)
+    assert sorted(shown) == sorted(tables.TABLES)
+    assert readme == tables.filled(readme), "run python benchmarks/tables.py"
+
+
 def test_criteria_and_names_of_the_table_exist():
     for name in re.findall(r'criterion="(\w+)"', PAGE):
         assert name in SCORERS

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,12 +16,13 @@ from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
 from tpvprune.benchmark_rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
+from tpvprune.choosing import stand_in
 from tpvprune.compensation import compensate_weights
 from tpvprune.costs import count_macs, count_params
 from tpvprune.distributed import by_first, dealt
 from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups
-from tpvprune.pipeline import Allocation, PruningResult, compose, prune
+from tpvprune.pipeline import Allocation, PruningResult, Repair, compose, prune
 from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.running import on_device
 
@@ -208,40 +209,55 @@ def _measured(
 def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
     # By one of our scorers: each time from the dense model, or step after step.
     plan, series, missing = task
-    if plan.steps > 1:
-        yield from _iterative_cuts(task, material)
-        return
-    for stop, wanted in missing.items():
-        for absorb, repairs in _by_repair(series, wanted).items():
-            start = time.perf_counter()
-            found = _prune(series, material, material.dense, stop.keep, absorb=absorb)
-            seconds = time.perf_counter() - start
-            yield stop, repairs, Cut(found.model, found.groups, found.kept, seconds)
+    follow = _iterative_cuts if plan.steps > 1 else _single_cuts
+    for repairs in _alike(series, plan.repairs):
+        wanted = {stop: [r for r in found if r in repairs] for stop, found in missing.items()}
+        wanted = {stop: found for stop, found in wanted.items() if found}
+        if wanted:
+            cut = partial(_prune, series, material, foresee=repairs[0])
+            for stop, made in follow(plan, material, wanted, cut):
+                yield stop, wanted[stop], made
 
 
-def _by_repair(series: Series, repairs: Sequence[str]) -> dict[bool, list[str]]:
-    """Return the repairs by whether ``prune`` chooses other widths because of them."""
-    kinds: dict[bool, list[str]] = {}
+def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
+    """Return the repairs, those together for which ``prune`` chooses the same channels."""
+    kinds: dict[object, list[str]] = {}
     for repair in repairs:
-        absorb = series.ranking == "curves" and repair not in _WITHOUT_GROUPS
-        kinds.setdefault(absorb, []).append(repair)
-    return kinds
+        place = stand_in(repair)
+        kind = place if series.ranking == "curves" else place == "zero"
+        kinds.setdefault(kind if series.criterion == "tpv" else None, []).append(repair)
+    return list(kinds.values())
 
 
-def _iterative_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
-    plan, series, missing = task
+def _single_cuts(
+    plan: Plan, material: Material, wanted: Iterable[Stop], cut: Callable[..., PruningResult]
+) -> Iterator[tuple[Stop, Cut]]:
+    for stop in wanted:
+        start = time.perf_counter()
+        found = cut(material.dense, stop.keep)
+        yield stop, Cut(found.model, found.groups, found.kept, time.perf_counter() - start)
+
+
+def _iterative_cuts(
+    plan: Plan, material: Material, wanted: Iterable[Stop], cut: Callable[..., PruningResult]
+) -> Iterator[tuple[Stop, Cut]]:
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
     for stop in plan.stops():
-        keep = min(1.0, stop.keep / material.share(pruned))
-        found = _prune(series, material, pruned, keep, absorb=False)
+        found = cut(pruned, min(1.0, stop.keep / material.share(pruned)), absorb=False)
         groups = groups or found.groups
         pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
-        if stop in missing:
-            yield stop, missing[stop], Cut(pruned, groups, kept, time.perf_counter() - start)
+        if stop in wanted:
+            yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
 
 
 def _prune(
-    series: Series, material: Material, model: nn.Module, keep: float, *, absorb: bool
+    series: Series,
+    material: Material,
+    model: nn.Module,
+    keep: float,
+    *,
+    foresee: str,
+    absorb: bool | None = None,
 ) -> PruningResult:
     return prune(
         model,
@@ -250,6 +266,7 @@ def _prune(
         criterion=series.criterion,
         allocation=cast(Allocation, RANKINGS[series.ranking]),
         repair="none",
+        foresee=cast(Repair, foresee),
         absorb=absorb,
         labelled_batches=material.labelled() if needs_labels(series.criterion) else None,
         seed=series.seed,

@@ -27,6 +27,20 @@ Of = Literal["macs", "params", "latency"]
 _NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
 
 
+def stand_in(repair: str) -> StandIn:
+    """Return what takes the place of a channel when this repair follows.
+
+    Args:
+        repair: See :func:`tpvprune.prune`.
+
+    Returns:
+        ``"map"`` where weights are refitted; see :func:`tpvprune.curves.variance_curves`.
+    """
+    # Recalibrating BatchNorm restores the means.
+    places: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
+    return places.get(repair, "map")
+
+
 @dataclass
 class Aim:
     """What must be met: a budget, and for milliseconds the proof by the clock."""

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.choosing import Of, Selector, aim_at
+from tpvprune.choosing import Of, Selector, aim_at, stand_in
 from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.curves import StandIn
 from tpvprune.distributed import from_first, total
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
@@ -31,9 +30,6 @@ from tpvprune.selection import Floors, check_budget
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Allocation = Literal["curves", "rank", "plain"]
-
-# What takes the place of a channel when no weights are refitted.
-_STAND_IN: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ def prune(
     of: Of = "macs",
     criterion: str = "tpv",
     repair: Repair = "compensate",
+    foresee: Repair | None = None,
     steps: int = 1,
     allocation: Allocation | None = None,
     round_to: int = 1,
@@ -86,11 +83,13 @@ def prune(
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
-        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration; after these two the curves count on
-            no channel to stand in for another), ``"compensate"`` (weight compensation),
-            ``"reconstruct"`` (compensation, then block reconstruction: minutes where compensation
-            takes seconds, and better), or ``"auto"``: of none, bn and compensate the one with the
-            least output variance on the held-back inputs.
+        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
+            compensation), ``"reconstruct"`` (compensation, then block reconstruction: minutes
+            where compensation takes seconds, and better), or ``"auto"``: of none, bn and
+            compensate the one with the least output variance on the held-back inputs.
+        foresee: The repair that ``"tpv"`` counts on: only where weights are refitted will other
+            channels stand in for those that leave. None: ``repair``; another where you repair
+            the result yourself.
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
@@ -104,7 +103,7 @@ def prune(
         grad_checkpointing: Score with less memory in more time (``"tpv"`` only).
         absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
             for (:func:`tpvprune.absorption.absorption`), at three compensations more; None: where
-            the repair refits weights.
+            the foreseen repair refits weights.
         ignore: Modules whose outputs stay whole.
         latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
@@ -123,7 +122,8 @@ def prune(
             the state is damaged.
     """
     check_budget(keep, "macs" if of == "latency" else of, round_to, min_channels, max_removed)
-    _check(criterion, repair, steps, allocation, labelled_batches)
+    foresee = foresee or repair
+    _check(criterion, (repair, foresee), steps, allocation, labelled_batches)
     clock = Clock(progress)
     fit, held = hold_back(batches)
     with clock("groups"):
@@ -139,15 +139,16 @@ def prune(
         "num_probes": num_probes, "amp": amp, "grad_checkpointing": grad_checkpointing,
         "seed": seed,
     }  # fmt: skip
-    absorb = repair in {"compensate", "reconstruct", "auto"} if absorb is None else absorb
+    absorb = stand_in(foresee) == "map" if absorb is None else absorb
     selector = Selector(
-        criterion, use_curves, _STAND_IN.get(repair, "map"), allocation != "plain", fit,
+        criterion, use_curves, stand_in(foresee), allocation != "plain", fit,
         labelled_batches if criterion in NEEDS_LABELS else fit,
         aim.budget, floors, probing, clock,
     )  # fmt: skip
     record = Record.of(
-        state, model, dict(enumerate(fit)), keep, of, criterion, repair, steps, allocation, absorb,
-        latency_batch_size, list(floors.items()), list(probing.items()), [g.name for g in groups],
+        state, model, dict(enumerate(fit)), keep, of, criterion, repair, foresee, steps, allocation,
+        absorb, latency_batch_size, list(floors.items()), list(probing.items()),
+        [g.name for g in groups],
     )  # fmt: skip
     rounds = record.load(model, groups) or Rounds(
         model, _whole(groups), factors=None if absorb else {}
@@ -213,12 +214,19 @@ def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
     return example
 
 
-def _check(criterion: str, repair: str, steps: int, allocation: str | None, labelled: Any) -> None:
+def _check(
+    criterion: str,
+    repairs: Iterable[str],
+    steps: int,
+    allocation: str | None,
+    labelled: Any,
+) -> None:
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
-    if repair not in get_args(Repair):
-        known = ", ".join(get_args(Repair))
-        raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
+    for repair in repairs:
+        if repair not in get_args(Repair):
+            known = ", ".join(get_args(Repair))
+            raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
     if allocation not in {None, *get_args(Allocation)} or (
