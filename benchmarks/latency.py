@@ -17,14 +17,13 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from environment import write_environment
 from oneshot import images
-from rows import append
+from rows import append, interpolated
 
 from tpvprune.batches import unlabeled
 from tpvprune.evaluation import agreement
@@ -119,10 +118,9 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     ours = next(r for r in rows if r["of"] == "latency")
     head = f"batch {ours['batch_size']}: ratio {ours['ratio']}, agreement {ours['agreement']}"
     points = sorted((float(r["ratio"]), float(r["agreement"])) for r in rows if r is not ours)
-    at = float(ours["ratio"])
-    for (x, y), (x2, y2) in pairwise(points):
-        if x <= at <= x2 and x < x2:
-            return f"{head}; cut to MACs at this ratio {y + (y2 - y) * (at - x) / (x2 - x):.2f}"
+    same = interpolated(points, float(ours["ratio"]))
+    if same is not None:
+        return f"{head}; cut to MACs at this ratio {same:.2f}"
     return f"{head}; cut to MACs: ratios from {points[0][0]} to {points[-1][0]} only"
 
 

@@ -6,6 +6,7 @@ import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,11 @@ def mean_and_sd(rows: Iterable[Mapping[str, str]], column: str) -> str:
     values = [float(row[column]) for row in rows]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def interpolated(points: Iterable[tuple[float, float]], at: float) -> float | None:
+    """Return the y at x = ``at`` on the line through points (x, y); None outside of it."""
+    for (x, y), (x2, y2) in pairwise(sorted(points)):
+        if x <= at <= x2 and x < x2:
+            return y + (y2 - y) * (at - x) / (x2 - x)
+    return None
