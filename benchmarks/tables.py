@@ -1,0 +1,211 @@
+"""The README's tables, made from results/.
+
+    python benchmarks/tables.py
+
+writes every table between its two marks in README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rows import grouped, interpolated, mean_and_sd
+
+from tpvprune.benchmark_rows import Summary, read_rows, summarise
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+MODELS = {"vit_tiny_patch16_224": "small ViT"}
+NAMES = {
+    "magnitude": "magnitude, L2",
+    "magnitude_l1": "magnitude, L1",
+    "taylor": "Taylor, corrected",
+    "taylor_torch_pruning": "Taylor, torch-pruning's",
+    "jbr": "JBR, the paper's code",
+    "bn_scale": "BatchNorm scale",
+    "activation_variance": "activation variance",
+    "fpgm": "FPGM",
+    "whc": "WHC",
+    "lamp": "LAMP",
+    "lfh": "LFH",
+    "wanda": "Wanda",
+    "tpv": "TPV, 1 probe",
+    "tpv_8_probes": "TPV, 8 probes",
+}
+
+
+def main() -> int:
+    """Write the tables."""
+    README.write_text(filled(README.read_text("utf-8")), "utf-8")
+    return 0
+
+
+def filled(text: str) -> str:
+    """Return the text with every table between its marks as the results have it."""
+
+    def table(mark: re.Match[str]) -> str:
+        return f"{mark[1]}\n{TABLES[mark[2]]()}\n{mark[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n(<!-- /table -->)", table, text, flags=re.S)
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def accuracy() -> str:
+    """Return top-1 by model, repair and budget."""
+    keeps = ("0.7", "0.5", "0.47", "0.4", "0.3")
+    lines = []
+    for model in ("cifar_resnet56", "cifar_resnet20"):
+        found = _oneshot(model)
+        for repair in ("compensate", "reconstruct"):
+            rows = {k: found.get((repair, "1000", "train", k)) for k in keeps}
+            dense = next(r for r in rows.values() if r)[0]["dense_top1"]
+            cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
+            lines.append([f"`{model}`", repair, dense, *cells])
+    return markdown(["model", "repair", "dense", *(f"{k} of MACs" for k in keeps)], lines)
+
+
+def images() -> str:
+    """Return top-1 by what pruning saw."""
+    seen = {
+        "1,000 training images": ("1000", "train"),
+        "64 training images": ("64", "train"),
+        "1,000 handwritten digits": ("1000", "digits"),
+        "1,000 images of noise": ("1000", "noise"),
+    }
+    found = _oneshot("cifar_resnet56")
+    rows = (found["compensate", num, kind, "0.5"] for num, kind in seen.values())
+    return markdown(list(seen), [[mean_and_sd(r, "top1") for r in rows]])
+
+
+def _oneshot(model: str) -> Mapping[tuple[str, ...], list[dict[str, str]]]:
+    key = ("repair", "num_images", "calibration", "keep")
+    return grouped(RESULTS / f"oneshot-{model}.csv", key)
+
+
+def latency() -> str:
+    """Return what pruning to milliseconds gave, beside models cut to MACs that are as fast."""
+    lines = []
+    for model, trained in (("cifar_resnet56", True), ("resnet50", False)):
+        rows = grouped(RESULTS / f"latency-{model}.csv", ("batch_size", "of"))
+        for (size, of), (row, *_) in rows.items():
+            if of == "latency":
+                spread = f"{row['ratio']} ({row['ratio_low']} to {row['ratio_high']})"
+                points = [(float(r["ratio"]), float(r["agreement"])) for r in rows[size, "macs"]]
+                same = interpolated(points, float(row["ratio"]))
+                cells = [row["agreement"], f"{same:.2f}"] if trained and same else ["", ""]
+                lines.append([f"`{model}`", size, spread, row["macs_kept"], *cells])
+    head = "model|images a call|latency, of dense|MACs kept|agreement|... cut to MACs, as fast"
+    return markdown(head.split("|"), lines)
+
+
+def criteria() -> str:
+    """Return top-1 by criterion, all compensated alike."""
+    return _criteria("compensate")
+
+
+def criteria_bn() -> str:
+    """Return top-1 by criterion with BatchNorm recalibration alone."""
+    return _criteria("bn")
+
+
+def _criteria(repair: str) -> str:
+    """Return top-1 by criterion, each with the better of its rankings."""
+    best: dict[tuple[str, str], dict[tuple[str, str], Summary]] = {}
+    columns: dict[tuple[str, str], str] = {}
+    for name in ("resnet10t", "cifar_resnet56", "small_vit"):
+        rows = read_rows(RESULTS / f"criteria-{name}.csv")
+        for s in summarise(r for r in rows if r["repair"] == repair):
+            column = s.model, f"{s.keep:g}"
+            columns[column] = f"{s.dense_top1:.2f}"
+            cells = best.setdefault((_criterion(s), s.labels), {})
+            if column not in cells or s.top1 > cells[column].top1:
+                cells[column] = s
+    first = next(iter(columns))
+
+    def place(line: tuple[tuple[str, str], dict[tuple[str, str], Summary]]) -> tuple[bool, float]:
+        (name, _), cells = line
+        return not name.startswith("TPV"), -cells[first].top1 if first in cells else 0.0
+
+    lines = [
+        [name, labels, *(_top1(cells.get(column)) for column in columns)]
+        for (name, labels), cells in sorted(best.items(), key=place)
+    ]
+    head = ["criterion", "labels", *(f"{MODELS.get(m, f'`{m}`')} {keep}" for m, keep in columns)]
+    return markdown(head, [*lines, ["dense", "", *columns.values()]])
+
+
+def _criterion(s: Summary) -> str:
+    if s.criterion == "tpv":
+        return "TPV, curves" if s.ranking == "curves" else "TPV, ranked"
+    return NAMES.get(s.criterion, s.criterion)
+
+
+def _top1(s: Summary | None) -> str:
+    if s is None:
+        return ""
+    return f"{s.top1:.2f}" if s.sd is None else f"{s.top1:.2f} ± {s.sd:.2f}"
+
+
+def weights() -> str:
+    """Return top-1 by criterion for single weights."""
+    found = grouped(RESULTS / "weights-cifar_resnet56.csv", ("granularity", "scope", "criterion"))
+    scopes = {"2:4": ("joint", "neighbours", "neighbours"), "weight": ("joint", "global", "row")}
+    shown = [("2 of every 4", "2:4", "top1"), ("half of all", "weight", "top1"),
+             ("... output variance", "weight", "output_variance")]  # fmt: skip
+    criteria = ("tpv", "magnitude", "wanda")
+    lines = [
+        [
+            title,
+            *(
+                mean_and_sd(found[granularity, scope, criterion], column)
+                for scope, criterion in zip(scopes[granularity], criteria, strict=True)
+            ),
+        ]
+        for title, granularity, column in shown
+    ]
+    return markdown(["removed", "TPV", "magnitude", "Wanda"], lines)
+
+
+def fidelity() -> str:
+    """Return rank correlations with brute-force removal."""
+    models = ("cifar_resnet20", "cifar_resnet56", "resnet10t")
+    found = [grouped(RESULTS / f"fidelity-{m}.csv", ("criterion", "groups")) for m in models]
+    criteria = ("tpv", "tpv_8_probes", "jbr", "magnitude", "taylor_torch_pruning", "taylor")
+    lines = []
+    for name in criteria:
+        rows = [f[name, "all"][0] for f in found]
+        spearman = (f"{float(r['spearman']):.3f}" for r in rows)
+        lines.append([NAMES[name], rows[0]["labels"], *spearman])
+    return markdown(["criterion", "labels", *(f"`{m}`" for m in models)], lines)
+
+
+def cost() -> str:
+    """Return what scoring costs, of a labelled Taylor pass."""
+    rows = grouped(RESULTS / "cost.csv", ("model", "procedure"))
+    models = [model for model, procedure in rows if procedure == "tpv_plain_amp"]
+    shown = {
+        "time, `compensated=False`": ("tpv_plain", "time_ratio"),
+        "... in bfloat16": ("tpv_plain_amp", "time_ratio"),
+        "time, with stand-in maps (default)": ("tpv_compensated", "time_ratio"),
+        "memory, `compensated=False`": ("tpv_plain", "memory_ratio"),
+    }
+    lines = [
+        [title, *(f"{float(rows[m, procedure][0][column]):.2f}" for m in models)]
+        for title, (procedure, column) in shown.items()
+    ]
+    return markdown(["", *(f"`{m}`" for m in models)], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (accuracy, images, latency, criteria, criteria_bn, weights, fidelity, cost)
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
