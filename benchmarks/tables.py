@@ -1,8 +1,8 @@
-"""The README's tables, made from results/.
+"""The tables of README.md and benchmarks/README.md, made from results/.
 
     python benchmarks/tables.py
 
-writes every table between its two marks in README.md.
+writes every table between its two marks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rows import grouped, interpolated, mean_and_sd
 from tpvprune.benchmark_rows import Summary, read_rows, summarise
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
 MODELS = {"vit_tiny_patch16_224": "small ViT"}
 NAMES = {
     "magnitude": "magnitude, L2",
@@ -38,7 +38,8 @@ NAMES = {
 
 def main() -> int:
     """Write the tables."""
-    README.write_text(filled(README.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
     return 0
 
 
@@ -152,6 +153,19 @@ def _top1(s: Summary | None) -> str:
     return f"{s.top1:.2f}" if s.sd is None else f"{s.top1:.2f} ± {s.sd:.2f}"
 
 
+def iterative() -> str:
+    """Return top-1 on the way down in 18 steps, every third of them."""
+    found = summarise(read_rows(RESULTS / "iterative-cifar_resnet20.csv"))
+    keeps = sorted({s.keep for s in found}, reverse=True)[2::3]
+    lines: dict[tuple[str, str], dict[float, Summary]] = {}
+    for s in found:
+        lines.setdefault((_criterion(s), s.labels), {})[s.keep] = s
+    return markdown(
+        ["criterion", "labels", *(f"{keep:g}" for keep in keeps)],
+        [[*line, *(_top1(cells.get(keep)) for keep in keeps)] for line, cells in lines.items()],
+    )
+
+
 def weights() -> str:
     """Return top-1 by criterion for single weights."""
     found = grouped(RESULTS / "weights-cifar_resnet56.csv", ("granularity", "scope", "criterion"))
@@ -204,7 +218,7 @@ def cost() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (accuracy, images, latency, criteria, criteria_bn, weights, fidelity, cost)
+    for f in (accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost)
 }
 
 if __name__ == "__main__":
