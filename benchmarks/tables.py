@@ -134,7 +134,7 @@ def _criteria(repair: str) -> str:
         return not name.startswith("TPV"), -cells[first].top1 if first in cells else 0.0
 
     lines = [
-        [name, labels, *(_top1(cells.get(column)) for column in columns)]
+        [name, labels, *(cells[column].shown if column in cells else "" for column in columns)]
         for (name, labels), cells in sorted(best.items(), key=place)
     ]
     head = ["criterion", "labels", *(f"{MODELS.get(m, f'`{m}`')} {keep}" for m, keep in columns)]
@@ -147,12 +147,6 @@ def _criterion(s: Summary) -> str:
     return NAMES.get(s.criterion, s.criterion)
 
 
-def _top1(s: Summary | None) -> str:
-    if s is None:
-        return ""
-    return f"{s.top1:.2f}" if s.sd is None else f"{s.top1:.2f} ± {s.sd:.2f}"
-
-
 def iterative() -> str:
     """Return top-1 on the way down in 18 steps, every third of them."""
     found = summarise(read_rows(RESULTS / "iterative-cifar_resnet20.csv"))
@@ -162,7 +156,10 @@ def iterative() -> str:
         lines.setdefault((_criterion(s), s.labels), {})[s.keep] = s
     return markdown(
         ["criterion", "labels", *(f"{keep:g}" for keep in keeps)],
-        [[*line, *(_top1(cells.get(keep)) for keep in keeps)] for line, cells in lines.items()],
+        [
+            [*line, *(cells[keep].shown if keep in cells else "" for keep in keeps)]
+            for line, cells in lines.items()
+        ],
     )
 
 

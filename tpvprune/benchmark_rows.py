@@ -90,6 +90,15 @@ class Summary:
         """What stays along a line of the table or the chart."""
         return self.model, self.criterion, self.labels, self.ranking, self.repair, self.num_images
 
+    @property
+    def shown(self) -> str:
+        """Mean ± sd, and what is left where that is not the budget."""
+        text = f"{self.top1:.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
+        # Budgets are met from below; a row that is off by more would not be a fair comparison.
+        if abs(self.macs_kept - self.keep) > 0.02:
+            text += f" (at {self.macs_kept:.2f})"
+        return text
+
 
 def summarise(rows: Iterable[Mapping[str, str]]) -> list[Summary]:
     """Take the mean and the standard deviation over seeds.
@@ -169,8 +178,5 @@ def _caption(
 def _cell(summary: Summary | None, num_seeds: int) -> str:
     if summary is None:
         return ""
-    text = f"{summary.top1:.2f}" + ("" if summary.sd is None else f" ± {summary.sd:.2f}")
-    # Budgets are met from below; a row that is off by more would not be a fair comparison.
-    if abs(summary.macs_kept - summary.keep) > 0.02:
-        text += f" (at {summary.macs_kept:.2f})"
+    text = summary.shown
     return text if summary.num_seeds == num_seeds else f"{text} ({summary.num_seeds} of them)"

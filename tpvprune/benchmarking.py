@@ -209,14 +209,16 @@ def _measured(
 def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
     # By one of our scorers: each time from the dense model, or step after step.
     plan, series, missing = task
-    follow = _iterative_cuts if plan.steps > 1 else _single_cuts
     for repairs in _alike(series, plan.repairs):
         wanted = {stop: [r for r in found if r in repairs] for stop, found in missing.items()}
         wanted = {stop: found for stop, found in wanted.items() if found}
         if wanted:
             cut = partial(_prune, series, material, foresee=repairs[0])
-            for stop, made in follow(plan, material, wanted, cut):
-                yield stop, wanted[stop], made
+            if plan.steps > 1:
+                made = _iterative_cuts(plan.stops(), material, cut)
+            else:
+                made = _single_cuts(wanted, material, cut)
+            yield from ((stop, wanted[stop], found) for stop, found in made if stop in wanted)
 
 
 def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
@@ -230,24 +232,23 @@ def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
 
 
 def _single_cuts(
-    plan: Plan, material: Material, wanted: Iterable[Stop], cut: Callable[..., PruningResult]
+    stops: Iterable[Stop], material: Material, cut: Callable[..., PruningResult]
 ) -> Iterator[tuple[Stop, Cut]]:
-    for stop in wanted:
+    for stop in stops:
         start = time.perf_counter()
         found = cut(material.dense, stop.keep)
         yield stop, Cut(found.model, found.groups, found.kept, time.perf_counter() - start)
 
 
 def _iterative_cuts(
-    plan: Plan, material: Material, wanted: Iterable[Stop], cut: Callable[..., PruningResult]
+    stops: Iterable[Stop], material: Material, cut: Callable[..., PruningResult]
 ) -> Iterator[tuple[Stop, Cut]]:
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
-    for stop in plan.stops():
+    for stop in stops:
         found = cut(pruned, min(1.0, stop.keep / material.share(pruned)), absorb=False)
         groups = groups or found.groups
         pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
-        if stop in wanted:
-            yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
+        yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
 
 
 def _prune(
