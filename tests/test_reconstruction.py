@@ -9,18 +9,19 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from tpvprune import compensate_weights, find_groups, remove_channels
-from tpvprune.blocks import BlockCall, find_blocks
+from tpvprune.blocks import BlockCall, find_blocks, find_stages
 from tpvprune.evaluation import output_variance
+from tpvprune.gauss_newton import GaussNewton, Linearised, loss_of
 from tpvprune.preconditioner import KroneckerFactors, layers_in
-from tpvprune.reconstruction import _Linearised, _Solver, reconstruct_blocks
+from tpvprune.reconstruction import reconstruct_blocks
 from tpvprune.removal import restore_empty
 
-MODELS = {  # input channels and size, blocks
-    "resnet10t": (3, 64, 5),
-    "vit_tiny_patch16_224": (3, 32, 2),
-    "convnext_atto": (3, 32, 12),
-    "regnetx_002": (3, 32, 13),
-    "swin_tiny_patch4_window7_224": (3, 224, 4),
+MODELS = {  # input channels and size, blocks, stages of several blocks
+    "resnet10t": (3, 64, 5, 0),
+    "vit_tiny_patch16_224": (3, 32, 2, 1),
+    "convnext_atto": (3, 32, 12, 4),
+    "regnetx_002": (3, 32, 13, 2),
+    "swin_tiny_patch4_window7_224": (3, 224, 4, 0),
 }
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -85,6 +86,11 @@ def a_call(block, num=6, size=4):
     return BlockCall((x,), {}, target)
 
 
+def solver(num_inputs, **options):
+    usual = {"rounds": 1, "damping": 1e-3, "max_positions": 10**9, "max_bytes": 1 << 30, "seed": 0}
+    return GaussNewton(num_inputs, **{**usual, **options})
+
+
 def block_output(model, block, x):
     outs = []
     handle = model.get_submodule(block.name).register_forward_hook(
@@ -110,7 +116,12 @@ def test_the_blocks_of_timm_models_are_found_and_their_outputs_matched(name):
     names = [b.name for b in blocks]
     assert len(names) == MODELS[name][2]
     assert not any(a.startswith(b + ".") for a in names for b in names)
-    for block in blocks:
+    stages = find_stages(blocks, model, pruned, x, groups=groups, kept=kept)
+    assert len(stages) == MODELS[name][3]
+    for stage in stages:
+        inside = [n for n in names if n.startswith(stage.name + ".")]
+        assert stage.depth == len(inside) > 1
+    for block in [*blocks, *stages]:
         wanted = block.kept_of(block_output(model, block, x))
         assert wanted.shape == block_output(pruned, block, x).shape
 
@@ -128,7 +139,8 @@ def test_the_kept_channels_of_an_output_are_those_that_stay():
     torch.testing.assert_close(wanted, block_output(pruned, block, x), rtol=1e-4, atol=1e-5)
 
 
-def test_products_with_the_jacobian_are_those_of_the_explicit_one():
+@pytest.mark.parametrize("max_bytes", [0, 1 << 30])
+def test_products_with_the_jacobian_are_those_of_the_explicit_one(max_bytes):
     block = branch()
     call = a_call(block)
     layers, params = parameters_of(block, call)
@@ -136,7 +148,7 @@ def test_products_with_the_jacobian_are_those_of_the_explicit_one():
         "conv1.weight", "bn1.bias", "conv2.weight", "conv2.bias",
     }  # fmt: skip
     parts = [call.part(0, 0.5), call.part(0.5, 1)]
-    linearised = _Linearised(block, params, parts)
+    linearised = Linearised(block, params, parts, max_bytes)
     explicit = jacrev(lambda p: functional_call(block, p, call.args))(params)
     rows = torch.cat([explicit[n].flatten(4).flatten(0, 3) for n in params], 1)
     v = {n: torch.randn(p.shape, dtype=p.dtype, generator=seeded(4)) for n, p in params.items()}
@@ -154,7 +166,7 @@ def test_conjugate_gradients_solve_the_damped_normal_equations():
     call = a_call(block, num=12)
     layers, params = parameters_of(block, call)
     factors = KroneckerFactors.measure(block, layers, [call], 1e-2, 0)
-    step = _Solver(12, 1, 200, 1e-2, 10**9, 0)._step(block, params, [call], factors)
+    *_, step = solver(12, iterations=200).steps(block, params, [call], factors)
     explicit = jacrev(lambda p: functional_call(block, p, call.args))(params)
     rows = torch.cat([explicit[n].flatten(4).flatten(0, 3) for n in params], 1)
     ridge = torch.cat([torch.full((p.numel(),), factors.ridge[n]) for n, p in params.items()])
@@ -174,7 +186,7 @@ def test_the_preconditioner_is_exact_for_a_linear_layer():
     factors = KroneckerFactors.measure(layer, layers, [call], 1e-12, 0)
     factors._factors[0].outputs = torch.eye(4).double()[None]  # what 128 random signs estimate
     v = {n: torch.randn(p.shape, dtype=p.dtype, generator=seeded(4)) for n, p in params.items()}
-    back = factors.solve(_Linearised(layer, params, [call]).gauss_newton(v))
+    back = factors.solve(Linearised(layer, params, [call]).gauss_newton(v))
     for n, wanted in v.items():
         torch.testing.assert_close(back[n], wanted, rtol=1e-6, atol=1e-8)
 
@@ -185,8 +197,57 @@ def test_fitting_lowers_the_error_of_a_block(share):
     x = torch.randn(32, 4, 6, 6, dtype=torch.float64, generator=seeded(5))
     target = dense(x).detach()
     before = (block(x) - target).square().sum()
-    _Solver(32, 3, 8, 1e-3, int(share * 32 * 36), 0).fit(block, BlockCall((x,), {}, target))
+    fit = solver(32, rounds=3, iterations=8, max_positions=int(share * 32 * 36)).fit
+    fit(block, BlockCall((x,), {}, target))
     assert (block(x) - target).square().sum() < 0.7 * before
+
+
+def test_the_best_point_on_the_way_is_taken():
+    """Few samples with noisy targets: to go all the way would be to learn the noise."""
+    block = branch()
+    call = a_call(block, num=20)
+    fit = solver(20, iterations=12, damping=1e-6)
+    data, held = fit.parts(call)[:-1], fit.parts(call)[-1:]
+    assert len(data) == 9
+    layers, params = parameters_of(block, call)
+    factors = KroneckerFactors.measure(block, layers, data, fit.damping, fit.seed)
+    steps = [*fit.steps(block, params, data, factors)]
+    steps += [{n: share * d for n, d in steps[-1].items()} for share in (0.5, 0.25)]
+    met = [loss_of(block, {n: params[n] + d[n] for n in params}, held) for d in steps]
+    assert min(met) < met[11]
+    fit.fit(block, call)
+    assert loss_of(block, {}, held) == pytest.approx(min(met))
+
+
+def test_samples_that_were_not_fitted_never_get_worse():
+    block = branch()
+    x = torch.randn(10, 4, 4, 4, dtype=torch.float64, generator=seeded(2))
+    call = BlockCall((x,), {}, block(x).detach())
+    call.out[:9] += 1  # only what takes part in the fit asks for a change
+    before = copy.deepcopy(block.state_dict())
+    solver(10, rounds=3, iterations=4).fit(block, call)
+    assert all(map(torch.equal, before.values(), block.state_dict().values()))
+
+
+def test_blocks_of_a_stage_move_together():
+    x = nn.functional.interpolate(pictures(160, (3, 4)), size=32, mode="bilinear")
+    model = make("vit_tiny_patch16_224")
+    pruned, groups, kept = halved(model, x)
+    given = {"groups": groups, "kept": kept, "mirror": False}
+    blocks = find_blocks(model, pruned, x[:2], groups, kept)
+    (stage,) = find_stages(blocks, model, pruned, x[:2], groups=groups, kept=kept)
+    counts = []
+    alone = reconstruct_blocks(pruned, model, [x[:128]], stage_iterations=0, **given)
+    joint = reconstruct_blocks(
+        pruned, model, [x[:128]], **given, progress=lambda *a: counts.append(a[1:])
+    )
+    assert counts == [(1, 3), (2, 3), (3, 3)]
+    for images in (x[:128], x[128:]):
+        wanted = stage.kept_of(block_output(model, stage, images))
+        before, after = (
+            (block_output(m, stage, images) - wanted).norm() for m in (alone, joint)
+        )
+        assert after < before
 
 
 def test_a_model_that_is_already_equal_is_left_alone():
@@ -215,6 +276,7 @@ def test_it_improves_on_compensation_and_touches_no_argument(name):
         groups=groups,
         kept=kept,
         mirror=False,
+        stage_iterations=2,
         progress=lambda *a: done.append(a),
     )
     for source, state in zip((model, start), states, strict=True):
@@ -242,7 +304,7 @@ def test_it_is_deterministic_and_mirror_images_count():
     x = pictures(12, (3, 32))
     model = make("resnet10t")
     pruned, groups, kept = halved(model, x)
-    given = {"groups": groups, "kept": kept}
+    given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 2}
     once, again = (reconstruct_blocks(pruned, model, [x[:8], x[8:]], **given) for _ in range(2))
     both = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
     by_hand = reconstruct_blocks(pruned, model, [both[:16], both[16:]], mirror=False, **given)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,15 @@ _LISTS = (nn.Sequential, nn.ModuleList)
 class Block:
     """A module that runs once and returns one tensor, of which the pruned one has ``kept``.
 
-    ``dim`` is the channel dimension of its output; None: all of it stays.
+    ``dim`` is the channel dimension of its output; None: all of it stays. ``depth`` counts the
+    blocks that a stage holds.
     """
 
     name: str
     bytes_per_input: int
     dim: int | None = None
     kept: Tensor | None = None
+    depth: int = 1
 
     def kept_of(self, dense_output: Tensor) -> Tensor:
         """Return the part of the dense block's output that the pruned block still makes."""
@@ -60,7 +63,47 @@ def find_blocks(
     Returns:
         The blocks in the order in which they run.
     """
-    names = _candidates(dense)
+    return _matched(_candidates(dense), dense, pruned, x, groups=groups, kept=kept)
+
+
+def find_stages(
+    blocks: Sequence[Block],
+    dense: nn.Module,
+    pruned: nn.Module,
+    x: Tensor,
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+) -> list[Block]:
+    """Find the modules that hold several blocks and whose outputs can be matched as theirs can.
+
+    Args:
+        blocks: As :func:`find_blocks` returns them.
+        dense: The dense network, in eval mode.
+        pruned: The pruned one.
+        x: Example inputs [B, ...].
+        groups: Channel groups of ``dense``.
+        kept: What stayed.
+
+    Returns:
+        The stages in the order in which they run.
+    """
+    held = Counter(block.name.rpartition(".")[0] for block in blocks)
+    names = [name for name, num in held.items() if name and num > 1]
+    stages = _matched(names, dense, pruned, x, groups=groups, kept=kept)
+    return [replace(stage, depth=held[stage.name]) for stage in stages]
+
+
+def _matched(
+    names: list[str],
+    dense: nn.Module,
+    pruned: nn.Module,
+    x: Tensor,
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+) -> list[Block]:
+    """Return those of the modules whose outputs can be matched, in the order in which they run."""
     before, after = _calls(dense, names, x), _calls(pruned, names, x)
     blocks = []
     for name, call in before.items():
