@@ -165,3 +165,10 @@ def test_wide_groups_leave_in_blocks():
     assert len(curve.variance) == 200
     assert (curve.variance.diff() >= 0).all()
     assert curve.variance.isfinite().all()
+
+
+def test_an_unknown_stand_in_is_refused():
+    model = Chain().eval()
+    groups = find_groups(model, images(1))
+    with pytest.raises(ValueError, match="stand_in: expected one of map, mean, zero, found 'no'"):
+        variance_curves(model, groups, batches(), stand_in="no")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,12 @@ def variance_curves(
         Group name -> :class:`Curve`.
 
     Raises:
-        ValueError: If an activation or a curve is not finite (of a float16 model: in float32,
-            either).
+        ValueError: If ``stand_in`` is none of the three, or an activation or a curve is not finite
+            (of a float16 model: in float32, either).
     """
+    if stand_in not in get_args(StandIn):
+        known = ", ".join(get_args(StandIn))
+        raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
     savings = unit_costs(groups, of)
     probing = Probing(metric, num_probes, amp, grad_checkpointing, seed)
 
