@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from tpvprune import compensate_weights, find_groups, remove_channels
-from tpvprune.blocks import BlockCall, find_blocks, find_stages
+from tpvprune.blocks import BlockCall, find_blocks
 from tpvprune.evaluation import output_variance
 from tpvprune.gauss_newton import GaussNewton, Linearised, loss_of
 from tpvprune.preconditioner import KroneckerFactors, layers_in
@@ -112,11 +112,10 @@ def test_the_blocks_of_timm_models_are_found_and_their_outputs_matched(name):
     x = pictures(2, MODELS[name])
     model = make(name)
     pruned, groups, kept = halved(model, x)
-    blocks = find_blocks(model, pruned, x, groups, kept)
+    blocks, stages = find_blocks(model, pruned, x, groups, kept)
     names = [b.name for b in blocks]
     assert len(names) == MODELS[name][2]
     assert not any(a.startswith(b + ".") for a in names for b in names)
-    stages = find_stages(blocks, model, pruned, x, groups=groups, kept=kept)
     assert len(stages) == MODELS[name][3]
     for stage in stages:
         inside = [n for n in names if n.startswith(stage.name + ".")]
@@ -134,7 +133,7 @@ def test_the_kept_channels_of_an_output_are_those_that_stay():
     stream = groups.output_axes["layer4.0"][1].members[0][0]
     kept = {stream: torch.arange(groups[stream].num_channels) % 3 > 0}
     pruned = remove_channels(model, groups, kept)
-    block = {b.name: b for b in find_blocks(model, pruned, x, groups, kept)}["layer4.0"]
+    block = {b.name: b for b in find_blocks(model, pruned, x, groups, kept)[0]}["layer4.0"]
     wanted = block.kept_of(block_output(model, block, x))
     torch.testing.assert_close(wanted, block_output(pruned, block, x), rtol=1e-4, atol=1e-5)
 
@@ -234,8 +233,7 @@ def test_blocks_of_a_stage_move_together():
     model = make("vit_tiny_patch16_224")
     pruned, groups, kept = halved(model, x)
     given = {"groups": groups, "kept": kept, "mirror": False}
-    blocks = find_blocks(model, pruned, x[:2], groups, kept)
-    (stage,) = find_stages(blocks, model, pruned, x[:2], groups=groups, kept=kept)
+    _, (stage,) = find_blocks(model, pruned, x[:2], groups, kept)
     counts = []
     alone = reconstruct_blocks(pruned, model, [x[:128]], stage_iterations=0, **given)
     joint = reconstruct_blocks(
@@ -293,7 +291,7 @@ def test_it_improves_on_compensation_and_touches_no_argument(name, stage_iterati
         p.requires_grad for p in start.parameters()
     ]
     assert [d for _, d, _ in done] == list(range(1, done[0][2] + 1))
-    last = find_blocks(model, start, x[:2], groups, kept)[-1]
+    last = find_blocks(model, start, x[:2], groups, kept)[0][-1]
 
     def error(m, images):
         wanted = last.kept_of(block_output(model, last, images))
@@ -341,6 +339,6 @@ def test_arguments_common_to_all_samples_are_not_split():
     x = torch.randn(6, 6, 4)  # as many samples as rows of the table
     groups = find_groups(model, x)
     pruned, groups, kept = halved(model, x)
-    assert len(find_blocks(model, pruned, x, groups, kept)) == 2
+    assert len(find_blocks(model, pruned, x, groups, kept)[0]) == 2
     repaired = reconstruct_blocks(pruned, model, [x], groups=groups, kept=kept)
     assert output_variance(repaired, model, [x]) < output_variance(pruned, model, [x])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,13 +45,14 @@ def find_blocks(
     x: Tensor,
     groups: ChannelGroups,
     kept: Mapping[str, Tensor],
-) -> list[Block]:
-    """Find the blocks whose outputs can be matched between the two networks.
+) -> tuple[list[Block], list[Block]]:
+    """Find the blocks, and the stages, whose outputs can be matched between the two networks.
 
     A block has at least two convolutions or linear layers and is an element of a ``Sequential``
     or ``ModuleList``, or one of several children of the same kind; where such modules lie in each
     other the innermost are taken. It runs once, and its output is one tensor of which the kept
-    channels are known.
+    channels are known. A stage is a module that holds several blocks, and of which the same is
+    true.
 
     Args:
         dense: The dense network, in eval mode.
@@ -61,66 +62,30 @@ def find_blocks(
         kept: What stayed.
 
     Returns:
-        The blocks in the order in which they run.
+        The blocks, and the stages, in the order in which they run.
     """
-    return _matched(_candidates(dense), dense, pruned, x, groups=groups, kept=kept)
-
-
-def find_stages(
-    blocks: Sequence[Block],
-    dense: nn.Module,
-    pruned: nn.Module,
-    x: Tensor,
-    *,
-    groups: ChannelGroups,
-    kept: Mapping[str, Tensor],
-) -> list[Block]:
-    """Find the modules that hold several blocks and whose outputs can be matched as theirs can.
-
-    Args:
-        blocks: As :func:`find_blocks` returns them.
-        dense: The dense network, in eval mode.
-        pruned: The pruned one.
-        x: Example inputs [B, ...].
-        groups: Channel groups of ``dense``.
-        kept: What stayed.
-
-    Returns:
-        The stages in the order in which they run.
-    """
-    held = Counter(block.name.rpartition(".")[0] for block in blocks)
-    names = [name for name, num in held.items() if name and num > 1]
-    stages = _matched(names, dense, pruned, x, groups=groups, kept=kept)
-    return [replace(stage, depth=held[stage.name]) for stage in stages]
-
-
-def _matched(
-    names: list[str],
-    dense: nn.Module,
-    pruned: nn.Module,
-    x: Tensor,
-    *,
-    groups: ChannelGroups,
-    kept: Mapping[str, Tensor],
-) -> list[Block]:
-    """Return those of the modules whose outputs can be matched, in the order in which they run."""
-    before, after = _calls(dense, names, x), _calls(pruned, names, x)
-    blocks = []
+    names = _candidates(dense)
+    parents = {name.rpartition(".")[0] for name in names} - {""}
+    before, after = (_calls(model, [*names, *parents], x) for model in (dense, pruned))
+    found: dict[str, Block] = {}
     for name, call in before.items():
         small = after.get(name)
         if call is None or small is None or not _splits(pruned.get_submodule(name), small, len(x)):
             continue
         size = small.out.numel() * small.out.element_size() // len(x)
         if call.out.shape == small.out.shape:
-            blocks.append(Block(name, size))
+            found[name] = Block(name, size)
             continue
         dim, axis = groups.output_axes.get(name, (None, None))
         if dim is None or axis is None:
             continue
         block = Block(name, size, dim, axis.kept(kept).nonzero().squeeze(1))
         if block.kept_of(call.out).shape == small.out.shape:
-            blocks.append(block)
-    return blocks
+            found[name] = block
+    blocks = [block for name, block in found.items() if name not in parents]
+    depths = Counter(block.name.rpartition(".")[0] for block in blocks)
+    stages = [replace(b, depth=depths[name]) for name, b in found.items() if depths[name] > 1]
+    return blocks, stages
 
 
 @dataclass(frozen=True)

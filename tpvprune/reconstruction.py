@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from tpvprune.batches import unlabeled
-from tpvprune.blocks import Block, BlockCall, find_blocks, find_stages, on_call
+from tpvprune.blocks import Block, BlockCall, find_blocks, on_call
 from tpvprune.branches import Plan
 from tpvprune.clock import Progress
 from tpvprune.compensation import RefitRun, first_inputs, refit_run
@@ -66,7 +66,7 @@ def reconstruct_blocks(
     with x the inputs of the block in the (already repaired) pruned network, theta its weights and
     biases (each layer refitted first as by :func:`tpvprune.compensate_weights`), and y* the
     output of the dense block, kept channels only. Then the same for each stage, a module that
-    holds several of the blocks (:func:`tpvprune.blocks.find_stages`), from where the blocks are.
+    holds several of the blocks (:func:`tpvprune.blocks.find_blocks`), from where the blocks are.
 
     Args:
         pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
@@ -108,8 +108,7 @@ def reconstruct_blocks(
     source = unlabeled(batches)
     first = on_device(next(iter(source))[:2], dense)
     with evaluating(dense, repaired), torch.no_grad():
-        blocks = find_blocks(dense, repaired, first, groups, kept)
-        stages = find_stages(blocks, dense, repaired, first, groups=groups, kept=kept)
+        blocks, stages = find_blocks(dense, repaired, first, groups, kept)
     # Half of the memory for the activations of one layer, half for the targets of all blocks; as
     # much as those for the targets of all layers.
     chosen = first_inputs(_mirrored(source) if mirror else source, dense, max_bytes // 2)
