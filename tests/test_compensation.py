@@ -22,7 +22,7 @@ from tpvprune import compensate_weights, find_groups, remove_channels
 from tpvprune.branches import Plan
 from tpvprune.evaluation import output_variance
 from tpvprune.removal import restore_empty
-from tpvprune.targets import dense_targets, within_memory
+from tpvprune.targets import dense_targets, plan_for
 
 EXACT = {"rtol": 1e-5, "atol": 1e-7}  # a ridge of 1e-12 on Gram matrices
 NUM = 48
@@ -388,13 +388,12 @@ def test_targets_take_the_memory_that_was_planned(case):
 
     plan = Plan(NUM, rows_per_input=24, min_rows=1000, seed=0)
     whole = taken(plan)
-    assert within_memory(plan, dense, images(1), whole) is plan
-    thinner = within_memory(plan, dense, images(1), whole - 1)
-    assert thinner is not plan
-    third = within_memory(plan, dense, images(1), whole // 3)
+    assert taken(plan_for(plan, dense, images(1), whole)) == whole
+    assert taken(plan_for(plan, dense, images(1), whole - 1)) < whole
+    third = plan_for(plan, dense, images(1), whole // 3)
     assert whole // 10 < taken(third) <= whole // 3
     one_each = taken(Plan(NUM, rows_per_input=0, min_rows=0, seed=0))
-    assert taken(within_memory(plan, dense, images(1), 1)) == one_each
+    assert taken(plan_for(plan, dense, images(1), 1)) == one_each
 
 
 def test_a_last_batch_of_one_image_has_no_targets_of_its_own():
@@ -411,6 +410,33 @@ def test_a_last_batch_of_one_image_has_no_targets_of_its_own():
     split = dense_targets(Embedded(), x.split(2), plan)
     assert not split.sums
     assert list(split.outputs) == [0]
+
+
+@pytest.mark.parametrize("num", [4, 20, 25])
+def test_layers_that_see_no_image_stay_as_they_are(num):
+    """Swin V2 computes the bias of its attention from a table of offsets; 25 images, 25 rows."""
+
+    class Tabled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("offsets", torch.randn(1, 5, 5, 2))
+            self.table = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 4))
+            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 2)
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv2(self.conv1(x).relu())
+            return self.fc((x + self.table(self.offsets).permute(0, 3, 1, 2)).mean((2, 3)))
+
+    torch.manual_seed(3)
+    dense, x = Tabled().double().eval(), images(num)
+    groups = find_groups(dense, x[:1])
+    inner = next(g for g in groups if g.num_channels == 8)
+    kept = {inner.name: torch.arange(8) < 5}
+    pruned = remove_channels(dense, groups, kept)
+    repaired = compensate_weights(pruned, dense, x.split(4), groups=groups, kept=kept)
+    assert all(map(torch.equal, repaired.table.parameters(), dense.table.parameters()))
+    assert output_variance(repaired, dense, [x]) < output_variance(pruned, dense, [x])
 
 
 def test_models_are_not_touched(untouched):

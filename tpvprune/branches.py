@@ -44,10 +44,21 @@ def layers_by_weight(model: nn.Module) -> dict[int, Layer]:
 
 
 class Plan:
-    """Which positions of this process's inputs are looked at: the same in both runs."""
+    """Which positions of this process's inputs are looked at: the same in both runs.
 
-    def __init__(self, num_inputs: int, rows_per_input: float, min_rows: float, seed: int) -> None:
-        self.num_inputs = num_inputs
+    ``common`` are the calls that see no input, such as those that make a table of positions: their
+    layers stay as they are.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        rows_per_input: float,
+        min_rows: float,
+        seed: int,
+        common: frozenset[int] = frozenset(),
+    ) -> None:
+        self.num_inputs, self.common = num_inputs, common
         self._all_inputs = int(total(num_inputs))
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
@@ -55,7 +66,13 @@ class Plan:
     def thinned(self, factor: float) -> Plan:
         """Return a plan with so many times fewer positions."""
         fewer = (self._rows_per_input / factor, self._min_rows / factor)
-        return Plan(self.num_inputs, *fewer, self._seed)
+        return Plan(self.num_inputs, *fewer, self._seed, self.common)
+
+    def without(self, common: frozenset[int]) -> Plan:
+        """Return a plan that leaves out calls that see no input."""
+        return Plan(
+            self.num_inputs, self._rows_per_input, self._min_rows, self._seed, common
+        )
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""
@@ -123,9 +140,10 @@ class BranchFollower(TorchFunctionMode):
         name = function_name(func)
         if name in CONTRACTIONS:
             self.call += 1
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            layer = self.layers.get(id(weight))
-            if layer is not None and name in _REFITTED and args[0].ndim >= 2:
+        if name in _REFITTED:
+            args, kwargs = _positional(args, kwargs)
+            layer = self.layers.get(id(args[1]))
+            if layer is not None and args[0].ndim >= 2 and self.call not in self.plan.common:
                 self._use(args[0])
                 out = self.on_layer(layer, func, args, kwargs)
                 self._follow(out, Branch(self.call))
@@ -189,6 +207,13 @@ class BranchFollower(TorchFunctionMode):
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         """Run the addition that ends ``tensor``'s branch."""
         raise NotImplementedError
+
+
+def _positional(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of a layer's call, the first three (input, weight, bias) by position."""
+    rest = dict(kwargs)
+    given = [rest.pop(name, None) for name in ("input", "weight", "bias")[len(args) :]]
+    return (*args, *given), rest
 
 
 def _through_norm(branch: Branch, args: Any, kwargs: Any) -> Branch | None:

@@ -31,7 +31,7 @@ from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
 from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.running import evaluating, fast_layout, on_device
-from tpvprune.targets import Targets, dense_targets, within_memory
+from tpvprune.targets import Targets, dense_targets, plan_for
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
 """``constrain(layer, refitted weights, curvature)``; see :func:`refit_run`."""
@@ -113,7 +113,7 @@ def refitted(
     def refit(inputs: list[Tensor]) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
-        plan = within_memory(plan, dense, inputs[0][:1], max_bytes // 2)
+        plan = plan_for(plan, dense, inputs[0][:1], max_bytes // 2)
         run = refit_run(
             repaired,
             dense,
@@ -269,7 +269,7 @@ class RefitRun(BranchFollower):
         else:
             target = self._kept(self._targets.outputs[call], layer.name)
             self._refit(pending, target, Branch(call))
-        return func(*self._fresh(pending), **kwargs)
+        return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         """Refit the layer whose branch ends here, towards dense sum - pruned shortcut.
@@ -292,7 +292,7 @@ class RefitRun(BranchFollower):
             if bool(dead.any()):  # what nobody sees stays as it is
                 target[..., dead] = _outputs(pending.patches, module).view_as(target)[..., dead]
         self._refit(pending, target, branch)
-        value = pending.func(*self._fresh(pending), **pending.kwargs)
+        value = pending.func(*pending.args, **pending.kwargs)
         if branch.scale is not None:
             shape = [-1] + [1] * (value.ndim - 2) if not isinstance(module, nn.Linear) else [-1]
             scale, shift = branch.scale, self._shift(branch, module)
@@ -314,16 +314,12 @@ class RefitRun(BranchFollower):
         self._refit(
             pending, self._kept(self._targets.outputs[branch.call], pending.layer.name), through
         )
-        args[0].copy_(pending.func(*self._fresh(pending), **pending.kwargs))
+        args[0].copy_(pending.func(*pending.args, **pending.kwargs))
         return super().on_norm(branch, args, kwargs)
 
     def _kept(self, values: Tensor, name: str) -> Tensor:
         rows = self._rows.get(name)
         return values if rows is None else values[..., rows]
-
-    def _fresh(self, pending: _Pending) -> Any:
-        module = pending.layer.module
-        return (pending.args[0], module.weight, module.bias, *pending.args[3:])
 
     def _shift(self, branch: Branch, module: Any) -> Tensor:
         """Return the shift of the BatchNorm behind the layer after it took up the intercept."""
@@ -332,7 +328,9 @@ class RefitRun(BranchFollower):
         return branch.shift if moved is None else branch.shift + moved * branch.scale
 
     def _refit(self, pending: _Pending, target: Tensor, branch: Branch) -> None:
-        module = pending.layer.module
+        module, bias = pending.layer.module, pending.args[2]
+        if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
+            target = target - bias
         free = module.bias is not None or branch.norm is not None
         constrain = self._constrain and partial(self._constrain, pending.layer.name)
         change, intercept = _solve(

@@ -33,7 +33,7 @@ from tpvprune.gauss_newton import GaussNewton
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
-from tpvprune.targets import within_memory
+from tpvprune.targets import plan_for
 
 _BATCH = 128
 
@@ -114,7 +114,7 @@ def reconstruct_blocks(
     chosen = first_inputs(_mirrored(source) if mirror else source, dense, max_bytes // 2)
     room = max(1, max_bytes // 2 // sum((b.bytes_per_input for b in blocks), 1))
     x = fast_layout(on_device(torch.cat(chosen)[:room], dense), dense)
-    plan = within_memory(Plan(len(x), rows_per_input, min_rows, seed), dense, x[:1], max_bytes // 2)
+    plan = plan_for(Plan(len(x), rows_per_input, min_rows, seed), dense, x[:1], max_bytes // 2)
     run = refit_run(repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan)
     fast = x.ndim == 4 and takes_channels_last(dense, x)
     solver = GaussNewton(len(x), rounds, iterations, damping, max_positions, max_bytes, seed, fast)

@@ -48,21 +48,26 @@ def dense_targets(dense: nn.Module, inputs: Iterable[Tensor], plan: Plan) -> Tar
     return run.finish()
 
 
-def within_memory(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
-    """Return a plan with fewer positions everywhere if the targets would take too much memory.
+def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
+    """Return the plan that fits a network: calls that see no input are left out of it.
 
     Args:
         plan: What would be looked at.
         dense: The network.
         x: One input [1, ...].
-        max_bytes: Memory for the targets of all layers, in all processes together.
+        max_bytes: Memory for the targets of all layers, in all processes together. If they would
+            take more there are fewer positions everywhere.
 
     Returns:
-        The plan, or another; with one position of every input, if that is still too much.
+        The plan; with one position of every input, if that is still too much.
     """
-    calls = _Calls(layers_by_weight(dense), plan)
-    with evaluating(dense), torch.no_grad(), calls:
-        dense(on_device(x, dense))
+    calls, twice = (_Calls(layers_by_weight(dense), plan) for _ in range(2))
+    with evaluating(dense), torch.no_grad():
+        with calls:
+            dense(on_device(x, dense))
+        with twice:
+            dense(on_device(torch.cat([x, x]), dense))
+    plan = plan.without(calls.equal_in(twice))
     least = calls.target_bytes(plan.thinned(math.inf))
     while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
         plan = plan.thinned(max(taken / max_bytes, 1.01))
@@ -129,14 +134,20 @@ class _Calls(BranchFollower):
 
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
-        self._seen: list[tuple[Any, int]] = []
+        self._seen: dict[int, tuple[Any, int]] = {}
+
+    def equal_in(self, other: _Calls) -> frozenset[int]:
+        """Return the calls that have as many positions in another run."""
+        mine, theirs = ({c: n for c, (_, n) in run._seen.items()} for run in (self, other))
+        return frozenset(c for c, n in mine.items() if theirs.get(c) == n)
 
     def target_bytes(self, plan: Plan) -> int:
         """Return what the targets of all calls take on all inputs."""
-        return sum(4 * len(m.weight) * plan.num_rows(m, positions) for m, positions in self._seen)
+        seen = (found for call, found in self._seen.items() if call not in plan.common)
+        return sum(4 * len(m.weight) * plan.num_rows(m, positions) for m, positions in seen)
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        self._seen.append((layer.module, count_positions(args[0], window_of(args, kwargs), 1)))
+        self._seen[self.call] = (layer.module, count_positions(args[0], window_of(args, kwargs), 1))
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
