@@ -25,8 +25,9 @@ demo: $(STAMP)
 	$(RUN) -m tpvprune demo --output demo-output --overwrite
 
 # One thread per worker: two libraries that both use all cores slow each other down many times over.
+# One worker per file: what the tests of a file share is made once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -439,6 +439,35 @@ def test_layers_that_see_no_image_stay_as_they_are(num):
     assert output_variance(repaired, dense, [x]) < output_variance(pruned, dense, [x])
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_bias_that_is_made_elsewhere_is_not_learned_again(by_keyword):
+    """Swin V2 puts the biases of query and value together in its forward."""
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+            self.joint = nn.Linear(6, 4, bias=False)
+            self.parts = nn.Parameter(torch.tensor([30.0, -20.0]))
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.conv(x).relu().mean((2, 3))
+            bias = torch.cat([self.parts, torch.zeros_like(self.parts)])
+            if by_keyword:
+                x = F.linear(x, weight=self.joint.weight, bias=bias)
+            else:
+                x = F.linear(x, self.joint.weight, bias)
+            return self.fc(x)
+
+    torch.manual_seed(3)
+    dense, x = Made().double().eval(), images(24)
+    groups = find_groups(dense, x[:1])
+    same = compensate_weights(dense, dense, [x], groups=groups, kept={})
+    for found, wanted in zip(same.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
 def test_models_are_not_touched(untouched):
     dense = build(Chain)
     pruned, groups, kept = cut_everywhere(dense)

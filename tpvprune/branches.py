@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,12 +34,23 @@ class Layer:
     module: Any
 
 
-def layers_by_weight(model: nn.Module) -> dict[int, Layer]:
-    """Return the layer that owns each weight, by the identity of the weight."""
+def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int, Layer]:
+    """Return the layer that owns each weight, by the identity of the weight.
+
+    Args:
+        model: The network.
+        without: Names of modules whose layers are left out.
+
+    Returns:
+        id(weight) -> layer.
+    """
+    inside = tuple(f"{name}." for name in without)
     return {
         id(m.weight): Layer(name, m)
         for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)) and isinstance(m.weight, nn.Parameter)
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        and isinstance(m.weight, nn.Parameter)
+        and not name.startswith(inside)
     }
 
 
@@ -70,9 +81,7 @@ class Plan:
 
     def without(self, common: frozenset[int]) -> Plan:
         """Return a plan that leaves out calls that see no input."""
-        return Plan(
-            self.num_inputs, self._rows_per_input, self._min_rows, self._seed, common
-        )
+        return Plan(self.num_inputs, self._rows_per_input, self._min_rows, self._seed, common)
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -157,6 +157,7 @@ def refit_run(
     plan: Plan,
     ridge: float = 1e-3,
     constrain: Constrain | None = None,
+    without: Sequence[str] = (),
 ) -> RefitRun:
     """Run the dense network, and return the mode under which the pruned one is refitted.
 
@@ -170,14 +171,16 @@ def refit_run(
         ridge: See :func:`compensate_weights`.
         constrain: Called with a layer's name, its refitted weights [groups, outputs, unknowns]
             and the curvature of the fit [groups, unknowns, unknowns]; returns the weights to take.
+        without: Modules whose layers stay as they are.
 
     Returns:
         The mode.
     """
-    targets = dense_targets(dense, inputs, plan)
+    targets = dense_targets(dense, inputs, plan, without=without)
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
-    return RefitRun(layers_by_weight(pruned), plan, targets, rows, ridge, constrain=constrain)
+    own = layers_by_weight(pruned, without)
+    return RefitRun(own, plan, targets, rows, ridge, constrain=constrain)
 
 
 def first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,7 +65,8 @@ def reconstruct_blocks(
     with x the inputs of the block in the (already repaired) pruned network, theta its weights and
     biases (each layer refitted first as by :func:`tpvprune.compensate_weights`), and y* the
     output of the dense block, kept channels only. Then the same for each stage, a module that
-    holds several of the blocks (:func:`tpvprune.blocks.find_blocks`), from where the blocks are.
+    holds several of the blocks (:func:`tpvprune.blocks.find_blocks`), from where the blocks are;
+    layers outside of stages are refitted again.
 
     Args:
         pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
@@ -115,12 +115,16 @@ def reconstruct_blocks(
     room = max(1, max_bytes // 2 // sum((b.bytes_per_input for b in blocks), 1))
     x = fast_layout(on_device(torch.cat(chosen)[:room], dense), dense)
     plan = plan_for(Plan(len(x), rows_per_input, min_rows, seed), dense, x[:1], max_bytes // 2)
-    run = refit_run(repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan)
+    refits = partial(
+        refit_run, repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan
+    )
     fast = x.ndim == 4 and takes_channels_last(dense, x)
     solver = GaussNewton(len(x), rounds, iterations, damping, max_positions, max_bytes, seed, fast)
-    walks: list[tuple[list[Block], GaussNewton, RefitRun | None]] = [(blocks, solver, run)]
+    walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
-        walks.append((stages, replace(solver, iterations=stage_iterations), None))
+        # What blocks have won stays; the layers before, between and behind the stages follow them.
+        others = partial(refits, without=[stage.name for stage in stages])
+        walks.append((stages, replace(solver, iterations=stage_iterations), others))
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
 
@@ -129,9 +133,9 @@ def reconstruct_blocks(
             progress("reconstruction", next(done), total)
 
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
-        for found, how, refits in walks:
+        for found, how, run in walks:
             targets, moved = _dense_outputs(dense, found, x), on_device(x, repaired)
-            _walk(repaired, found, moved, targets=targets, solver=how, run=refits, tell=tell)
+            _walk(repaired, found, moved, targets=targets, solver=how, run=run(), tell=tell)
     return repaired
 
 
@@ -167,7 +171,7 @@ def _walk(
     *,
     targets: dict[str, Tensor],
     solver: GaussNewton,
-    run: RefitRun | None,
+    run: RefitRun,
     tell: Callable[[], None],
 ) -> None:
     """Run the pruned network once on all inputs; layers and blocks are refitted in their turn."""
@@ -177,7 +181,7 @@ def _walk(
         assert call is not None
         for handle in handles[block.name]:
             handle.remove()
-        with nullcontext() if run is None else run.paused():
+        with run.paused():
             with torch.enable_grad():
                 solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
             tell()
@@ -186,5 +190,5 @@ def _walk(
 
     for block in blocks:
         handles[block.name] = on_call(model.get_submodule(block.name), partial(refit, block=block))
-    with torch.no_grad(), nullcontext() if run is None else run:
+    with torch.no_grad(), run:
         model(x)

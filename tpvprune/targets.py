@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,21 @@ class Targets:
     normed: set[int]
 
 
-def dense_targets(dense: nn.Module, inputs: Iterable[Tensor], plan: Plan) -> Targets:
+def dense_targets(
+    dense: nn.Module, inputs: Iterable[Tensor], plan: Plan, *, without: Sequence[str] = ()
+) -> Targets:
     """Run the dense network and keep what its layers should give.
 
     Args:
         dense: The network.
         inputs: Batches, in the order in which the pruned model will see them.
         plan: Sampled positions.
+        without: Modules whose layers do not matter.
 
     Returns:
         The targets.
     """
-    run = _DenseRun(layers_by_weight(dense), plan)
+    run = _DenseRun(layers_by_weight(dense, without), plan)
     with evaluating(dense), torch.no_grad():
         for x in inputs:
             run.start_batch(len(x))
