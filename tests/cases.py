@@ -268,6 +268,21 @@ def build(case, *args, seed=0, **kwargs):
     return model
 
 
+class Tabled(nn.Module):
+    """A table of offsets makes a bias, as in the attention of Swin V2: its layers see no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offsets", torch.randn(1, 5, 5, 2))
+        self.table = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 4))
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 2)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.conv2(self.conv1(x).relu())
+        return self.fc((x + self.table(self.offsets).permute(0, 3, 1, 2)).mean((2, 3)))
+
+
 def images(num=24, *, seed=0):
     """Return smooth random images [num, 3, 8, 8], float64."""
     generator = torch.Generator().manual_seed(seed)

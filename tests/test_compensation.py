@@ -9,6 +9,7 @@ from cases import (
     NUM_CLASSES,
     Chain,
     Residual,
+    Tabled,
     batches,
     build,
     duplicate_channel,
@@ -413,21 +414,7 @@ def test_a_last_batch_of_one_image_has_no_targets_of_its_own():
 
 
 @pytest.mark.parametrize("num", [4, 20, 25])
-def test_layers_that_see_no_image_stay_as_they_are(num):
-    """Swin V2 computes the bias of its attention from a table of offsets; 25 images, 25 rows."""
-
-    class Tabled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("offsets", torch.randn(1, 5, 5, 2))
-            self.table = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 4))
-            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 2)
-            self.fc = nn.Linear(4, 5)
-
-        def forward(self, x):
-            x = self.conv2(self.conv1(x).relu())
-            return self.fc((x + self.table(self.offsets).permute(0, 3, 1, 2)).mean((2, 3)))
-
+def test_layers_that_see_no_image_stay_as_they_are(num):  # 25 images, 25 rows
     torch.manual_seed(3)
     dense, x = Tabled().double().eval(), images(num)
     groups = find_groups(dense, x[:1])

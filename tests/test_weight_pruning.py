@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from cases import CASES, batches, build, images
+from cases import CASES, Tabled, batches, build, images
 from images import write_images
 from safetensors.torch import save_file
 from torch import nn
@@ -451,3 +451,14 @@ def test_command_refuses_what_does_not_go_together(run, flags, message):
     code, _, err = run(*flags)
     assert code == 2
     assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize("criterion", ["tpv", "magnitude", "wanda"])
+def test_layers_that_see_no_image_stay_whole_and_say_so(criterion):
+    model = Tabled().double().eval()
+    result = prune_weights(model, images(24).split(8), keep=0.5, criterion=criterion)
+    assert {b["name"]: b["reason"] for b in result.report["blocked"]} == {
+        "table.0.weight": "sees no image", "table.2.weight": "sees no image",
+    }  # fmt: skip
+    assert all(map(torch.equal, result.model.table.parameters(), model.table.parameters()))
+    assert (result.model.conv1.weight == 0).any()

@@ -64,17 +64,37 @@ def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
     Returns:
         The plan; with one position of every input, if that is still too much.
     """
-    calls, twice = (_Calls(layers_by_weight(dense), plan) for _ in range(2))
-    with evaluating(dense), torch.no_grad():
-        with calls:
-            dense(on_device(x, dense))
-        with twice:
-            dense(on_device(torch.cat([x, x]), dense))
-    plan = plan.without(calls.equal_in(twice))
+    calls, common = _calls(dense, x, plan)
+    plan = plan.without(common)
     least = calls.target_bytes(plan.thinned(math.inf))
     while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
         plan = plan.thinned(max(taken / max_bytes, 1.01))
     return plan
+
+
+def blind_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Find the layers that see no input, such as those that make a table of positions.
+
+    Args:
+        model: The network.
+        x: One input [1, ...].
+
+    Returns:
+        Their names.
+    """
+    calls, common = _calls(model, x, Plan(1, 0, 0, 0))
+    return [calls.seen[call][0].name for call in sorted(common)]
+
+
+def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[int]]:
+    """Return the calls on one input, and those that are the same on two."""
+    once, twice = (_Calls(layers_by_weight(model), plan) for _ in range(2))
+    with evaluating(model), torch.no_grad():
+        for run, inputs in ((once, x), (twice, torch.cat([x, x]))):
+            with run:
+                model(on_device(inputs, model))
+    known = {call: num for call, (_, num) in twice.seen.items()}
+    return once, frozenset(c for c, (_, num) in once.seen.items() if known.get(c) == num)
 
 
 class _DenseRun(BranchFollower):
@@ -137,20 +157,15 @@ class _Calls(BranchFollower):
 
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
-        self._seen: dict[int, tuple[Any, int]] = {}
-
-    def equal_in(self, other: _Calls) -> frozenset[int]:
-        """Return the calls that have as many positions in another run."""
-        mine, theirs = ({c: n for c, (_, n) in run._seen.items()} for run in (self, other))
-        return frozenset(c for c, n in mine.items() if theirs.get(c) == n)
+        self.seen: dict[int, tuple[Layer, int]] = {}
 
     def target_bytes(self, plan: Plan) -> int:
         """Return what the targets of all calls take on all inputs."""
-        seen = (found for call, found in self._seen.items() if call not in plan.common)
-        return sum(4 * len(m.weight) * plan.num_rows(m, positions) for m, positions in seen)
+        seen = (found for call, found in self.seen.items() if call not in plan.common)
+        return sum(4 * len(r.module.weight) * plan.num_rows(r.module, num) for r, num in seen)
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        self._seen[self.call] = (layer.module, count_positions(args[0], window_of(args, kwargs), 1))
+        self.seen[self.call] = (layer, count_positions(args[0], window_of(args, kwargs), 1))
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:

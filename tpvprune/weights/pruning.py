@@ -13,6 +13,7 @@ from tpvprune.clock import Clock, Progress
 from tpvprune.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.running import on_device
+from tpvprune.targets import blind_layers
 from tpvprune.weights.choice import joint_weight_masks
 from tpvprune.weights.masks import Scope, density, pattern_of, select_n_of_m, select_weights
 from tpvprune.weights.repair import apply_masks, compensate_masked
@@ -95,6 +96,8 @@ def prune_weights(
     fit, held = hold_back(batches)
     clock = Clock(progress)
     scope = scope or _SCOPES[criterion]
+    blind = blind_layers(model, fit[0][:1])
+    ignore = [*ignore, *blind]
     with clock("scores"):
         if scope == "joint":
             masks, scores = joint_weight_masks(
@@ -112,6 +115,7 @@ def prune_weights(
         with clock("compensation"):
             pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
+    weights = {n: model.get_parameter(f"{n}.weight") for n in blind}
     report = {
         "granularity": pattern or "weight",
         "keep": keep if pattern is None else density(masks),
@@ -136,6 +140,10 @@ def prune_weights(
             {"name": n, "num_channels": m.numel(), "reason": f"inputs do not divide into {pattern}"}
             for n, m in masks.items()
             if bool(m.all()) and pattern is not None
+        ]
+        + [
+            {"name": f"{n}.weight", "num_channels": weights[n].numel(), "reason": "sees no image"}
+            for n in blind
         ],
         **_costs(model, pruned, masks, fit[0]),
     }
