@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.running import check_not_compiled
+from tpvprune.targets import blind_layers
 from tpvprune.tracing.fields import varying
 from tpvprune.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.tracing.tracking import Tracker, track
@@ -212,11 +213,23 @@ def find_groups(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
     groups = _assemble(private, tracker, frozenset(ignore))
+    groups = with_blocked(groups, _unscored(private, groups, inputs))
     if not verify:
         return groups
     from tpvprune.verification import verify_groups
 
     return verify_groups(model, groups, inputs)
+
+
+def _unscored(
+    model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]
+) -> dict[str, str]:
+    """Return the groups that are read by layers which see no input: per input they do nothing."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return {}
+    blind = set(blind_layers(model, inputs[0][:1]))
+    reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
+    return {name: f"is read by {min(found)}, which sees no input" for name, found in reads.items() if found}
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
