@@ -229,7 +229,9 @@ def _unscored(
         return {}
     blind = set(blind_layers(model, inputs[0][:1]))
     reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
-    return {name: f"is read by {min(found)}, which sees no input" for name, found in reads.items() if found}
+    return {
+        name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by
+    }
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
