@@ -10,7 +10,7 @@ Discrete Ill-Posed Problems, chapter 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -175,7 +175,7 @@ class Linearised:
     def _run(self, call: BlockCall) -> Tensor:
         return _run(self._module, call, self._leaves)
 
-    def _transposed(self, direction: Any) -> Params:
+    def _transposed(self, direction: Callable[[int, Tensor], Tensor]) -> Params:
         """Return the sum over parts of J^T u, u = ``direction(number of the part, its output)``."""
         total = {n: torch.zeros_like(p) for n, p in self._params.items()}
         leaves = list(self._leaves.values())
@@ -217,7 +217,7 @@ def _path(params: Params, steps: Iterator[Params]) -> Iterator[Params]:
             yield {n: p + share * step[n] for n, p in params.items()}
 
 
-def _graph_bytes(run: Any) -> int:
+def _graph_bytes(run: Callable[[], Tensor]) -> int:
     """Return what autograd holds for the backward of ``run()``."""
     held: dict[int, int] = {}
 

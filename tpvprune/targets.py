@@ -83,7 +83,7 @@ def blind_layers(model: nn.Module, x: Tensor) -> list[str]:
         Their names.
     """
     calls, common = _calls(model, x, Plan(1, 0, 0, 0))
-    return [calls.seen[call][0].name for call in sorted(common)]
+    return list(dict.fromkeys(calls.seen[call][0].name for call in sorted(common)))
 
 
 def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[int]]:

@@ -115,7 +115,6 @@ def prune_weights(
         with clock("compensation"):
             pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
-    weights = {n: model.get_parameter(f"{n}.weight") for n in blind}
     report = {
         "granularity": pattern or "weight",
         "keep": keep if pattern is None else density(masks),
@@ -142,8 +141,8 @@ def prune_weights(
             if bool(m.all()) and pattern is not None
         ]
         + [
-            {"name": f"{n}.weight", "num_channels": weights[n].numel(), "reason": "sees no image"}
-            for n in blind
+            {"name": n, "num_channels": model.get_parameter(n).numel(), "reason": "sees no image"}
+            for n in (f"{layer}.weight" for layer in blind)
         ],
         **_costs(model, pruned, masks, fit[0]),
     }
