@@ -9,6 +9,7 @@ from cases import CASES, batches, build, images
 from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
 from tpvprune.allocation import allocate
 from tpvprune.batches import hold_back
+from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.evaluation import agreement, output_variance
 
@@ -64,6 +65,15 @@ def test_every_layer_keeps_a_channel(allocation, keep):
     fits = count_macs(result.model, images(2)) <= keep * count_macs(model, images(2))
     assert result.report["reached"] == fits
     assert min(p.numel() for p in result.model.parameters()) > 0
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.08])
+def test_a_budget_is_met_where_layers_would_be_left_without_channels(keep):
+    # By these scores many layers of the padded stream lose all; channels put back cost.
+    model = build(cifar_resnet20, num_classes=3)
+    result = prune(model, data(16), keep=keep, criterion="random", repair="none")
+    assert result.report["reached"]
+    assert result.report["pruned"]["macs"] <= keep * result.report["dense"]["macs"]
 
 
 def test_unreachable_budget_is_said_and_still_works():

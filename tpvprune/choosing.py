@@ -24,6 +24,7 @@ from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, cost, reaches, select_channels
 
 Of = Literal["macs", "params", "latency"]
+_ATTEMPTS = 16  # at a budget; random scores, which empty many layers, need five
 _NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
 
 
@@ -192,16 +193,18 @@ def _feasible(
     floors: Floors,
 ) -> Kept:
     """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
-    aim = keep
-    for _ in range(4):
-        chosen = restore_empty(groups, choose(keep=aim), ranks)
+    dense, aim = cost(groups, {}, of), keep
+    for _ in range(_ATTEMPTS):
+        wanted = choose(keep=aim)
+        chosen = restore_empty(groups, wanted, ranks)
         if reaches(groups, chosen, keep=keep, of=of):
             break
         # Channels were put back where a layer would have none: the others must pay for them.
-        aim *= keep * cost(groups, {}, of) / cost(groups, chosen, of)
+        found = cost(groups, wanted, of), cost(groups, chosen, of)
+        aim = min(aim, found[0] / dense) * keep * dense / found[1]
     else:
-        lowest = restore_empty(groups, choose(keep=_NOTHING), ranks)
-        if not reaches(groups, lowest, keep=keep, of=of):
+        chosen = restore_empty(groups, choose(keep=_NOTHING), ranks)
+        if not reaches(groups, chosen, keep=keep, of=of):
             chosen = narrowest(groups, of, ranks=ranks, **floors)
     check_same("channels to cut", chosen)
     return chosen
