@@ -242,9 +242,7 @@ def test_blocks_of_a_stage_move_together():
     assert counts == [(1, 3), (2, 3), (3, 3)]
     for images in (x[:128], x[128:]):
         wanted = stage.kept_of(block_output(model, stage, images))
-        before, after = (
-            (block_output(m, stage, images) - wanted).norm() for m in (alone, joint)
-        )
+        before, after = ((block_output(m, stage, images) - wanted).norm() for m in (alone, joint))
         assert after < before
     # The head, which no stage holds, follows: it is right for what the stage gives now.
     assert output_variance(joint, model, [x]) < output_variance(alone, model, [x])

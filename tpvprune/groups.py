@@ -221,17 +221,13 @@ def find_groups(
     return verify_groups(model, groups, inputs)
 
 
-def _unscored(
-    model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]
-) -> dict[str, str]:
+def _unscored(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> dict[str, str]:
     """Return the groups that are read by layers which see no input: per input they do nothing."""
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return {}
     blind = set(blind_layers(model, inputs[0][:1]))
     reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
-    return {
-        name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by
-    }
+    return {name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by}
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
