@@ -12,7 +12,10 @@ from torch import nn
 
 import tpvprune.atomic
 import tpvprune.checkpoint
-from tpvprune.checkpoint import load_pruned, read_config, save_pruned
+from tpvprune.checkpoint import load_pruned, read_config, save_pruned, saved_masks
+from tpvprune.groups import find_groups
+from tpvprune.pipeline import prune
+from tpvprune.removal import remove_channels
 from tpvprune.skeleton import build
 
 FILES = {"config.json", "model.safetensors"}
@@ -85,6 +88,40 @@ def test_types_of_weights_survive(pruned, tmp_path, dtype):
     before, after = pruned.state_dict(), loaded.state_dict()
     assert all(before[name].dtype == after[name].dtype for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_channels_of_a_second_cut_are_counted_in_the_dense_model(tmp_path):
+    dense = build("test_resnet", {"num_classes": 4}, max_elements=10**7).eval()
+    inputs = [torch.randn(8, 3, 32, 32)]
+    how = {"criterion": "magnitude", "repair": "none"}
+    first = prune(dense, inputs, keep=0.7, **how)
+    save_pruned(first, tmp_path / "first", provenance={"weights": "pretrained"})
+    second = prune(load_pruned(tmp_path / "first"), inputs, keep=0.6, **how)
+    save_pruned(second, tmp_path / "second", origin=tmp_path / "first")
+    config = read_config(tmp_path / "second")
+    assert config["provenance"]["origin"]["weights"] == "pretrained"
+    groups = find_groups(dense, inputs[0])
+    kept = {g.name: torch.zeros(g.num_channels, dtype=torch.bool) for g in groups}
+    for name, indices in config["kept"].items():
+        kept[name][indices] = True
+    at_once = remove_channels(dense, groups, kept).state_dict()
+    loaded = load_pruned(tmp_path / "second").state_dict()
+    assert all(torch.equal(value, at_once[name]) for name, value in loaded.items())
+    cut = {name: mask for name, mask in first.kept.items() if not mask.all()}
+    other = SimpleNamespace(model=second.model, kept=cut, scores=None, report={})
+    with pytest.raises(ValueError, match="the folder is not the one"):
+        save_pruned(other, tmp_path / "other", origin=tmp_path / "first")
+
+
+def test_masks_go_along_with_new_weights(pruned, tmp_path):
+    mask = torch.rand(pruned.linear.weight.shape) < 0.5
+    with torch.no_grad():
+        pruned.linear.weight.mul_(mask)
+    save_pruned(pruned, tmp_path / "first", masks={"linear.weight": mask})
+    save_pruned(pruned, tmp_path / "second", origin=tmp_path / "first")
+    assert torch.equal(saved_masks(tmp_path / "second")["linear.weight"], mask)
+    save_pruned(pruned, tmp_path / "third")
+    assert saved_masks(tmp_path / "third") is None
 
 
 def test_preprocessing_of_the_saved_record_is_used(pruned, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from tpvprune.command_line import training as training_commands
 from tpvprune.command_line.session_images import all_but, choose, choose_apart
 from tpvprune.data import open_images
 from tpvprune.preprocessing import resolve_preprocessing
+from tpvprune.weights.masks import load_masks
 
 CLASSES = 4
 SMALL = ["-b", "8", "-j", "2", "--latency-repeats", "0"]
@@ -221,11 +223,61 @@ def test_pruning_repairs_by_distillation(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_was_pruned_and_trained_is_pruned_and_trained_again(run, tmp_path):
+    assert run(*distil(tmp_path / "a"))[0] == 0
+    cut = ["--data-dir", "flat", *SMALL, *CHEAP]
+    argv = ["prune", tmp_path / "a", *cut, "--keep", "0.8", "--output", tmp_path / "b"]
+    plan = json.loads(run(*argv, "--dry-run", "--json")[1])
+    code, out, err = run(*argv, "--json")
+    first, document = read_config("small"), json.loads(out)
+    assert code == 0
+    assert "a is pruned further: --keep and" in " ".join(err.split())
+    assert document["dense"]["macs"] == plan["dense"]["macs"]
+    before = json.loads(Path("small/report.json").read_text())
+    assert document["dense"]["macs"] == before["pruned"]["macs"]
+    assert document["pruned"]["macs"] <= 0.8 * document["dense"]["macs"]
+    config = read_config(tmp_path / "b")
+    for key in ("weights", "weights_sha256"):
+        assert config["provenance"][key] == first["provenance"][key]
+    assert "distill" in config["provenance"]["origin"]["command"]
+    assert {n: set(k) <= set(first["kept"][n]) for n, k in config["kept"].items()} == dict.fromkeys(
+        first["kept"], True
+    )
+    # Taught by the dense model that all of it came from.
+    train = ["--data-dir", "flat", *TRAIN, "--output", tmp_path / "c", "--json"]
+    code, out, _ = run("distill", tmp_path / "b", *train)
+    whole = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=4).parameters())
+    assert (code, json.loads(out)["dense"]["params"]) == (0, whole)
+
+
+def test_single_weights_that_are_zero_stay_so_in_training_and_are_not_cut_into(run, tmp_path):
+    zero = ["--granularity", "2:4", "--output", tmp_path / "zeros"]
+    assert run(*PRUNE, "--data-dir", "flat", *zero)[0] == 0
+    train = ["--data-dir", "flat", *TRAIN, "--lr", "0.01", "--output", tmp_path / "out"]
+    assert run("distill", tmp_path / "zeros", *train)[0] == 0
+    masks, trained = load_masks(tmp_path / "out"), load_pruned(tmp_path / "out")
+    before = load_pruned(tmp_path / "zeros")
+    assert all(torch.equal(m, masks[n]) for n, m in load_masks(tmp_path / "zeros").items())
+    for name, mask in masks.items():
+        assert not trained.get_parameter(name)[~mask].count_nonzero()
+        assert not torch.equal(trained.get_parameter(name), before.get_parameter(name))
+    again = ["--data-dir", "flat", *SMALL, "--output", tmp_path / "again"]
+    code, _, err = run("prune", tmp_path / "out", *again)
+    assert_one_line(code, err, "remove channels first, single weights last")
+    assert not (tmp_path / "again").exists()
+
+
 BAD_INPUT = {
     "no folder": (["distill", "none"], "none: expected config.json"),
     "no images": (["distill", "small", "--data-dir", "none"], "none: no such folder"),
     "too few images": (["distill", "small", "--data-dir", "two"], "expected at least 3 images"),
     "no dense weights": (["distill", "small", "--dense", "none.pt"], "none.pt: no such checkpoint"),
+    "weights twice": (
+        ["prune", "small", "--checkpoint", "weights.pt"],
+        "--checkpoint: expected with --model, found with the folder small",
+    ),
+    "models twice": (["prune", "small", "--model", "test_resnet"], "leave out --model test_resnet"),
+    "no model": (["prune"], "expected either the folder of a pruned model or --model M"),
     "no epochs": (["distill", "small", "--epochs", "0"], "--epochs: expected a whole number"),
     "no rate": (["distill", "small", "--lr", "0"], "--lr: expected a number above 0"),
     "cold": (["distill", "small", "--temperature", "0"], "--temperature: expected a number above"),

@@ -245,6 +245,60 @@ def test_labels_are_never_read():
     assert same(plain, poisoned)
 
 
+def holed(kind=Residual):
+    """Return a student with zeroed weights, the masks of what stays, and the dense model."""
+    student, dense = pair(kind)
+    generator = torch.Generator().manual_seed(3)
+    masks = {
+        name: torch.rand(weight.shape, generator=generator) < 0.5
+        for name, weight in student.named_parameters()
+        if weight.ndim == 4
+    }
+    with torch.no_grad():
+        for name, mask in masks.items():
+            student.get_parameter(name).mul_(mask)
+    return student, masks, dense
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "muon"])
+def test_weights_outside_of_masks_stay_zero_and_the_others_are_trained(opt):
+    student, masks, dense = holed()
+    inputs = batches(32)
+    recipe = {"epochs": 2, "lr": 1e-3, "opt": opt, "ema_decay": 0.5}
+    labelled = [(x, torch.arange(len(x)) % NUM_CLASSES) for x in inputs]
+    for trained in (
+        distill(student, dense, inputs, masks=masks, **recipe),
+        finetune(student, labelled, recipe=Recipe(**recipe), masks=masks),
+    ):
+        for name, mask in masks.items():
+            weight, before = trained.get_parameter(name), student.get_parameter(name)
+            assert not weight[~mask].count_nonzero(), name
+            assert (weight[mask] != before[mask]).float().mean() > 0.9, name
+
+
+def test_masks_that_keep_all_change_nothing():
+    student, dense = pair()
+    whole = {n: torch.ones_like(p, dtype=torch.bool) for n, p in student.named_parameters()}
+    inputs = batches(16)
+    assert same(
+        distill(student, dense, inputs, epochs=1, masks=whole),
+        distill(student, dense, inputs, epochs=1),
+    )
+
+
+def test_masks_of_another_model_are_refused():
+    student, masks, dense = holed()
+    inputs, name = batches(16), next(iter(masks))
+    wrong = [
+        ({"nothing": masks[name]}, "found 'nothing' with .* the model has none"),
+        ({name: masks[name][1:]}, "expected names and shapes of parameters"),
+        ({name: ~masks[name]}, "expected zeros where they are False"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            distill(student, dense, inputs, epochs=1, masks=given)
+
+
 def test_arguments_and_random_state_are_untouched(untouched):
     student, dense = pair()
     student.train()

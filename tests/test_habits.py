@@ -1,5 +1,6 @@
 """Small habits of the command line: versions, plans, completion, own models, saved folders."""
 
+import importlib
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ import torch
 from images import write_classes, write_images
 
 from tpvprune import cli
-from tpvprune.checkpoint import save_pruned
+from tpvprune.checkpoint import load_pruned, save_pruned
 from tpvprune.cli import main
 from tpvprune.command_line import benchmark, commands, planning
 from tpvprune.digest import file_digest
@@ -249,6 +250,29 @@ def test_own_model_goes_all_the_way(run, tmp_path):
     assert code == 2
     assert "pass --model package.module:factory" in err
     assert "mine_for_tests" not in (tmp_path / "own" / "model.safetensors").read_text("latin-1")
+
+
+def test_own_model_is_distilled_and_pruned_again(run, tmp_path):
+    own = ["--model", "mine_for_tests:small", "--model-kwargs", "width=9"]
+    sys.path.insert(0, str(Path.cwd()))
+    dense = importlib.import_module("mine_for_tests").small(width=9)
+    torch.save(dense.state_dict(), tmp_path / "own.pt")
+    data = ["--data-dir", "flat", *SIZE, "--latency-repeats", "0", "--json"]
+    train = ["--epochs", "1", "--lr", "1e-4"]
+    weights = ["--checkpoint", tmp_path / "own.pt"]
+    for argv in (
+        ["prune", *own, *weights, "--keep", "0.7", "--output", tmp_path / "a"],
+        ["distill", tmp_path / "a", *own, *train, "--output", tmp_path / "b"],
+        ["prune", tmp_path / "b", *own, "--keep", "0.7", "--output", tmp_path / "c"],
+        ["distill", tmp_path / "c", *own, *train, "--output", tmp_path / "d"],
+    ):
+        code, out, err = run(*argv, *data)
+        assert code == 0, err
+    document = json.loads(out)
+    assert document["dense"]["params"] == sum(p.numel() for p in dense.parameters())
+    assert document["pruned"]["macs"] <= 0.49 * document["dense"]["macs"]
+    loaded = load_pruned(tmp_path / "d", model=dense)
+    assert sum(p.numel() for p in loaded.parameters()) == document["pruned"]["params"]
 
 
 def test_the_size_of_inputs_of_an_own_model_is_said_unless_it_is_given(run):

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 from tpvprune import downloads
-from tpvprune.checkpoint import load_pruned, read_config, save_pruned
+from tpvprune.checkpoint import load_pruned, read_config, save_pruned, saved_masks
 from tpvprune.cli import main
 from tpvprune.hub import model_card, push_to_hub
 from tpvprune.pipeline import prune
@@ -69,6 +69,14 @@ def test_a_result_is_pushed_without_a_folder(result, hub):
     assert "report.html" in files["org/direct"]
     expected = sum(p.numel() for p in result.model.parameters())
     assert sum(p.numel() for p in load_pruned("hf-hub:org/direct").parameters()) == expected
+
+
+def test_masks_of_single_weights_go_along(saved, hub, tmp_path):
+    model = load_pruned(saved)
+    mask = torch.rand(model.fc.weight.shape) < 0.5
+    save_pruned(model, tmp_path / "masked", masks={"fc.weight": mask})
+    push_to_hub(tmp_path / "masked", "org/masked")
+    assert torch.equal(saved_masks(downloads.local_folder("hf-hub:org/masked"))["fc.weight"], mask)
 
 
 def test_only_what_loading_needs_is_fetched(saved, hub):

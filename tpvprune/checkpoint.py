@@ -31,7 +31,7 @@ from tpvprune.skeleton import (
     set_types,
     tensors_of,
 )
-from tpvprune.weights.masks import MASK_FILE, save_masks
+from tpvprune.weights.masks import MASK_FILE, load_masks, save_masks
 
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 * 2**20
@@ -80,11 +80,12 @@ def save_pruned(
         pretrained_cfg: timm's preprocessing record; by default the model's own.
         provenance: Command, seed and the like; date and versions are added.
         report: Data of the report; by default the result's own, if there is one.
-        origin: Folder that this model was loaded from before its weights changed. What is not
-            given is taken from there: name, arguments, preprocessing and kept channels; its
-            provenance becomes the ``origin`` entry of the new one.
-        masks: Of single weights, True = stays; written as ``masks.safetensors`` for
-            :func:`tpvprune.weights.masks.load_masks`.
+        origin: Folder that this model was loaded from before its weights changed, or channels
+            left. What is not given is taken from there: name, arguments, preprocessing and
+            masks; kept channels are counted in the dense model; its provenance becomes the
+            ``origin`` entry of the new one.
+        masks: Of single weights, True = stays, the others are zero; written as
+            ``masks.safetensors`` for :func:`tpvprune.weights.masks.load_masks`.
 
     Returns:
         The folder.
@@ -100,6 +101,7 @@ def save_pruned(
     if earlier:
         model_name = model_name or earlier["model"]
         model_kwargs = earlier["model_kwargs"] if model_kwargs is None else model_kwargs
+        masks = saved_masks(str(origin)) if masks is None else masks
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
     chain = {"origin": earlier["provenance"]} if earlier else {}
@@ -108,8 +110,7 @@ def save_pruned(
         "model": name,
         "model_kwargs": kwargs,
         "pretrained_cfg": _plain_entries(pretrained_cfg or own_cfg),
-        "kept": {group: mask.nonzero().flatten().tolist() for group, mask in kept.items()}
-        or earlier.get("kept", {}),
+        "kept": _kept_of_dense(earlier.get("kept", {}), kept),
         "attributes": attribute_changes(skeleton, pruned),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
         "provenance": {**_provenance(), **(provenance or {}), **chain},
@@ -132,6 +133,21 @@ def save_pruned(
             write_report(dict(report), unfinished)
         _check_same(pruned, load_pruned(unfinished, model=None if name else skeleton))
     return folder
+
+
+def saved_masks(folder: str | Path) -> dict[str, Tensor] | None:
+    """Read which single weights of a saved model stay.
+
+    Args:
+        folder: What ``save_pruned`` wrote.
+
+    Returns:
+        BoolTensors by parameter name, or None where none was set to zero.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    return load_masks(folder) if (Path(folder) / MASK_FILE).exists() else None
 
 
 def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -216,6 +232,26 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if not is_sizes(shape) or len(shape) > 8:
             raise ValueError(f"{path}: expected a shape for {name!r:.120}, found {shape!r:.60}")
     return config
+
+
+def _kept_of_dense(
+    earlier: Mapping[str, list[int]], kept: Mapping[str, Tensor]
+) -> dict[str, list[int]]:
+    """Return the channels of the dense model that stay after an earlier cut and this one.
+
+    Raises:
+        ValueError: If the two do not fit.
+    """
+    composed = dict(earlier)
+    for group, mask in kept.items():
+        before = earlier.get(group, range(len(mask)))
+        if len(before) != len(mask):
+            raise ValueError(
+                f"origin: expected {len(mask)} kept channels of {group!r}, found {len(before)}: "
+                "the folder is not the one that this model was loaded from"
+            )
+        composed[group] = [before[i] for i in mask.nonzero().flatten().tolist()]
+    return composed
 
 
 def _skeleton(

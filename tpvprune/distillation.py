@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,7 @@ def distill(
     ema_decay: float | None = None,
     amp: torch.dtype | None = None,
     freeze_batchnorm: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     state: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -83,6 +84,8 @@ def distill(
         ema_decay: Return the moving average of the weights instead of the last; None for no.
         amp: ``torch.bfloat16``, or ``torch.float16`` on CUDA, for mixed precision.
         freeze_batchnorm: Keep the running statistics of BatchNorm and normalise by them.
+        masks: Parameter name -> BoolTensor of its shape, as ``prune_weights`` returns them; where
+            False the weight stays zero.
         seed: Of everything random.
         state: File for the state of the unfinished run, written after every epoch; if it is
             there the run goes on from it, to the same result. Delete it when all is done.
@@ -95,7 +98,8 @@ def distill(
 
     Raises:
         ValueError: If an argument is out of range, the outputs of the two have unequal
-            shapes, the state is another run's, or the loss is not finite.
+            shapes, the masks are not the student's, the state is another run's, or the loss is
+            not finite.
 
     Reference:
         Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, section 2,
@@ -123,6 +127,7 @@ def distill(
             loss_of,
             recipe,
             state=state,
+            masks=masks,
             identity=(f"loss {loss}, temperature {temperature}, mirrored {mirrored}", dense),
             progress=progress,
             watch=watch,

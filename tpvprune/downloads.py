@@ -15,9 +15,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tpvprune.weights.masks import MASK_FILE
+
 HUB = ("hf-hub:", "hf_hub:")
 # What loading reads; nothing else is fetched.
-_FILES = ["config.json", "model.safetensors"]
+_FILES = ["config.json", "model.safetensors", MASK_FILE]
 
 
 def local_folder(folder: str | Path) -> Path:

@@ -17,8 +17,9 @@ from torch import nn
 from tpvprune.checkpoint import load_pruned, read_config, save_pruned
 from tpvprune.downloads import is_unreachable
 from tpvprune.reporting.card import card
+from tpvprune.weights.masks import MASK_FILE
 
-_FILES = ("config.json", "model.safetensors", "report.json")
+_FILES = ("config.json", "model.safetensors", MASK_FILE, "report.json")
 
 
 def push_to_hub(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,6 +99,7 @@ def train(
     recipe: Recipe,
     *,
     state: str | Path | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     identity: Sequence[str | nn.Module] = (),
     progress: Callable[[str, int, int], None] | None = None,
     watch: Callable[[nn.Module], None] | None = None,
@@ -116,6 +117,7 @@ def train(
         recipe: How to train.
         state: File for the state of the unfinished run, written after every epoch; if it is
             there the run goes on from it. It stays when the run is done.
+        masks: Parameter name -> BoolTensor of its shape; where False the weight stays zero.
         identity: What else decides the result; a state of another identity is refused.
         progress: Called with ("epoch 2/10", updates done, all updates).
         watch: Called with the model in training after every update, to look at it only.
@@ -124,8 +126,8 @@ def train(
         The trained copy, in the modes of the argument.
 
     Raises:
-        ValueError: If there is no batch, nothing can be trained, the state is another run's, or
-            the loss is not finite.
+        ValueError: If there is no batch, nothing can be trained, the masks are not the model's,
+            the state is another run's, or the loss is not finite.
     """
     if num_batches < 1:
         raise ValueError("batches: expected at least one batch, found none: pass images")
@@ -134,7 +136,8 @@ def train(
     model.zero_grad(set_to_none=True)
     device = _device_of(model, recipe)
     model.train()
-    given = (repr(asdict(recipe)), str(num_batches), model, *identity)
+    fixed = _fixed(model, masks or {})
+    given = (repr(asdict(recipe)), str(num_batches), model, *identity, *fixed.values())
     own = "" if path is None else digest_of(*given).hex()
     goes_on = path is not None and path.exists()
     check_same("saved state", int(goes_on))
@@ -146,7 +149,7 @@ def train(
         if recipe.freeze_batchnorm:
             for norm in batchnorms(model):
                 norm.eval()
-        run = _Run(model, recipe, num_batches)
+        run = _Run(model, recipe, num_batches, fixed)
         done = run.resume(path, own) if path is not None and goes_on else 0
         check_same("epochs done", done)
         with torch.enable_grad(), shared_norms():
@@ -177,8 +180,11 @@ def train(
 class _Run:
     """Model, optimizer, schedule, average and loss scale, which go together."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, num_batches: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_batches: int, masks: Mapping[str, Tensor]
+    ) -> None:
         self.model, self.recipe = model, recipe
+        self.masked = [(model.get_parameter(name), mask) for name, mask in masks.items()]
         self.optimizer = timm.optim.create_optimizer_v2(
             model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
@@ -218,8 +224,15 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.hold_zeros()
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
+
+    @torch.no_grad()
+    def hold_zeros(self) -> None:
+        """Set to zero what a mask does not keep; no optimizer can be trusted to leave it so."""
+        for weight, mask in self.masked:
+            weight.mul_(mask)
 
     def save(self, path: Path, identity: str, epochs: int) -> None:
         facts = {"identity": identity, "epochs": epochs, "scaler": self.scaler.state_dict()}
@@ -261,6 +274,30 @@ def count_batches(batches: Iterable[Any]) -> int:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
         return sum(1 for _ in private_randomness(batches))
+
+
+def _fixed(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks on the device of their weights.
+
+    Raises:
+        ValueError: If they are not the model's, or weights are not zero where they are False.
+    """
+    weights = dict(model.named_parameters())
+    fixed = {}
+    for name, mask in masks.items():
+        shape = tuple(weights[name].shape) if name in weights else None
+        if shape != tuple(mask.shape):
+            raise ValueError(
+                f"masks: expected names and shapes of parameters, found {name!r} with "
+                f"{tuple(mask.shape)} where the model has {shape or 'none'}"
+            )
+        fixed[name] = mask.to(weights[name].device)
+        if bool(weights[name].detach().masked_fill(fixed[name], 0).count_nonzero()):
+            raise ValueError(
+                f"masks: expected zeros where they are False, found other weights in {name!r}: "
+                "multiply by the mask first"
+            )
+    return fixed
 
 
 def _device_of(model: nn.Module, recipe: Recipe) -> torch.device:

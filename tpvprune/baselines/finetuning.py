@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def finetune(
     *,
     recipe: Recipe,
     augment: Callable[[Tensor], Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     state: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> nn.Module:
@@ -37,6 +38,7 @@ def finetune(
         labelled_batches: Re-iterable of (inputs [B, ...], class indices [B]).
         recipe: How to train; the defaults are those of ``distill``.
         augment: Inputs -> inputs, by torch's global random state.
+        masks: Weights that stay zero; see ``distill``.
         state: File for the state of the unfinished run; see ``distill``.
         progress: Called with (stage, updates done, all updates).
 
@@ -61,6 +63,7 @@ def finetune(
         loss_of,
         recipe,
         state=state,
+        masks=masks,
         identity=("labels",),
         progress=progress,
     )

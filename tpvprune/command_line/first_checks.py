@@ -93,11 +93,22 @@ def _check_subject(args: argparse.Namespace) -> None:
     folder: Any = getattr(args, "folder", None)
     if "folder" in args and folder is None and args.model is None:
         raise ValueError(NEITHER)
-    if folder is not None and not folder.startswith(_ON_THE_HUB):
-        check_saved(folder)
+    if folder is not None:
+        _check_folder(args, folder)
     for path in (getattr(args, "checkpoint", None), getattr(args, "dense", None)):
         if path not in {None, "pretrained"}:
             check_checkpoint(str(path))
+
+
+def _check_folder(args: argparse.Namespace, folder: str) -> None:
+    for name in ("checkpoint", "pretrained", "num_classes"):
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected with --model, found with the folder "
+                f"{folder}, which has weights of its own: leave one of them out"
+            )
+    if not folder.startswith(_ON_THE_HUB):
+        check_saved(folder)
 
 
 def _check_images(args: argparse.Namespace) -> None:

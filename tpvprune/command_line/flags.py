@@ -112,7 +112,13 @@ class _Version(argparse.Action):
 
 
 def _add_prune(sub: Parser) -> None:
-    add_model(sub)
+    sub.add_argument(
+        "folder",
+        nargs="?",
+        metavar="OUT",
+        help="folder that `prune` or `distill` wrote, to prune what it holds further",
+    )
+    add_model(sub, required=False)
     add_data(sub, num_images=True, auto=True)
     add_eval_dir(sub)
     add_criterion(sub)
@@ -347,7 +353,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
     (
         "prune",
         _add_prune,
-        "--model M --data-dir D --output OUT [options]",
+        "(OUT | --model M) --data-dir D --output OUT2 [options]",
         "Prune a model and save the smaller one.",
     ),
     (

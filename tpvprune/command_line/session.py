@@ -6,14 +6,15 @@ import argparse
 import difflib
 import platform
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.checkpoint import load_pruned, read_config
+from tpvprune.checkpoint import load_pruned, read_config, saved_masks
 from tpvprune.command_line.console import say
 from tpvprune.command_line.first_checks import NEITHER
 from tpvprune.distributed import check_same
@@ -26,12 +27,18 @@ from tpvprune.running import first_output
 
 @dataclass(frozen=True)
 class Subject:
-    """A model on its device, and how images get into it."""
+    """A model on its device, and how images get into it.
+
+    Of a saved pruned model ``folder`` says where it lies, and ``skeleton`` is the dense one, whose
+    weights do not count, if that is the user's own.
+    """
 
     model: nn.Module
     made: ModelSource
     preprocessing: Preprocessing
     device: torch.device
+    folder: Path | None = None
+    skeleton: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:
@@ -45,11 +52,16 @@ def open_subject(args: argparse.Namespace) -> Subject:
     """Load the model that the flags name and see that it runs on its input size.
 
     Args:
-        args: Parsed flags.
+        args: Parsed flags; with a `folder`, what that holds is pruned further.
 
     Returns:
         The model, ready on its device.
+
+    Raises:
+        ValueError: If the folder's model has single weights that are zero.
     """
+    if getattr(args, "folder", None) is not None:
+        return _open_prunable(args)
     device = _device(args.device)
     input_size = _input_size(args)
     model, made = load_model(
@@ -68,6 +80,18 @@ def open_subject(args: argparse.Namespace) -> Subject:
     if is_factory(args.model) and _input_size(args) is None:
         size = " x ".join(map(str, subject.preprocessing.input_size))
         say(f"note: inputs of {size} for a model of your own: --img-size N sets another side")
+    return subject
+
+
+def _open_prunable(args: argparse.Namespace) -> Subject:
+    subject, _ = open_pruned(args)
+    if saved_masks(args.folder) is not None:
+        raise ValueError(
+            f"{args.folder}: expected a model with all of its weights, found one with single "
+            "weights set to zero, which a repair would fill again: remove channels first, single "
+            "weights last"
+        )
+    say(f"note: {args.folder} is pruned further: --keep and `dense` refer to what it holds")
     return subject
 
 
@@ -125,8 +149,10 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     skeleton = load_model(name, model_kwargs=kwargs, allow_import=True)[0] if own else None
     source = ModelSource(name, kwargs, str(args.folder))
     pruned = load_pruned(args.folder, model=skeleton)
-    subject = _checked_subject(args, pruned, source, device)
-    if args.dense is None:
+    subject = replace(
+        _checked_subject(args, pruned, source, device), folder=args.folder, skeleton=skeleton
+    )
+    if getattr(args, "dense", None) is None:
         return subject, None
     pretrained = args.dense == "pretrained"
     dense, _ = load_model(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.atomic import written_file
+from tpvprune.checkpoint import read_config
 from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_images import Shown, Witnesses, class_names, num_images
 from tpvprune.costs import count_nonzero_params
@@ -78,9 +79,17 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     Returns:
         Keyword arguments.
     """
+    weights = {
+        "weights": subject.made.weights,
+        "weights_sha256": file_digest(args.checkpoint) if args.checkpoint else None,
+    }
+    if subject.folder is not None:  # the dense weights are still those that it came from
+        earlier = read_config(subject.folder)["provenance"]
+        weights = {key: earlier.get(key) for key in weights}
     return {
         "overwrite": args.overwrite,
-        "dense": subject.model,
+        "origin": subject.folder,
+        "dense": subject.skeleton or subject.model,
         "model_name": subject.made.name,
         "model_kwargs": subject.made.kwargs,
         "pretrained_cfg": {
@@ -90,8 +99,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
         },
         "provenance": {
             "command": args.command_line,
-            "weights": subject.made.weights,
-            "weights_sha256": file_digest(args.checkpoint) if args.checkpoint else None,
+            **weights,
             "seed": args.seed,
             **facts,
         },

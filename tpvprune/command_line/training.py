@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpvprune.baselines.finetuning import finetune
-from tpvprune.checkpoint import read_config, save_pruned
+from tpvprune.checkpoint import read_config, save_pruned, saved_masks
 from tpvprune.command_line.console import bar, counted, say, show_trained, updates
 from tpvprune.command_line.session import Subject, open_pruned, provenance
 from tpvprune.command_line.session_images import (
@@ -118,6 +118,7 @@ def trained(
     *,
     num_images: int | None,
     labelled: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, dict[str, Any], Iterable[Any]]:
     """Train a pruned model, and measure it before and after on images held back.
 
@@ -128,6 +129,7 @@ def trained(
         images: Where from.
         num_images: How many to train on; None for all.
         labelled: Train with labels instead of the dense model.
+        masks: Of single weights; those that are zero stay zero.
 
     Returns:
         The trained model, the facts for the report, and the images held back.
@@ -159,7 +161,8 @@ def trained(
     if resumed:
         say(f"going on with the run in {state}")
     with updates() as progress, _how_to_go_on():
-        how: dict[str, Any] = {"augment": augment, "state": state, "progress": progress}
+        how: dict[str, Any] = {"augment": augment, "masks": masks}
+        how |= {"state": state, "progress": progress}
         if labelled:
             model = finetune(subject.model, batches, recipe=recipe, **how)
         else:
@@ -217,8 +220,9 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         check_classes(images, subject.model, class_map=args.class_map)
     witnesses = labelled_images(args, subject)
     model, facts, seen = trained(
-        args, subject, dense, images, num_images=args.num_images, labelled=labelled
-    )
+        args, subject, dense, images,
+        num_images=args.num_images, labelled=labelled, masks=saved_masks(args.folder),
+    )  # fmt: skip
     saved = facts["after" if facts["saved"] == "trained" else "before"]
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         saved = _closeness(model, dense, seen)
@@ -246,6 +250,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         model,
         args.output,
         overwrite=args.overwrite,
+        dense=dense,
         origin=args.folder,
         provenance={
             "command": args.command_line,
