@@ -255,7 +255,7 @@ class TestBadInput:
         [
             ([], "required: COMMAND"),
             (["frobnicate"], "invalid choice: 'frobnicate'"),
-            (["prune"], "required: --model, --output"),
+            (["prune"], "required: --output"),
             (["prune", "--model", "test_resnet", "--output", "never"], "no images given"),
             (["score", "--model", "test_resnet", "--output", "flat"], "found a folder"),
             (["score", "--model", "test_resnet", "--output", "weights.pt"], "exists already"),
@@ -415,7 +415,7 @@ class TestStart:
         new = ["--output", "new"]
         model = ["--model", "test_resnet", "--data-dir", "flat"]
         lines = {
-            "required: --model, --output": ["prune"],
+            "required: --output": ["prune"],
             "unrecognized arguments: --bogus": ["prune", *model, *new, "--bogus"],
             "invalid choice: 'joy'": ["prune", *model, *new, "--of", "joy"],
             "expected channel, head": ["prune", *model, *new, "--granularity", "joy"],
