@@ -24,8 +24,6 @@ from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, cost, reaches, select_channels
 
 Of = Literal["macs", "params", "latency"]
-_ATTEMPTS = 16  # at a budget; random scores, which empty many layers, need five
-_NOTHING = 1e-9  # a share of the cost that no floor lets a model go down to
 
 
 def stand_in(repair: str) -> StandIn:
@@ -193,18 +191,17 @@ def _feasible(
     floors: Floors,
 ) -> Kept:
     """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
-    dense, aim = cost(groups, {}, of), keep
-    for _ in range(_ATTEMPTS):
+    dense, aim, before = cost(groups, {}, of), keep, None
+    while True:
         wanted = choose(keep=aim)
         chosen = restore_empty(groups, wanted, ranks)
         if reaches(groups, chosen, keep=keep, of=of):
             break
-        # Channels were put back where a layer would have none: the others must pay for them.
         found = cost(groups, wanted, of), cost(groups, chosen, of)
-        aim = min(aim, found[0] / dense) * keep * dense / found[1]
-    else:
-        chosen = restore_empty(groups, choose(keep=_NOTHING), ranks)
-        if not reaches(groups, chosen, keep=keep, of=of):
+        if found == before:  # the floors
             chosen = narrowest(groups, of, ranks=ranks, **floors)
+            break
+        # Channels were put back where a layer would have none: the others must pay for them.
+        aim, before = min(aim, found[0] / dense) * keep * dense / found[1], found
     check_same("channels to cut", chosen)
     return chosen

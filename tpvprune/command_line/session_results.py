@@ -89,7 +89,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     return {
         "overwrite": args.overwrite,
         "origin": subject.folder,
-        "dense": subject.skeleton or subject.model,
+        "dense": subject.model if subject.skeleton is None else subject.skeleton,
         "model_name": subject.made.name,
         "model_kwargs": subject.made.kwargs,
         "pretrained_cfg": {
