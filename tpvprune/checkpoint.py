@@ -81,9 +81,9 @@ def save_pruned(
         provenance: Command, seed and the like; date and versions are added.
         report: Data of the report; by default the result's own, if there is one.
         origin: Folder that this model was loaded from before its weights changed, or channels
-            left. What is not given is taken from there: name, arguments, preprocessing and
-            masks; kept channels are counted in the dense model; its provenance becomes the
-            ``origin`` entry of the new one.
+            left. What is not given is taken from there: name, arguments, preprocessing, masks,
+            and in the provenance the dense weights; kept channels are counted in the dense model;
+            its provenance becomes the ``origin`` entry of the new one.
         masks: Of single weights, True = stays, the others are zero; written as
             ``masks.safetensors`` for :func:`tpvprune.weights.masks.load_masks`.
 
@@ -104,7 +104,10 @@ def save_pruned(
         masks = saved_masks(str(origin)) if masks is None else masks
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
-    chain = {"origin": earlier["provenance"]} if earlier else {}
+    chain, source = {}, {}
+    if earlier:
+        chain = {"origin": earlier["provenance"]}
+        source = {k: earlier["provenance"].get(k) for k in ("weights", "weights_sha256")}
     config = {
         "format_version": FORMAT_VERSION,
         "model": name,
@@ -113,7 +116,7 @@ def save_pruned(
         "kept": _kept_of_dense(earlier.get("kept", {}), kept),
         "attributes": attribute_changes(skeleton, pruned),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
-        "provenance": {**_provenance(), **(provenance or {}), **chain},
+        "provenance": {**_provenance(), **source, **(provenance or {}), **chain},
     }
     text = _as_json(config)
     with written_folder(folder) as unfinished:

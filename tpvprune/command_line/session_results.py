@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from tpvprune.atomic import written_file
-from tpvprune.checkpoint import read_config
 from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_images import Shown, Witnesses, class_names, num_images
 from tpvprune.costs import count_nonzero_params
@@ -79,13 +78,10 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     Returns:
         Keyword arguments.
     """
-    weights = {
-        "weights": subject.made.weights,
-        "weights_sha256": file_digest(args.checkpoint) if args.checkpoint else None,
-    }
-    if subject.folder is not None:  # the dense weights are still those that it came from
-        earlier = read_config(subject.folder)["provenance"]
-        weights = {key: earlier.get(key) for key in weights}
+    weights: dict[str, Any] = {}
+    if subject.folder is None:  # else those of what the folder came from
+        digest = file_digest(args.checkpoint) if args.checkpoint else None
+        weights = {"weights": subject.made.weights, "weights_sha256": digest}
     return {
         "overwrite": args.overwrite,
         "origin": subject.folder,

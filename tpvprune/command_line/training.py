@@ -161,8 +161,9 @@ def trained(
     if resumed:
         say(f"going on with the run in {state}")
     with updates() as progress, _how_to_go_on():
-        how: dict[str, Any] = {"augment": augment, "masks": masks}
-        how |= {"state": state, "progress": progress}
+        how: dict[str, Any] = {
+            "augment": augment, "masks": masks, "state": state, "progress": progress,
+        }  # fmt: skip
         if labelled:
             model = finetune(subject.model, batches, recipe=recipe, **how)
         else:
@@ -219,19 +220,18 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     if labelled:
         check_classes(images, subject.model, class_map=args.class_map)
     witnesses = labelled_images(args, subject)
+    masks = saved_masks(args.folder)
     model, facts, seen = trained(
-        args, subject, dense, images,
-        num_images=args.num_images, labelled=labelled, masks=saved_masks(args.folder),
-    )  # fmt: skip
+        args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
+    )
     saved = facts["after" if facts["saved"] == "trained" else "before"]
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         saved = _closeness(model, dense, seen)
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
-    weights = config["provenance"].get("weights")
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
-        "weights": weights,
+        "weights": config["provenance"].get("weights"),
         "repair": "finetune" if labelled else "distill",
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
@@ -252,12 +252,8 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         overwrite=args.overwrite,
         dense=dense,
         origin=args.folder,
-        provenance={
-            "command": args.command_line,
-            "weights": weights,
-            "weights_sha256": config["provenance"].get("weights_sha256"),
-            "seed": args.seed,
-        },
+        masks=masks,
+        provenance={"command": args.command_line, "seed": args.seed},
         report={**document, **shown, "scores": earlier.get("scores")},
     )
     by_first(state_file(args.output).unlink, missing_ok=True)
