@@ -26,8 +26,10 @@ def joint_variance(model, group, x, channels):
 
 
 def curves_of(model, groups, data=None, **kwargs):
+    """Return the curves, all of them by joint changes of the same rows."""
     data = batches(32, 12) if data is None else data
-    return variance_curves(model, groups, data, metric="pseudo", ridge=RIDGE, **kwargs)
+    joint = {"metric": "pseudo", "ridge": RIDGE, "rows_per_channel": 0, **kwargs}
+    return variance_curves(model, groups, data, **joint)
 
 
 @pytest.mark.parametrize(
@@ -45,31 +47,6 @@ def test_curves_equal_the_closed_form_at_every_width(case, unit):
         for k in range(group.num_channels):
             # Never less than at a larger width: what was lost before can only look regained.
             most = max(most, joint_variance(model, group, x, curve.order[:k]) if k else 0.0)
-            torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
-
-
-def test_curves_of_wide_cuts_add_up_what_each_channel_leaves():
-    model, x = build("residual"), images(32)
-    groups = find_groups(model, x[:2])
-    curves = curves_of(model, groups, max_bytes=0)
-    v = pseudo_direction(model, x)
-    for group in groups:
-        u = torch.stack(
-            [
-                torch.einsum(
-                    "bk,bk->b",
-                    output_changes(
-                        model, group, x, unpredictable(model, group, x, [c], ridge=RIDGE)
-                    )[:, :, c],
-                    v,
-                )
-                for c in range(group.num_channels)
-            ],
-            1,
-        )
-        curve, most = curves[group.name], 0.0
-        for k in range(group.num_channels):
-            most = max(most, float(u.detach()[:, curve.order[:k]].sum(1).square().mean()))
             torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
 
 
@@ -117,10 +94,10 @@ def test_curves_in_little_memory_are_the_same():
         def __iter__(self):
             return shown()
 
-    whole = variance_curves(model, groups, Inputs())
+    whole = variance_curves(model, groups, Inputs(), rows_per_channel=0)
     num = len(passes)
-    parts = variance_curves(model, groups, Inputs(), max_bytes_held=1)
-    assert (num, len(passes) - num) == (2, 1 + len(groups))
+    parts = variance_curves(model, groups, Inputs(), rows_per_channel=0, max_bytes_held=1)
+    assert (num, len(passes) - num) == (3, 2 + len(groups))
     assert list(whole) == list(parts)
     for name, curve in whole.items():
         assert torch.equal(curve.order, parts[name].order)
@@ -140,7 +117,7 @@ def test_first_to_leave_has_the_smallest_compensated_score():
 def test_dead_and_duplicated_channels_leave_first_and_for_nothing():
     model = kill_channel(duplicate_channel(build("chain"), 0, 1), 2)
     groups = find_groups(model, images(2))
-    curve = variance_curves(model, groups, batches(), ridge=1e-6)["conv1"]
+    curve = curves_of(model, groups, batches(), metric="logits", ridge=1e-6)["conv1"]
     assert curve.order[0] == 2
     assert int(curve.order[1]) in {0, 1}
     assert curve.variance[2] < 1e-4 * curve.variance[3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ class Block:
     """A module that runs once and returns one tensor, of which the pruned one has ``kept``.
 
     ``dim`` is the channel dimension of its output; None: all of it stays. ``depth`` counts the
-    blocks that a stage holds.
+    blocks that a stage holds; ``positions`` are those of the output of one input.
     """
 
     name: str
     bytes_per_input: int
+    positions: int = 1
     dim: int | None = None
     kept: Tensor | None = None
     depth: int = 1
@@ -73,13 +74,15 @@ def find_blocks(
         if call is None or small is None or not _splits(pruned.get_submodule(name), small, len(x)):
             continue
         size = small.out.numel() * small.out.element_size() // len(x)
+        width = small.out.shape[1 if small.out.ndim == 4 else -1]
+        positions = small.out.numel() // width // len(x)
         if call.out.shape == small.out.shape:
-            found[name] = Block(name, size)
+            found[name] = Block(name, size, positions)
             continue
         dim, axis = groups.output_axes.get(name, (None, None))
         if dim is None or axis is None:
             continue
-        block = Block(name, size, dim, axis.kept(kept).nonzero().squeeze(1))
+        block = Block(name, size, positions, dim, axis.kept(kept).nonzero().squeeze(1))
         if block.kept_of(call.out).shape == small.out.shape:
             found[name] = block
     blocks = [block for name, block in found.items() if name not in parents]
@@ -97,20 +100,50 @@ class BlockCall:
     out: Tensor
 
     def part(self, start: float, stop: float) -> BlockCall:
-        """Return a share of the samples, from ``start`` to ``stop`` in [0, 1].
+        """Return a share of the samples, from ``start`` to ``stop`` in [0, 1]."""
+        return self._cut(lambda num: slice(round(start * num), round(stop * num)))
 
-        What has the length of the first argument and as many dimensions holds samples; other
-        arguments (position tables, sizes) are common to all.
+    def picked(self, mask: Tensor) -> BlockCall:
+        """Return the samples of some of the network's inputs.
+
+        Args:
+            mask: Which inputs [B]; a block may see several samples of each.
+
+        Returns:
+            The call with those.
+        """
+        return self._cut(lambda num: mask.repeat_interleave(num // len(mask)))
+
+    @staticmethod
+    def joined(calls: Sequence[BlockCall]) -> BlockCall:
+        """Return one call with the samples of all."""
+        first = calls[0]
+
+        def join(values: Sequence[Any]) -> Any:
+            return torch.cat(values) if first.is_of_samples(values[0]) else values[0]
+
+        return BlockCall(
+            tuple(join(values) for values in zip(*(c.args for c in calls), strict=True)),
+            {k: join([c.kwargs[k] for c in calls]) for k in first.kwargs},
+            torch.cat([c.out for c in calls]),
+        )
+
+    def is_of_samples(self, value: Any) -> bool:
+        """Tell whether an argument holds samples.
+
+        What has the length of the first argument and as many dimensions does; other arguments
+        (position tables, sizes) are common to all.
         """
         first = self.args[0]
-        lower, upper = round(start * len(first)), round(stop * len(first))
+        return (
+            isinstance(value, Tensor) and value.ndim == first.ndim and len(value) == len(first)
+        )
 
+    def _cut(self, chosen: Callable[[int], Any]) -> BlockCall:
         def cut(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim != first.ndim:
-                return value
-            return value[lower:upper] if len(value) == len(first) else value
+            return value[chosen(len(value))] if self.is_of_samples(value) else value
 
-        out = self.out[round(start * len(self.out)) : round(stop * len(self.out))]
+        out = self.out[chosen(len(self.out))]
         return BlockCall(
             tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()}, out
         )

@@ -23,6 +23,7 @@ from tpvprune.tracing.fields import flatten
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
+_FEWER_ROWS = 8  # so many times, at most, for layers of several groups
 _PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
 
@@ -70,7 +71,7 @@ class Plan:
         common: frozenset[int] = frozenset(),
     ) -> None:
         self.num_inputs, self.common = num_inputs, common
-        self._all_inputs = int(total(num_inputs))
+        self.all_inputs = int(total(num_inputs))
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
 
@@ -85,11 +86,13 @@ class Plan:
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""
-        return self._all_inputs * self._per_input(layer, num_positions)
+        return self.all_inputs * self._per_input(layer, num_positions)
 
     def _per_input(self, layer: Any, num_positions: int) -> int:
-        wanted = max(self._min_rows, self._rows_per_input * layer.weight[0].numel())
-        return min(num_positions, max(1, math.ceil(wanted / self._all_inputs)))
+        # Of a depthwise layer every channel sees all rows, for a few unknowns.
+        least = self._min_rows / min(getattr(layer, "groups", 1), _FEWER_ROWS)
+        wanted = max(least, self._rows_per_input * layer.weight[0].numel())
+        return min(num_positions, max(1, math.ceil(wanted / self.all_inputs)))
 
     def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
         """Return [num_inputs, p] sampled positions of one call (all of them where few)."""

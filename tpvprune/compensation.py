@@ -5,17 +5,21 @@ Ridge least squares, towards its present weights, makes its pre-activation that 
 network again. Where the pre-activation is added to a shortcut, the target is dense branch + dense
 shortcut - pruned shortcut, so that errors made upstream are corrected too.
 
-All calibration inputs advance together, call by call: a layer is refitted when its turn comes and
-its outputs are computed with the new weights, so one pass through the network does the whole
-sequential repair. Gram matrices are formed from a random sample of positions.
+All calibration inputs advance together, in chunks (:mod:`tpvprune.lockstep`): when all have come to
+a layer, the sums over their positions are added up, the layer is refitted, and all go on with the
+new weights, so one pass through the network does the whole sequential repair. A chunk waits where
+it stands if the activations of all chunks fit into the memory; else it forgets them, and runs the
+block that it was in again.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,17 +28,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
+from tpvprune.blocks import BlockCall
 from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
-from tpvprune.distributed import share, spread_weights, summed
+from tpvprune.distributed import places, spread_weights
 from tpvprune.groups import ChannelGroups
+from tpvprune.least_squares import LeastSquares
+from tpvprune.lockstep import Lockstep
 from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
 from tpvprune.patches import count_positions, gather, patches_of, window_of
+from tpvprune.recomputation import segments_of
 from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.targets import Targets, dense_targets, plan_for
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
-"""``constrain(layer, refitted weights, curvature)``; see :func:`refit_run`."""
+"""``constrain(layer, refitted weights, curvature)``; see :func:`refitted`."""
+
+TARGET_BYTES = 2 << 30  # of the dense values that all layers are fitted to
+_CHUNK_BYTES = 1 << 28  # of the activations of one chunk
+_MOST_CHUNKS = 64  # threads
+_HELD = 4  # every so manieth input judges the ridge
 
 
 def compensate_weights(
@@ -44,8 +57,8 @@ def compensate_weights(
     *,
     groups: ChannelGroups,
     kept: Mapping[str, Tensor],
-    ridge: float = 1e-3,
-    rows_per_input: int = 24,
+    ridge: float | None = None,
+    rows_per_input: int = 12,
     min_rows: int = 16384,
     max_bytes: int = 4 << 30,
     seed: int = 0,
@@ -58,20 +71,23 @@ def compensate_weights(
 
     with x the inputs of the layer in the (already repaired) pruned network, W_0 its present
     weights, y* the dense pre-activation (residual-corrected, see the module). The intercept b
-    goes into the layer's bias or the BatchNorm behind it; layers with neither get none.
+    goes into the layer's bias or the BatchNorm behind it; layers with neither get none. A layer
+    that runs several times in one forward stays as it is.
 
     Args:
         pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
         dense: The model it came from.
-        batches: Re-iterable of unlabeled inputs.
+        batches: Re-iterable of unlabeled inputs; all of them are used.
         groups: Channel groups of ``dense``.
         kept: What stayed, as given to :func:`tpvprune.remove_channels`.
-        ridge: lambda relative to the mean square of the layer's inputs.
+        ridge: lambda relative to the mean variance of the layer's inputs; None: of several, the
+            one with the least error on a quarter of the inputs that is held back from that fit
+            (:mod:`tpvprune.least_squares`).
         rows_per_input: Sampled positions per unknown of a row of W ...
         min_rows: ... but at least so many, where the inputs have them.
-        max_bytes: Memory for the activations of all inputs together; the first inputs that fit
-            are used (at 224 px a ResNet-50 takes about 20 MB each). The dense values that are
-            fitted to may take half as much again: large models look at fewer positions.
+        max_bytes: Memory for the activations of waiting inputs. With less of it more is computed
+            again; the result stays. The dense values that are fitted to may take 2 GiB besides:
+            large models look at fewer positions of every input.
         seed: Of the sampled positions.
 
     Returns:
@@ -98,7 +114,7 @@ def refitted(
     *,
     groups: ChannelGroups | None,
     kept: Mapping[str, Tensor],
-    ridge: float,
+    ridge: float | None,
     rows_per_input: int,
     min_rows: int,
     max_bytes: int,
@@ -107,97 +123,98 @@ def refitted(
 ) -> nn.Module:
     """Return a copy of the pruned model, every layer refitted in one pass over the inputs.
 
-    The arguments are those of :func:`compensate_weights` and of :func:`refit_run`.
+    The arguments are those of :func:`compensate_weights`. ``constrain`` is called with a layer's
+    name, its refitted weights [groups, outputs, unknowns] and the curvature of the fit
+    [groups, unknowns, unknowns]; it returns the weights to take. Without ``groups`` every width is
+    as it was.
     """
+    inputs = list(unlabeled(batches))
+    chunk = chunk_size(dense, inputs)
 
-    def refit(inputs: list[Tensor]) -> nn.Module:
+    def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
+        chunks = rechunked(inputs, chunk)
         plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
-        plan = plan_for(plan, dense, inputs[0][:1], max_bytes // 2)
-        run = refit_run(
-            repaired,
-            dense,
-            inputs,
-            groups=groups,
-            kept=kept,
-            plan=plan,
-            ridge=ridge,
-            constrain=constrain,
+        plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
+        fits = refits_towards(
+            dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain
         )
-        moved = fast_layout(torch.cat([on_device(x, repaired) for x in inputs]), repaired)
-        with evaluating(repaired), torch.no_grad(), run:
-            repaired(moved)
+        Walk(repaired, fits, chunks, max_bytes).run()
         spread_weights(repaired)
         return repaired
 
-    inputs = first_inputs(unlabeled(batches), dense, max_bytes)
     while True:
         try:
-            return refit(inputs)
+            return refit(chunk)
         except Exception as error:
-            num = sum(map(len, inputs))
-            if not is_lack_of_memory(error) or num == 1 or num_processes() > 1:
+            if not is_lack_of_memory(error) or chunk == 1 or num_processes() > 1:
                 raise
         # Outside of the handler, where the error no longer holds what filled the memory.
-        inputs = [torch.cat(inputs)[: num // 2]]
         warnings.warn(
-            f"out of memory: the weights are refitted on {num // 2} inputs instead of {num}",
+            f"out of memory: the weights are refitted with {chunk // 2} inputs at a time instead "
+            f"of {chunk}",
             stacklevel=3,
         )
+        chunk, max_bytes = chunk // 2, max_bytes // 2
         release_memory()
 
 
-def refit_run(
-    pruned: nn.Module,
+def refits_towards(
     dense: nn.Module,
-    inputs: Iterable[Tensor],
+    chunks: Sequence[Tensor],
+    plan: Plan,
     *,
     groups: ChannelGroups | None,
     kept: Mapping[str, Tensor],
-    plan: Plan,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     constrain: Constrain | None = None,
     without: Sequence[str] = (),
-) -> RefitRun:
-    """Run the dense network, and return the mode under which the pruned one is refitted.
+) -> Refits:
+    """Run the dense network, and return what the layers of the pruned one are fitted to.
 
     Args:
-        pruned: What is refitted, in place, when it runs once on all inputs together.
-        dense: The model it came from.
-        inputs: Batches, in the order in which the pruned model will see them.
+        dense: The network.
+        chunks: Its inputs, in the order in which the pruned one will see them.
+        plan: Sampled positions.
         groups: Channel groups of ``dense``; None where every width is as it was.
         kept: What stayed.
-        plan: Sampled positions.
         ridge: See :func:`compensate_weights`.
-        constrain: Called with a layer's name, its refitted weights [groups, outputs, unknowns]
-            and the curvature of the fit [groups, unknowns, unknowns]; returns the weights to take.
+        constrain: See :func:`refitted`.
         without: Modules whose layers stay as they are.
 
     Returns:
-        The mode.
+        The fits, none of them solved.
     """
-    targets = dense_targets(dense, inputs, plan, without=without)
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
-    own = layers_by_weight(pruned, without)
-    return RefitRun(own, plan, targets, rows, ridge, constrain=constrain)
+    targets = dense_targets(dense, chunks, plan, without=without)
+    return Refits(plan, targets, rows, ridge, constrain, without=tuple(without))
 
 
-def first_inputs(inputs: Iterable[Tensor], dense: nn.Module, max_bytes: int) -> list[Tensor]:
-    """Return the first inputs whose activations fit into ``max_bytes``, at least one.
+# ---- chunks ---------------------------------------------------------------------------------
 
-    The bound is on all processes together: what is fitted to does not depend on their number.
-    """
-    chosen: list[Tensor] = []
-    room = 0
+
+def chunk_size(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Return how many inputs run at a time: few enough for the memory, not too many threads."""
+    num = sum(map(len, inputs))
+    fit = max(1, _CHUNK_BYTES // _bytes_per_input(model, inputs[0][:1]))
+    return max(min(fit, 128), -(-num // _MOST_CHUNKS))
+
+
+def rechunked(inputs: Iterable[Tensor], size: int) -> list[Tensor]:
+    """Return the same inputs in batches of ``size``; the last may be smaller."""
+    chunks: list[Tensor] = []
+    rest: list[Tensor] = []
+    num = 0
     for x in inputs:
-        if not chosen:
-            room = max(num_processes(), max_bytes // _bytes_per_input(dense, x[:1]))
-        take = x[: share(room) - sum(map(len, chosen))]
-        if not len(take):
-            break
-        chosen.append(take)
-    return chosen
+        rest.append(x)
+        num += len(x)
+        if num >= size:
+            joined = rest[0] if len(rest) == 1 else torch.cat(rest)
+            whole = num - num % size
+            chunks += joined[:whole].split(size)
+            rest, num = ([joined[whole:]] if num > whole else []), num - whole
+    return [*chunks, torch.cat(rest)] if rest else chunks
 
 
 def _bytes_per_input(model: nn.Module, x: Tensor) -> int:
@@ -225,9 +242,20 @@ def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -
     return None
 
 
+# ---- the walk -------------------------------------------------------------------------------
+
+
+class _AgainError(BaseException):
+    """A chunk has given its part to the fit of a layer, and runs its block again afterwards."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.call = call
+
+
 @dataclass
 class _Pending:
-    """A layer whose refit waits for the addition that ends its branch."""
+    """A layer whose refit waits for the addition or the norm behind it."""
 
     layer: Layer
     func: Any
@@ -236,24 +264,265 @@ class _Pending:
     patches: Tensor
 
 
-class RefitRun(BranchFollower):
-    """Refits every layer when its turn comes in one forward of the pruned network."""
+@dataclass
+class Refits:
+    """What all chunks share: targets, the problem that is being fed, and what was solved.
+
+    ``rows`` says which outputs of each layer stayed; ``moved`` what the norm behind a call took up.
+    """
+
+    plan: Plan
+    targets: Targets
+    rows: Mapping[str, Tensor | None]
+    ridge: float | None
+    constrain: Constrain | None = None
+    without: tuple[str, ...] = ()
+    solved: set[int] = field(default_factory=set)
+    moved: dict[int, Tensor] = field(default_factory=dict)
+    _fed: dict[int, tuple[_Pending, Branch, LeastSquares]] = field(default_factory=dict)
+
+    def feed(self, pending: _Pending, target: Tensor, branch: Branch, held: Tensor) -> None:
+        """Add the rows of one chunk to the problem of a call.
+
+        Args:
+            pending: The layer.
+            target: Pre-activations wanted [inputs, positions, outputs].
+            branch: Where its pre-activation goes.
+            held: Which of the inputs judge the ridge [inputs].
+        """
+        module, patches = pending.layer.module, pending.patches
+        bias = pending.args[2]
+        if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
+            target = target - bias
+        groups, num_rows, unknowns = patches.shape
+        target = target.reshape(num_rows, -1)
+        error = (target - _outputs(patches, module)).reshape(num_rows, groups, -1).transpose(0, 1)
+        if branch.call not in self._fed:
+            num = self.plan.all_inputs * (num_rows // len(held))
+            problem = LeastSquares(
+                free=module.bias is not None or branch.norm is not None,
+                few_rows=num <= unknowns and self.constrain is None,
+            )
+            self._fed[branch.call] = pending, branch, problem
+        rows_held = held.repeat_interleave(num_rows // len(held))
+        self._fed[branch.call][2].add(patches, error, rows_held)
+
+    @torch.no_grad()
+    def solve(self, call: Hashable) -> None:
+        """Refit the layer of a call with the rows of all chunks."""
+        assert isinstance(call, int)
+        pending, branch, problem = self._fed.pop(call)
+        module = pending.layer.module
+        if self.constrain is None:
+            fit = problem.solve(self.ridge)
+            change, intercept = fit.change, fit.intercept
+        else:
+            change, intercept = self._constrained(pending.layer, problem)
+        module.weight.add_(change.mT.reshape(module.weight.shape).to(module.weight))
+        shift = intercept.reshape(-1).to(module.weight)
+        if module.bias is not None:
+            module.bias.add_(shift)
+        elif branch.norm is not None:
+            branch.norm.sub_(shift)  # BN(y + b): the running mean takes up -b
+            self.moved[call] = shift
+        self.solved.add(call)
+
+    def _constrained(self, layer: Layer, problem: LeastSquares) -> tuple[Tensor, Tensor]:
+        assert self.constrain is not None
+        fit, held = problem.folds()
+        both = fit + held
+        found = problem.solve(self.ridge)
+        unknowns = both.gram.shape[1]
+        gram = both.gram / both.count
+        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+        curvature = gram.clone()
+        curvature.diagonal(dim1=1, dim2=2).add_((min(found.ridge, 10.0) * scale)[:, None])
+        present = layer.module.weight.reshape(len(gram), -1, unknowns).double()
+        weights = self.constrain(layer.name, present + found.change.mT, curvature)
+        change = (weights - present).mT
+        return change, both.e_mean - both.x_mean @ change
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """A block that is fitted as a whole once its layers are.
+
+    ``wanted`` are the inputs of the network that it is fitted on [inputs] (BoolTensor);
+    ``fit(module, call)`` moves its weights.
+    """
+
+    name: str
+    wanted: Tensor
+    fit: Callable[[nn.Module, BlockCall], None]
+
+
+class Walk:
+    """One pass of all chunks through the pruned network, in which every layer is refitted.
+
+    Args:
+        model: Refitted in place.
+        fits: What to fit.
+        chunks: The inputs.
+        max_bytes: Memory for what waiting chunks hold.
+        blocks: What is fitted besides, each when all chunks are through it.
+        copies: So many inputs that follow each other are views of one image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fits: Refits,
+        chunks: Sequence[Tensor],
+        max_bytes: int,
+        *,
+        blocks: Sequence[BlockFit] = (),
+        copies: int = 1,
+    ) -> None:
+        self._model, self._fits, self._chunks = model, fits, chunks
+        self._room = max_bytes / max(1, sum(map(len, chunks)))
+        self._blocks = {block.name: block for block in blocks}
+        self._copies = copies
+        self._calls: dict[str, list[BlockCall]] = {}
+        self._running = threading.local()
+        self._lockstep: Lockstep[None] = Lockstep(len(chunks), self._fit)
+
+    def run(self) -> None:
+        """Refit all layers, and the blocks."""
+        fast_layout(on_device(self._chunks[0][:1], self._model), self._model)  # asks once
+        starts = [0]
+        for x in self._chunks:
+            starts.append(starts[-1] + len(x))
+        with evaluating(self._model), self._replaced():
+            self._lockstep.run(lambda i: self._walk(i, starts[i]))
+
+    def _walk(self, i: int, start: int) -> None:
+        x = fast_layout(on_device(self._chunks[i], self._model), self._model)
+        run = _RefitRun(
+            layers_by_weight(self._model, self._fits.without),
+            self._fits,
+            slice(start, start + len(x)),
+            self._stop,
+            copies=self._copies,
+        )
+        self._running.run = run
+        with torch.no_grad(), run:
+            self._again(self._model, (x,), {})
+
+    def _fit(self, key: Hashable) -> None:
+        """Fit what all chunks have come to: the layer of a call, or a block."""
+        if not isinstance(key, str):
+            self._fits.solve(key)
+            return
+        block, calls = self._blocks.pop(key), self._calls.pop(key, [])
+        if calls:
+            call = BlockCall.joined(calls)
+            calls.clear()
+            with torch.enable_grad():
+                block.fit(self._model.get_submodule(key), call)
+
+    def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
+        """Wait for the others at a fit, here or, with too much to hold, before the block.
+
+        Raises:
+            _AgainError: If the block is to be run again.
+        """
+        alive = {t.untyped_storage().data_ptr(): t for t in waiting}
+        if sum(t.numel() * t.element_size() for t in alive.values()) / num > self._room:
+            raise _AgainError(call)
+        self._lockstep.meet(call)
+
+    def _again(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a part of the network, anew after every fit at which it could not wait.
+
+        Returns:
+            What it returns.
+        """
+        follower = self._running.run
+        state = follower.state()
+        while True:
+            try:
+                return run(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
+            except _AgainError as error:
+                call = error.call
+            follower.go_back(state)
+            self._lockstep.meet(call)
+
+    def _through(
+        self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run a block, and once more with its new weights where it is fitted as a whole.
+
+        Returns:
+            Its output.
+        """
+        follower = getattr(self._running, "run", None)
+        if follower is None:  # the fit of the block itself
+            return forward(*args, **kwargs)
+        state = follower.state()
+        out = self._again(forward, args, kwargs)
+        block = self._blocks.get(name)
+        if block is None:
+            return out
+        mask = block.wanted[follower.own]
+        if bool(mask.any()):
+            call = BlockCall(args, kwargs, out).picked(mask)
+            self._calls.setdefault(name, []).append(call)
+        del out
+        follower.go_back(state)
+        self._lockstep.meet(name)
+        return self._again(forward, args, kwargs)
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Let each block of the network be what is run again, or fitted.
+
+        Yields:
+            Nothing.
+        """
+        again = set(segments_of(self._model))
+        names = {
+            n: m for n, m in self._model.named_modules() if m in again or n in self._blocks
+        }
+        for name, module in names.items():
+            module.forward = partial(self._through, name, module.forward)
+        try:
+            yield
+        finally:
+            for module in names.values():
+                del module.forward
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a tensor, which a layer may overwrite; others as they are."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class _RefitRun(BranchFollower):
+    """Follows one chunk through the pruned network, and gives its rows to the fit of each layer."""
 
     def __init__(
         self,
         layers: dict[int, Layer],
-        plan: Plan,
-        targets: Targets,
-        rows: Mapping[str, Tensor | None],
-        ridge: float,
+        fits: Refits,
+        own: slice,
+        stop: Callable[[int, Iterable[Tensor], int], None],
         *,
-        constrain: Constrain | None = None,
+        copies: int,
     ) -> None:
-        super().__init__(layers, plan)
-        self._constrain = constrain
-        self._targets, self._rows, self._ridge = targets, rows, ridge
+        super().__init__(layers, fits.plan)
+        self._fits, self._stop, self.own = fits, stop, own
+        self._num = own.stop - own.start
+        self._held = places(own.start, self._num) // copies % _HELD == _HELD - 1
         self._pending: dict[int, _Pending] = {}
-        self._norm_of: dict[int, Tensor] = {}
+
+    def state(self) -> tuple[int, set[int]]:
+        """Return where the run is, to come back to."""
+        return self.call, set(self.shared)
+
+    def go_back(self, state: tuple[int, set[int]]) -> None:
+        """Return to an earlier state."""
+        self.call, self.shared = state[0], set(state[1])
+        self._pending.clear()
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Refit a layer, or let it wait for the addition or norm behind it.
@@ -261,17 +530,17 @@ class RefitRun(BranchFollower):
         Returns:
             Its output, refitted or not yet.
         """
-        module, call = layer.module, self.call
+        module, call, targets = layer.module, self.call, self._fits.targets
+        if call in self._fits.solved:
+            return func(*args, **kwargs)
         x, window = args[0], window_of(args, kwargs)
-        num_positions = count_positions(x, window, self.plan.num_inputs)
-        positions = self.plan.positions(call, module, num_positions)
+        positions = self._positions(call, module, count_positions(x, window, self._num))
         patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)
-        if call in self._targets.sums or (call in self._targets.normed and module.bias is None):
+        if call in targets.sums or (call in targets.normed and module.bias is None):
             self._pending[call] = pending
         else:
-            target = self._kept(self._targets.outputs[call], layer.name)
-            self._refit(pending, target, Branch(call))
+            self._refit(pending, self._wanted(targets.outputs, call, layer), Branch(call))
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
@@ -284,21 +553,19 @@ class RefitRun(BranchFollower):
         if pending is None:
             return func(*args)
         module = pending.layer.module
-        num = self.plan.num_inputs
-        rows = positions_first(other, module, num)
-        positions = self.plan.positions(branch.call, module, rows.shape[1])
-        shortcut = gather(rows, positions)
-        target = self._kept(self._targets.sums[branch.call], pending.layer.name) - shortcut
+        rows = positions_first(other, module, self._num)
+        shortcut = gather(rows, self._positions(branch.call, module, rows.shape[1]))
+        target = self._wanted(self._fits.targets.sums, branch.call, pending.layer) - shortcut
         if branch.scale is not None and branch.shift is not None:
             dead = branch.scale.abs() < 1e-8
             target = (target - branch.shift) / torch.where(dead, 1.0, branch.scale)
             if bool(dead.any()):  # what nobody sees stays as it is
                 target[..., dead] = _outputs(pending.patches, module).view_as(target)[..., dead]
-        self._refit(pending, target, branch)
+        self._refit(pending, target, branch, tensor, other)
         value = pending.func(*pending.args, **pending.kwargs)
         if branch.scale is not None:
             shape = [-1] + [1] * (value.ndim - 2) if not isinstance(module, nn.Linear) else [-1]
-            scale, shift = branch.scale, self._shift(branch, module)
+            scale, shift = branch.scale, self._shift(branch)
             value = value * scale.reshape(shape) + shift.reshape(shape)
         tensor.copy_(value)
         return func(*args)
@@ -310,46 +577,35 @@ class RefitRun(BranchFollower):
             The branch behind the norm, if it goes on there.
         """
         through = super().on_norm(branch, args, kwargs)
-        waits = branch.call in self._pending and branch.call not in self._targets.sums
+        targets = self._fits.targets
+        waits = branch.call in self._pending and branch.call not in targets.sums
         if through is None or not waits:
             return through
         pending = self._pending.pop(branch.call)
         self._refit(
-            pending, self._kept(self._targets.outputs[branch.call], pending.layer.name), through
+            pending, self._wanted(targets.outputs, branch.call, pending.layer), through, args[0]
         )
         args[0].copy_(pending.func(*pending.args, **pending.kwargs))
         return super().on_norm(branch, args, kwargs)
 
-    def _kept(self, values: Tensor, name: str) -> Tensor:
-        rows = self._rows.get(name)
-        return values if rows is None else values[..., rows]
+    def _positions(self, call: int, module: Any, num_positions: int) -> Tensor:
+        return self.plan.positions(call, module, num_positions)[self.own]
 
-    def _shift(self, branch: Branch, module: Any) -> Tensor:
+    def _wanted(self, values: Mapping[int, Tensor], call: int, layer: Layer) -> Tensor:
+        rows = self._fits.rows.get(layer.name)
+        wanted = values[call][self.own]
+        return wanted if rows is None else wanted[..., rows]
+
+    def _shift(self, branch: Branch) -> Tensor:
         """Return the shift of the BatchNorm behind the layer after it took up the intercept."""
         assert branch.shift is not None and branch.scale is not None
-        moved = self._norm_of.get(branch.call)
+        moved = self._fits.moved.get(branch.call)
         return branch.shift if moved is None else branch.shift + moved * branch.scale
 
-    def _refit(self, pending: _Pending, target: Tensor, branch: Branch) -> None:
-        module, bias = pending.layer.module, pending.args[2]
-        if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
-            target = target - bias
-        free = module.bias is not None or branch.norm is not None
-        constrain = self._constrain and partial(self._constrain, pending.layer.name)
-        change, intercept = _solve(
-            pending.patches,
-            target.reshape(-1, target.shape[-1]),
-            module,
-            ridge=self._ridge,
-            free=free,
-            constrain=constrain,
-        )
-        module.weight.add_(change)
-        if module.bias is not None:
-            module.bias.add_(intercept)
-        elif branch.norm is not None:
-            branch.norm.sub_(intercept)  # BN(y + b): the running mean takes up -b
-            self._norm_of[branch.call] = intercept
+    def _refit(self, pending: _Pending, target: Tensor, branch: Branch, *alive: Tensor) -> None:
+        self._fits.feed(pending, target, branch, self._held)
+        pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
+        self._stop(branch.call, (pending.args[0], *alive), self._num)
 
 
 def _outputs(patches: Tensor, module: Any) -> Tensor:
@@ -358,37 +614,3 @@ def _outputs(patches: Tensor, module: Any) -> Tensor:
     weight = module.weight.reshape(groups, -1, unknowns)
     outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
     return outputs if module.bias is None else outputs + module.bias
-
-
-def _solve(
-    patches: Tensor,
-    target: Tensor,
-    module: Any,
-    *,
-    ridge: float,
-    free: bool,
-    constrain: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the ridge change of the weights and the intercept, both in the layer's layout."""
-    groups, num_rows, unknowns = patches.shape
-    error = (target - _outputs(patches, module)).reshape(num_rows, groups, -1).transpose(0, 1)
-    count, x_mean, e_mean = summed(
-        torch.tensor(float(num_rows), dtype=torch.float64),
-        patches.sum(1, keepdim=True, dtype=torch.float64),
-        error.sum(1, keepdim=True, dtype=torch.float64),
-    )
-    # Without an intercept nothing takes up the means.
-    x_mean, e_mean = (mean / count if free else torch.zeros_like(mean) for mean in (x_mean, e_mean))
-    x, e = patches - x_mean.to(patches), error - e_mean.to(error)
-    gram, cross = summed((x.transpose(1, 2) @ x).double(), (x.transpose(1, 2) @ e).double())
-    gram, cross = gram / count, cross / count
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(unknowns, dtype=torch.float64, device=gram.device)
-    curvature = gram + ridge * scale[:, None, None] * eye
-    change = torch.linalg.solve(curvature, cross)  # [g, u, o]
-    if constrain is not None:
-        present = module.weight.reshape(groups, -1, unknowns).double()
-        change = (constrain(present + change.mT, curvature) - present).mT
-    intercept = (e_mean - x_mean @ change).reshape(-1)
-    change = change.transpose(1, 2).reshape(module.weight.shape)
-    return change.to(module.weight), intercept.to(module.weight)

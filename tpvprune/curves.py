@@ -12,23 +12,38 @@ readers of a channel get its mean in its place, or nothing: u_R(x) = sum_{c in R
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune.batches import unlabeled
 from tpvprune.clock import Progress
-from tpvprune.distributed import share, summed, total
+from tpvprune.distributed import places, share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
-from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
+from tpvprune.residuals import (
+    Inputs,
+    input_covariances,
+    residual_map,
+    ridge_inverse,
+    shrunk_precision,
+)
+from tpvprune.second_moments import (
+    MEASURED,
+    fitted_curve,
+    gradient_moments,
+    leaving_order,
+    measured_at,
+    measured_variance,
+)
 from tpvprune.selection import Budget, unit_costs
 from tpvprune.taps import Metric, Probing, passes, reader_plan
 
 StandIn = Literal["map", "mean", "zero"]
 
-_MIN_ROWS = 64  # fewer (sample, direction) pairs cannot rank a group's channels
+_HELD = 4  # every so manieth input takes no part in what wide groups are fitted to
 _MAX_STEPS = 96  # wide groups leave several channels at a time
 
 
@@ -47,12 +62,13 @@ class Curve:
 def variance_curves(
     model: nn.Module,
     groups: ChannelGroups,
-    inputs: Iterable[Tensor],
+    inputs: Iterable[Any],
     *,
     metric: Metric = "logits",
     stand_in: StandIn = "map",
     num_probes: int = 1,
     ridge: float = 1e-3,
+    rows_per_channel: float = 12,
     max_rows: int = 4096,
     max_bytes: int = 1 << 28,
     max_bytes_held: int = 1 << 31,
@@ -64,9 +80,9 @@ def variance_curves(
 ) -> dict[str, Curve]:
     """Measure the curve of every group.
 
-    Cuts too wide for the matrices S (``max_bytes`` at fewer than 64 rows) keep one number per
-    channel and sample instead, the compensated u_c of :func:`tpvprune.scores.tpv_scores`: their
-    curves still include the correlations between channels, but the map is not updated.
+    Groups that are wide for the number of inputs, or for the memory, are measured by second moments
+    instead of the matrices S (``rows_per_channel``): on few rows a joint change of many channels
+    can look like none.
 
     Args:
         model: The network.
@@ -78,6 +94,9 @@ def variance_curves(
             nothing (``"zero"``).
         num_probes: Directions per sample.
         ridge: Relative ridge of the stand-in maps.
+        rows_per_channel: Groups with fewer (sample, direction) pairs for each of their channels
+            are wide: their order comes from second moments, and their variance from inputs that
+            it was not fitted to (:mod:`tpvprune.second_moments`).
         max_rows: At most so many (sample, direction) pairs enter a curve.
         max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
         max_bytes_held: Memory that those of all groups may take at one time (of one group: its
@@ -100,41 +119,150 @@ def variance_curves(
         raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
     savings = unit_costs(groups, of)
     probing = Probing(metric, num_probes, amp, grad_checkpointing, seed)
+    source = unlabeled(inputs)
 
     def measured(model: nn.Module) -> dict[str, Curve]:
-        num = 0
-
-        def counted() -> Iterator[Tensor]:
-            nonlocal num
-            for x in inputs:
-                num += len(x)
-                yield x
-
-        covariances = {}
-        if stand_in != "zero":
-            covariances = input_covariances(model, groups, counted())
-        else:
-            num = sum(map(len, inputs))
-        means = {call: mean for call, (mean, _) in covariances.items()}
+        num, fit, held = _folded_covariances(model, groups, source, stand_in)
+        moments = _merged(fit, held)
+        means = {call: mean for call, (mean, _) in moments.items()}
+        most = min(max_rows, int(total(num)) * num_probes)
+        widths = {c: len(m) for c, m in means.items()} if stand_in == "map" else {}
+        sizes = {g.name: _size(g, widths, most, max_bytes, rows_per_channel) for g in groups}
+        narrow = {name: size for name, size in sizes.items() if size is not None}
+        calls = {r.call for g in groups if g.name in narrow for r in g.readers}
         precisions = {}
         if stand_in == "map":
-            precisions = {c: ridge_inverse(covariances.pop(c)[1].cpu(), ridge) for c in means}
-        most = min(max_rows, int(total(num)) * num_probes)
-        sizes = {g.name: _size(g, precisions, most, max_bytes) for g in groups}
+            precisions = {c: ridge_inverse(moments[c][1].cpu(), ridge) for c in calls & set(means)}
+        del moments
         curves: dict[str, Curve] = {}
-        for names in _parts(sizes, max_bytes_held):
+
+        def found(name: str, curve: Curve) -> None:
+            curves[name] = curve
+            if progress is not None:
+                progress("elimination", len(curves), len(sizes))
+
+        for names in _parts(narrow, max_bytes_held):
             part = [groups[name] for name in names]
             cuts = _collect(
-                model, part, inputs, probing,
-                num_inputs=num, means=means, precisions=precisions, sizes=sizes,
+                model, part, source, probing,
+                num_inputs=num, means=means, precisions=precisions, sizes=narrow,
             )  # fmt: skip
             for g in part:
-                curves[g.name] = _eliminate(g, cuts.pop(g.name), savings[g.name].float())
-                if progress is not None:
-                    progress("elimination", len(curves), len(sizes))
+                found(g.name, _eliminate(g, cuts.pop(g.name), savings[g.name].float()))
+        wide = [g for g in groups if g.name not in narrow]
+        bytes_of = {g.name: _wide_bytes(g, widths) for g in wide}
+        for names in _parts(bytes_of, max_bytes_held):
+            part = [groups[name] for name in names]
+            for name, curve in _wide_curves(
+                model, part, source, probing, fit, held, stand_in, savings
+            ):
+                found(name, curve)
         return {g.name: curves[g.name] for g in groups}
 
     return retried_in_single(model, measured)
+
+
+# ---- wide groups ----------------------------------------------------------------------------
+
+Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
+"""Reader call -> (mean [n], covariance [n, n], number of inputs that they are of)."""
+
+
+def _folded_covariances(
+    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], stand_in: StandIn
+) -> tuple[int, Covariances, Covariances]:
+    """Return the number of inputs here, and covariances of three quarters and of the last."""
+    if stand_in == "zero":
+        return sum(map(len, inputs)), {}, {}
+    found: list[Covariances] = []
+    num = 0
+    for fold in _folds(inputs):
+        covariances = input_covariances(model, groups, fold)
+        num += fold.num
+        here = total(fold.num)
+        found.append({c: (*moments, here) for c, moments in covariances.items()})
+    return num, found[0], found[1]
+
+
+def _folds(inputs: Iterable[Tensor]) -> tuple[_Fold, _Fold]:
+    """Return those of the inputs that are fitted to, and every fourth, which is not."""
+    return _Fold(inputs, held=False), _Fold(inputs, held=True)
+
+
+class _Fold:
+    """Re-iterable part of the inputs: every fourth of the whole set, or the others."""
+
+    def __init__(self, inputs: Iterable[Tensor], *, held: bool) -> None:
+        self._inputs, self._held = inputs, held
+        self.num = 0  # inputs of the last pass
+
+    def __iter__(self) -> Iterator[Tensor]:
+        seen = self.num = 0
+        for x in self._inputs:
+            mask = (places(seen, len(x)) % _HELD == _HELD - 1) == self._held
+            seen += len(x)
+            self.num += int(mask.sum())
+            if bool(mask.any()):
+                yield x[mask]
+
+
+def _merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return mean and covariance of both parts together."""
+    merged = {}
+    for call, (mean, covariance, num) in fit.items():
+        other, spread, more = held.get(call, (mean, covariance, 0.0))
+        part, moved = more / (num + more), other - mean
+        both = (1 - part) * covariance + part * spread
+        both.addr_(moved, moved, alpha=part * (1 - part))
+        merged[call] = mean + part * moved, both
+    return merged
+
+
+def _wide_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
+    """Return what the maps of a wide group take while its variance is measured."""
+    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    return _Size(0, 4 * len(MEASURED) * numbers)
+
+
+def _wide_curves(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    inputs: Iterable[Tensor],
+    probing: Probing,
+    fit: Covariances,
+    held: Covariances,
+    stand_in: StandIn,
+    savings: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Curve]]:
+    """Yield the curves of groups with few rows for each channel (:mod:`.second_moments`)."""
+    calls = {r.call for g in groups for r in g.readers}
+    known = {c: fit[c] for c in calls if c in fit}
+    stood_in = {
+        c: Inputs(m[0].cpu(), shrunk_precision(_on_cpu(m), _on_cpu(held.get(c, m))))
+        for c, m in known.items()
+        if stand_in == "map"
+    }
+    means = {c: m[0] for c, m in known.items()}
+    fitted, others = _folds(inputs)
+    parts = gradient_moments(model, groups, fitted, probing, stood_in, means)
+    found = {
+        g.name: leaving_order(parts[g.name], g.num_channels, savings[g.name].double())
+        for g in groups
+    }
+    orders = {name: order for name, (order, _) in found.items()}
+    again = replace(probing, seed=probing.seed + 1)
+    measured = measured_variance(
+        model, groups, orders, parts, others if held or stand_in == "zero" else fitted, again, means
+    )
+    for g in groups:
+        order, shape = found[g.name]
+        yield g.name, Curve(
+            order, fitted_curve(shape, measured_at(g.num_channels), measured[g.name])
+        )
+
+
+def _on_cpu(moments: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
+    return moments[0].cpu(), moments[1].cpu()
 
 
 # ---- statistics -----------------------------------------------------------------------------
@@ -204,28 +332,33 @@ class _Cut:
 
 
 class _Size(NamedTuple):
-    """How much of a group is measured: jointly or channel by channel, rows, and their bytes."""
+    """How many rows of a group are measured, and their bytes."""
 
-    joint: bool
     rows: int
     num_bytes: int
 
 
 def _size(
-    group: ChannelGroup, precisions: Mapping[int, Tensor], most_rows: int, max_bytes: int
-) -> _Size:
-    widths = [len(precisions[r.call]) if r.call in precisions else 1 for r in group.readers]
-    numbers = sum(n * len(r.index) for n, r in zip(widths, group.readers, strict=True))
-    rows = max_bytes // (4 * max(numbers, 1))
-    if rows < _MIN_ROWS:
-        return _Size(False, most_rows, 4 * most_rows * sum(len(r.index) for r in group.readers))
-    return _Size(True, min(most_rows, rows), 4 * min(most_rows, rows) * numbers)
+    group: ChannelGroup,
+    widths: Mapping[int, int],
+    most_rows: int,
+    max_bytes: int,
+    rows_per_channel: float,
+) -> _Size | None:
+    """Return the rows of a group; None where they are too few for its channels."""
+    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    rows = min(most_rows, max_bytes // (4 * max(numbers, 1)))
+    if rows < max(1.0, rows_per_channel * group.num_channels):
+        return None
+    return _Size(rows, 4 * rows * numbers)
 
 
 def _parts(sizes: Mapping[str, _Size], max_bytes_held: int) -> Iterator[list[str]]:
     """Yield groups that are held together; those that want many inputs need few passes."""
     part: list[str] = []
     held = 0
+    if not sizes:
+        return
     for name in sorted(sizes, key=lambda name: -sizes[name].rows):
         if part and held + sizes[name].num_bytes > max_bytes_held:
             yield part
@@ -248,18 +381,14 @@ def _collect(
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
     cuts: dict[tuple[str, int], _Cut] = {}
-    maps = {}
     # The first images of the whole set, with all of their directions.
     probes = probing.num_probes
     wanted = {g.name: min(num_inputs, share(-(-sizes[g.name].rows // probes))) for g in groups}
     for group in groups:
-        joint = sizes[group.name].joint
         for r in group.readers:
             precision = precisions.get(r.call)
             num_rows = wanted[group.name] * probes
-            cuts[group.name, r.call] = _Cut(r, precision if joint else None, num_rows)
-            if precision is not None and not joint:
-                maps[group.name, r.call] = residual_map(precision, [(r.index, r.channel)])
+            cuts[group.name, r.call] = _Cut(r, precision, num_rows)
     seen, most = 0, max(wanted.values())
     for x, directions, tap in passes(model, groups, inputs, probing):
 
@@ -274,9 +403,6 @@ def _collect(
                 own = gradients[:take, :, cut.columns]
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
-                elif (group.name, call) in maps:
-                    r = residual(rows, -1, means[call], maps[group.name, call][:, cut.columns])
-                    s = (r * own).sum(1).unsqueeze(2)
                 else:
                     gone = rows[:, :, cut.columns]
                     if call in means:

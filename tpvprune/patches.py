@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def gather(rows: Tensor, positions: Tensor) -> Tensor:
     """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C]."""
-    index = positions.to(rows.device).unsqueeze(-1).expand(-1, -1, rows.shape[-1])
-    return rows.gather(1, index)
+    first = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+    flat = rows.reshape(-1, rows.shape[-1])
+    return flat.index_select(0, (first + positions.to(rows.device)).flatten()).view(
+        *positions.shape, -1
+    )
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,22 @@ def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int 
     if window is None:
         rows = gather(x.reshape(num, -1, x.shape[-1]), positions)
         return rows.reshape(1, num * per_input, -1)
-    _, width = window.outputs(x)
-    (up, left), (down, right) = window.before, window.after
-    padded = F.pad(x.unsqueeze(2) if x.ndim == 3 else x, (left, right, up, down))
+    high, wide = [1, *x.shape[2:]][-2:]
+    maps = (x.unsqueeze(2) if x.ndim == 3 else x).movedim(1, -1).reshape(-1, x.shape[1])
     positions = positions.to(x.device)
-    rows, columns = positions // width * window.stride[0], positions % width * window.stride[1]
-    flat, size = padded.flatten(2), padded.shape[3]
+    width = window.outputs(x)[1]
+    rows = positions // width * window.stride[0] - window.before[0]
+    columns = positions % width * window.stride[1] - window.before[1]
+    first = torch.arange(num, device=x.device)[:, None] * (high * wide)
     taps = []
     for i in range(window.kernel[0]):
         for j in range(window.kernel[1]):
-            at = (rows + i * window.dilation[0]) * size + columns + j * window.dilation[1]
-            taps.append(flat.gather(2, at.unsqueeze(1).expand(-1, flat.shape[1], -1)))
-    patches = torch.stack(taps, 2).permute(0, 3, 1, 2)  # [B, p, C, k]
-    patches = patches.reshape(num * per_input, groups, -1)
-    return patches.transpose(0, 1)
+            at, across = rows + i * window.dilation[0], columns + j * window.dilation[1]
+            inside = (at >= 0) & (at < high) & (across >= 0) & (across < wide)
+            place = first + at.clamp(0, high - 1) * wide + across.clamp(0, wide - 1)
+            seen = maps.index_select(0, place.flatten())  # whole rows: channels lie side by side
+            taps.append(seen if bool(inside.all()) else seen * inside.reshape(-1, 1))
+    if len(taps) == 1 and groups == 1:
+        return taps[0].unsqueeze(0)
+    patches = torch.stack(taps, 2)  # [rows, C, k]
+    return patches.reshape(num * per_input, groups, -1).transpose(0, 1)

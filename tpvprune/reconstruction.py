@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,22 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.hooks import RemovableHandle
 
 from tpvprune.batches import unlabeled
-from tpvprune.blocks import Block, BlockCall, find_blocks, on_call
+from tpvprune.blocks import Block, BlockCall, find_blocks
 from tpvprune.branches import Plan
 from tpvprune.clock import Progress
-from tpvprune.compensation import RefitRun, first_inputs, refit_run
+from tpvprune.compensation import TARGET_BYTES, BlockFit, Walk, chunk_size, rechunked, refits_towards
 from tpvprune.distributed import gathered, spread_weights
 from tpvprune.gauss_newton import GaussNewton
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 from tpvprune.targets import plan_for
-
-_BATCH = 128
-
 
 def reconstruct_blocks(
     pruned: nn.Module,
@@ -50,10 +46,11 @@ def reconstruct_blocks(
     damping: float = 1e-3,
     mirror: bool = True,
     max_positions: int = 1 << 18,
-    rows_per_input: int = 24,
+    rows_per_input: int = 12,
     min_rows: int = 16384,
     max_bytes: int = 4 << 30,
     seed: int = 0,
+    used: dict[str, int] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose blocks are refitted to those of the dense one.
@@ -81,12 +78,13 @@ def reconstruct_blocks(
         damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
         mirror: Show image batches [B, C, H, W] also mirrored left to right.
         max_positions: Positions (pixels, tokens) of a block's output that are matched: blocks
-            with large maps look at fewer inputs.
+            with large maps look at fewer inputs, each at others.
         rows_per_input: See :func:`tpvprune.compensate_weights`, which refits each layer first.
         min_rows: Likewise.
-        max_bytes: Memory for activations and targets; the first inputs that fit are used. As much
-            again for graphs, which are built anew where they do not fit.
+        max_bytes: Memory for the activations of waiting inputs, and as much again for graphs; what
+            does not fit is computed anew, and the result stays. Targets take 2 GiB besides.
         seed: Of the random directions of the preconditioner.
+        used: Filled with how many images each block was fitted on ("layers": the layers, all).
         progress: Called with ("reconstruction", done, total) after every block and every stage.
 
     Returns:
@@ -100,26 +98,23 @@ def reconstruct_blocks(
                 pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
                 iterations=iterations, stage_iterations=stage_iterations, damping=damping,
                 mirror=mirror, max_positions=max_positions, rows_per_input=rows_per_input,
-                min_rows=min_rows, max_bytes=max_bytes, seed=seed, progress=progress,
+                min_rows=min_rows, max_bytes=max_bytes, seed=seed, used=used, progress=progress,
             )  # fmt: skip
         spread_weights(fitted)
         return fitted
     repaired = copy.deepcopy(pruned)
-    source = unlabeled(batches)
-    first = on_device(next(iter(source))[:2], dense)
+    inputs = list(unlabeled(batches))
+    first = on_device(torch.cat([x[:2] for x in inputs[:2]])[:2], dense)
     with evaluating(dense, repaired), torch.no_grad():
         blocks, stages = find_blocks(dense, repaired, first, groups, kept)
-    # Half of the memory for the activations of one layer, half for the targets of all blocks; as
-    # much as those for the targets of all layers.
-    chosen = first_inputs(_mirrored(source) if mirror else source, dense, max_bytes // 2)
-    room = max(1, max_bytes // 2 // sum((b.bytes_per_input for b in blocks), 1))
-    x = fast_layout(on_device(torch.cat(chosen)[:room], dense), dense)
-    plan = plan_for(Plan(len(x), rows_per_input, min_rows, seed), dense, x[:1], max_bytes // 2)
-    refits = partial(
-        refit_run, repaired, dense, x.split(_BATCH), groups=groups, kept=kept, plan=plan
-    )
-    fast = x.ndim == 4 and takes_channels_last(dense, x)
-    solver = GaussNewton(len(x), rounds, iterations, damping, max_positions, max_bytes, seed, fast)
+    copies = 2 if mirror and first.ndim == 4 else 1
+    views = list(_mirrored(inputs)) if copies == 2 else inputs
+    chunks = rechunked(views, chunk_size(dense, views))
+    num = sum(map(len, chunks))
+    plan = plan_for(Plan(num, rows_per_input, min_rows, seed), dense, first[:1], TARGET_BYTES)
+    refits = partial(refits_towards, dense, chunks, plan, groups=groups, kept=kept)
+    fast = first.ndim == 4 and takes_channels_last(dense, first)
+    solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
         # What blocks have won stays; the layers before, between and behind the stages follow them.
@@ -127,68 +122,93 @@ def reconstruct_blocks(
         walks.append((stages, replace(solver, iterations=stage_iterations), others))
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
+    if used is not None:
+        used["layers"] = num // copies
 
-    def tell() -> None:
+    def fit(
+        module: nn.Module, call: BlockCall, *, block: Block, how: GaussNewton, target: Tensor
+    ) -> None:
+        how.fit(module, replace(call, out=target), block.depth)
+        if used is not None:
+            used[block.name] = how.num_inputs // copies
         if progress is not None:
             progress("reconstruction", next(done), total)
 
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
         for found, how, run in walks:
-            targets, moved = _dense_outputs(dense, found, x), on_device(x, repaired)
-            _walk(repaired, found, moved, targets=targets, solver=how, run=run(), tell=tell)
+            wanted = _wanted(found, num // copies, copies, max_positions, TARGET_BYTES, seed)
+            targets = _dense_outputs(dense, found, chunks, wanted)
+            fits = [
+                BlockFit(
+                    b.name,
+                    wanted[b.name],
+                    partial(
+                        fit,
+                        block=b,
+                        how=replace(how, num_inputs=int(wanted[b.name].sum())),
+                        target=targets.pop(b.name),
+                    ),
+                )
+                for b in found
+            ]
+            Walk(repaired, run(), chunks, max_bytes, blocks=fits, copies=copies).run()
     return repaired
 
 
 def _mirrored(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield image batches, each image followed by its mirror image."""
     for x in inputs:
-        yield torch.stack([x, x.flip(3)], 1).flatten(0, 1) if x.ndim == 4 else x
+        yield torch.stack([x, x.flip(3)], 1).flatten(0, 1)
 
 
-def _dense_outputs(dense: nn.Module, blocks: list[Block], x: Tensor) -> dict[str, Tensor]:
+def _wanted(
+    blocks: Sequence[Block], num: int, copies: int, max_positions: int, max_bytes: int, seed: int
+) -> dict[str, Tensor]:
+    """Choose the inputs that each block is fitted on: others for each, all where there is room.
+
+    Returns:
+        Block -> BoolTensor [num * copies], all copies of an image together.
+    """
+    counts = {b.name: min(num, max(1, max_positions // (b.positions * copies))) for b in blocks}
+    taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
+    share = min(1.0, max_bytes / max(1, taken))
+    wanted = {}
+    for i, block in enumerate(blocks):
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1009 + i))
+        mask = torch.zeros(num, dtype=torch.bool)
+        mask[order[: max(1, int(counts[block.name] * share))]] = True
+        wanted[block.name] = mask.repeat_interleave(copies)
+    return wanted
+
+
+def _dense_outputs(
+    dense: nn.Module,
+    blocks: Sequence[Block],
+    chunks: Sequence[Tensor],
+    wanted: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """Return what the pruned blocks should give: the kept channels of the dense outputs."""
     found: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
+    own = slice(0, 0)
+
+    def keep(block: Block, out: Tensor) -> None:
+        mask = wanted[block.name][own]
+        if bool(mask.any()):
+            chosen = out[mask.repeat_interleave(len(out) // len(mask))]
+            found[block.name].append(block.kept_of(chosen).clone())
+
     handles = [
         dense.get_submodule(block.name).register_forward_hook(
-            lambda _m, _a, out, block=block: found[block.name].append(block.kept_of(out).clone())
+            lambda _m, _a, out, block=block: keep(block, out)
         )
         for block in blocks
     ]
     try:
         with torch.no_grad():
-            for part in x.split(_BATCH):
-                dense(part)
+            for x in chunks:
+                own = slice(own.stop, own.stop + len(x))
+                dense(fast_layout(on_device(x, dense), dense))
     finally:
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _walk(
-    model: nn.Module,
-    blocks: list[Block],
-    x: Tensor,
-    *,
-    targets: dict[str, Tensor],
-    solver: GaussNewton,
-    run: RefitRun,
-    tell: Callable[[], None],
-) -> None:
-    """Run the pruned network once on all inputs; layers and blocks are refitted in their turn."""
-    handles: dict[str, list[RemovableHandle]] = {}
-
-    def refit(module: nn.Module, call: BlockCall | None, block: Block) -> Tensor:
-        assert call is not None
-        for handle in handles[block.name]:
-            handle.remove()
-        with run.paused():
-            with torch.enable_grad():
-                solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
-            tell()
-            parts = solver.parts(call, block.depth)
-            return torch.cat([module(*c.args, **c.kwargs) for c in parts])
-
-    for block in blocks:
-        handles[block.name] = on_call(model.get_submodule(block.name), partial(refit, block=block))
-    with torch.no_grad(), run:
-        model(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.taps import reader_plan
 
 _FLOOR = 1e-10
+SHRINKAGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.4, 0.7, 0.95)
 
 
 def residual_maps(
@@ -51,6 +53,53 @@ def residual_maps(
         matrix = residual_map(ridge_inverse(covariance, ridge), readers)
         maps[call] = (mean.to(dtype), matrix.to(dtype))
     return maps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of one reader vary: mean [n], and inverse covariance [n, n], float64."""
+
+    mean: Tensor
+    precision: Tensor
+
+
+def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> Tensor:
+    r"""Return the inverse of a covariance, shrunk towards its diagonal.
+
+    .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
+
+    with the rho of :data:`SHRINKAGES` with which each input is predicted best from the others on
+    rows that took no part: of few rows the sample covariance promises predictions that hold on these
+    rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+    matrices, J. Multivariate Analysis 2004).
+
+    Args:
+        fit: Mean [n] and covariance [n, n], float64.
+        held: Likewise of other rows.
+
+    Returns:
+        [n, n]; NaN if a covariance is not finite.
+    """
+    mean, covariance = fit
+    moved = held[0] - mean
+    spread = held[1] + torch.outer(moved, moved)
+    variance = covariance.diagonal().clamp_min(0)
+    floor = 1e-6 * float(variance.mean()) + 1e-30
+    best, least = torch.full_like(covariance, torch.nan), float("inf")
+    for rho in SHRINKAGES:
+        damped = (1 - rho) * covariance
+        damped.diagonal().add_(rho * variance + floor)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            continue
+        precision = torch.cholesky_inverse(factor)
+        alone = precision / precision.diagonal()
+        errors = (alone * (spread @ alone)).sum(0) / (variance + floor)
+        loss = float(errors.mean())
+        if not loss < least:
+            break  # the error falls, then rises
+        best, least = precision, loss
+    return best
 
 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,9 @@ def dense_targets(
 
 
 def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
-    """Return the plan that fits a network: calls that see no input are left out of it.
+    """Return the plan that fits a network.
+
+    Calls that see no input are left out of it, and layers that run several times.
 
     Args:
         plan: What would be looked at.
@@ -65,7 +68,7 @@ def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
         The plan; with one position of every input, if that is still too much.
     """
     calls, common = _calls(dense, x, plan)
-    plan = plan.without(common)
+    plan = plan.without(common | calls.repeated())
     least = calls.target_bytes(plan.thinned(math.inf))
     while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
         plan = plan.thinned(max(taken / max_bytes, 1.01))
@@ -158,6 +161,11 @@ class _Calls(BranchFollower):
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
         self.seen: dict[int, tuple[Layer, int]] = {}
+
+    def repeated(self) -> frozenset[int]:
+        """Return the calls of layers that run several times: no one fit serves all of them."""
+        times = Counter(layer.name for layer, _ in self.seen.values())
+        return frozenset(call for call, (layer, _) in self.seen.items() if times[layer.name] > 1)
 
     def target_bytes(self, plan: Plan) -> int:
         """Return what the targets of all calls take on all inputs."""

@@ -32,7 +32,7 @@ def compensate_masked(
     masks: Mapping[str, Tensor],
     *,
     ridge: float = 1e-3,
-    rows_per_input: int = 24,
+    rows_per_input: int = 12,
     min_rows: int = 16384,
     max_bytes: int = 4 << 30,
     seed: int = 0,
