@@ -65,6 +65,8 @@ def test_rows_are_what_prune_gives_on_all_sets_together(tool, root, tmp_path, ca
     result = prune(subject.model, batches, keep=0.7, repair="bn")
     found = [evaluate(result.model, test.batches, dense=subject.model) for test in subject.tests]
     assert [one.num_images for one in found] == [15, 4]
+    dense = [evaluate(subject.model, test.batches).top1 for test in subject.tests]
+    assert [test.top1 for test in subject.tests] == pytest.approx(dense)
     for name in ("top1", "agreement"):
         right = sum(one.num_images * getattr(one, name) for one in found)
         assert float(rows[0][name]) == pytest.approx(100 * right / 19, abs=0.006)
