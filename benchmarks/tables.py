@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rows import grouped, interpolated, mean_and_sd
 
-from tpvprune.benchmark_rows import Summary, read_rows, summarise
+from tpvprune.benchmark_plan import REPAIRS
+from tpvprune.benchmark_rows import Row, Summary, read_rows, summarise
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
@@ -33,6 +35,8 @@ NAMES = {
     "wanda": "Wanda",
     "tpv": "TPV, 1 probe",
     "tpv_8_probes": "TPV, 8 probes",
+    "tp:magnitude": "magnitude, torch-pruning's pruner",
+    "tp:taylor": "Taylor, torch-pruning's pruner",
 }
 
 
@@ -69,6 +73,73 @@ def accuracy() -> str:
             cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
             lines.append([f"`{model}`", repair, dense, *cells])
     return markdown(["model", "repair", "dense", *(f"{k} of MACs" for k in keeps)], lines)
+
+
+def photographs() -> str:
+    """Return top-1 on photographs by network, repair and budget: TPV with its default widths."""
+    found = [s for s in summarise(_photograph_rows()) if _criterion(s) == "TPV, curves"]
+    return _by_budget(["network", "repair", "images", "dense"], found, _unranked)
+
+
+def photographs_criteria() -> str:
+    """Return how many points each criterion loses on photographs, by repair, at 0.8 and 0.6."""
+    lines: dict[tuple[str, ...], dict[tuple[str, float], Summary]] = {}
+    for s in summarise(_photograph_rows()):
+        if s.keep in (0.8, 0.6):
+            lines.setdefault((s.repair, *_of(s)), {})[s.model, s.keep] = s
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+
+    def place(line: tuple[tuple[str, ...], Mapping[Any, Summary]]) -> tuple[int, bool, float]:
+        (repair, name, _), cells = line
+        first = next(iter(cells.values()))
+        return REPAIRS.index(repair), not name.startswith("TPV"), first.dense_top1 - first.top1
+
+    return markdown(
+        ["repair", "criterion", "labels", *(f"`{model}` {keep:g}" for model, keep in columns)],
+        [
+            [*line, *(_loss(cells[c]) if c in cells else "" for c in columns)]
+            for line, cells in sorted(lines.items(), key=place)
+        ],
+    )
+
+
+def photographs_table(rows: Iterable[Mapping[str, str]]) -> str:
+    """Return top-1 of all rows of photographs.py: a line per network, repair and criterion."""
+    head = ["network", "repair", "images", "dense", "criterion", "labels"]
+    return _by_budget(head, summarise(rows), lambda s: (*_unranked(s), *_of(s)))
+
+
+def _by_budget(
+    head: Sequence[str], found: Iterable[Summary], line_of: Callable[[Summary], tuple[str, ...]]
+) -> str:
+    """Return top-1 and its difference to the dense one, a column per budget."""
+    ordered = sorted(found, key=lambda s: (s.model, REPAIRS.index(s.repair)))
+    keeps = sorted({s.keep for s in ordered}, reverse=True)
+    lines: dict[tuple[str, ...], dict[float, str]] = {}
+    for s in ordered:
+        lines.setdefault(line_of(s), {})[s.keep] = f"{s.shown} ({s.top1 - s.dense_top1:+.1f})"
+    return markdown(
+        [*head, *(f"{keep:g} of MACs" for keep in keeps)],
+        [[*line, *(cells.get(keep, "") for keep in keeps)] for line, cells in lines.items()],
+    )
+
+
+def _photograph_rows() -> list[Row]:
+    paths = sorted(RESULTS.glob("photographs-*.csv"))
+    return [row for path in paths for row in read_rows(path)]
+
+
+def _of(s: Summary) -> tuple[str, str]:
+    return _criterion(s), s.labels
+
+
+def _unranked(s: Summary) -> tuple[str, str, str, str]:
+    return f"`{s.model}`", s.repair, s.num_images, f"{s.dense_top1:.2f}"
+
+
+def _loss(s: Summary) -> str:
+    sd = "" if s.sd is None else f" ± {s.sd:.1f}"
+    return f"{s.top1 - s.dense_top1:+.1f}{sd}"
 
 
 def images() -> str:
@@ -217,6 +288,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost)
 }
+if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table
+    TABLES |= {f.__name__: f for f in (photographs, photographs_criteria)}
 
 if __name__ == "__main__":
     raise SystemExit(main())

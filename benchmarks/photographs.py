@@ -1,0 +1,510 @@
+"""Real ImageNet weights, real photographs: every criterion at equal images, budgets and repairs.
+
+    python benchmarks/photographs.py --model tf_efficientnet_lite0 --checkpoint FILE \
+        --calib-dir photos --calib-labels labels.tsv --class-map classes.txt \
+        --test-dir imagenet-val.tar:0.987 photos-test.tar --keep 0.9 0.8 0.7 0.6 0.5 --seeds 3
+    python benchmarks/photographs.py --summary benchmarks/results/photographs-*.csv
+
+A seed draws the unlabeled images and all that is random. One CSV row per (model, criterion,
+ranking, repair, images, keep, seed), appended as soon as it is measured; rows that exist are
+skipped, so a run that was stopped goes on. Ends with a Markdown table, mean ± sd over the seeds,
+and in brackets the difference to the dense model in points. Exit code 2: bad input, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from environment import processor, write_environment
+from rows import append
+from tables import photographs_table
+from torch import Tensor, nn
+
+from tpvprune import prune
+from tpvprune.baselines.stock import STOCK, stock_prune
+from tpvprune.batches import hold_back, unlabeled
+from tpvprune.batchnorm import recalibrate_batchnorm
+from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
+from tpvprune.benchmark_rows import COLUMNS as COMMON
+from tpvprune.benchmark_rows import RANKINGS, Row, key_of, read_rows
+from tpvprune.command_line.flag_groups import (
+    Parser,
+    add_device,
+    add_model,
+    add_preprocessing,
+    count,
+    fraction,
+)
+from tpvprune.compensation import compensate_weights
+from tpvprune.costs import count_macs, count_params
+from tpvprune.data import ImageSource, open_images
+from tpvprune.evaluation import evaluate, model_outputs
+from tpvprune.groups import find_groups
+from tpvprune.loading import choose_images, in_memory
+from tpvprune.models import load_model
+from tpvprune.preprocessing import resolve_preprocessing
+from tpvprune.reconstruction import reconstruct_blocks
+from tpvprune.running import on_device
+
+UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
+LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")
+SETTINGS = ("weights", "calibration", "test_sets", "arguments")
+"""Columns in which all rows of a file must agree."""
+COLUMNS = (
+    *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "repair_used", "images_used",
+    "warnings", *SETTINGS, "versions", "hardware",
+)  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Labelled batches, and what the dense model says to them."""
+
+    __test__ = False  # no test of pytest's
+
+    name: str
+    batches: Any
+    outputs: list[Tensor]
+    top1: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model and all that it is measured on."""
+
+    model: nn.Module
+    tests: list[TestSet]
+
+    @cached_property
+    def dense_variance(self) -> float:
+        """E‖f - E f‖² of the dense outputs over all test images."""
+        outputs = torch.cat([x for test in self.tests for x in test.outputs])
+        return float(outputs.var(0, correction=0).sum())
+
+
+class Cut(NamedTuple):
+    """A repaired model: what was done to it, and what is known of that."""
+
+    model: nn.Module
+    repair: str
+    images: Mapping[str, Any]
+    warnings: Sequence[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table."""
+    try:
+        args = parse(argv)
+        if args.summary:
+            rows = [row for path in args.summary for row in finished(path)]
+        else:
+            rows = run(args)
+        if not rows:
+            raise ValueError(f"{args.summary[0]}: expected rows of photographs.py, found none")
+        print(photographs_table(rows))
+    except (ValueError, OSError) as error:
+        print(f"photographs.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments; wrong ones are a ValueError."""
+    parser = Parser(prog="photographs.py", description=__doc__.splitlines()[0])
+    add_model(parser, required=False)
+    images = parser.section("images")
+    images.add_argument("--calib-dir", metavar="D", help="folder or .tar, no labels needed")
+    images.add_argument(
+        "--calib-labels",
+        type=Path,
+        metavar="F",
+        help="file name, tab, class index a line: for the labelled criteria (class folders)",
+    )
+    images.add_argument(
+        "--test-dir", nargs="+", metavar="D[:CROP]", help="labelled sets, crop_pct of their own"
+    )
+    images.add_argument("--class-map", metavar="F", help="file: class name -> index")
+    images.add_argument(
+        "--num-test", type=count, metavar="N", help="of each set, the same for every seed (all)"
+    )
+    images.add_argument("--num-images", type=count, default=1000, metavar="N", help="(1000)")
+    images.add_argument("-b", "--batch-size", type=count, default=16, metavar="N", help="(16)")
+    add_preprocessing(parser)
+    how = parser.section("comparison")
+    how.add_argument(
+        "--criteria",
+        nargs="+",
+        metavar="NAME",
+        help=f"({', '.join(UNLABELED)}, with --calib-labels also {', '.join(LABELLED)})",
+    )
+    how.add_argument(
+        "--ranking",
+        nargs="+",
+        default=["curves", "per_cost"],
+        choices=list(RANKINGS),
+        help="(curves and per_cost; curves concern tpv alone)",
+    )
+    how.add_argument("--keep", type=fraction, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    how.add_argument("--repair", nargs="+", default=["compensate"], metavar="NAME")
+    run_ = parser.section("run")
+    run_.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
+    run_.add_argument("--seeds", type=count, default=1, metavar="N", help="how many (1)")
+    run_.add_argument("--threads", type=count, default=os.cpu_count(), metavar="N", help="(all)")
+    run_.add_argument("--output", type=Path, metavar="F", help="CSV file (results/...)")
+    run_.add_argument("--summary", type=Path, nargs="+", metavar="F", help="print, run nothing")
+    add_device(parser)
+    args = parser.parse_args(argv)
+    if not args.summary:
+        for name in ("model", "calib_dir", "test_dir"):
+            if getattr(args, name) is None:
+                parser.error(f"--{name.replace('_', '-')} is required")
+    return args
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Measure what is missing, row after row; return all rows of the file."""
+    path = args.output or RESULTS / f"photographs-{args.model.partition('.')[0]}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = finished(path)
+    for row in measured(args, done):
+        append(path, row, COLUMNS)
+        what = f"{row['criterion']}, {row['ranking']}, {row['repair']}, seed {row['seed']}"
+        print(f"{row['keep']} of MACs, {what}: {row['top1']}", file=sys.stderr, flush=True)
+    if path.exists():
+        write_environment(path.with_suffix(".json"), args)
+    return read_rows(path)
+
+
+def finished(path: Path) -> list[Row]:
+    """Return the rows of a file; a ValueError if it is another kind of file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        if next(csv.reader(file), None) != list(COLUMNS):
+            raise ValueError(f"{path}: expected rows of photographs.py: choose another --output")
+    return read_rows(path)
+
+
+def measured(
+    args: argparse.Namespace, done: Sequence[Row] = (), subject: Subject | None = None
+) -> Iterator[Row]:
+    """Measure the rows that are not done; ``subject`` is what :func:`opened` gives, if known.
+
+    Raises:
+        ValueError: If what is done was measured on something else, or nothing can be measured.
+    """
+    plan = plan_of(args)
+    settings = settings_of(args)
+    _check_settings(done, settings)
+    finished_keys = {key_of(row) for row in done}
+    missing = [
+        (series, stop, repair)
+        for series in plan.series()
+        for stop in plan.stops()
+        for repair in plan.repairs
+        if key_of(plan.row(series, stop, repair)) not in finished_keys
+    ]
+    if not missing:
+        return
+    torch.set_num_threads(args.threads)
+    subject = subject or opened(args)
+    drawn: tuple[int, list[Any]] | None = None
+    left_out: dict[str, str] = {}
+    num_measured = 0
+    for series, stop, repair in missing:
+        if drawn is None or drawn[0] != series.seed:
+            drawn = series.seed, calibration(args, subject.model, series.seed, plan.labelled)
+        what = f"{series.criterion}, {series.ranking}, {repair}"
+        if what in left_out:
+            continue
+        try:
+            found = measure(subject, drawn[1], series, stop, repair)
+        except ValueError as error:
+            # Some criteria do not fit some models; the others can still be compared.
+            left_out[what] = " ".join(str(error).split())
+            print(f"left out: {what}: {left_out[what]}", file=sys.stderr, flush=True)
+            continue
+        num_measured += 1
+        yield plan.row(series, stop, repair) | found | settings | surroundings(args)
+    if not num_measured and not done:
+        raise ValueError(f"nothing could be measured: {next(iter(left_out.values()))}")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Return which rows the arguments ask for."""
+    standard = (*UNLABELED, *(LABELLED if args.calib_labels else ()))
+    return Plan(
+        model=args.model.partition(".")[0],
+        criteria=tuple(args.criteria or standard),
+        keeps=tuple(args.keep),
+        repairs=tuple(args.repair),
+        rankings=tuple(args.ranking),
+        seeds=tuple(range(args.seed, args.seed + args.seeds)),
+        num_images=args.num_images,
+    )
+
+
+# ---- what is measured, and on what ----------------------------------------------------------
+
+
+def settings_of(args: argparse.Namespace) -> Row:
+    """Return what decides the rows besides what they say themselves; of paths the last part."""
+    given = {
+        "size": _input_size(args) and "x".join(map(str, _input_size(args) or ())),
+        **{name: getattr(args, name) for name in ("mean", "std", "crop_pct", "interpolation")},
+        **dict(args.model_kwargs),
+    }
+    sets = [(Path(path).name, crop) for path, crop in map(_with_crop, args.test_dir)]
+    number = "" if args.num_test is None else f" ({args.num_test})"
+    pretrained = "pretrained" if args.pretrained else "random"
+    return {
+        "weights": Path(args.checkpoint).name if args.checkpoint else pretrained,
+        "calibration": Path(args.calib_dir).name,
+        "test_sets": "; ".join(
+            (name if crop is None else f"{name}:{crop:g}") + number for name, crop in sets
+        ),
+        "arguments": "; ".join(f"{k} {_listed(v)}" for k, v in given.items() if v is not None),
+    }
+
+
+def surroundings(args: argparse.Namespace) -> Row:
+    """Return versions and hardware."""
+    names = ("tpvprune", "torch", "timm", "torch-pruning")
+    on = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    return {
+        "versions": "; ".join(f"{name} {version(name)}" for name in names),
+        "hardware": f"{processor()}; {torch.get_num_threads()} threads; {on}",
+    }
+
+
+def _check_settings(rows: Sequence[Row], settings: Row) -> None:
+    for row in rows:
+        for name, value in settings.items():
+            if row[name] != value:
+                raise ValueError(
+                    f"--output: its rows were measured with {name} {row[name]!r}, found {value!r}: "
+                    "choose another file"
+                )
+
+
+def _listed(value: Any) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:
+    if args.img_size is not None:
+        return 3, args.img_size, args.img_size
+    return None if args.input_size is None else tuple(args.input_size)
+
+
+def _with_crop(text: str) -> tuple[str, float | None]:
+    """Split PATH[:crop_pct]."""
+    path, _, crop = text.rpartition(":")
+    try:
+        return (path, float(crop)) if path else (text, None)
+    except ValueError:
+        return text, None
+
+
+def opened(args: argparse.Namespace) -> Subject:
+    """Load the model and the test sets, and measure it on them."""
+    model, _ = load_model(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        num_classes=args.num_classes,
+        input_size=_input_size(args),
+        model_kwargs=dict(args.model_kwargs),
+    )
+    model = model.to(args.device)
+    tests = []
+    for path, crop in map(_with_crop, args.test_dir):
+        source = open_images(path, split="validation", class_map=args.class_map, labelled=True)
+        batches = images(args, model, source, num=args.num_test, labelled=True, crop_pct=crop)
+        outputs = model_outputs(model, batches)
+        labels = torch.cat([y for _, y in batches])
+        top1 = (torch.cat(outputs).argmax(1).cpu() == labels).double().mean().item()
+        tests.append(TestSet(Path(path).stem, batches, outputs, top1))
+    return Subject(model, tests)
+
+
+def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled: bool) -> list[Any]:
+    """Return what a seed draws: inputs, or pairs with class indices if these are asked for."""
+    if not labelled:
+        source = open_images(args.calib_dir)
+    elif args.calib_labels is None:
+        source = open_images(args.calib_dir, class_map=args.class_map, labelled=True)
+    else:
+        source = with_labels(open_images(args.calib_dir), args.calib_labels)
+    drawn = images(args, model, source, num=args.num_images, seed=seed, labelled=labelled)
+    return list(drawn)
+
+
+def images(
+    args: argparse.Namespace,
+    model: nn.Module,
+    source: ImageSource,
+    *,
+    labelled: bool,
+    num: int | None = None,
+    seed: int = 0,
+    crop_pct: float | None = None,
+) -> Any:
+    """Return batches, held in memory where they fit; ``num`` of them, or all."""
+    how = resolve_preprocessing(
+        model,
+        input_size=_input_size(args),
+        mean=args.mean,
+        std=args.std,
+        crop_pct=crop_pct or args.crop_pct,
+        interpolation=args.interpolation,
+    )
+    chosen = choose_images(
+        source,
+        how,
+        num_images=num,
+        seed=seed,
+        batch_size=args.batch_size,
+        workers=args.threads,
+        labelled=labelled,
+    )
+    return in_memory(chosen)
+
+
+def with_labels(source: ImageSource, path: Path) -> ImageSource:
+    """Return a source whose images have the classes that a file gives to their names.
+
+    Args:
+        source: Images without labels, that can be read by position.
+        path: One line an image: its file name, a tab, its class index.
+
+    Raises:
+        ValueError: If the file is something else, or an image is not in it.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        labels = {name: int(number) for name, number in (line.split("\t") for line in lines)}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a file name, a tab and a class index a line") from error
+
+    def label(item: Any) -> int:
+        return labels[Path(source.where(item)).name]
+
+    unknown = [item for item in source.items() if Path(source.where(item)).name not in labels]
+    if unknown:
+        raise ValueError(f"{path}: expected a line for {source.where(unknown[0])}, found none")
+    return replace(source, read=lambda item: (source.read(item)[0], label(item)))
+
+
+# ---- one row --------------------------------------------------------------------------------
+
+
+def measure(
+    subject: Subject, batches: Sequence[Any], series: Series, stop: Stop, repair: str
+) -> Row:
+    """Prune once and return what came of it.
+
+    Raises:
+        ValueError: If the criterion does not fit the model.
+    """
+    start = time.perf_counter()
+    cut = (_stock if series.criterion in STOCK else _ours)(
+        subject.model, batches, series, stop.keep, repair
+    )
+    seconds = time.perf_counter() - start
+    return quality(subject, cut) | {"seconds": f"{seconds:.1f}"}
+
+
+def quality(subject: Subject, cut: Cut) -> Row:
+    """Measure a pruned model on every test set; each image counts the same."""
+    found = [evaluate(cut.model, test.batches, dense=test.outputs) for test in subject.tests]
+    num = sum(one.num_images for one in found)
+
+    def mean(values: Sequence[Any]) -> float:
+        pairs = zip(found, values, strict=True)
+        return sum(one.num_images * float(value) for one, value in pairs) / num
+
+    example = next(iter(unlabeled(subject.tests[0].batches)))[:1]
+    variance = mean([one.output_variance for one in found]) / subject.dense_variance
+    return {
+        "macs_kept": f"{found[0].macs / count_macs(subject.model, example):.4f}",
+        "params_kept": f"{found[0].params / count_params(subject.model):.4f}",
+        "top1": f"{100 * mean([one.top1 for one in found]):.2f}",
+        "dense_top1": f"{100 * mean([test.top1 for test in subject.tests]):.2f}",
+        "agreement": f"{100 * mean([one.agreement for one in found]):.2f}",
+        "variance_ratio": f"{variance:.4g}",
+        "top1_by_set": _by_set(subject, [one.top1 for one in found]),
+        "dense_by_set": _by_set(subject, [test.top1 for test in subject.tests]),
+        "repair_used": cut.repair,
+        "images_used": "; ".join(f"{stage} {num}" for stage, num in cut.images.items()),
+        "warnings": " ".join("; ".join(map(str, cut.warnings)).split()),
+    }
+
+
+def _by_set(subject: Subject, fractions: Sequence[float]) -> str:
+    pairs = zip(subject.tests, fractions, strict=True)
+    return "; ".join(f"{test.name} {100 * value:.2f}" for test, value in pairs)
+
+
+def _ours(
+    model: nn.Module, batches: Sequence[Any], series: Series, keep: float, repair: Any
+) -> Cut:
+    """Prune by one of our scorers."""
+    allocation: Any = RANKINGS[series.ranking]
+    result = prune(
+        model,
+        batches,
+        keep=keep,
+        criterion=series.criterion,
+        allocation=allocation,
+        repair=repair,
+        labelled_batches=batches if needs_labels(series.criterion) else None,
+        seed=series.seed,
+    )
+    report = result.report
+    fit, held = report.get("num_images", ""), report.get("num_held_back", "")
+    used = report.get("images_used") or {"fit": fit, "held back": held}
+    chosen = str(report.get("repair_chosen", repair))
+    return Cut(result.model, chosen, used, report.get("warnings") or ())
+
+
+def _stock(
+    model: nn.Module, batches: Sequence[Any], series: Series, keep: float, repair: str
+) -> Cut:
+    """Prune with torch-pruning's pruner, then repair as after ours."""
+    fit = list(hold_back(batches)[0])
+    example = on_device(fit[0][:1], model)
+    groups = find_groups(model, example)
+    labelled = batches if needs_labels(series.criterion) else ()
+    found = stock_prune(
+        model, groups, example, series.criterion, labelled, keep=keep, seed=series.seed
+    )
+    used = {"repair": sum(map(len, fit))}
+    if repair == "none":
+        return Cut(found.model, repair, {}, ())
+    if repair == "bn":
+        return Cut(recalibrate_batchnorm(found.model, fit), repair, used, ())
+    if found.kept is None:
+        raise ValueError(
+            "torch-pruning narrowed heads or convolution groups, which tpvprune removes as a whole "
+            "or not at all"
+        )
+    refit = reconstruct_blocks if repair == "reconstruct" else compensate_weights
+    refitted = refit(found.model, model, fit, groups=groups, kept=found.kept, seed=series.seed)
+    return Cut(refitted, repair, used, ())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
