@@ -187,8 +187,8 @@ def find_groups(
         The groups in network order.
 
     Raises:
-        ValueError: If ``ignore`` names no module, the model is compiled, or it does not run on
-            the inputs.
+        ValueError: If ``ignore`` names no module, the model is compiled, it does not run on the
+            inputs, or its outputs are not finite.
     """
     check_not_compiled(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.finite import NotFiniteError
 from tpvprune.groups import ChannelGroups, with_blocked
 from tpvprune.removal import MaskedChannels, removed_view, restore_empty
 
@@ -44,6 +45,10 @@ def verify_groups(
 
     Returns:
         The groups, those that failed moved to ``.blocked`` with the reason.
+
+    Raises:
+        NotFiniteError: If the outputs of the jittered model are not finite: no cut can be told
+            from another then.
     """
     checker = _Checker(model, groups, inputs)
     names = [g.name for g in groups]
@@ -148,7 +153,8 @@ class _Checker:
         with torch.no_grad():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 if tensor.is_floating_point():
-                    _jitter(tensor, generator)
+                    signed = isinstance(tensor, nn.Parameter) or bool((tensor < 0).any())
+                    _jitter(tensor, generator, signed=signed)
         self.inputs = tuple(
             i.detach().cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else i
             for i in inputs
@@ -164,6 +170,12 @@ class _Checker:
         self.trials = [restore_empty(groups, first), restore_empty(groups, second)]
         with torch.no_grad():
             self.dense = _outputs(self.model(*self.inputs))
+        if not bool(self.dense.isfinite().all()):
+            raise NotFiniteError(
+                "expected finite outputs to verify the groups on, found NaN or infinity (in "
+                "float64, weights and buffers moved by a tenth): check the inputs, the weights and "
+                "the running variances, or pass verify=False"
+            )
 
     def compare(self, names: Sequence[str]) -> bool:
         """Return whether masking and removing these groups agree."""
@@ -203,12 +215,17 @@ class _Checker:
         return True
 
 
-def _jitter(tensor: Tensor, generator: torch.Generator) -> None:
-    """Disturb a parameter in place; what is zero, too, but variances stay positive."""
+def _jitter(tensor: Tensor, generator: torch.Generator, *, signed: bool = True) -> None:
+    """Disturb a parameter or buffer in place; what is zero, too, and no sign changes.
+
+    Running variances, by whatever name a norm layer holds them, are buffers without a negative
+    entry: there what is zero (a dead channel, or what float16 rounds to it) becomes positive.
+    """
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     deviation = tensor.std() if tensor.numel() > 1 else torch.zeros(())
     scale = deviation if deviation > 0 else torch.tensor(0.1)
-    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * noise, tensor * (1 + 0.1 * noise.tanh())))
+    new = noise if signed else noise.abs()
+    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * new, tensor * (1 + 0.1 * noise.tanh())))
 
 
 def _outputs(value: Any) -> Tensor:
