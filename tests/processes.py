@@ -26,6 +26,7 @@ from tpvprune import distributed, membership
 from tpvprune.augmentation import HeldImages
 from tpvprune.cli import main
 from tpvprune.criteria import scorer
+from tpvprune.groups import with_blocked
 
 TIMEOUT = 300.0
 
@@ -160,6 +161,22 @@ def disagreement():
     distributed.check_same("numbers", torch.arange(3))
     try:
         distributed.check_same("numbers", {"a": torch.tensor(membership.rank())})
+    except ValueError as error:
+        return {"message": str(error)}
+    return None
+
+
+def other_groups():
+    """Prune where verification blocks a group in one process only."""
+    model, pairs, _ = subject()
+
+    def found(*args, **kwargs):
+        groups = tpvprune.find_groups(*args, **kwargs, verify=False)
+        return with_blocked(groups, {"stem": "here only"} if membership.rank() else {})
+
+    tpvprune.pipeline.find_groups = found
+    try:
+        tpvprune.prune(model, distributed.shard([x for x, _ in pairs]), keep=0.5)
     except ValueError as error:
         return {"message": str(error)}
     return None

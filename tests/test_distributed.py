@@ -84,6 +84,11 @@ def test_processes_that_differ_are_refused(found):
         assert "expected the same numbers in all 2 processes" in each["message"]
 
 
+def test_processes_that_verify_other_groups_are_refused(found):
+    for each in found("other_groups", 2):
+        assert "expected the same channel groups in all 2 processes" in each["message"]
+
+
 # ---- the command line -------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from tpvprune.choosing import Of, Selector, aim_at, stand_in
 from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.distributed import from_first, total
+from tpvprune.distributed import check_same, from_first, total
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
@@ -128,7 +128,7 @@ def prune(
     fit, held = hold_back(batches)
     with clock("groups"):
         example = _example(model, fit)
-        groups = _prunable(find_groups(model, example, ignore=ignore))
+        groups = _prunable(_agreed(find_groups(model, example, ignore=ignore)))
         aim = aim_at(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
     floors = Floors(
@@ -241,6 +241,17 @@ def _check(
             f"criterion {criterion!r} needs labels: pass labelled_batches, "
             "or use 'tpv', which needs none."
         )
+
+
+def _agreed(groups: ChannelGroups) -> ChannelGroups:
+    """Return the groups, which are the same in all processes.
+
+    Raises:
+        ValueError: If they are not; everywhere, and before anything is summed over them.
+    """
+    # Not the reasons: they quote rounding, which may differ between machines.
+    check_same("channel groups", [(g.name, g.num_channels) for g in groups])
+    return groups
 
 
 def _prunable(groups: ChannelGroups) -> ChannelGroups:

@@ -4,14 +4,14 @@ The check runs in float64 on a copy whose parameters are jittered, so that zero-
 branches cannot hide a misaligned cut. All groups are tried together first. Where that fails,
 families are tried (groups that have the same place in repeated blocks), then single groups, so
 that one bad group costs a few forwards, not the rest; of two that pass alone and fail as a pair,
-the one that saves more MACs stays. A time limit bounds the whole search.
+the one that saves more MACs stays. The number of trials is bounded, not their time: what is blocked
+must depend neither on how busy a machine is nor on which of several processes asks.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +23,10 @@ from tpvprune.groups import ChannelGroups, with_blocked
 from tpvprune.removal import MaskedChannels, removed_view, restore_empty
 
 TOLERANCE = 1e-10  # relative, float64: rounding is below 1e-12 here, a misaligned cut above 1e-6
-TIME_LIMIT = 25.0  # seconds for all trials after the first
+# Comparisons after the first. Of 200 groups, three families and three pairs that fail take 126.
+MAX_TRIALS = 128
 
-_UNTIMELY = "could not be verified within the time limit"
+_UNTRIED = "could not be verified within the limit of trials"
 
 
 def verify_groups(
@@ -33,7 +34,7 @@ def verify_groups(
     groups: ChannelGroups,
     inputs: tuple[Any, ...],
     *,
-    time_limit: float = TIME_LIMIT,
+    max_trials: int = MAX_TRIALS,
 ) -> ChannelGroups:
     """Block every group for which masking and removal differ.
 
@@ -41,7 +42,8 @@ def verify_groups(
         model: The dense model; untouched.
         groups: Its groups.
         inputs: Positional arguments of its forward.
-        time_limit: Seconds that trials may take in all; what is not verified by then is blocked.
+        max_trials: So many sets of groups are tried after all together; what is not verified by
+            then is blocked.
 
     Returns:
         The groups, those that failed moved to ``.blocked`` with the reason.
@@ -54,7 +56,7 @@ def verify_groups(
     names = [g.name for g in groups]
     if not names or checker.compare(names):
         return groups
-    checker.deadline = time.monotonic() + time_limit
+    checker.trials_left = max_trials
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -135,8 +137,8 @@ def _partner(accepted: list[str], name: str, checker: _Checker) -> str | None:
             low = middle
         else:
             high = middle
-    # More than two may be needed for a failure, and time may be up: then nobody is to blame.
-    if not accepted or checker.compare([accepted[low], name]) or checker.error == _UNTIMELY:
+    # More than two may be needed for a failure, and trials may be used up: then nobody is to blame.
+    if not accepted or checker.compare([accepted[low], name]) or checker.error == _UNTRIED:
         return None
     return accepted[low]
 
@@ -147,7 +149,7 @@ class _Checker:
     def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> None:
         self.groups = groups
         self.error = ""
-        self.deadline = float("inf")
+        self.trials_left = 1
         generator = torch.Generator().manual_seed(0)
         self.model = copy.deepcopy(model).eval().cpu().double()
         with torch.no_grad():
@@ -179,9 +181,10 @@ class _Checker:
 
     def compare(self, names: Sequence[str]) -> bool:
         """Return whether masking and removing these groups agree."""
-        if time.monotonic() > self.deadline:
-            self.error = _UNTIMELY
+        if not self.trials_left:
+            self.error = _UNTRIED
             return False
+        self.trials_left -= 1
         return all(self._compare({name: trial[name] for name in names}) for trial in self.trials)
 
     def saving(self, name: str) -> float:
