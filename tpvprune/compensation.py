@@ -29,6 +29,7 @@ from tpvprune.distributed import share, spread_weights, summed
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
+from tpvprune.moments import in_single
 from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.targets import Targets, dense_targets, plan_for
@@ -355,9 +356,9 @@ class RefitRun(BranchFollower):
 def _outputs(patches: Tensor, module: Any) -> Tensor:
     """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
     groups, num_rows, unknowns = patches.shape
-    weight = module.weight.reshape(groups, -1, unknowns)
+    weight = module.weight.reshape(groups, -1, unknowns).to(patches)
     outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
-    return outputs if module.bias is None else outputs + module.bias
+    return outputs if module.bias is None else outputs + module.bias.to(patches)
 
 
 def _solve(
@@ -370,6 +371,7 @@ def _solve(
     constrain: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the ridge change of the weights and the intercept, both in the layer's layout."""
+    patches, target = in_single(patches), in_single(target)
     groups, num_rows, unknowns = patches.shape
     error = (target - _outputs(patches, module)).reshape(num_rows, groups, -1).transpose(0, 1)
     count, x_mean, e_mean = summed(

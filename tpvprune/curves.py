@@ -22,6 +22,7 @@ from tpvprune.clock import Progress
 from tpvprune.distributed import share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.moments import in_single
 from tpvprune.residuals import input_covariances, residual, residual_map, ridge_inverse
 from tpvprune.selection import Budget, unit_costs
 from tpvprune.taps import Metric, Probing, passes, reader_plan
@@ -270,8 +271,8 @@ def _collect(
             inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
             for group, _ in plan[call]:
                 take = max(0, wanted[group.name] - seen)
-                rows, cut = inputs[:take], cuts[group.name, call]
-                own = gradients[:take, :, cut.columns]
+                rows, cut = in_single(inputs[:take]), cuts[group.name, call]
+                own = in_single(gradients[:take, :, cut.columns])
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
                 elif (group.name, call) in maps:
