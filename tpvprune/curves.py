@@ -11,6 +11,7 @@ readers of a channel get its mean in its place, or nothing: u_R(x) = sum_{c in R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -333,11 +334,19 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
     while (num_left := int(left.sum())) > 1:
         changes = sum((cut.changes(num) for cut in cuts), torch.zeros(()))
         growth = mean_square(joint + changes) - now
-        # Where units save the same this is the order of the variances themselves.
-        growth = (growth / savings.clamp_min(1e-12)).masked_fill(~left, torch.inf)
-        chosen = growth.argsort(stable=True)[: min(block, num_left - 1)]
+        # Where units save the same this is the order of the variances themselves. Ranked are those
+        # that are left, and no others: then every step makes progress, whatever the numbers.
+        candidates = left.nonzero().squeeze(1)
+        growth = (growth / savings.clamp_min(1e-12))[candidates]
+        chosen = candidates[growth.argsort(stable=True)[: min(block, num_left - 1)]]
         joint = joint + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
         now = float(mean_square(joint))
+        if not math.isfinite(now):
+            raise NotFiniteError(
+                f"group {group.name!r}: expected a finite curve, found {now} with {num_left} of "
+                f"{num} channels left: the inputs of its readers are collinear, raise ridge or "
+                "ignore the layer"
+            )
         last, top = variance[-1], max(variance[-1], now)
         variance += [last + (top - last) * (i + 1) / len(chosen) for i in range(len(chosen))]
         order.append(chosen)
