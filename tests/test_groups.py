@@ -236,6 +236,14 @@ def test_what_is_blocked_does_not_depend_on_the_clock(resnet, monkeypatch):
     assert reasons_of(verify_groups(model, bad, (x,))) == expected
 
 
+def test_a_replaced_copy_leaves_the_original_alone(resnet):
+    _, groups = resnet
+    known = [g.name for g in groups]
+    fewer = dataclasses.replace(groups, groups=groups.groups[:1])
+    assert [name in fewer for name in known] == [True] + [False] * (len(known) - 1)
+    assert all(groups[name].name == name for name in known)
+
+
 class Conflicts:
     """Stands in for the checker: sets with both groups of a pair fail."""
 
