@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import CASES, batches, build, images
+from cases import CASES, Poison, batches, build, images
 
 from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
 from tpvprune.allocation import allocate
@@ -12,17 +12,6 @@ from tpvprune.batches import hold_back
 from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.evaluation import agreement, output_variance
-
-
-class Poison:
-    """A label that raises whenever it is looked at."""
-
-    def __getattribute__(self, name):
-        raise AssertionError(f"a label was read: {name}")
-
-    __len__ = __iter__ = __bool__ = __getitem__ = lambda *_: (_ for _ in ()).throw(
-        AssertionError("a label was read")
-    )
 
 
 def data(num=40, size=16):

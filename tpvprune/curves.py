@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from tpvprune.batches import unlabeled
 from tpvprune.clock import Progress
 from tpvprune.distributed import share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
@@ -73,7 +74,8 @@ def variance_curves(
     Args:
         model: The network.
         groups: Its channel groups.
-        inputs: Re-iterable of unlabeled batches [B, ...].
+        inputs: Re-iterable of unlabeled batches [B, ...]; the labels of a labelled loader are
+            dropped before anything sees them.
         metric: See :func:`tpvprune.scores.tpv_scores`.
         stand_in: What the readers of a channel get in its place: a linear map of those that stay
             (``"map"``), its mean, as after a recalibration of BatchNorm (``"mean"``), or
@@ -100,6 +102,7 @@ def variance_curves(
     if stand_in not in get_args(StandIn):
         known = ", ".join(get_args(StandIn))
         raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
+    inputs = unlabeled(inputs)
     savings = unit_costs(groups, of)
     probing = Probing(metric, num_probes, amp, grad_checkpointing, seed)
 
