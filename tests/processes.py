@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune
 import tpvprune.choosing
@@ -26,6 +27,7 @@ from tpvprune import distributed, membership
 from tpvprune.augmentation import HeldImages
 from tpvprune.cli import main
 from tpvprune.criteria import scorer
+from tpvprune.drawing import hold_back
 from tpvprune.groups import with_blocked
 
 TIMEOUT = 300.0
@@ -119,6 +121,20 @@ def pipeline():
         "weights": flat(result.model.state_dict().values()),
         "report": torch.tensor([*numbers, *report["output_variance"].values()]),
     }
+
+
+def drawing():
+    """Draw some of the images, of batches and of a loader that all processes share."""
+    whole = torch.arange(21.0)[:, None, None].expand(21, 1, 2).contiguous()
+    loader = DataLoader(TensorDataset(whole), batch_size=4)
+    found = {}
+    for name, source in {"batches": whole.split(8), "loader": loader}.items():
+        for num_images in (9, 30):
+            fit, held = hold_back(distributed.shard(source), num_images=num_images, seed=1)
+            found[f"{num_images} of {name}"] = torch.cat(distributed.gathered(fit))
+            held_sum = sum(float(x.square().sum()) for x in held)
+            found[f"held {num_images} of {name}"] = torch.tensor(distributed.total(held_sum))
+    return found
 
 
 def training(state=None):

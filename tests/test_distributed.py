@@ -57,7 +57,7 @@ def found(start, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("job", ["statistics", "pipeline", "training"])
+@pytest.mark.parametrize("job", ["statistics", "drawing", "pipeline", "training"])
 def test_results_do_not_depend_on_the_number_of_processes(found, job):
     (one,) = found(job, 1)
     for size in (2, 3):
