@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune
 import tpvprune.choosing
@@ -26,6 +27,8 @@ from tpvprune import distributed, membership
 from tpvprune.augmentation import HeldImages
 from tpvprune.cli import main
 from tpvprune.criteria import scorer
+from tpvprune.drawing import hold_back
+from tpvprune.groups import with_blocked
 
 TIMEOUT = 300.0
 
@@ -120,6 +123,20 @@ def pipeline():
     }
 
 
+def drawing():
+    """Draw some of the images, of batches and of a loader that all processes share."""
+    whole = torch.arange(21.0)[:, None, None].expand(21, 1, 2).contiguous()
+    loader = DataLoader(TensorDataset(whole), batch_size=4)
+    found = {}
+    for name, source in {"batches": whole.split(8), "loader": loader}.items():
+        for num_images in (9, 30):
+            fit, held = hold_back(distributed.shard(source), num_images=num_images, seed=1)
+            found[f"{num_images} of {name}"] = torch.cat(distributed.gathered(fit))
+            held_sum = sum(float(x.square().sum()) for x in held)
+            found[f"held {num_images} of {name}"] = torch.tensor(distributed.total(held_sum))
+    return found
+
+
 def training(state=None):
     model, _, _ = subject()
     pixels = torch.randint(0, 256, (22, 3, 12, 12), dtype=torch.uint8)
@@ -160,6 +177,22 @@ def disagreement():
     distributed.check_same("numbers", torch.arange(3))
     try:
         distributed.check_same("numbers", {"a": torch.tensor(membership.rank())})
+    except ValueError as error:
+        return {"message": str(error)}
+    return None
+
+
+def other_groups():
+    """Prune where verification blocks a group in one process only."""
+    model, pairs, _ = subject()
+
+    def found(*args, **kwargs):
+        groups = tpvprune.find_groups(*args, **kwargs, verify=False)
+        return with_blocked(groups, {"stem": "here only"} if membership.rank() else {})
+
+    tpvprune.pipeline.find_groups = found
+    try:
+        tpvprune.prune(model, distributed.shard([x for x, _ in pairs]), keep=0.5)
     except ValueError as error:
         return {"message": str(error)}
     return None

@@ -57,7 +57,7 @@ def found(start, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("job", ["statistics", "pipeline", "training"])
+@pytest.mark.parametrize("job", ["statistics", "drawing", "pipeline", "training"])
 def test_results_do_not_depend_on_the_number_of_processes(found, job):
     (one,) = found(job, 1)
     for size in (2, 3):
@@ -82,6 +82,11 @@ def test_independent_tasks_come_back_in_order(found):
 def test_processes_that_differ_are_refused(found):
     for each in found("disagreement", 2):
         assert "expected the same numbers in all 2 processes" in each["message"]
+
+
+def test_processes_that_verify_other_groups_are_refused(found):
+    for each in found("other_groups", 2):
+        assert "expected the same channel groups in all 2 processes" in each["message"]
 
 
 # ---- the command line -------------------------------------------------------------------------

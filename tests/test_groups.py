@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import random
+import time
 
 import pytest
 import timm
@@ -207,12 +209,39 @@ def test_a_removal_that_breaks_the_forward_is_caught(resnet):
     assert reasons["layer1.0.conv1"].startswith("removal breaks the forward: RuntimeError")
 
 
-def test_verification_is_bounded_in_time(resnet):
+def reasons_of(groups):
+    return {b.name: b.blocked for b in groups.blocked}
+
+
+def test_verification_is_bounded_in_trials(resnet):
     model, groups = resnet
     bad = corrupted(groups, "layer1.0.conv1", "layer1.0.conv1.weight", 0)
-    checked = verify_groups(model, bad, (torch.randn(1, 3, 32, 32),), time_limit=0.0)
+    x = torch.randn(1, 3, 32, 32)
+    checked = verify_groups(model, bad, (x,), max_trials=0)
     assert not len(checked)
-    assert all("time limit" in b.blocked for b in checked.blocked if b.name != "fc")
+    assert all("limit of trials" in b.blocked for b in checked.blocked if b.name != "fc")
+    # More trials free more groups, and what is free was verified.
+    free = [{g.name for g in verify_groups(model, bad, (x,), max_trials=n)} for n in (4, 8, 128)]
+    assert free[0] <= free[1] <= free[2] == {g.name for g in groups} - {"layer1.0.conv1"}
+
+
+def test_what_is_blocked_does_not_depend_on_the_clock(resnet, monkeypatch):
+    model, groups = resnet
+    bad = corrupted(groups, "layer1.0.conv1", "layer1.0.conv1.weight", 0)
+    x = torch.randn(1, 3, 32, 32)
+    expected = reasons_of(verify_groups(model, bad, (x,)))
+    hours = itertools.count(0.0, 3600.0)
+    for clock in ("monotonic", "perf_counter", "time"):
+        monkeypatch.setattr(time, clock, lambda: next(hours))
+    assert reasons_of(verify_groups(model, bad, (x,))) == expected
+
+
+def test_a_replaced_copy_leaves_the_original_alone(resnet):
+    _, groups = resnet
+    known = [g.name for g in groups]
+    fewer = dataclasses.replace(groups, groups=groups.groups[:1])
+    assert [name in fewer for name in known] == [True] + [False] * (len(known) - 1)
+    assert all(groups[name].name == name for name in known)
 
 
 class Conflicts:

@@ -4,25 +4,14 @@ import json
 
 import pytest
 import torch
-from cases import CASES, batches, build, images
+from cases import CASES, Poison, batches, build, images
 
 from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
 from tpvprune.allocation import allocate
-from tpvprune.batches import hold_back
 from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.drawing import drawn_places, hold_back
 from tpvprune.evaluation import agreement, output_variance
-
-
-class Poison:
-    """A label that raises whenever it is looked at."""
-
-    def __getattribute__(self, name):
-        raise AssertionError(f"a label was read: {name}")
-
-    __len__ = __iter__ = __bool__ = __getitem__ = lambda *_: (_ for _ in ()).throw(
-        AssertionError("a label was read")
-    )
 
 
 def data(num=40, size=16):
@@ -141,7 +130,7 @@ def test_every_repair_is_measured_on_held_back_inputs(repair):
     model = build("residual")
     result = prune(model, data(), keep=0.5, repair=repair)
     variances, chosen = result.report["output_variance"], result.report["repair_chosen"]
-    held = [images(40)[36:]]
+    held = [images(40)[drawn_places(40)[1]]]
     assert chosen in variances
     assert variances[chosen] == pytest.approx(output_variance(result.model, model, held))
     assert result.report["num_held_back"] == 4
@@ -174,7 +163,7 @@ def test_report_is_plain_data_with_the_documented_keys():
     }  # fmt: skip
     assert report["seed"] == 3
     assert report["used_labels"] is False
-    held = images(40)[36:]
+    held = images(40)[drawn_places(40, seed=3)[1]]
     moment = model(held).square().sum(1).mean().item()
     assert report["output_second_moment"] == pytest.approx(moment)
     assert report["steps"][-1]["agreement"] == agreement(result.model, model, [held])

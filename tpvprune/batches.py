@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tpvprune.distributed import share, total
 from tpvprune.membership import num_processes
 
 _END = object()
-_MOST_HELD_BACK = 64  # enough to tell repairs apart; every further image is missed by the fit
 
 
 class UnlabeledBatches:
@@ -35,6 +33,12 @@ class UnlabeledBatches:
     def __len__(self) -> int:
         """Return the number of batches; TypeError where the source has no length."""
         return len(self._batches)  # type: ignore[arg-type]
+
+    def replaced(self, change: Callable[[Iterable[Any]], Iterable[Any]]) -> UnlabeledBatches:
+        """Return the same of another source: of what ``change`` makes of this one's."""
+        return UnlabeledBatches(
+            change(self._batches), device=self._device, dtype=self._dtype, seed=self._seed
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         """Check and move one batch after the other.
@@ -105,33 +109,6 @@ def unlabeled(
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
     return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
-
-
-def hold_back(batches: Iterable[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return (fit, held): the last tenth of the inputs, 1 to 64, is held back to measure.
-
-    Returns:
-        Two lists of batches.
-
-    Raises:
-        ValueError: If there are fewer than two inputs.
-    """
-    inputs = list(unlabeled(batches))
-    num = int(total(sum(len(x) for x in inputs)))
-    all_fit = num - min(_MOST_HELD_BACK, max(1, num // 10))
-    if all_fit < num_processes():
-        raise ValueError(
-            f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
-            "work well."
-        )
-    num_fit = share(all_fit)
-    fit: list[Tensor] = []
-    held: list[Tensor] = []
-    for x in inputs:
-        take = min(len(x), num_fit - sum(map(len, fit)))
-        fit += [x[:take]] if take else []
-        held += [x[take:]] if take < len(x) else []
-    return fit, held
 
 
 def _inputs(batch: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.distributed import in_step, summed
+from tpvprune.moments import Moments
 from tpvprune.running import evaluating, on_device
 
 
@@ -35,7 +36,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     """
     copied = copy.deepcopy(model)
     norms = batchnorms(copied)
-    sums: dict[nn.Module, list[Any]] = {m: [0, 0.0, 0.0] for m in norms}
+    sums = {m: Moments(m.num_features, device=m.running_mean.device) for m in norms}
     called: list[Any] = []
     hooks = [m.register_forward_pre_hook(partial(_observe, sums[m], called)) for m in norms]
     with evaluating(copied), torch.no_grad():
@@ -48,10 +49,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
             copied(on_device(x, copied))
     for hook in hooks:
         hook.remove()
-    for m, (num, total, square) in sums.items():
-        if num:
-            mean = total / num
-            _set(m, mean, (square / num - mean.square()).clamp_min(0))
+    for m, found in sums.items():
+        if found.count:
+            _set(m, found.mean, found.spread / found.count)
     return copied
 
 
@@ -73,17 +73,11 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: Unlabeled inputs [B, ...], iterated once.
     """
     norms = [m for m in batchnorms(model) if m.affine]
-    sums: dict[nn.Module, list[Tensor]] = {
-        m: [m.weight.new_zeros(n, dtype=torch.float64) for n in (1, len(m.weight), len(m.weight))]
-        for m in norms
-    }
+    sums = {m: Moments(m.num_features, device=m.weight.device) for m in norms}
 
     def collect(norm: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].double()
-        dims = [d for d in range(x.ndim) if d != 1]
-        num = x.new_full((1,), x.numel() / x.shape[1])
-        found = (num, x.sum(dims), x.square().sum(dims))
-        sums[norm] = [kept + new for kept, new in zip(sums[norm], found, strict=True)]
+        x = args[0].movedim(1, -1)
+        sums[norm].add(x.reshape(-1, x.shape[-1]).double())
 
     hooks = [m.register_forward_pre_hook(collect) for m in norms]
     try:
@@ -94,11 +88,9 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         for hook in hooks:
             hook.remove()
     for norm in norms:
-        num, total, square = summed(*sums[norm])
+        num, mean, var = sums[norm].over_processes()
         if not num:
             continue
-        mean = total / num
-        var = (square / num - mean.square()).clamp_min(0)
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         norm.bias += (scale * (mean - norm.running_mean)).to(norm.bias)
         norm.weight.copy_(scale * (var + norm.eps).sqrt())
@@ -114,12 +106,12 @@ def batchnorms(model: nn.Module) -> list[Any]:
     ]
 
 
-def _observe(sums: list[Any], called: list[Any], norm: Any, args: tuple[Tensor]) -> None:
+def _observe(sums: Moments, called: list[Any], norm: Any, args: tuple[Tensor]) -> None:
     called.append(norm)
     _add(sums, norm, args[0].detach())
 
 
-def _add(sums: list[Any], norm: Any, x: Tensor) -> None:
+def _add(sums: Moments, norm: Any, x: Tensor) -> None:
     """Add one batch, and let the layer normalise by its statistics, as in training."""
     dims = [d for d in range(x.ndim) if d != 1]
     x = x.double()
@@ -127,9 +119,7 @@ def _add(sums: list[Any], norm: Any, x: Tensor) -> None:
     mean = total / num
     centred = x - mean.reshape(-1, *[1] * (x.ndim - 2))
     var = summed(centred.square().sum(dims))[0] / num
-    sums[0] += float(num)
-    sums[1] = sums[1] + total
-    sums[2] = sums[2] + num * (var + mean.square())
+    sums.merge(float(num), mean, num * var)
     _set(norm, mean, var)
 
 

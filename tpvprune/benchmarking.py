@@ -9,10 +9,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from tpvprune.baselines.stock import STOCK, stock_prune
-from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
 from tpvprune.benchmark_rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
@@ -20,6 +20,7 @@ from tpvprune.choosing import stand_in
 from tpvprune.compensation import compensate_weights
 from tpvprune.costs import count_macs, count_params
 from tpvprune.distributed import by_first, dealt
+from tpvprune.drawing import drawn_places, hold_back
 from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups
 from tpvprune.pipeline import Allocation, PruningResult, Repair, compose, prune
@@ -51,10 +52,13 @@ class Material:
     dense: nn.Module
     batches: list[Any]
     fit: list[Tensor]
+    seed: int
 
     def labelled(self) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs with their class indices."""
-        return [(x, y[: len(x)]) for x, (_, y) in zip(self.fit, self.batches, strict=False)]
+        labels = torch.cat([y for _, y in self.batches])
+        labels = labels[drawn_places(len(labels), seed=self.seed)[0]]
+        return list(zip(self.fit, labels.split([len(x) for x in self.fit]), strict=True))
 
     @cached_property
     def dense_macs(self) -> int:
@@ -126,7 +130,7 @@ def run_benchmark(
             return
         if drawn is None or drawn[0] != seed:
             batches = list(images(seed))
-            drawn = seed, Material(model, batches, hold_back(batches)[0])
+            drawn = seed, Material(model, batches, hold_back(batches, seed=seed)[0], seed)
         dense = dense or Dense(evaluate(model, test).top1, model_outputs(model, test))
         try:
             for found in _measured(task, drawn[1], test, dense.outputs):
@@ -263,6 +267,7 @@ def _prune(
     return prune(
         model,
         material.batches,
+        num_images=None,
         keep=keep,
         criterion=series.criterion,
         allocation=cast(Allocation, RANKINGS[series.ranking]),

@@ -24,6 +24,7 @@ from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, cost, reaches, select_channels
 
 Of = Literal["macs", "params", "latency"]
+_MOST_AIMS = 100  # each is lower than the one before; a handful is what it takes
 
 
 def stand_in(repair: str) -> StandIn:
@@ -191,17 +192,32 @@ def _feasible(
     floors: Floors,
 ) -> Kept:
     """Return a selection that fits the budget, if any does, and leaves every layer a channel."""
+    chosen = _fitting(choose, groups, ranks, keep, of) or narrowest(
+        groups, of, ranks=ranks, **floors
+    )
+    check_same("channels to cut", chosen)
+    return chosen
+
+
+def _fitting(
+    choose: Callable[..., Kept],
+    groups: ChannelGroups,
+    ranks: Mapping[str, Tensor],
+    keep: float,
+    of: Budget,
+) -> Kept | None:
+    """Return a selection that fits the budget, or None where aiming lower finds no other."""
     dense, aim, before = cost(groups, {}, of), keep, None
-    while True:
+    for _ in range(_MOST_AIMS):
         wanted = choose(keep=aim)
         chosen = restore_empty(groups, wanted, ranks)
         if reaches(groups, chosen, keep=keep, of=of):
-            break
+            return chosen
         found = cost(groups, wanted, of), cost(groups, chosen, of)
         if found == before:  # the floors
-            chosen = narrowest(groups, of, ranks=ranks, **floors)
-            break
+            return None
         # Channels were put back where a layer would have none: the others must pay for them.
         aim, before = min(aim, found[0] / dense) * keep * dense / found[1], found
-    check_same("channels to cut", chosen)
-    return chosen
+        if not 0 < aim < 1:
+            return None
+    return None

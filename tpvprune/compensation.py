@@ -36,6 +36,7 @@ from tpvprune.least_squares import LeastSquares
 from tpvprune.lockstep import Lockstep
 from tpvprune.membership import num_processes
 from tpvprune.memory import is_lack_of_memory, release_memory
+from tpvprune.moments import in_single
 from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.recomputation import segments_of
 from tpvprune.running import evaluating, fast_layout, on_device
@@ -290,8 +291,8 @@ class Refits:
             branch: Where its pre-activation goes.
             held: Which of the inputs judge the ridge [inputs].
         """
-        module, patches = pending.layer.module, pending.patches
-        bias = pending.args[2]
+        module, patches = pending.layer.module, in_single(pending.patches)
+        target, bias = in_single(target), pending.args[2]
         if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
             target = target - bias
         groups, num_rows, unknowns = patches.shape
@@ -440,6 +441,7 @@ class Walk:
         follower = self._running.run
         state = follower.state()
         while True:
+            # Of the whole network nobody else holds the inputs, but every layer may overwrite them.
             try:
                 return run(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
             except _AgainError as error:
@@ -611,6 +613,6 @@ class _RefitRun(BranchFollower):
 def _outputs(patches: Tensor, module: Any) -> Tensor:
     """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
     groups, num_rows, unknowns = patches.shape
-    weight = module.weight.reshape(groups, -1, unknowns)
+    weight = module.weight.reshape(groups, -1, unknowns).to(patches)
     outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
-    return outputs if module.bias is None else outputs + module.bias
+    return outputs if module.bias is None else outputs + module.bias.to(patches)

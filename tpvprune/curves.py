@@ -11,6 +11,7 @@ readers of a channel get its mean in its place, or nothing: u_R(x) = sum_{c in R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,6 +24,7 @@ from tpvprune.clock import Progress
 from tpvprune.distributed import places, share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.moments import in_single
 from tpvprune.residuals import (
     Inputs,
     input_covariances,
@@ -87,7 +89,8 @@ def variance_curves(
     Args:
         model: The network.
         groups: Its channel groups.
-        inputs: Re-iterable of unlabeled batches [B, ...].
+        inputs: Re-iterable of unlabeled batches [B, ...]; the labels of a labelled loader are
+            dropped before anything sees them.
         metric: See :func:`tpvprune.scores.tpv_scores`.
         stand_in: What the readers of a channel get in its place: a linear map of those that stay
             (``"map"``), its mean, as after a recalibration of BatchNorm (``"mean"``), or
@@ -399,8 +402,8 @@ def _collect(
             inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
             for group, _ in plan[call]:
                 take = max(0, wanted[group.name] - seen)
-                rows, cut = inputs[:take], cuts[group.name, call]
-                own = gradients[:take, :, cut.columns]
+                rows, cut = in_single(inputs[:take]), cuts[group.name, call]
+                own = in_single(gradients[:take, :, cut.columns])
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
                 else:
@@ -458,11 +461,19 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
     while (num_left := int(left.sum())) > 1:
         changes = sum((cut.changes(num) for cut in cuts), torch.zeros(()))
         growth = mean_square(joint + changes) - now
-        # Where units save the same this is the order of the variances themselves.
-        growth = (growth / savings.clamp_min(1e-12)).masked_fill(~left, torch.inf)
-        chosen = growth.argsort(stable=True)[: min(block, num_left - 1)]
+        # Where units save the same this is the order of the variances themselves. Ranked are those
+        # that are left, and no others: then every step makes progress, whatever the numbers.
+        candidates = left.nonzero().squeeze(1)
+        growth = (growth / savings.clamp_min(1e-12))[candidates]
+        chosen = candidates[growth.argsort(stable=True)[: min(block, num_left - 1)]]
         joint = joint + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
         now = float(mean_square(joint))
+        if not math.isfinite(now):
+            raise NotFiniteError(
+                f"group {group.name!r}: expected a finite curve, found {now} with {num_left} of "
+                f"{num} channels left: the inputs of its readers are collinear, raise ridge or "
+                "ignore the layer"
+            )
         last, top = variance[-1], max(variance[-1], now)
         variance += [last + (top - last) * (i + 1) / len(chosen) for i in range(len(chosen))]
         order.append(chosen)

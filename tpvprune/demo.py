@@ -15,6 +15,7 @@ from tpvprune.command_line.console import bar, before_after, percent, say, stage
 from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_results import measured
 from tpvprune.disagreement import disagreement
+from tpvprune.drawing import drawn_places
 from tpvprune.evaluation import evaluate
 from tpvprune.models import load_model
 from tpvprune.pipeline import PruningResult, prune
@@ -152,8 +153,9 @@ def _compared(
     """Return the table's rows, one per criterion, the first result, which is saved, and why."""
     size = -(-len(training[1]) // 10)
     batches = list(training[0].split(size))
-    # `prune` keeps the last tenth to measure repairs: no criterion scores on those.
-    labelled = list(zip(batches, training[1].split(size), strict=True))[:-1]
+    # `prune` holds some back to measure repairs: no criterion scores on those.
+    fit, _ = drawn_places(len(training[1]), seed=seed)
+    labelled = list(zip(*(t[fit].split(size) for t in training), strict=True))
     whole = evaluate(dense, [held_out])
     rows: list[dict[str, Any]] = [
         {"criterion": "Dense model", "macs": whole.macs, "top1": whole.top1}
@@ -165,6 +167,7 @@ def _compared(
             result = prune(
                 dense,
                 batches,
+                num_images=None,
                 keep=_KEEP,
                 criterion=criterion,
                 allocation=allocation,

@@ -11,7 +11,7 @@ Outside of ``membership.joined()`` there is one process, and every function here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from tpvprune.membership import (
 )
 
 T = TypeVar("T")
+_AT_A_TIME = 64  # samples on their way from one process to the others
 
 
 # ---- shares -----------------------------------------------------------------------------------
@@ -77,6 +78,11 @@ def shard(batches: Iterable[Any]) -> Iterable[Any]:
         the batch is left out.
     """
     return batches if num_processes() == 1 else _Shard(batches)
+
+
+def unshared(batches: Iterable[Any]) -> Iterable[Any] | None:
+    """Return the batches of all processes that :func:`shard` was given, if it made these."""
+    return batches._batches if isinstance(batches, _Shard) else None
 
 
 def own_items(items: Sequence[T], start: int) -> list[T]:
@@ -246,6 +252,36 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
     sizes = _batch_sizes([len(b) for b in columns[0]])
     whole = [_rows_of_all(torch.cat(column)).split(sizes) for column in columns]
     return list(whole[0]) if plain else list(zip(*whole, strict=True))
+
+
+def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Hand samples to the processes that they belong to by their numbers in the whole set.
+
+    Args:
+        rows: Number -> sample, of those that are here now.
+
+    Returns:
+        Number -> sample, of those that belong here: number modulo processes is this one's rank.
+    """
+    if num_processes() == 1:
+        return dict(rows)
+    device = next((row.device for row in rows.values()), torch.device("cpu"))
+    here, found = list(rows), {}
+    for source, count in enumerate(of_all(len(here))):
+        for start in range(0, count, _AT_A_TIME):
+            some = here[start : start + _AT_A_TIME] if source == rank() else []
+            box = [{number: rows[number].cpu() for number in some}]
+            with reaching():
+                dist.broadcast_object_list(box, source, device=present.team.device)
+            for number, row in box[0].items():
+                if number % num_processes() == rank():
+                    found[number] = row.to(device)
+    return found
+
+
+def of_all(value: T) -> list[T]:
+    """Return the plain values of all processes, in order of their ranks."""
+    return [value] if num_processes() == 1 else _objects(value)
 
 
 def _objects(value: T) -> list[T]:

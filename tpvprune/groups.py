@@ -123,10 +123,12 @@ class ChannelGroups:
     standardised: tuple[Axis, ...] = ()
     output_axes: Mapping[str, tuple[int, Axis]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    _by_name: dict[str, ChannelGroup] = field(default_factory=dict, repr=False)
+    # No argument: `dataclasses.replace` would hand the dictionary on to the copy.
+    _by_name: dict[str, ChannelGroup] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
-        self._by_name.clear()
         self._by_name.update({g.name: g for g in self.groups})
 
     def __iter__(self) -> Iterator[ChannelGroup]:
@@ -187,8 +189,8 @@ def find_groups(
         The groups in network order.
 
     Raises:
-        ValueError: If ``ignore`` names no module, the model is compiled, or it does not run on
-            the inputs.
+        ValueError: If ``ignore`` names no module, the model is compiled, it does not run on the
+            inputs, or its outputs are not finite.
     """
     check_not_compiled(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))

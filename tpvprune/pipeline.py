@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import hold_back
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.choosing import Of, Selector, aim_at, stand_in
 from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.distributed import from_first, total
+from tpvprune.distributed import check_same, from_first, total
+from tpvprune.drawing import NUM_IMAGES, hold_back
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
@@ -51,6 +51,7 @@ def prune(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    num_images: int | None = NUM_IMAGES,
     keep: float = 0.5,
     of: Of = "macs",
     criterion: str = "tpv",
@@ -77,8 +78,11 @@ def prune(
     Args:
         model: Any vision model; untouched.
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
-            its labels are dropped before anything sees them. The last tenth, at most 64, is
-            held back to measure repairs.
+            its labels are dropped before anything sees them. Order does not matter.
+        num_images: So many images are drawn at random from it, or all where there are no more, or
+            with None; a random tenth of them, at most 128, is held back to measure repairs. The
+            loader is never held whole in memory, and of a DataLoader over a larger dataset only
+            what is drawn is loaded.
         keep: Fraction of the dense cost that stays, in (0, 1].
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
@@ -125,10 +129,10 @@ def prune(
     foresee = foresee or repair
     _check(criterion, (repair, foresee), steps, allocation, labelled_batches)
     clock = Clock(progress)
-    fit, held = hold_back(batches)
+    fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
         example = _example(model, fit)
-        groups = _prunable(find_groups(model, example, ignore=ignore))
+        groups = _prunable(_agreed(find_groups(model, example, ignore=ignore)))
         aim = aim_at(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
     floors = Floors(
@@ -241,6 +245,17 @@ def _check(
             f"criterion {criterion!r} needs labels: pass labelled_batches, "
             "or use 'tpv', which needs none."
         )
+
+
+def _agreed(groups: ChannelGroups) -> ChannelGroups:
+    """Return the groups, which are the same in all processes.
+
+    Raises:
+        ValueError: If they are not; everywhere, and before anything is summed over them.
+    """
+    # Not the reasons: they quote rounding, which may differ between machines.
+    check_same("channel groups", [(g.name, g.num_channels) for g in groups])
+    return groups
 
 
 def _prunable(groups: ChannelGroups) -> ChannelGroups:

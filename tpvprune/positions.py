@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpvprune.moments import in_single
+
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
 
 
@@ -41,11 +43,13 @@ def contract(
         stand_in: (mean [n], M [n, n]); None for r = a.
 
     Returns:
-        One number per sample and input.
+        One number per sample and input, in float32 at least: sums of half-precision numbers around
+        a mean would be rounding.
     """
     if stand_in is None:
-        sums = (a * grad).sum(2)
+        sums = (in_single(a) * in_single(grad)).sum(2)
     else:
+        a, grad = in_single(a), in_single(grad)
         mean, matrix = (t.to(a) for t in stand_in)
         total = grad.sum(2)
         if a.shape[2] > a.shape[1]:

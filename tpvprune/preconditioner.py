@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.blocks import BlockCall
+from tpvprune.moments import in_single
 from tpvprune.patches import count_positions, patches_of, window_of
 from tpvprune.tracing.operations import function_name
 
@@ -228,8 +229,8 @@ def _moments(weight: Tensor, seen: _Seen, grad: Tensor, generator: torch.Generat
     noise = torch.rand(num, num_positions, generator=generator)
     positions = noise.topk(per_input, 1).indices.to(x.device)
     patches = patches_of(x, window, positions, groups)
-    patches = torch.cat([patches, torch.ones_like(patches[..., :1])], 2)
-    g = rows.reshape(len(rows), groups, -1).transpose(0, 1)
+    patches = in_single(torch.cat([patches, torch.ones_like(patches[..., :1])], 2))
+    g = in_single(rows).reshape(len(rows), groups, -1).transpose(0, 1)
     return [
         (patches.transpose(1, 2) @ patches).double(),
         patches.shape[1],

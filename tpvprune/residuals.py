@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tpvprune.distributed import places, share, summed
+from tpvprune.distributed import places, share
 from tpvprune.groups import ChannelGroups
+from tpvprune.moments import Moments, in_single
 from tpvprune.observer import Observer
 from tpvprune.positions import by_channel, sampled_rows
 from tpvprune.running import evaluating, fast_layout, on_device
@@ -41,10 +42,11 @@ def residual_maps(
         max_samples: See :func:`input_covariances`.
 
     Returns:
-        Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters.
+        Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at
+        least.
     """
     plan = reader_plan(groups)
-    dtype = next(model.parameters()).dtype
+    dtype = in_single(next(model.parameters())[:0]).dtype
     covariances = input_covariances(model, groups, inputs, max_samples=max_samples)
     maps = {}
     for call in list(covariances):
@@ -173,11 +175,11 @@ def input_covariances(
         max_samples: Only so many samples, the first, are read; None for all.
 
     Returns:
-        Reader call -> (mean [n], covariance [n, n]), float64.
+        Reader call -> (mean [n], covariance [n, n]), float64; products are formed in float32 at
+        least, whatever the model computes in (:mod:`tpvprune.moments`).
     """
     plan = reader_plan(groups)
-    sums: dict[int, tuple[Tensor, Tensor]] = {}
-    counts: dict[int, int] = {}
+    moments: dict[int, Moments] = {}
     seen = num = 0
 
     def observe(call: int, a: Tensor) -> None:
@@ -185,13 +187,9 @@ def input_covariances(
         if a.shape[dim] > max_inputs:
             return
         rows = sampled_rows(by_channel(a, dim, num), places(seen, num), max_positions)
-        if call not in sums:
-            zeros = torch.zeros(a.shape[dim], dtype=torch.float64, device=a.device)
-            sums[call] = (zeros, torch.diag(zeros))
-            counts[call] = 0
-        sums[call][0].add_(rows.sum(0))
-        sums[call][1].add_(rows.T @ rows)
-        counts[call] += len(rows)
+        if call not in moments:
+            moments[call] = Moments(a.shape[dim], joint=True, device=a.device)
+        moments[call].add(rows)
 
     with evaluating(model), torch.no_grad():
         for batch in inputs:
@@ -203,11 +201,11 @@ def input_covariances(
             with Observer(set(plan), observe):
                 model(moved)
             seen += num
-    for call, parts in sums.items():
-        total, gram, count = summed(*parts, torch.tensor(counts[call], dtype=torch.float64))
-        mean = total.div_(count)
-        sums[call] = mean, gram.div_(count).addr_(mean, mean, alpha=-1)
-    return sums
+    found = {}
+    for call in list(moments):
+        _, mean, covariance = moments.pop(call).over_processes()
+        found[call] = mean, covariance
+    return found
 
 
 def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:

@@ -4,27 +4,29 @@ The check runs in float64 on a copy whose parameters are jittered, so that zero-
 branches cannot hide a misaligned cut. All groups are tried together first. Where that fails,
 families are tried (groups that have the same place in repeated blocks), then single groups, so
 that one bad group costs a few forwards, not the rest; of two that pass alone and fail as a pair,
-the one that saves more MACs stays. A time limit bounds the whole search.
+the one that saves more MACs stays. The number of trials is bounded, not their time: what is blocked
+must depend neither on how busy a machine is nor on which of several processes asks.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune.finite import NotFiniteError
 from tpvprune.groups import ChannelGroups, with_blocked
 from tpvprune.removal import MaskedChannels, removed_view, restore_empty
 
 TOLERANCE = 1e-10  # relative, float64: rounding is below 1e-12 here, a misaligned cut above 1e-6
-TIME_LIMIT = 25.0  # seconds for all trials after the first
+# Comparisons after the first. Of 200 groups, three families and three pairs that fail take 126.
+MAX_TRIALS = 128
 
-_UNTIMELY = "could not be verified within the time limit"
+_UNTRIED = "could not be verified within the limit of trials"
 
 
 def verify_groups(
@@ -32,7 +34,7 @@ def verify_groups(
     groups: ChannelGroups,
     inputs: tuple[Any, ...],
     *,
-    time_limit: float = TIME_LIMIT,
+    max_trials: int = MAX_TRIALS,
 ) -> ChannelGroups:
     """Block every group for which masking and removal differ.
 
@@ -40,16 +42,21 @@ def verify_groups(
         model: The dense model; untouched.
         groups: Its groups.
         inputs: Positional arguments of its forward.
-        time_limit: Seconds that trials may take in all; what is not verified by then is blocked.
+        max_trials: So many sets of groups are tried after all together; what is not verified by
+            then is blocked.
 
     Returns:
         The groups, those that failed moved to ``.blocked`` with the reason.
+
+    Raises:
+        NotFiniteError: If the outputs of the jittered model are not finite: no cut can be told
+            from another then.
     """
     checker = _Checker(model, groups, inputs)
     names = [g.name for g in groups]
     if not names or checker.compare(names):
         return groups
-    checker.deadline = time.monotonic() + time_limit
+    checker.trials_left = max_trials
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -130,8 +137,8 @@ def _partner(accepted: list[str], name: str, checker: _Checker) -> str | None:
             low = middle
         else:
             high = middle
-    # More than two may be needed for a failure, and time may be up: then nobody is to blame.
-    if not accepted or checker.compare([accepted[low], name]) or checker.error == _UNTIMELY:
+    # More than two may be needed for a failure, and trials may be used up: then nobody is to blame.
+    if not accepted or checker.compare([accepted[low], name]) or checker.error == _UNTRIED:
         return None
     return accepted[low]
 
@@ -142,13 +149,14 @@ class _Checker:
     def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> None:
         self.groups = groups
         self.error = ""
-        self.deadline = float("inf")
+        self.trials_left = 1
         generator = torch.Generator().manual_seed(0)
         self.model = copy.deepcopy(model).eval().cpu().double()
         with torch.no_grad():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 if tensor.is_floating_point():
-                    _jitter(tensor, generator)
+                    signed = isinstance(tensor, nn.Parameter) or bool((tensor < 0).any())
+                    _jitter(tensor, generator, signed=signed)
         self.inputs = tuple(
             i.detach().cpu().double() if isinstance(i, Tensor) and i.is_floating_point() else i
             for i in inputs
@@ -164,12 +172,19 @@ class _Checker:
         self.trials = [restore_empty(groups, first), restore_empty(groups, second)]
         with torch.no_grad():
             self.dense = _outputs(self.model(*self.inputs))
+        if not bool(self.dense.isfinite().all()):
+            raise NotFiniteError(
+                "expected finite outputs to verify the groups on, found NaN or infinity (in "
+                "float64, weights and buffers moved by a tenth): check the inputs, the weights and "
+                "the running variances, or pass verify=False"
+            )
 
     def compare(self, names: Sequence[str]) -> bool:
         """Return whether masking and removing these groups agree."""
-        if time.monotonic() > self.deadline:
-            self.error = _UNTIMELY
+        if not self.trials_left:
+            self.error = _UNTRIED
             return False
+        self.trials_left -= 1
         return all(self._compare({name: trial[name] for name in names}) for trial in self.trials)
 
     def saving(self, name: str) -> float:
@@ -203,12 +218,17 @@ class _Checker:
         return True
 
 
-def _jitter(tensor: Tensor, generator: torch.Generator) -> None:
-    """Disturb a parameter in place; what is zero, too, but variances stay positive."""
+def _jitter(tensor: Tensor, generator: torch.Generator, *, signed: bool = True) -> None:
+    """Disturb a parameter or buffer in place; what is zero, too, and no sign changes.
+
+    Running variances, by whatever name a norm layer holds them, are buffers without a negative
+    entry: there what is zero (a dead channel, or what float16 rounds to it) becomes positive.
+    """
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     deviation = tensor.std() if tensor.numel() > 1 else torch.zeros(())
     scale = deviation if deviation > 0 else torch.tensor(0.1)
-    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * noise, tensor * (1 + 0.1 * noise.tanh())))
+    new = noise if signed else noise.abs()
+    tensor.copy_(torch.where(tensor == 0, 0.1 * scale * new, tensor * (1 + 0.1 * noise.tanh())))
 
 
 def _outputs(value: Any) -> Tensor:

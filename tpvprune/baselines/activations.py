@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.groups import ChannelGroups
+from tpvprune.moments import Moments
 from tpvprune.observer import Observer
 from tpvprune.running import evaluating, on_device
 from tpvprune.scores import Scores
@@ -42,14 +43,14 @@ def activation_variance_scores(
         (hidden layers of transformer MLPs; here every cut).
     """
     channel_dims = {r.call: r.channel_dim for group in groups for r in group.readers}
-    sums: dict[int, Tensor] = {}  # call -> count, Σ a, Σ a², float64 [3, features]
+    moments: dict[int, Moments] = {}
 
     def add(call: int, read: Tensor) -> None:
-        rows = read.movedim(channel_dims[call], -1).double()
+        rows = read.movedim(channel_dims[call], -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        count = torch.full_like(rows[0], len(rows))
-        moments = torch.stack([count, rows.sum(0), rows.square().sum(0)])
-        sums[call] = sums[call] + moments if call in sums else moments
+        if call not in moments:
+            moments[call] = Moments(rows.shape[1], device=rows.device)
+        moments[call].add(rows.double())
 
     num_samples = 0
     with evaluating(model):
@@ -62,8 +63,8 @@ def activation_variance_scores(
     for group in groups:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for reader in group.readers:
-            count, first, second = sums[reader.call].cpu()
-            variance = (second / count - (first / count).square()).clamp_min(0)
+            found = moments[reader.call]
+            variance = (found.spread / found.count).cpu()
             total.index_add_(0, reader.channel.cpu(), variance[reader.index.cpu()])
         values[group.name] = total
     return Scores(

@@ -18,6 +18,7 @@ _FROM_FLAGS = (
     "min_channels",
     "max_removed",
 )
+_ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 
 
 def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     repair = "compensate" if args.repair == "distill" else args.repair
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
-    return {**named, **probing_options(args), "repair": repair}
+    return {**named, **probing_options(args), "repair": repair, **_ALL_IMAGES}
 
 
 def probing_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,4 +65,4 @@ def weight_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     named = {name: getattr(args, name) for name in ("keep", "criterion", "repair", "num_probes")}
     pattern = None if args.granularity == "weight" else args.granularity
-    return {**named, "pattern": pattern, "seed": args.seed}
+    return {**named, "pattern": pattern, "seed": args.seed, **_ALL_IMAGES}

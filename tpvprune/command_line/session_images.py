@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tpvprune.batches import hold_back
 from tpvprune.command_line.console import bar, say
 from tpvprune.command_line.pruning_options import probing_options
 from tpvprune.command_line.session import Subject
 from tpvprune.data import ImageSource, open_images
 from tpvprune.distributed import total
+from tpvprune.drawing import hold_back
 from tpvprune.groups import ChannelGroups
 from tpvprune.image_files import array_images, listed_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
@@ -172,7 +172,7 @@ def calibration(
     """Return the images that pruning sees, and others to measure agreement on.
 
     The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
-    they are what :func:`tpvprune.batches.hold_back` keeps from it, with whatever is left.
+    they are what :func:`tpvprune.drawing.hold_back` keeps from it, with whatever is left.
 
     Args:
         args: Parsed flags.
@@ -209,7 +209,7 @@ def calibration(
         others = in_memory(choose(args, subject, images, held_out, skip=args.num_images))
         if images.count - args.num_images >= _ENOUGH:
             return batches, Witnesses(others, "other")
-    return batches, Witnesses([*hold_back(batches)[1], *others], "held-back")
+    return batches, Witnesses([*hold_back(batches, seed=args.seed)[1], *others], "held-back")
 
 
 def choose_apart(

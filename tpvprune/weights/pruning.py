@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from tpvprune.batches import hold_back
 from tpvprune.clock import Clock, Progress
 from tpvprune.costs import count_macs, count_nonzero_params, count_params
+from tpvprune.drawing import NUM_IMAGES, hold_back
 from tpvprune.evaluation import agreement, output_variance
 from tpvprune.running import on_device
 from tpvprune.targets import blind_layers
@@ -43,6 +43,7 @@ def prune_weights(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    num_images: int | None = NUM_IMAGES,
     keep: float = 0.5,
     pattern: str | None = None,
     criterion: str = "tpv",
@@ -57,7 +58,9 @@ def prune_weights(
 
     Args:
         model: Any vision model; untouched.
-        batches: Re-iterable of unlabeled inputs; the last tenth, at most 64, measures the result.
+        batches: Re-iterable of unlabeled inputs.
+        num_images: So many are drawn (None: all), as by :func:`tpvprune.prune`; a random tenth of
+            them, at most 128, measures the result.
         keep: Fraction of these weights that stays, in (0, 1]; a pattern sets its own.
         pattern: ``"2:4"``: of every 4 neighbours along the input channels 2 stay; None: any.
         criterion: ``"tpv"``, ``"magnitude"`` or ``"wanda"``.
@@ -93,7 +96,7 @@ def prune_weights(
         raise ValueError(f"scope: expected {known}, found {scope!r} with {criterion!r}.")
     if pattern is not None:
         pattern_of(pattern)
-    fit, held = hold_back(batches)
+    fit, held = hold_back(batches, num_images=num_images, seed=seed)
     clock = Clock(progress)
     scope = scope or _SCOPES[criterion]
     blind = blind_layers(model, fit[0][:1])

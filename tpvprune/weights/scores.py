@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.branches import Layer, Plan, layers_by_weight
+from tpvprune.moments import in_single
 from tpvprune.patches import count_positions, patches_of, window_of
 from tpvprune.residuals import ridge_inverse
 from tpvprune.running import evaluating, on_device
@@ -212,7 +213,7 @@ class _InputGrams(TorchFunctionMode):
     def _add(self, name: str, module: Any, x: Tensor, window: Any) -> None:
         num_positions = count_positions(x, window, self.plan.num_inputs)
         positions = self.plan.positions(self._number[name], module, num_positions)
-        rows = patches_of(x, window, positions, getattr(module, "groups", 1))
+        rows = in_single(patches_of(x, window, positions, getattr(module, "groups", 1)))
         gram = (rows.mT @ rows).double()
         self.sums[name] = self.sums[name] + gram if name in self.sums else gram
         self.num_rows[name] = self.num_rows.get(name, 0) + rows.shape[1]
