@@ -120,7 +120,7 @@ class BlockCall:
         first = calls[0]
 
         def join(values: Sequence[Any]) -> Any:
-            return torch.cat(values) if first.is_of_samples(values[0]) else values[0]
+            return torch.cat(list(values)) if first.is_of_samples(values[0]) else values[0]
 
         return BlockCall(
             tuple(join(values) for values in zip(*(c.args for c in calls), strict=True)),
@@ -133,6 +133,12 @@ class BlockCall:
 
         What has the length of the first argument and as many dimensions does; other arguments
         (position tables, sizes) are common to all.
+
+        Args:
+            value: An argument.
+
+        Returns:
+            True if so.
         """
         first = self.args[0]
         return (

@@ -124,9 +124,11 @@ class Selector:
     probing: Mapping[str, Any]
     clock: Clock
 
-    def scored(self, rounds: Rounds, groups: ChannelGroups, step: int, steps: int) -> Scores | None:
+    def scored(
+        self, rounds: Rounds, groups: ChannelGroups, step: int, steps: int, *, always: bool = False
+    ) -> Scores | None:
         """Return the scores of the network as it is, where the choice needs them."""
-        if rounds.scores is not None and self.use_curves:
+        if rounds.scores is not None and self.use_curves and not always:
             return None
         with self.clock("scores", step, steps):
             found = self._score(rounds.model, groups)
@@ -134,21 +136,35 @@ class Selector:
         return found
 
     def prepared(
-        self, rounds: Rounds, groups: ChannelGroups, target: float, found: Scores | None
+        self,
+        rounds: Rounds,
+        groups: ChannelGroups,
+        target: float,
+        found: Scores | None,
+        *,
+        rank: bool = False,
     ) -> Callable[[float], Kept]:
-        """Return how to choose widths for a fraction of the cost of the network as it is."""
-        choose: Callable[..., Kept]
-        ranks: Mapping[str, Tensor]
-        if self.use_curves:
+        """Return how to choose widths for a fraction of the cost of the network as it is.
+
+        With ``rank`` by ranking single channels, whatever was asked for.
+        """
+        if self.use_curves and not rank:
             choose, ranks = self._by_curves(rounds, groups, target)
-        else:
-            assert found is not None
-            ranks = {**found}
-            choose = partial(
-                select_channels, rounds.model, groups, found,
-                of=self.budget, per_cost=self.per_cost, **self.floors,
-            )  # fmt: skip
-        return partial(_feasible, choose, groups, ranks, of=self.budget, floors=self.floors)
+            return partial(_feasible, choose, groups, ranks, of=self.budget, floors=self.floors)
+        assert found is not None
+        choose = partial(
+            select_channels, rounds.model, groups, found,
+            of=self.budget, per_cost=self.per_cost, **self.floors,
+        )  # fmt: skip
+        return partial(_feasible, choose, groups, {**found}, of=self.budget, floors=self.floors)
+
+    def predicted(self, rounds: Rounds, chosen: Kept) -> float:
+        """Return the output variance that the curves promise of a choice; 0 without curves."""
+        return sum(
+            float(curve.variance[int((~chosen[name]).sum())])
+            for name, curve in (rounds.curves or {}).items()
+            if name in chosen
+        )
 
     def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
         seen = Counted(self.source, "scoring", self.clock.progress)
@@ -179,7 +195,8 @@ class Selector:
                 rounds.model, groups, draft, curves, self.fit,
                 seed=self.probing["seed"], progress=progress,
             )  # fmt: skip
-        return partial(choose, scaled(curves, rounds.factors)), ranks
+        rounds.curves = scaled(curves, rounds.factors)
+        return partial(choose, rounds.curves), ranks
 
 
 def _feasible(

@@ -157,8 +157,9 @@ def variance_curves(
         for names in _parts(bytes_of, max_bytes_held):
             part = [groups[name] for name in names]
             for name, curve in _wide_curves(
-                model, part, source, probing, fit, held, stand_in, savings
-            ):
+                model, part, source, probing,
+                fit=fit, held=held, stand_in=stand_in, savings=savings,
+            ):  # fmt: skip
                 found(name, curve)
         return {g.name: curves[g.name] for g in groups}
 
@@ -232,6 +233,7 @@ def _wide_curves(
     groups: Sequence[ChannelGroup],
     inputs: Iterable[Tensor],
     probing: Probing,
+    *,
     fit: Covariances,
     held: Covariances,
     stand_in: StandIn,
@@ -247,15 +249,16 @@ def _wide_curves(
     }
     means = {c: m[0] for c, m in known.items()}
     fitted, others = _folds(inputs)
-    parts = gradient_moments(model, groups, fitted, probing, stood_in, means)
+    parts = gradient_moments(model, groups, fitted, probing, inputs=stood_in, means=means)
     found = {
         g.name: leaving_order(parts[g.name], g.num_channels, savings[g.name].double())
         for g in groups
     }
     orders = {name: order for name, (order, _) in found.items()}
     again = replace(probing, seed=probing.seed + 1)
+    judges = others if held or stand_in == "zero" else fitted
     measured = measured_variance(
-        model, groups, orders, parts, others if held or stand_in == "zero" else fitted, again, means
+        model, groups, judges, again, orders=orders, parts=parts, means=means
     )
     for g in groups:
         order, shape = found[g.name]

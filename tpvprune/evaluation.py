@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from tpvprune.batches import private_randomness, unlabeled
 from tpvprune.costs import Latency, call_arguments, count_macs, count_params, measure_latency
 from tpvprune.distributed import summed, total
+from tpvprune.moments import Moments
 from tpvprune.running import evaluating, fast_layout, first_output
 
 __all__ = [
+    "Difference",
     "Evaluation",
     "Latency",
     "agreement",
     "count_macs",
     "count_params",
+    "difference",
     "evaluate",
     "measure_latency",
     "model_outputs",
@@ -182,6 +185,78 @@ def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list
             num_inputs += len(inputs)
     totals, num_inputs = _over_all(totals, num_inputs)
     return (totals / num_inputs).tolist()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a model is from the dense one on images that it was not fitted to.
+
+    Attributes:
+        num_images: How many.
+        agreement: Fraction of equal top-1, in [0, 1].
+        chance: What the agreement would be if both chose their classes independently.
+        output_variance: E‖f − f_dense‖², in squared output units.
+        share: The same as a share of the variance of the dense outputs themselves, a common shift
+            of all logits aside, which moves no class; 1 is as far as another image's outputs
+            are from the mean.
+    """
+
+    num_images: int
+    agreement: float
+    chance: float
+    output_variance: float
+    share: float
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model is no longer the same function: most classes, or all variance, lost."""
+        return not (self.agreement >= 0.5 and self.share <= 1.0)
+
+
+@torch.no_grad()
+def difference(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> Difference:
+    """Compare two models on unlabeled images.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to compare with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        The difference; ``share`` is infinite where the dense outputs do not vary but these do.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # agreements, squared changes, without the shift
+    chosen: Tensor | None = None
+    spread: Moments | None = None
+    num = 0
+    with evaluating(model, dense):
+        for inputs in unlabeled(batches):
+            ours, theirs = _call(model, inputs), _call(dense, inputs)
+            sums[:2] += _comparison(ours, theirs)
+            rows = _without_shift(theirs).flatten(1)
+            sums[2] += (_without_shift(ours).flatten(1) - rows).square().sum().cpu()
+            if chosen is None or spread is None:
+                chosen = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
+                spread = Moments(rows.shape[1])
+            spread.add(rows.cpu())
+            classes = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in (ours, theirs)]
+            chosen += torch.stack(classes).cpu()
+            num += len(inputs)
+    assert chosen is not None and spread is not None
+    sums, num = _over_all(sums, num)
+    chosen = summed(chosen)[0]
+    variance = float(spread.over_processes()[2].sum())
+    changed = float(sums[2]) / num
+    odds = chosen / chosen.sum(1, keepdim=True)
+    share = changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
+    return Difference(
+        num, float(sums[0]) / num, float(odds.prod(0).sum()), float(sums[1]) / num, share
+    )
+
+
+def _without_shift(outputs: Tensor) -> Tensor:
+    """Return logits [B, K, ...] without what is common to all classes."""
+    return outputs - outputs.mean(1, keepdim=True) if outputs.shape[1] > 1 else outputs
 
 
 def _of_batch(dense_outputs: Sequence[Tensor], number: int) -> Tensor:

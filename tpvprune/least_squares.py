@@ -4,8 +4,8 @@ r"""Ridge least squares in chunks, the ridge chosen on rows that took no part in
 
 with s the mean variance of x. Too few rows make a small ridge fit noise: with n rows and u
 unknowns the error on other rows is about (1 + u / n) / (1 - u / n) times that on these. So a part
-of the rows is held back, and of several lambda, among them infinity (D = 0), the one with the least error on
-those is taken; then all rows are fitted with it.
+of the rows is held back, and of several lambda, among them infinity (D = 0), the one with the least
+error on those is taken; then all rows are fitted with it.
 """
 
 from __future__ import annotations

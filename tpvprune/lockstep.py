@@ -73,7 +73,14 @@ class Lockstep(Generic[Result]):
                 thread.join()
 
     def meet(self, key: Hashable) -> None:
-        """Wait, in a thread, until all have come here and the meeting was held."""
+        """Wait, in a thread, until all have come here and the meeting was held.
+
+        Args:
+            key: Which meeting this is; the same for all.
+
+        Raises:
+            _StoppedError: If another thread failed.
+        """
         i = self._own.number
         self._keys[i] = key
         self._back.release()
@@ -82,7 +89,11 @@ class Lockstep(Generic[Result]):
             raise _StoppedError
 
     def _turn(self, i: int) -> Hashable | None:
-        """Let a thread run until its next meeting; None when it is done."""
+        """Let a thread run.
+
+        Returns:
+            The key of the meeting that it comes to; None when it is done.
+        """
         self._keys[i] = None
         self._turns[i].release()
         self._back.acquire()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune import guard
 from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.choosing import Of, Selector, aim_at, stand_in
+from tpvprune.choosing import Aim, Of, Selector, aim_at, stand_in
 from tpvprune.clock import Clock, Progress
 from tpvprune.compensation import compensate_weights
 from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.distributed import check_same, from_first, total
 from tpvprune.drawing import NUM_IMAGES, hold_back
-from tpvprune.evaluation import agreement, output_variance
+from tpvprune.evaluation import Difference, difference
 from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.reconstruction import reconstruct_blocks
@@ -88,9 +88,11 @@ def prune(
             model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.criteria.SCORERS``.
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
-            compensation), ``"reconstruct"`` (compensation, then block reconstruction: minutes
-            where compensation takes seconds, and better), or ``"auto"``: of none, bn and
-            compensate the one with the least output variance on the held-back inputs.
+            compensation), ``"reconstruct"`` (block reconstruction: minutes where compensation
+            takes seconds, and mostly better), or ``"auto"``: of none, bn and compensate the one
+            closest to the dense model on the held-back inputs. A repair that is further from it
+            there than a cheaper one is not returned: ``report["repair_chosen"]`` and
+            ``report["warnings"]`` say so.
         foresee: The repair that ``"tpv"`` counts on: only where weights are refitted will other
             channels stand in for those that leave. None: ``repair``; another where you repair
             the result yourself.
@@ -158,31 +160,20 @@ def prune(
         model, _whole(groups), factors=None if absorb else {}
     )
     aim.speed, clock.seconds = rounds.speed, {**clock.seconds, **rounds.seconds}
+    run = _Run(
+        model, fit, held, groups, example, aim, selector, record, repair, keep, steps, seed, clock
+    )
+    refits: dict[str, nn.Module] = {}
     for step in range(max(1, rounds.chosen), steps + 1):
-        if step > rounds.chosen:
-            now = groups if step == 1 else _regrouped(rounds.model, groups, rounds.kept, example)
-            target = min(1.0, keep ** (step / steps) * aim.cost(groups) / aim.cost(now))
-            found = selector.scored(rounds, now, step, steps)
-            with clock("selection", step, steps):
-                choose = selector.prepared(rounds, now, target, found)
-                chosen = aim.choose(choose, rounds.model, now, target, last=step == steps)
-            with clock("removal", step, steps):
-                rounds.model = remove_channels(rounds.model, now, chosen)
-                rounds.kept = compose(rounds.kept, chosen)
-            rounds.chosen, rounds.speed, rounds.seconds = step, aim.speed, clock.seconds
-            record.save(rounds)
-        for stage, refit in _repairs(repair, last=step == steps, progress=progress).items():
-            with clock(stage, step, steps):
-                rounds.model = refit(
-                    rounds.model, model, fit, groups=groups, kept=rounds.kept, seed=seed
-                )
-        rounds.history.append(_measure(groups, rounds.kept, rounds.model, model, held))
+        refits = _round(run, rounds, step)
     with clock("repair"):
-        candidates = _candidates(
-            repair, remove_channels(model, groups, rounds.kept), rounds.model, fit
-        )
-        variances = {n: output_variance(c, model, held) for n, c in candidates.items()}
-    best = min(variances, key=variances.__getitem__) if repair == "auto" else repair
+        candidates = _candidates(repair, remove_channels(model, groups, rounds.kept), refits, fit)
+        measured = {n: difference(c, model, held) for n, c in candidates.items()}
+        if refits and guard.best_repair(measured, repair) == "none":
+            candidates["bn"] = recalibrate_batchnorm(candidates["none"], fit)
+            measured["bn"] = difference(candidates["bn"], model, held)
+    best = guard.best_repair(measured, repair)
+    num_fit = int(total(sum(map(len, fit))))
     report = {
         "keep": keep,
         "of": of,
@@ -192,10 +183,14 @@ def prune(
         "repair": repair,
         "repair_chosen": best,
         "seed": seed,
-        "num_images": int(total(sum(map(len, fit)))),
+        "num_images": num_fit,
         "num_held_back": int(total(sum(map(len, held)))),
+        "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": aim.reached(groups, rounds.kept),
-        "output_variance": variances,
+        "warnings": [*guard.warnings_of(measured, repair, best), *run.notes],
+        "held_back": guard.facts(measured[best]),
+        "output_variance": {n: m.output_variance for n, m in measured.items()},
+        "variance_share": {n: m.share for n, m in measured.items()},
         "output_second_moment": _second_moment(model, held),
         "steps": rounds.history,
         "timings": clock.seconds,
@@ -204,6 +199,99 @@ def prune(
     }
     assert rounds.scores is not None
     return PruningResult(candidates[best], groups, rounds.scores, rounds.kept, report)
+
+
+# ---- rounds ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change between rounds; ``used`` and ``notes`` grow for the report."""
+
+    model: nn.Module
+    fit: list[Tensor]
+    held: list[Tensor]
+    groups: ChannelGroups
+    example: Tensor
+    aim: Aim
+    selector: Selector
+    record: Record
+    repair: Repair
+    keep: float
+    steps: int
+    seed: int
+    clock: Clock
+    used: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _round(run: _Run, rounds: Rounds, step: int) -> dict[str, nn.Module]:
+    """Cut to the next target and repair.
+
+    Returns:
+        The repaired models by repair, cheapest first.
+    """
+    before = rounds.model, rounds.kept
+    is_new = step > rounds.chosen
+    if is_new:
+        _cut(run, rounds, step)
+    refits, outcome = _refitted(run, rounds, step)
+    if is_new and run.selector.use_curves and guard.cannot_be_true(outcome, rounds.predicted):
+        # The curves promised far less damage than there is: rank channel by channel instead.
+        ranked = replace(rounds, model=before[0], kept=before[1])
+        _cut(run, ranked, step, rank=True)
+        others, second = _refitted(run, ranked, step)
+        if second.share < outcome.share:
+            run.notes.append(
+                f"step {step}: widths by variance curves left {outcome.share:.2g} of the dense "
+                f"model's variance where ranked ones leave {second.share:.2g}: these were taken"
+            )
+            rounds.kept, refits, outcome = ranked.kept, others, second
+            rounds.model = ranked.model
+    costs = {"macs": run.groups.macs(rounds.kept), "params": run.groups.params(rounds.kept)}
+    rounds.history.append({**costs, **guard.facts(outcome)})
+    return refits
+
+
+def _cut(run: _Run, rounds: Rounds, step: int, *, rank: bool = False) -> None:
+    """Let channels leave, and note where the run stands."""
+    groups, aim, clock = run.groups, run.aim, run.clock
+    now = groups if step == 1 else _regrouped(rounds.model, groups, rounds.kept, run.example)
+    target = min(1.0, run.keep ** (step / run.steps) * aim.cost(groups) / aim.cost(now))
+    found = run.selector.scored(rounds, now, step, run.steps, always=rank)
+    with clock("selection", step, run.steps):
+        choose = run.selector.prepared(rounds, now, target, found, rank=rank)
+        chosen = aim.choose(choose, rounds.model, now, target, last=step == run.steps)
+        rounds.predicted += run.selector.predicted(rounds, chosen)
+    with clock("removal", step, run.steps):
+        rounds.model = remove_channels(rounds.model, now, chosen)
+        rounds.kept = compose(rounds.kept, chosen)
+    rounds.chosen, rounds.speed, rounds.seconds = step, aim.speed, clock.seconds
+    run.record.save(rounds)
+
+
+def _refitted(
+    run: _Run, rounds: Rounds, step: int
+) -> tuple[dict[str, nn.Module], Difference]:
+    """Repair ``rounds.model``.
+
+    Returns:
+        The repaired models by repair, and how far the last is from the dense one.
+    """
+    last = step == run.steps
+    given: dict[str, Any] = {"groups": run.groups, "kept": rounds.kept, "seed": run.seed}
+    cut, refits = rounds.model, {}
+    if run.repair in {"compensate", "reconstruct", "auto"}:
+        with run.clock("compensation", step, run.steps):
+            refits["compensate"] = compensate_weights(cut, run.model, run.fit, **given)
+    if run.repair == "reconstruct" and last:
+        with run.clock("reconstruction", step, run.steps):
+            refits["reconstruct"] = reconstruct_blocks(
+                cut, run.model, run.fit, **given, used=run.used, progress=run.clock.progress
+            )
+    rounds.model = [cut, *refits.values()][-1]
+    with run.clock("measurement", step, run.steps):
+        return refits, difference(rounds.model, run.model, run.held)
 
 
 # ---- pieces ---------------------------------------------------------------------------------
@@ -302,40 +390,17 @@ def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     return composed
 
 
-def _repairs(
-    repair: Repair, *, last: bool, progress: Progress | None
-) -> dict[str, Callable[..., nn.Module]]:
-    """Return the refits that follow one round of cutting, in order."""
-    refits: dict[str, Callable[..., nn.Module]] = {}
-    if repair == "reconstruct" and last:
-        refits["reconstruction"] = partial(reconstruct_blocks, progress=progress)
-    elif repair in {"compensate", "reconstruct", "auto"}:
-        refits["compensation"] = compensate_weights
-    return refits
-
-
 def _candidates(
-    repair: Repair, removed: nn.Module, compensated: nn.Module, fit: list[Tensor]
+    repair: Repair, removed: nn.Module, refits: Mapping[str, nn.Module], fit: list[Tensor]
 ) -> dict[str, nn.Module]:
+    """Return the models to choose from: unrepaired, and by every repair that was made."""
     candidates = {"none": removed}
     if repair in {"bn", "auto"}:
         candidates["bn"] = recalibrate_batchnorm(removed, fit)
-    if repair in {"compensate", "reconstruct", "auto"}:
-        candidates["reconstruct" if repair == "reconstruct" else "compensate"] = compensated
+    candidates |= refits
     if repair == "auto":
-        candidates["compensate+bn"] = recalibrate_batchnorm(compensated, fit)
+        candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], fit)
     return candidates
-
-
-def _measure(
-    groups: ChannelGroups, kept: Kept, pruned: nn.Module, dense: nn.Module, held: list[Tensor]
-) -> dict[str, float]:
-    return {
-        "macs": groups.macs(kept),
-        "params": groups.params(kept),
-        "agreement": agreement(pruned, dense, held),
-        "output_variance": output_variance(pruned, dense, held),
-    }
 
 
 def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:

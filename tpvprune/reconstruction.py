@@ -25,13 +25,21 @@ from tpvprune.batches import unlabeled
 from tpvprune.blocks import Block, BlockCall, find_blocks
 from tpvprune.branches import Plan
 from tpvprune.clock import Progress
-from tpvprune.compensation import TARGET_BYTES, BlockFit, Walk, chunk_size, rechunked, refits_towards
+from tpvprune.compensation import (
+    TARGET_BYTES,
+    BlockFit,
+    Walk,
+    chunk_size,
+    rechunked,
+    refits_towards,
+)
 from tpvprune.distributed import gathered, spread_weights
 from tpvprune.gauss_newton import GaussNewton
 from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 from tpvprune.targets import plan_for
+
 
 def reconstruct_blocks(
     pruned: nn.Module,
@@ -136,7 +144,10 @@ def reconstruct_blocks(
 
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
         for found, how, run in walks:
-            wanted = _wanted(found, num // copies, copies, max_positions, TARGET_BYTES, seed)
+            wanted = _wanted(
+                found, num // copies, copies,
+                max_positions=max_positions, max_bytes=TARGET_BYTES, seed=seed,
+            )  # fmt: skip
             targets = _dense_outputs(dense, found, chunks, wanted)
             fits = [
                 BlockFit(
@@ -162,7 +173,13 @@ def _mirrored(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _wanted(
-    blocks: Sequence[Block], num: int, copies: int, max_positions: int, max_bytes: int, seed: int
+    blocks: Sequence[Block],
+    num: int,
+    copies: int,
+    *,
+    max_positions: int,
+    max_bytes: int,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Choose the inputs that each block is fitted on: others for each, all where there is room.
 

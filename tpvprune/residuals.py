@@ -71,8 +71,8 @@ def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) ->
     .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
 
     with the rho of :data:`SHRINKAGES` with which each input is predicted best from the others on
-    rows that took no part: of few rows the sample covariance promises predictions that hold on these
-    rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+    rows that took no part: of few rows the sample covariance promises predictions that hold on
+    these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
     matrices, J. Multivariate Analysis 2004).
 
     Args:

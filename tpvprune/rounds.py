@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tpvprune.curves import Curve
 from tpvprune.digest import digest_of
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.latency import Speed
@@ -25,7 +26,8 @@ class Rounds:
     """What the rounds so far have led to.
 
     Of round number ``chosen``, counted from 1, the channels have left but nothing is repaired yet,
-    or all is done; ``history`` has one entry for every round that is done.
+    or all is done; ``history`` has one entry for every round that is done. ``predicted`` is the
+    output variance that the curves, if any, promised so far.
     """
 
     model: nn.Module
@@ -36,6 +38,8 @@ class Rounds:
     history: list[dict[str, float]] = field(default_factory=list)
     speed: Speed | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    predicted: float = 0.0
+    curves: Mapping[str, Curve] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Record:
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
             pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
-            facts["seconds"],
+            facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
@@ -114,6 +118,7 @@ class Record:
             "history": rounds.history,
             "speed": None if rounds.speed is None else asdict(rounds.speed),
             "seconds": rounds.seconds,
+            "predicted": rounds.predicted,
             "scores": [
                 scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)
             ],

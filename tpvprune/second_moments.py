@@ -56,6 +56,7 @@ def gradient_moments(
     groups: Sequence[ChannelGroup],
     batches: Iterable[Tensor],
     probing: Probing,
+    *,
     inputs: Mapping[int, Inputs],
     means: Mapping[int, Tensor],
 ) -> dict[str, list[Part]]:
@@ -144,7 +145,7 @@ def _gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor, num: int) -
 def _changes(
     reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor | None
 ) -> Tensor:
-    """Return u_c [B, own] of a reader that gets the mean of each input, or nothing, in its place."""
+    """Return u_c [B, own] of a reader that gets a mean, or nothing, in the place of each input."""
     a, grad = (by_channel(t, reader.channel_dim, num)[:, reader.index] for t in (a, grad))
     if mean is not None:
         a = a - mean.to(a)[reader.index][:, None]
@@ -175,7 +176,11 @@ class _Left:
         return costs
 
     def remove(self, gone: Tensor) -> float:
-        """Let units [C] (BoolTensor) leave, and return what the output loses by it."""
+        """Let units [C] (BoolTensor) leave.
+
+        Returns:
+            What the output loses by it.
+        """
         own = gone[self._channel]
         if not bool(own.any()):
             return 0.0
@@ -225,7 +230,9 @@ def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield units[of_size], order[starts[of_size][:, None] + torch.arange(k)]
 
 
-def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> tuple[Tensor, Tensor]:
+def leaving_order(
+    parts: Sequence[Part], num_channels: int, savings: Tensor
+) -> tuple[Tensor, Tensor]:
     """Let the cheapest channels leave, block after block.
 
     Args:
@@ -272,10 +279,11 @@ def measured_at(num_channels: int) -> list[int]:
 def measured_variance(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    orders: Mapping[str, Tensor],
-    parts: Mapping[str, Sequence[Part]],
     batches: Iterable[Tensor],
     probing: Probing,
+    *,
+    orders: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[Part]],
     means: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
     """Measure E[u_R^2] where some of the channels of a group have left in the given order.
@@ -283,10 +291,10 @@ def measured_variance(
     Args:
         model: The network.
         groups: Wide groups.
-        orders: Group name -> order in which channels leave [C].
-        parts: Group name -> what its readers' inputs predict of each other.
         batches: Inputs that the parts were not made from.
         probing: How the passes are run.
+        orders: Group name -> order in which channels leave [C].
+        parts: Group name -> what its readers' inputs predict of each other.
         means: See :func:`gradient_moments`.
 
     Returns:
@@ -316,7 +324,7 @@ def measured_variance(
                         u = _changes(reader, a, grad, num, means.get(call))
                         found = gone[group.name][:, reader.channel].to(u) @ u.T
                     else:
-                        found = _joint(reader, a, grad, num, means[call], m)
+                        found = _joint(reader, a, grad, num, mean=means[call], maps=m)
                     changes[group.name] += found.cpu()
 
             tap.backward(v, collect, last=i == len(directions))
@@ -348,7 +356,7 @@ def _maps(part: Part, gone: Tensor) -> Tensor | None:
 
 
 def _joint(
-    reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor, maps: Tensor
+    reader: Reader, a: Tensor, grad: Tensor, num: int, *, mean: Tensor, maps: Tensor
 ) -> Tensor:
     """Return u_R [sets, B] = sum_p (a - mean) M d."""
     a = by_channel(a, reader.channel_dim, num).float()
