@@ -61,7 +61,7 @@ def compensate_weights(
     ridge: float | None = None,
     rows_per_input: int = 12,
     min_rows: int = 16384,
-    max_bytes: int = 4 << 30,
+    max_bytes: int = 1 << 30,
     seed: int = 0,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose layers are refitted to the dense one.

@@ -18,7 +18,8 @@ from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.taps import reader_plan
 
 _FLOOR = 1e-10
-SHRINKAGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.4, 0.7, 0.95)
+SHRINKAGES = (1e-3, 0.01, 0.04, 0.1, 0.25, 0.5, 0.8)
+_LARGEST_DOUBLE = 1024  # inputs up to which shrinkages are compared in float64
 
 
 def residual_maps(
@@ -86,22 +87,34 @@ def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) ->
     moved = held[0] - mean
     spread = held[1] + torch.outer(moved, moved)
     variance = covariance.diagonal().clamp_min(0)
-    floor = 1e-6 * float(variance.mean()) + 1e-30
-    best, least = torch.full_like(covariance, torch.nan), float("inf")
+    variance = variance + 1e-6 * variance.mean() + 1e-30
+    wide = len(covariance) > _LARGEST_DOUBLE
+    parts = [t.float() if wide else t for t in (covariance, spread, variance)]
+    chosen, least = None, float("inf")
     for rho in SHRINKAGES:
-        damped = (1 - rho) * covariance
-        damped.diagonal().add_(rho * variance + floor)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed.any()):
+        precision = _shrunk_inverse(parts[0], parts[2], rho)
+        if precision is None:
             continue
-        precision = torch.cholesky_inverse(factor)
         alone = precision / precision.diagonal()
-        errors = (alone * (spread @ alone)).sum(0) / (variance + floor)
+        errors = (alone * (parts[1] @ alone)).sum(0) / parts[2]
         loss = float(errors.mean())
         if not loss < least:
             break  # the error falls, then rises
-        best, least = precision, loss
-    return best
+        chosen, least, best = rho, loss, precision
+    if chosen is None:
+        return torch.full_like(covariance, torch.nan)
+    if not wide:
+        return best
+    precision = _shrunk_inverse(covariance, variance, chosen)
+    return best.double() if precision is None else precision
+
+
+def _shrunk_inverse(covariance: Tensor, variance: Tensor, rho: float) -> Tensor | None:
+    """Return the inverse of the shrunk covariance; None if it is singular to rounding."""
+    damped = (1 - rho) * covariance
+    damped.diagonal().add_(rho * variance)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if bool(failed.any()) else torch.cholesky_inverse(factor)
 
 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
