@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -34,8 +35,8 @@ from tpvprune.residuals import (
 )
 from tpvprune.second_moments import (
     MEASURED,
+    GradientMoments,
     fitted_curve,
-    gradient_moments,
     leaving_order,
     measured_at,
     measured_variance,
@@ -144,23 +145,22 @@ def variance_curves(
             if progress is not None:
                 progress("elimination", len(curves), len(sizes))
 
-        for names in _parts(narrow, max_bytes_held):
+        wide = [g for g in groups if g.name not in narrow]
+        gradients = GradientMoments(model, wide, mapped=widths.keys(), means=_means(fit))
+        for names in list(_parts(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
             cuts = _collect(
                 model, part, source, probing,
                 num_inputs=num, means=means, precisions=precisions, sizes=narrow,
+                gradients=gradients if wide and not gradients.is_full else None,
             )  # fmt: skip
             for g in part:
                 found(g.name, _eliminate(g, cuts.pop(g.name), savings[g.name].float()))
-        wide = [g for g in groups if g.name not in narrow]
-        bytes_of = {g.name: _wide_bytes(g, widths) for g in wide}
-        for names in _parts(bytes_of, max_bytes_held):
-            part = [groups[name] for name in names]
-            for name, curve in _wide_curves(
-                model, part, source, probing,
-                fit=fit, held=held, stand_in=stand_in, savings=savings,
-            ):  # fmt: skip
-                found(name, curve)
+        for name, curve in _wide_curves(
+            model, gradients, source, probing,
+            fit=fit, held=held, widths=widths, savings=savings, max_bytes_held=max_bytes_held,
+        ):  # fmt: skip
+            found(name, curve)
         return {g.name: curves[g.name] for g in groups}
 
     return retried_in_single(model, measured)
@@ -180,17 +180,12 @@ def _folded_covariances(
         return sum(map(len, inputs)), {}, {}
     found: list[Covariances] = []
     num = 0
-    for fold in _folds(inputs):
+    for fold in (_Fold(inputs, held=False), _Fold(inputs, held=True)):
         covariances = input_covariances(model, groups, fold)
         num += fold.num
         here = total(fold.num)
         found.append({c: (*moments, here) for c, moments in covariances.items()})
     return num, found[0], found[1]
-
-
-def _folds(inputs: Iterable[Tensor]) -> tuple[_Fold, _Fold]:
-    """Return those of the inputs that are fitted to, and every fourth, which is not."""
-    return _Fold(inputs, held=False), _Fold(inputs, held=True)
 
 
 class _Fold:
@@ -203,11 +198,16 @@ class _Fold:
     def __iter__(self) -> Iterator[Tensor]:
         seen = self.num = 0
         for x in self._inputs:
-            mask = (places(seen, len(x)) % _HELD == _HELD - 1) == self._held
+            mask = _is_held(seen, len(x)) == self._held
             seen += len(x)
             self.num += int(mask.sum())
             if bool(mask.any()):
                 yield x[mask]
+
+
+def _is_held(first: int, num: int) -> Tensor:
+    """Return which of some inputs of here take no part in the fit of wide groups [num]."""
+    return places(first, num) % _HELD == _HELD - 1
 
 
 def _merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
@@ -222,49 +222,64 @@ def _merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tens
     return merged
 
 
-def _wide_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
-    """Return what the maps of a wide group take while its variance is measured."""
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
-    return _Size(0, 4 * len(MEASURED) * numbers)
+def _means(covariances: Covariances) -> dict[int, Tensor]:
+    return {call: mean for call, (mean, _, _) in covariances.items()}
 
 
 def _wide_curves(
     model: nn.Module,
-    groups: Sequence[ChannelGroup],
+    gradients: GradientMoments,
     inputs: Iterable[Tensor],
     probing: Probing,
     *,
     fit: Covariances,
     held: Covariances,
-    stand_in: StandIn,
+    widths: Mapping[int, int],
     savings: Mapping[str, Tensor],
+    max_bytes_held: int,
 ) -> Iterator[tuple[str, Curve]]:
     """Yield the curves of groups with few rows for each channel (:mod:`.second_moments`)."""
-    calls = {r.call for g in groups for r in g.readers}
-    known = {c: fit[c] for c in calls if c in fit}
+    groups = {g.name: g for g in gradients.groups}
+    if not groups:
+        return
     stood_in = {
-        c: Inputs(m[0].cpu(), shrunk_precision(_on_cpu(m), _on_cpu(held.get(c, m))))
-        for c, m in known.items()
-        if stand_in == "map"
+        r.call: _inputs(fit[r.call], held.get(r.call, fit[r.call]))
+        for g in groups.values()
+        for r in g.readers
+        if r.call in widths
     }
-    means = {c: m[0] for c, m in known.items()}
-    fitted, others = _folds(inputs)
-    parts = gradient_moments(model, groups, fitted, probing, inputs=stood_in, means=means)
+    parts = gradients.parts(stood_in)
     found = {
-        g.name: leaving_order(parts[g.name], g.num_channels, savings[g.name].double())
-        for g in groups
+        name: leaving_order(parts[name], g.num_channels, savings[name].double())
+        for name, g in groups.items()
     }
     orders = {name: order for name, (order, _) in found.items()}
+    # Other directions on inputs that took no part, where there are any.
     again = replace(probing, seed=probing.seed + 1)
-    judges = others if held or stand_in == "zero" else fitted
-    measured = measured_variance(
-        model, groups, judges, again, orders=orders, parts=parts, means=means
-    )
-    for g in groups:
-        order, shape = found[g.name]
-        yield g.name, Curve(
-            order, fitted_curve(shape, measured_at(g.num_channels), measured[g.name])
+    judges: Iterable[Tensor] = _Fold(inputs, held=True)
+    judges = judges if any(True for _ in judges) else inputs
+    sizes = {name: _map_bytes(g, widths) for name, g in groups.items()}
+    for names in _parts(sizes, max_bytes_held):
+        part = [groups[name] for name in names]
+        measured = measured_variance(
+            model, part, judges, again, orders=orders, parts=parts, means=_means(fit)
         )
+        for g in part:
+            shape, counts = found[g.name][1], measured_at(g.num_channels)
+            curve = fitted_curve(shape, counts, measured[g.name])
+            yield g.name, Curve(orders[g.name], curve)
+
+
+def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
+    """Return what the maps of a wide group take while its variance is measured."""
+    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    return _Size(0, 4 * len(MEASURED) * numbers)
+
+
+def _inputs(
+    fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]
+) -> Inputs:
+    return Inputs(fit[0].cpu(), shrunk_precision(_on_cpu(fit), _on_cpu(held)))
 
 
 def _on_cpu(moments: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
@@ -384,6 +399,7 @@ def _collect(
     means: Mapping[int, Tensor],
     precisions: Mapping[int, Tensor],
     sizes: Mapping[str, _Size],
+    gradients: GradientMoments | None = None,
 ) -> dict[str, list[_Cut]]:
     plan = reader_plan(groups)
     cuts: dict[tuple[str, int], _Cut] = {}
@@ -395,12 +411,29 @@ def _collect(
             precision = precisions.get(r.call)
             num_rows = wanted[group.name] * probes
             cuts[group.name, r.call] = _Cut(r, precision, num_rows)
-    seen, most = 0, max(wanted.values())
-    for x, directions, tap in passes(model, groups, inputs, probing):
+    seen, most = 0, max(wanted.values(), default=0)
+    if not groups and gradients is None:
+        return {}
+    read = [*groups, *(gradients.groups if gradients is not None else ())]
+    for x, directions, tap in passes(model, read, inputs, probing):
+        also = None if gradients is None or gradients.is_full else gradients
+        if also is not None:
+            also.begin(~_is_held(seen, len(x)))
 
         def collect(
-            call: int, a: Tensor, grad: Tensor, num: int = len(x), seen: int = seen
+            call: int,
+            a: Tensor,
+            grad: Tensor,
+            *,
+            v: Tensor,
+            num: int = len(x),
+            seen: int = seen,
+            also: GradientMoments | None = also,
         ) -> None:
+            if also is not None and call in also.plan:
+                also.add(call, a, grad, v)
+            if call not in plan or seen >= most:
+                return
             dim = plan[call][0][1].channel_dim
             inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
             for group, _ in plan[call]:
@@ -417,9 +450,9 @@ def _collect(
                 cut.add(s)
 
         for v in directions:
-            tap.backward(v, collect)
+            tap.backward(v, partial(collect, v=v))
         seen += len(x)
-        if seen >= most:
+        if seen >= most and (gradients is None or gradients.is_full):
             break
     found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():

@@ -22,7 +22,7 @@ widths is measured, on images that neither the maps nor the order were fitted to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -51,95 +51,105 @@ class Part:
     moments: Tensor
 
 
-def gradient_moments(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    batches: Iterable[Tensor],
-    probing: Probing,
-    *,
-    inputs: Mapping[int, Inputs],
-    means: Mapping[int, Tensor],
-) -> dict[str, list[Part]]:
-    """Measure G of every reader, and E u_c^2 of those that have no map.
+class GradientMoments:
+    """Sums up, on the way of passes over the inputs, what :func:`leaving_order` goes by.
 
     Args:
         model: The network.
         groups: Wide groups.
-        batches: Unlabeled inputs [B, ...]; the first 512 are read.
-        probing: How the passes are run.
-        inputs: By call, of readers whose other inputs stand in for those that leave.
-        means: By call, of readers whose inputs leave their means behind.
-
-    Returns:
-        Group name -> the parts of its readers.
-
-    Raises:
-        NotFiniteError: If a gradient is not finite.
+        mapped: Calls whose other inputs stand in for those that leave: G is measured.
+        means: By call, of readers whose inputs leave their means behind: E u_c^2 is measured.
     """
-    plan = reader_plan(groups)
-    sums: dict[tuple[str, int], Tensor] = {}
-    modules = dict(model.named_modules())
-    seen, most = 0, int(_MAX_IMAGES / max(total(1), 1))
-    for x, directions, tap in passes(model, groups, batches, probing):
-        for i, v in enumerate(directions, 1):
 
-            def collect(
-                call: int, a: Tensor, grad: Tensor, num: int = len(x), v: Tensor = v
-            ) -> None:
-                for group, reader in plan[call]:
-                    if call in inputs:
-                        found = _gram(modules[reader.module], reader, grad, v, num)
-                    else:
-                        found = _changes(reader, a, grad, num, means.get(call)).square().sum(0)
-                    key = group.name, call
-                    found = found.double().cpu()
-                    sums[key] = sums[key].add_(found) if key in sums else found
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        *,
+        mapped: Set[int],
+        means: Mapping[int, Tensor],
+    ) -> None:
+        self.groups, self.plan = groups, reader_plan(groups)
+        self._modules = dict(model.named_modules())
+        self._mapped, self._means = mapped, means
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._count = 0.0
 
-            tap.backward(v, collect, last=i == len(directions))
-        seen += len(x)
-        if seen >= most:
-            break
-    keys = list(sums)
-    count = total(seen) * probing.num_probes
-    pooled = dict(zip(keys, summed(*(sums[k] for k in keys)), strict=True))
-    parts: dict[str, list[Part]] = {}
-    for group in groups:
-        for reader in group.readers:
-            moments = pooled[group.name, reader.call] / count
-            if not bool(moments.isfinite().all()):
-                raise NotFiniteError(
-                    f"group {group.name!r}: expected finite gradients, found NaN or infinity: "
-                    "check the inputs and the weights for non-finite values"
-                )
-            parts.setdefault(group.name, []).append(
-                Part(reader, inputs.get(reader.call), moments)
-            )
-    return parts
+    @property
+    def is_full(self) -> bool:
+        """Whether more images would change little."""
+        return self._count >= _MAX_IMAGES
+
+    def begin(self, mask: Tensor) -> None:
+        """Announce a pass over a batch, of which the images of ``mask`` [B] count."""
+        self._mask = mask
+        self._count += total(float(mask.sum()))
+
+    def add(self, call: int, a: Tensor, grad: Tensor, v: Tensor) -> None:
+        """Take in what a reader reads, and the gradient there, for directions v [B, K]."""
+        mask = self._mask.to(a.device)
+        if not bool(mask.any()):
+            return
+        num = len(mask)
+        for group, reader in self.plan[call]:
+            if call in self._mapped:
+                layer = self._modules[reader.module]
+                found = _gram(layer, reader, grad, v, mask)
+            else:
+                u = _changes(reader, a, grad, num, self._means.get(call))
+                found = u[mask].square().sum(0)
+            key, found = (group.name, call), found.double().cpu()
+            self._sums[key] = self._sums[key].add_(found) if key in self._sums else found
+
+    def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
+        """Return the parts of every group's readers.
+
+        Args:
+            inputs: By call, of readers with a map.
+
+        Returns:
+            Group name -> parts.
+
+        Raises:
+            NotFiniteError: If a gradient is not finite.
+        """
+        keys = [(g.name, r.call) for g in self.groups for r in g.readers]
+        pooled = dict(zip(keys, summed(*(self._sums[k] for k in keys)), strict=True))
+        parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
+        for group in self.groups:
+            for reader in group.readers:
+                moments = pooled[group.name, reader.call] / self._count
+                if not bool(moments.isfinite().all()):
+                    raise NotFiniteError(
+                        f"group {group.name!r}: expected finite gradients, found NaN or infinity: "
+                        "check the inputs and the weights for non-finite values"
+                    )
+                parts[group.name].append(Part(reader, inputs.get(reader.call), moments))
+        return parts
 
 
-def _gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor, num: int) -> Tensor:
-    """Return the sum over images and positions of d d^T, own inputs only.
+def _gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over the images of ``mask`` and their positions of d d^T, own inputs only.
 
     Of a linear layer whose output is the network's, E d d^T = W^T W: exact however few the images.
     """
+    num = len(mask)
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Linear) and weight is not None and grad.ndim == 2:
         own = weight.detach()[:, reader.index].float()
         if len(own) == v.shape[1] and len(grad) == num:
             expected = v.float() @ own
             if torch.allclose(grad[:, reader.index].float(), expected, rtol=1e-2, atol=1e-4):
-                return num * (own.T @ own)
-    rows = by_channel(grad, reader.channel_dim, num)[:, reader.index]
-    num_positions = rows.shape[2]
-    windows = len(rows) // num
-    step = max(1, num_positions * windows // _MAX_POSITIONS)
-    if step > 1 and num_positions >= step:  # every so manieth position, from one that varies
-        rows = torch.cat([r[:, i % step :: step] for i, r in enumerate(rows)], 1)
-        flat = rows.float()
-    else:
-        step, flat = 1, rows.transpose(0, 1).flatten(1).float()
-    kept = flat.shape[1] / (num_positions * windows * num)
-    return flat @ flat.T / kept
+                return mask.sum() * (own.T @ own)
+    d = by_channel(grad, reader.channel_dim, num)
+    d = d[mask.repeat_interleave(len(d) // num)][:, reader.index].float()
+    windows, positions = len(d) // int(mask.sum()), d.shape[2]
+    step = max(1, min(positions, positions * windows // _MAX_POSITIONS))
+    if step == 1:
+        flat = d.transpose(0, 1).flatten(1)
+    else:  # every so manieth position, from one that varies
+        flat = torch.cat([image[:, i % step :: step] for i, image in enumerate(d)], 1)
+    return flat @ flat.T * (len(d) * positions / flat.shape[1])
 
 
 def _changes(
@@ -295,7 +305,7 @@ def measured_variance(
         probing: How the passes are run.
         orders: Group name -> order in which channels leave [C].
         parts: Group name -> what its readers' inputs predict of each other.
-        means: See :func:`gradient_moments`.
+        means: See :class:`GradientMoments`.
 
     Returns:
         Group name -> the variance at :func:`measured_at`, float64.
