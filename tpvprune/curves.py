@@ -22,13 +22,16 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.clock import Progress
-from tpvprune.distributed import places, share, summed, total
+from tpvprune.distributed import share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.moments import in_single
 from tpvprune.residuals import (
+    Covariances,
     Inputs,
-    input_covariances,
+    folded_covariances,
+    is_held,
+    merged,
     residual_map,
     ridge_inverse,
     shrunk_precision,
@@ -46,7 +49,6 @@ from tpvprune.taps import Metric, Probing, passes, reader_plan
 
 StandIn = Literal["map", "mean", "zero"]
 
-_HELD = 4  # every so manieth input takes no part in what wide groups are fitted to
 _MAX_STEPS = 96  # wide groups leave several channels at a time
 
 
@@ -126,8 +128,12 @@ def variance_curves(
     source = unlabeled(inputs)
 
     def measured(model: nn.Module) -> dict[str, Curve]:
-        num, fit, held = _folded_covariances(model, groups, source, stand_in)
-        moments = _merged(fit, held)
+        num, fit, held = (
+            (sum(map(len, source)), {}, {})
+            if stand_in == "zero"
+            else folded_covariances(model, groups, source)
+        )
+        moments = merged(fit, held)
         means = {call: mean for call, (mean, _) in moments.items()}
         most = min(max_rows, int(total(num)) * num_probes)
         widths = {c: len(m) for c, m in means.items()} if stand_in == "map" else {}
@@ -168,60 +174,6 @@ def variance_curves(
 
 # ---- wide groups ----------------------------------------------------------------------------
 
-Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
-"""Reader call -> (mean [n], covariance [n, n], number of inputs that they are of)."""
-
-
-def _folded_covariances(
-    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], stand_in: StandIn
-) -> tuple[int, Covariances, Covariances]:
-    """Return the number of inputs here, and covariances of three quarters and of the last."""
-    if stand_in == "zero":
-        return sum(map(len, inputs)), {}, {}
-    found: list[Covariances] = []
-    num = 0
-    for fold in (_Fold(inputs, held=False), _Fold(inputs, held=True)):
-        covariances = input_covariances(model, groups, fold)
-        num += fold.num
-        here = total(fold.num)
-        found.append({c: (*moments, here) for c, moments in covariances.items()})
-    return num, found[0], found[1]
-
-
-class _Fold:
-    """Re-iterable part of the inputs: every fourth of the whole set, or the others."""
-
-    def __init__(self, inputs: Iterable[Tensor], *, held: bool) -> None:
-        self._inputs, self._held = inputs, held
-        self.num = 0  # inputs of the last pass
-
-    def __iter__(self) -> Iterator[Tensor]:
-        seen = self.num = 0
-        for x in self._inputs:
-            mask = _is_held(seen, len(x)) == self._held
-            seen += len(x)
-            self.num += int(mask.sum())
-            if bool(mask.any()):
-                yield x[mask]
-
-
-def _is_held(first: int, num: int) -> Tensor:
-    """Return which of some inputs of here take no part in the fit of wide groups [num]."""
-    return places(first, num) % _HELD == _HELD - 1
-
-
-def _merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return mean and covariance of both parts together."""
-    merged = {}
-    for call, (mean, covariance, num) in fit.items():
-        other, spread, more = held.get(call, (mean, covariance, 0.0))
-        part, moved = more / (num + more), other - mean
-        both = (1 - part) * covariance + part * spread
-        both.addr_(moved, moved, alpha=part * (1 - part))
-        merged[call] = mean + part * moved, both
-    return merged
-
-
 def _means(covariances: Covariances) -> dict[int, Tensor]:
     return {call: mean for call, (mean, _, _) in covariances.items()}
 
@@ -256,8 +208,8 @@ def _wide_curves(
     orders = {name: order for name, (order, _) in found.items()}
     # Other directions on inputs that took no part, where there are any.
     again = replace(probing, seed=probing.seed + 1)
-    judges: Iterable[Tensor] = _Fold(inputs, held=True)
-    judges = judges if any(True for _ in judges) else inputs
+    judges: Iterable[Tensor] = _Held(inputs)
+    judges = judges if total(sum(map(len, judges))) else inputs
     sizes = {name: _map_bytes(g, widths) for name, g in groups.items()}
     for names in _parts(sizes, max_bytes_held):
         part = [groups[name] for name in names]
@@ -268,6 +220,21 @@ def _wide_curves(
             shape, counts = found[g.name][1], measured_at(g.num_channels)
             curve = fitted_curve(shape, counts, measured[g.name])
             yield g.name, Curve(orders[g.name], curve)
+
+
+class _Held:
+    """Re-iterable inputs that took no part in a fit."""
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        self._inputs = inputs
+
+    def __iter__(self) -> Iterator[Tensor]:
+        seen = 0
+        for x in self._inputs:
+            mask = is_held(seen, len(x))
+            seen += len(x)
+            if bool(mask.any()):
+                yield x[mask]
 
 
 def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
@@ -418,7 +385,7 @@ def _collect(
     for x, directions, tap in passes(model, read, inputs, probing):
         also = None if gradients is None or gradients.is_full else gradients
         if also is not None:
-            also.begin(~_is_held(seen, len(x)))
+            also.begin(~is_held(seen, len(x)))
 
         def collect(
             call: int,

@@ -31,6 +31,8 @@ from tpvprune.selection import Floors, check_budget
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Allocation = Literal["curves", "rank", "plain"]
 
+_ABSORBABLE = 2e11  # MACs of all images' forwards: four compensations more take minutes at most
+
 
 @dataclass(frozen=True)
 class PruningResult:
@@ -108,8 +110,8 @@ def prune(
         amp: ``torch.bfloat16`` scores in mixed precision (``"tpv"`` only).
         grad_checkpointing: Score with less memory in more time (``"tpv"`` only).
         absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
-            for (:func:`tpvprune.absorption.absorption`), at three compensations more; None: where
-            the foreseen repair refits weights.
+            for (:func:`tpvprune.absorption.absorption`), at four compensations more; None: where
+            the foreseen repair refits weights and that is cheap (images times MACs up to 2e11).
         ignore: Modules whose outputs stay whole.
         latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
@@ -145,7 +147,8 @@ def prune(
         "num_probes": num_probes, "amp": amp, "grad_checkpointing": grad_checkpointing,
         "seed": seed,
     }  # fmt: skip
-    absorb = stand_in(foresee) == "map" if absorb is None else absorb
+    if absorb is None:
+        absorb = stand_in(foresee) == "map" and groups.macs() * total(_num(fit)) <= _ABSORBABLE
     selector = Selector(
         criterion, use_curves, stand_in(foresee), allocation != "plain", fit,
         labelled_batches if criterion in NEEDS_LABELS else fit,
@@ -173,7 +176,7 @@ def prune(
             candidates["bn"] = recalibrate_batchnorm(candidates["none"], fit)
             measured["bn"] = difference(candidates["bn"], model, held)
     best = guard.best_repair(measured, repair)
-    num_fit = int(total(sum(map(len, fit))))
+    num_fit = int(total(_num(fit)))
     report = {
         "keep": keep,
         "of": of,
@@ -184,7 +187,7 @@ def prune(
         "repair_chosen": best,
         "seed": seed,
         "num_images": num_fit,
-        "num_held_back": int(total(sum(map(len, held)))),
+        "num_held_back": int(total(_num(held))),
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": aim.reached(groups, rounds.kept),
         "warnings": [*guard.warnings_of(measured, repair, best), *run.notes],
@@ -364,6 +367,10 @@ def _check_rounding(round_to: int, groups: ChannelGroups) -> None:
         raise ValueError(
             f"round_to: expected at most {widest}, the width of the widest group, found {round_to}"
         )
+
+
+def _num(batches: Iterable[Tensor]) -> int:
+    return sum(map(len, batches))
 
 
 def _whole(groups: ChannelGroups) -> Kept:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.distributed import places, share
+from tpvprune.distributed import places, share, total
 from tpvprune.groups import ChannelGroups
 from tpvprune.moments import Moments, in_single
 from tpvprune.observer import Observer
@@ -18,6 +19,7 @@ from tpvprune.running import evaluating, fast_layout, on_device
 from tpvprune.taps import reader_plan
 
 _FLOOR = 1e-10
+_HELD_EVERY = 4
 SHRINKAGES = (1e-3, 0.01, 0.04, 0.1, 0.25, 0.5, 0.8)
 _LARGEST_DOUBLE = 1024  # inputs up to which shrinkages are compared in float64
 
@@ -39,8 +41,9 @@ def residual_maps(
         model: The network.
         groups: Its channel groups.
         inputs: Batches [B, ...].
-        ridge: See :func:`ridge_inverse`.
-        max_samples: See :func:`input_covariances`.
+        ridge: See :func:`ridge_inverse`; of readers with more inputs than there are samples the
+            covariance is shrunk instead (:func:`shrunk_precision`).
+        max_samples: Only so many samples, the first, are read; None for all.
 
     Returns:
         Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at
@@ -48,12 +51,17 @@ def residual_maps(
     """
     plan = reader_plan(groups)
     dtype = in_single(next(model.parameters())[:0]).dtype
-    covariances = input_covariances(model, groups, inputs, max_samples=max_samples)
-    maps = {}
-    for call in list(covariances):
-        mean, covariance = covariances.pop(call)  # one matrix in float64 at a time
+    num, fit, held = folded_covariances(model, groups, inputs, max_samples=max_samples)
+    num = int(total(num))
+    both, maps = merged(fit, held), {}
+    for call in list(both):
+        mean, covariance = both.pop(call)  # one matrix in float64 at a time
         readers = [(reader.index, reader.channel) for _, reader in plan[call]]
-        matrix = residual_map(ridge_inverse(covariance, ridge), readers)
+        if len(mean) <= num:
+            precision = ridge_inverse(covariance, ridge)
+        else:
+            precision = shrunk_precision(fit[call][:2], held.get(call, fit[call])[:2])
+        matrix = residual_map(precision, readers)
         maps[call] = (mean.to(dtype), matrix.to(dtype))
     return maps
 
@@ -168,14 +176,25 @@ def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
     return vectors / values.clamp_min(_FLOOR * scale) @ vectors.T
 
 
+Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
+"""Reader call -> (mean [n], covariance [n, n], number of rows that they are of)."""
+
+
+def is_held(first: int, num: int) -> Tensor:
+    """Return which of some inputs of here take no part in a fit, but judge it.
+
+    Args:
+        first: How many came before them here.
+        num: How many.
+
+    Returns:
+        BoolTensor [num]: every fourth of the whole set.
+    """
+    return places(first, num) % _HELD_EVERY == _HELD_EVERY - 1
+
+
 def input_covariances(
-    model: nn.Module,
-    groups: ChannelGroups,
-    inputs: Iterable[Tensor],
-    *,
-    max_inputs: int = 4096,
-    max_positions: int = 64,
-    max_samples: int | None = None,
+    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], **limits: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Measure how the inputs of every reader vary together over samples and positions.
 
@@ -183,17 +202,43 @@ def input_covariances(
         model: The network.
         groups: Its channel groups.
         inputs: Batches [B, ...]; how the samples are split into them does not matter.
+        **limits: See :func:`folded_covariances`.
+
+    Returns:
+        Reader call -> (mean [n], covariance [n, n]), float64.
+    """
+    _, fit, held = folded_covariances(model, groups, inputs, **limits)
+    return merged(fit, held)
+
+
+def folded_covariances(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    max_inputs: int = 4096,
+    max_positions: int = 64,
+    max_samples: int | None = None,
+) -> tuple[int, Covariances, Covariances]:
+    """Measure the covariances of three quarters of the samples, and of the last quarter.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...].
         max_inputs: Calls with more inputs (a flattened feature map) are left out.
         max_positions: At most so many positions of a sample are read, spread evenly.
         max_samples: Only so many samples, the first, are read; None for all.
 
     Returns:
-        Reader call -> (mean [n], covariance [n, n]), float64; products are formed in float32 at
-        least, whatever the model computes in (:mod:`tpvprune.moments`).
+        How many samples of here were read; the covariances of those that :func:`is_held` leaves,
+        and of those that it holds back, if there are any. Products are formed in float32 at least,
+        whatever the model computes in (:mod:`tpvprune.moments`).
     """
     plan = reader_plan(groups)
-    moments: dict[int, Moments] = {}
+    moments: dict[int, tuple[Moments, Moments]] = {}
     seen = num = 0
+    mask = torch.zeros(0, dtype=torch.bool)
 
     def observe(call: int, a: Tensor) -> None:
         dim = plan[call][0][1].channel_dim
@@ -201,8 +246,11 @@ def input_covariances(
             return
         rows = sampled_rows(by_channel(a, dim, num), places(seen, num), max_positions)
         if call not in moments:
-            moments[call] = Moments(a.shape[dim], joint=True, device=a.device)
-        moments[call].add(rows)
+            fit, held = (Moments(a.shape[dim], joint=True, device=a.device) for _ in range(2))
+            moments[call] = fit, held
+        of_held = mask.repeat_interleave(len(rows) // num).to(rows.device)
+        moments[call][0].add(rows[~of_held])
+        moments[call][1].add(rows[of_held])
 
     with evaluating(model), torch.no_grad():
         for batch in inputs:
@@ -210,15 +258,41 @@ def input_covariances(
             num = len(x)
             if not num:
                 break
+            mask = is_held(seen, num)
             moved = fast_layout(on_device(x, model), model)
             with Observer(set(plan), observe):
                 model(moved)
             seen += num
-    found = {}
+    found: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
     for call in list(moments):
-        _, mean, covariance = moments.pop(call).over_processes()
-        found[call] = mean, covariance
-    return found
+        for fold, part in zip(found, moments.pop(call), strict=True):
+            count, mean, covariance = part.over_processes()
+            if count:
+                fold[call] = mean, covariance, count
+    return seen, *found
+
+
+def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return mean and covariance of both parts together.
+
+    Args:
+        fit: As :func:`folded_covariances` returns them.
+        held: Likewise.
+
+    Returns:
+        Reader call -> (mean, covariance).
+    """
+    both = {}
+    for call, (mean, covariance, num) in fit.items():
+        if call not in held:
+            both[call] = mean, covariance
+            continue
+        other, spread, more = held[call]
+        part, moved = more / (num + more), other - mean
+        joined = (1 - part) * covariance + part * spread
+        joined.addr_(moved, moved, alpha=part * (1 - part))
+        both[call] = mean + part * moved, joined
+    return both
 
 
 def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tpvprune.distributed import summed, total
 from tpvprune.finite import NotFiniteError
 from tpvprune.groups import ChannelGroup, Reader
+from tpvprune.membership import num_processes
 from tpvprune.positions import by_channel
 from tpvprune.residuals import Inputs
 from tpvprune.taps import Probing, passes, reader_plan
@@ -72,18 +73,24 @@ class GradientMoments:
         self.groups, self.plan = groups, reader_plan(groups)
         self._modules = dict(model.named_modules())
         self._mapped, self._means = mapped, means
-        self._sums: dict[tuple[str, int], Tensor] = {}
-        self._count = 0.0
+        self._sums = {
+            (g.name, r.call): torch.zeros(
+                [len(r.index)] * (2 if r.call in mapped else 1), dtype=torch.float64
+            )
+            for g in groups
+            for r in g.readers
+        }
+        self._count = 0
 
     @property
     def is_full(self) -> bool:
         """Whether more images would change little."""
-        return self._count >= _MAX_IMAGES
+        return self._count * num_processes() >= _MAX_IMAGES
 
     def begin(self, mask: Tensor) -> None:
         """Announce a pass over a batch, of which the images of ``mask`` [B] count."""
         self._mask = mask
-        self._count += total(float(mask.sum()))
+        self._count += int(mask.sum())
 
     def add(self, call: int, a: Tensor, grad: Tensor, v: Tensor) -> None:
         """Take in what a reader reads, and the gradient there, for directions v [B, K]."""
@@ -98,8 +105,7 @@ class GradientMoments:
             else:
                 u = _changes(reader, a, grad, num, self._means.get(call))
                 found = u[mask].square().sum(0)
-            key, found = (group.name, call), found.double().cpu()
-            self._sums[key] = self._sums[key].add_(found) if key in self._sums else found
+            self._sums[group.name, call] += found.double().cpu()
 
     def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
         """Return the parts of every group's readers.
@@ -113,12 +119,12 @@ class GradientMoments:
         Raises:
             NotFiniteError: If a gradient is not finite.
         """
-        keys = [(g.name, r.call) for g in self.groups for r in g.readers]
-        pooled = dict(zip(keys, summed(*(self._sums[k] for k in keys)), strict=True))
+        pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
+        count = max(1.0, total(self._count))
         parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
         for group in self.groups:
             for reader in group.readers:
-                moments = pooled[group.name, reader.call] / self._count
+                moments = pooled[group.name, reader.call] / count
                 if not bool(moments.isfinite().all()):
                     raise NotFiniteError(
                         f"group {group.name!r}: expected finite gradients, found NaN or infinity: "
