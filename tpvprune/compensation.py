@@ -407,7 +407,7 @@ class Walk:
         )
         self._running.run = run
         with torch.no_grad(), run:
-            self._again(self._model, (x,), {})
+            self._again(self._model, (x,), {}, last=False)
 
     def _fit(self, key: Hashable) -> None:
         """Fit what all chunks have come to: the layer of a call, or a block."""
@@ -432,8 +432,16 @@ class Walk:
             raise _AgainError(call)
         self._lockstep.meet(call)
 
-    def _again(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _again(
+        self, run: Callable[..., Any], args: Any, kwargs: Any, *, last: bool = True
+    ) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
+
+        Args:
+            run: The part.
+            args: What it is called with.
+            kwargs: Likewise.
+            last: Whether it will not run again: what it overwrote is read further on.
 
         Returns:
             What it returns.
@@ -441,11 +449,15 @@ class Walk:
         follower = self._running.run
         state = follower.state()
         while True:
-            # Of the whole network nobody else holds the inputs, but every layer may overwrite them.
+            given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
             try:
-                return run(*map(_copied, args), **{k: _copied(v) for k, v in kwargs.items()})
+                out = run(*given, **named)
             except _AgainError as error:
                 call = error.call
+            else:
+                if last:
+                    _overwrite([*args, *kwargs.values()], [*given, *named.values()])
+                return out
             follower.go_back(state)
             self._lockstep.meet(call)
 
@@ -461,8 +473,8 @@ class Walk:
         if follower is None:  # the fit of the block itself
             return forward(*args, **kwargs)
         state = follower.state()
-        out = self._again(forward, args, kwargs)
         block = self._blocks.get(name)
+        out = self._again(forward, args, kwargs, last=block is None)
         if block is None:
             return out
         mask = block.wanted[follower.own]
@@ -497,6 +509,13 @@ class Walk:
 def _copied(value: Any) -> Any:
     """Return a copy of a tensor, which a layer may overwrite; others as they are."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _overwrite(values: Iterable[Any], copies: Iterable[Any]) -> None:
+    """Give tensors what layers wrote into their copies."""
+    for value, copied in zip(values, copies, strict=True):
+        if isinstance(value, Tensor) and copied._version:
+            value.copy_(copied)
 
 
 class _RefitRun(BranchFollower):

@@ -239,15 +239,16 @@ def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
     Returns:
         The lower factors; NaN where the matrix is not finite.
     """
-    damped = gram.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    finite = gram.isfinite().flatten(1).all(1)
+    least = 1e-14 * gram.diagonal(dim1=1, dim2=2).mean(1).abs() + 1e-300
     for _ in range(16):
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed.any()) or not bool(gram.isfinite().all()):
-            return factor
-        ridge = torch.where(failed > 0, 10 * ridge, ridge)
         damped = gram.clone()
         damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        singular = (failed > 0) & finite
+        if not bool(singular.any()):
+            return factor.masked_fill_(~finite[:, None, None], torch.nan)
+        ridge = torch.where(singular, torch.maximum(10 * ridge, least), ridge)
     return torch.full_like(gram, torch.nan)
 
 
