@@ -49,7 +49,9 @@ def cut_everywhere(model, seed=0):
 
 def repair(dense, pruned, groups, kept, *, ridge=1e-12, data=None):
     data = batches(NUM, 20) if data is None else data
-    return compensate_weights(pruned, dense, data, groups=groups, kept=kept, ridge=ridge)
+    return compensate_weights(
+        pruned, dense, data, groups=groups, kept=kept, ridge=ridge, min_rows=1 << 20
+    )
 
 
 def seen(model, x):

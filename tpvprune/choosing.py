@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from tpvprune.scores import Scores
 from tpvprune.selection import Budget, Floors, cost, reaches, select_channels
 
 Of = Literal["macs", "params", "latency"]
+
+_REPORTED = 256  # images that scores come from where they do not choose
 _MOST_AIMS = 100  # each is lower than the one before; a handful is what it takes
 
 
@@ -167,7 +170,8 @@ class Selector:
         )
 
     def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
-        seen = Counted(self.source, "scoring", self.clock.progress)
+        source = _few(self.source) if self.use_curves else self.source
+        seen = Counted(source, "scoring", self.clock.progress)
         options: Mapping[str, Any] = {"seed": self.probing["seed"]}
         if self.criterion == "tpv":
             options = {**self.probing, "compensated": self.stand_in != "zero"}
@@ -197,6 +201,12 @@ class Selector:
             )  # fmt: skip
         rounds.curves = scaled(curves, rounds.factors)
         return partial(choose, rounds.curves), ranks
+
+
+def _few(batches: list[Tensor]) -> list[Tensor]:
+    """Return the first batches: where curves choose, scores only go into the report."""
+    starts = accumulate((len(x) for x in batches), initial=0)
+    return [x for x, start in zip(batches, starts, strict=False) if start < _REPORTED]
 
 
 def _feasible(

@@ -162,7 +162,7 @@ def refitted(
 
 def refits_towards(
     dense: nn.Module,
-    chunks: Sequence[Tensor],
+    chunks: Iterable[Tensor],
     plan: Plan,
     *,
     groups: ChannelGroups | None,
@@ -366,6 +366,7 @@ class Walk:
         chunks: The inputs.
         max_bytes: Memory for what waiting chunks hold.
         blocks: What is fitted besides, each when all chunks are through it.
+        view: Makes of a chunk [B, ...] what the network gets [B * copies, ...].
         copies: So many inputs that follow each other are views of one image.
     """
 
@@ -377,10 +378,12 @@ class Walk:
         max_bytes: int,
         *,
         blocks: Sequence[BlockFit] = (),
+        view: Callable[[Tensor], Tensor] = lambda x: x,
         copies: int = 1,
     ) -> None:
         self._model, self._fits, self._chunks = model, fits, chunks
-        self._room = max_bytes / max(1, sum(map(len, chunks)))
+        self._room = max_bytes / max(1, copies * sum(map(len, chunks)))
+        self._view = view
         self._blocks = {block.name: block for block in blocks}
         self._copies = copies
         self._calls: dict[str, list[BlockCall]] = {}
@@ -392,22 +395,27 @@ class Walk:
         fast_layout(on_device(self._chunks[0][:1], self._model), self._model)  # asks once
         starts = [0]
         for x in self._chunks:
-            starts.append(starts[-1] + len(x))
+            starts.append(starts[-1] + len(x) * self._copies)
         with evaluating(self._model), self._replaced():
             self._lockstep.run(lambda i: self._walk(i, starts[i]))
 
     def _walk(self, i: int, start: int) -> None:
-        x = fast_layout(on_device(self._chunks[i], self._model), self._model)
         run = _RefitRun(
             layers_by_weight(self._model, self._fits.without),
             self._fits,
-            slice(start, start + len(x)),
+            slice(start, start + len(self._chunks[i]) * self._copies),
             self._stop,
             copies=self._copies,
         )
         self._running.run = run
         with torch.no_grad(), run:
-            self._again(self._model, (x,), {}, last=False)
+            self._again(self._whole, (i,), {}, last=False)
+
+    def _whole(self, i: int) -> None:
+        """Run the network on a chunk: a copy that nobody else holds, and layers may overwrite."""
+        x = self._view(self._chunks[i])
+        moved = fast_layout(on_device(x, self._model), self._model)
+        self._model(moved.clone() if moved is self._chunks[i] else moved)
 
     def _fit(self, key: Hashable) -> None:
         """Fit what all chunks have come to: the layer of a call, or a block."""

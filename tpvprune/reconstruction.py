@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,8 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.membership import alone, num_processes
 from tpvprune.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 from tpvprune.targets import plan_for
+
+_MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
 
 
 def reconstruct_blocks(
@@ -116,11 +118,11 @@ def reconstruct_blocks(
     with evaluating(dense, repaired), torch.no_grad():
         blocks, stages = find_blocks(dense, repaired, first, groups, kept)
     copies = 2 if mirror and first.ndim == 4 else 1
-    views = list(_mirrored(inputs)) if copies == 2 else inputs
-    chunks = rechunked(views, chunk_size(dense, views))
-    num = sum(map(len, chunks))
+    view = _with_mirror_images if copies == 2 else _as_it_is
+    chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
+    num = copies * sum(map(len, chunks))
     plan = plan_for(Plan(num, rows_per_input, min_rows, seed), dense, first[:1], TARGET_BYTES)
-    refits = partial(refits_towards, dense, chunks, plan, groups=groups, kept=kept)
+    refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept)
     fast = first.ndim == 4 and takes_channels_last(dense, first)
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]
@@ -148,7 +150,7 @@ def reconstruct_blocks(
                 found, num // copies, copies,
                 max_positions=max_positions, max_bytes=TARGET_BYTES, seed=seed,
             )  # fmt: skip
-            targets = _dense_outputs(dense, found, chunks, wanted)
+            targets = _dense_outputs(dense, found, map(view, chunks), wanted)
             fits = [
                 BlockFit(
                     b.name,
@@ -162,14 +164,20 @@ def reconstruct_blocks(
                 )
                 for b in found
             ]
-            Walk(repaired, run(), chunks, max_bytes, blocks=fits, copies=copies).run()
+            Walk(
+                repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
+                blocks=fits, view=view, copies=copies,
+            ).run()  # fmt: skip
     return repaired
 
 
-def _mirrored(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield image batches, each image followed by its mirror image."""
-    for x in inputs:
-        yield torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _with_mirror_images(x: Tensor) -> Tensor:
+    """Return images [B, C, H, W], each followed by its mirror image."""
+    return torch.stack([x, x.flip(3)], 1).flatten(0, 1)
 
 
 def _wanted(
@@ -201,7 +209,7 @@ def _wanted(
 def _dense_outputs(
     dense: nn.Module,
     blocks: Sequence[Block],
-    chunks: Sequence[Tensor],
+    chunks: Iterable[Tensor],
     wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return what the pruned blocks should give: the kept channels of the dense outputs."""
