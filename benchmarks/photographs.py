@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -31,9 +32,9 @@ from rows import append
 from tables import photographs_table
 from torch import Tensor, nn
 
-from tpvprune import prune
+from tpvprune import choosing, prune
 from tpvprune.baselines.stock import STOCK, stock_prune
-from tpvprune.batches import hold_back, unlabeled
+from tpvprune.batches import unlabeled
 from tpvprune.batchnorm import recalibrate_batchnorm
 from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
 from tpvprune.benchmark_rows import COLUMNS as COMMON
@@ -49,6 +50,7 @@ from tpvprune.command_line.flag_groups import (
 from tpvprune.compensation import compensate_weights
 from tpvprune.costs import count_macs, count_params
 from tpvprune.data import ImageSource, open_images
+from tpvprune.drawing import hold_back
 from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.groups import find_groups
 from tpvprune.loading import choose_images, in_memory
@@ -223,6 +225,7 @@ def measured(
     drawn: tuple[int, list[Any]] | None = None
     left_out: dict[str, str] = {}
     num_measured = 0
+    remembered: dict[Any, Any] = {}
     for series, stop, repair in missing:
         if drawn is None or drawn[0] != series.seed:
             drawn = series.seed, calibration(args, subject.model, series.seed, plan.labelled)
@@ -230,7 +233,8 @@ def measured(
         if what in left_out:
             continue
         try:
-            found = measure(subject, drawn[1], series, stop, repair)
+            with curves_once(subject.model, remembered):
+                found = measure(subject, drawn[1], series, stop, repair)
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
             left_out[what] = " ".join(str(error).split())
@@ -240,6 +244,30 @@ def measured(
         yield plan.row(series, stop, repair) | found | settings | surroundings(args)
     if not num_measured and not done:
         raise ValueError(f"nothing could be measured: {next(iter(left_out.values()))}")
+
+
+@contextmanager
+def curves_once(model: nn.Module, known: dict[Any, Any]) -> Iterator[None]:
+    """Let ``prune`` measure the curves of the dense model once for all budgets of a seed.
+
+    They do not depend on the budget; ``seconds`` of the first row of a seed has their time.
+    """
+    plain = choosing.variance_curves
+
+    def remembered(subject: nn.Module, *given: Any, **options: Any) -> Any:
+        if subject is not model:
+            return plain(subject, *given, **options)
+        key = tuple(str(options.get(name)) for name in ("seed", "stand_in", "of", "num_probes"))
+        if key not in known:
+            known.clear()
+            known[key] = plain(subject, *given, **options)
+        return known[key]
+
+    choosing.variance_curves = remembered
+    try:
+        yield
+    finally:
+        choosing.variance_curves = plain
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
