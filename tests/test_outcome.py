@@ -13,6 +13,7 @@ from torch import nn
 
 from tpvprune import guard
 from tpvprune.command_line import outcome, session_images, session_results
+from tpvprune.command_line.benchmark import broken_rows
 from tpvprune.command_line.console import show_pruned, show_trained
 from tpvprune.command_line.session_images import calibration, num_images, num_witnesses
 from tpvprune.costs import count_macs
@@ -98,6 +99,18 @@ def test_what_to_try_is_not_what_was_done(best):
     assert len(advice.split(", ")) == 3
     other = guard.warnings_of({best: BROKEN}, best, best, keep="a wider pattern")[0]
     assert "try a wider pattern, more images" in other
+
+
+def test_broken_rows_of_a_benchmark_are_named():
+    agreements = ["93.00", "49.99", "50.00", "nan", ""]
+    rows = [
+        {"keep": str(0.1 * i), "criterion": f"c{i}", "repair": "bn", "agreement": text}
+        for i, text in enumerate(agreements)
+    ]
+    line = broken_rows(rows)
+    assert line.startswith("BROKEN: 2 of 5 rows")
+    assert "c3 with repair bn (agreement nan %)" in line
+    assert broken_rows([rows[0], rows[2], rows[4]]) is None
 
 
 # ---- from images to the document ----------------------------------------------------------------
