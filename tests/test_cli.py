@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import statistics
@@ -450,6 +451,46 @@ class TestStart:
         assert done.returncode == 0, done.stderr
         for message, line in zip(lines, done.stderr.splitlines(), strict=True):
             assert message in line
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages of Linux")
+    @pytest.mark.parametrize(
+        ("argv", "own", "expected"),
+        [
+            (["prune", "--output", "new"], None, "1"),
+            (["prune", "--output", "new"], "0", "0"),
+            (["prune", "--output", "new", "--of", "latency"], None, None),
+            (["prune", "--output", "new", "--of", "params", "--dry-run"], None, "1"),
+            (["score", "--output", "new"], None, "1"),
+            (["benchmark", "--output", "new"], None, "1"),
+            (["distill", "flat", "--output", "new"], None, "1"),
+            (["evaluate"], None, None),
+            (["export"], None, None),
+        ],
+    )
+    def test_large_pages_are_asked_for_where_no_milliseconds_are_the_result(
+        self, root, argv, own, expected
+    ):
+        # Of what torch is started with; no images, so the command ends before it is imported.
+        model = [] if argv[0] == "distill" else ["--model", "test_resnet"]
+        code = f"""
+            import os, sys
+            from tpvprune.cli import main
+            assert main({[*argv, *model, "--data-dir", "none"]!r}) == 2
+            assert "torch" not in sys.modules
+            print(os.environ.get("THP_MEM_ALLOC_ENABLE"))
+        """
+        variables = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        variables |= {"THP_MEM_ALLOC_ENABLE": own} if own else {}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=root, env=variables, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(expected)
+
+    def test_a_process_that_has_torch_already_keeps_its_environment(self, run, monkeypatch):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        run("prune", "--model", "test_resnet", "--data-dir", "none", "--output", "new")
+        assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
     @pytest.mark.parametrize("command", ["prune", "score", "groups", "evaluate", "demo"])
     def test_help_fits_the_terminal(self, command, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from tpvprune.cli import main
 from tpvprune.command_line import training as training_commands
 from tpvprune.command_line.session_images import all_but, choose, choose_apart
 from tpvprune.data import open_images
+from tpvprune.evaluation import Difference
 from tpvprune.preprocessing import resolve_preprocessing
 from tpvprune.weights.masks import load_masks
 
@@ -63,17 +64,15 @@ def weights_of(folder):
 )
 def test_training_that_only_harms_is_not_saved(run, root, tmp_path, monkeypatch, case):
     variance, agreement, saved = case
-    found = [
-        {"output_variance": 1.0, "agreement": 0.9},
-        {"output_variance": variance, "agreement": agreement},
-    ]
+    found = [Difference(4, 0.9, 0.2, 1.0, 0.1), Difference(4, agreement, 0.2, variance, 0.1)]
     measured = iter(found)
-    monkeypatch.setattr(training_commands, "_closeness", lambda *_: next(measured))
+    monkeypatch.setattr(training_commands, "difference", lambda *_: next(measured))
     code, out, err = run(*distil(tmp_path / "out", "--json"))
     document = json.loads(out)
     assert code == 0
     assert document["training"]["saved"] == saved
-    assert document["pruned"]["agreement"] == found[saved == "trained"]["agreement"]
+    assert document["pruned"]["agreement"] == found[saved == "trained"].agreement
+    assert document["held_back"]["output_variance"] == found[saved == "trained"].output_variance
     assert ("weights it began with are saved" in " ".join(err.split())) == (saved == "start")
     assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (saved == "start")
 

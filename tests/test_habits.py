@@ -17,6 +17,7 @@ from tpvprune.checkpoint import load_pruned, save_pruned
 from tpvprune.cli import main
 from tpvprune.command_line import benchmark, commands, planning
 from tpvprune.digest import file_digest
+from tpvprune.drawing import hold_back
 from tpvprune.models import load_model
 from tpvprune.pipeline import prune
 
@@ -137,6 +138,8 @@ def test_dry_run_of_prune_plans_and_leaves_nothing(run, root):
     assert 0 < document["smallest"]["macs"] < document["dense"]["macs"]
     assert {group["name"] for group in document["groups"]} >= {"conv1.0"}
     assert "dry run: nothing was written" in err
+    held = sum(map(len, hold_back(torch.zeros(12, 1).split(5))[1]))
+    assert f"12 images of flat, {held} of them held back" in " ".join(err.split())
     assert sorted(root.iterdir()) == before
     limits = ["--keep", "0.001", "--min-channels", "8"]
     code, _, err = run("prune", *model, "--output", "new", *limits, "--dry-run")

@@ -1,5 +1,6 @@
 """The report: complete, self-contained, and safe for whatever names and numbers it is given."""
 
+import copy
 import json
 import re
 from html.parser import HTMLParser
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from tpvprune.evaluation import Evaluation
-from tpvprune.report import render, report_data, write_report
+from tpvprune.report import DAMAGE, render, report_data, write_report
+from tpvprune.reporting.card import card
 from tpvprune.reporting.charts import percent, scale_of, short, significant, whole
+from tpvprune.reporting.comparing import render_comparison
 
 EVIL = '<script>alert("x")</script>&'
 
@@ -44,11 +47,43 @@ def full_data(name="layer1.0.conv1"):
         "reached": True,
         "dense": evaluation(),
         "pruned": evaluation(macs=62_611_210, top1=0.9103, agreement=0.942, output_variance=14.1),
+        "warnings": [f"BROKEN: {name}", f"step 1: {name}"],
+        "held_back": {
+            "num_images": 77,
+            "agreement": 0.4321,
+            "chance_agreement": 0.1234,
+            "output_variance": 13.9,
+            "variance_share": 0.0567,
+            "broken": True,
+        },
+        "images_used": {"selection": 901, "repair": 902, "layers": 903, name: 55},
+        "num_images": 900,
+        "num_held_back": 77,
+        "images": {"source": name, "num_images": 900, "agreement_on": f"512 {name}"},
+        "training": {
+            **{"epochs": 3, "lr": 0.01, "num_images": 900, "batch_size": 128, "seconds": 1.5},
+            **{"num_held_back": 77, "used_labels": False, "saved": "trained"},
+            "before": {"output_variance": 20.0, "agreement": 0.9},
+            "after": {"output_variance": 14.1, "agreement": 0.942},
+        },
+        "disagreement": {
+            "num_images": 512,
+            "num_changed": 30,
+            "classes": [{"class": k, "num_images": 9, "agreement": 0.9} for k in range(3)],
+            "samples": [
+                {"image": f"data:image/png;base64,{'A' * 8}", "dense": 1, "pruned": 2}
+                | {"dense_share": 0.9, "pruned_share": 0.4}
+            ],
+        },
+        "class_names": ["ant", name, "cat"],
+        "layers": [{"name": name, "num_weights": 90, "kept": 40}],
         "output_variance": {"none": 310.0, name: 13.9},
+        "variance_share": {"none": 1.4, name: 0.0567},
         "output_second_moment": 402.0,
         "steps": [
             {"macs": 94e6, "params": 6e5, "agreement": 0.981, "output_variance": 4.0},
-            {"macs": 62_611_210, "params": 4e5, "agreement": 0.942, "output_variance": 13.9},
+            {"macs": 62_611_210, "params": 4e5, "agreement": 0.942, "output_variance": 13.9}
+            | {"num_images": 77, "chance_agreement": 0.1, "variance_share": 0.1, "broken": False},
         ],
         "groups": [
             {"name": name, "unit": "channel", "num_channels": 16, "kept": 7},
@@ -100,8 +135,12 @@ def test_every_section_is_there(tmp_path):
         "layer1.0.conv1, pruned to 50\u202f% of its MACs",
         "Before and after",
         "Criteria compared",
+        "Training",
         "Kept width",
+        "Weights that stay",
         "Along the steps",
+        "Agreement by class",
+        "Images that changed",
         "Scores",
         "Repair",
         "Layers left whole",
@@ -128,7 +167,8 @@ def test_headline_numbers_are_written_out(tmp_path):
 
 def test_page_needs_nothing_from_outside(tmp_path):
     page = write_report(full_data(), tmp_path)[1].read_text()
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<img|<iframe", page)
+    page = page.replace(' src="data:image/png;base64,AAAAAAAA"', "")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<iframe", page)
     assert not any({"src", "href", "onload"} & attrs.keys() for _, attrs in parse(page).tags)
 
 
@@ -137,6 +177,69 @@ def test_names_are_escaped_everywhere(tmp_path):
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 12
     assert not any(tag == "script" for tag, _ in parse(page).tags)
+
+
+def leaves(value, path=()):
+    """Yield the path of everything that is no container."""
+    if not isinstance(value, dict | list):
+        yield path
+        return
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield from leaves(value[key], (*path, key))
+
+
+def test_nothing_in_a_report_is_taken_for_html():
+    # A stranger's: whatever stands in the place of a string or a number is text, or is refused.
+    valid = json.loads(json.dumps(full_data(), default=_as_list))
+    places = list(leaves(valid))
+    assert len(places) > 150
+    shown = 0
+    for path in places:
+        data = copy.deepcopy(valid)
+        inside = data
+        for key in path[:-1]:
+            inside = inside[key]
+        inside[path[-1]] = EVIL
+        for write in (render, lambda x: render_comparison([("a", x), ("b", valid)])):
+            try:
+                page = write(data)
+            except DAMAGE:
+                continue
+            assert "<script" not in page, path
+            assert not any(tag == "script" for tag, _ in parse(page).tags), path
+            shown += "&lt;script&gt;" in page
+    assert shown > 40
+
+
+def test_units_and_counts_that_are_strings_are_escaped():
+    data = json.loads(json.dumps(full_data(), default=_as_list))
+    data["groups"][0]["unit"] = data["blocked"][0]["num_channels"] = EVIL
+    data["num_held_back"] = data["pruned"]["latency_batch_size"] = EVIL
+    page = render(data)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 4
+
+
+def test_warnings_stand_above_all_else_and_what_was_held_back_is_told():
+    data = json.loads(json.dumps(full_data(EVIL), default=_as_list))
+    page = render(data)
+    warned = re.findall(r'<p class="warn">(.*?)</p>', page)
+    assert [line.partition(":")[0] for line in warned] == ["BROKEN", "step 1"]
+    assert page.index(warned[1]) < page.index('class="lead"')
+    text = re.sub(r"<[^>]*>", "", page).replace("\u202f", " ")
+    for fact in ("On 77 images held back: agreement 43.2 % (by chance 12.3 %)", "variance 0.057"):
+        assert fact in text
+    for name, num in {"To choose widths": 901, "To repair": 902, "Of each layer": 903}.items():
+        assert f"<dt>{name}</dt><dd>{num}</dd>" in page
+
+
+def test_a_card_begins_with_the_caveats():
+    config = {"model": "resnet18", "provenance": {}, "pretrained_cfg": {}}
+    text = card("org/small", config, {"warnings": [f"BROKEN: {EVIL}", "repair none"]}, license=None)
+    assert text.startswith("# small\n\n> BROKEN: ")
+    assert "\n>\n> repair none\n\n" in text
+    assert "<script" not in text
+    assert ">" not in card("org/small", config, {}, license=None).partition("\n\n")[2][:40]
 
 
 @pytest.mark.parametrize("part", sorted(full_data()))
@@ -187,7 +290,7 @@ def test_json_holds_all_that_was_given(tmp_path):
 
 
 def test_widths_of_bars_are_the_kept_shares(tmp_path):
-    page = write_report(full_data(), tmp_path)[1].read_text()
+    page = write_report({**full_data(), "layers": []}, tmp_path)[1].read_text()
     assert re.findall(r'"dense" style="width:([\d.]+)%"', page) == ["50.00", "100.00"]
     bars = re.findall(r'<span class="stays" style="width:([\d.]+)%"></span></span></span>', page)
     assert bars == ["43.75", "93.75"]

@@ -60,7 +60,7 @@ def hold_back(
         source = source.replaced(partial(_few, num_images=num_images, seed=seed))
     drawn, size = _drawn(source, num_images, seed)
     num = int(total(len(drawn)))
-    num_fit = num - _num_held(num)
+    num_fit = num - num_held(num)
     if num_fit < num_processes():
         raise ValueError(
             f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
@@ -85,11 +85,12 @@ def drawn_places(
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(num)]
     order = sorted(range(num), key=keys.__getitem__)[:num_images]
-    num_fit = len(order) - _num_held(len(order))
+    num_fit = len(order) - num_held(len(order))
     return order[:num_fit], order[num_fit:]
 
 
-def _num_held(num: int) -> int:
+def num_held(num: int) -> int:
+    """Return how many of so many drawn images are held back."""
     return min(_MOST_HELD_BACK, max(1, num // 10))
 
 

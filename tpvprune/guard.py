@@ -9,6 +9,15 @@ from typing import Any
 from tpvprune.evaluation import Difference
 
 _CHEAPEST_FIRST = ("none", "bn", "compensate", "compensate+bn", "reconstruct")
+_NEXT = {
+    "none": "repair compensate",
+    "bn": "repair compensate",
+    "compensate": "repair reconstruct",
+    "compensate+bn": "repair reconstruct",
+    "distill": "more epochs",
+    "finetune": "more epochs",
+    "weights": "distillation",
+}
 _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 
 
@@ -41,13 +50,16 @@ def cannot_be_true(now: Difference, predicted_variance: float) -> bool:
     return now.is_broken and not now.output_variance <= _FAR * max(predicted_variance, 0.0)
 
 
-def warnings_of(found: Mapping[str, Difference], wanted: str, best: str) -> list[str]:
+def warnings_of(
+    found: Mapping[str, Difference], wanted: str, best: str, *, keep: str = "a larger keep"
+) -> list[str]:
     """Return what the user must know of the outcome, a line each; the worst first.
 
     Args:
         found: See :func:`best_repair`.
         wanted: Likewise.
         best: The repair that was taken.
+        keep: How to keep more.
 
     Returns:
         Lines, none if all is well.
@@ -58,8 +70,8 @@ def warnings_of(found: Mapping[str, Difference], wanted: str, best: str) -> list
         lines.append(
             f"BROKEN: of {taken.num_images} images held back only {_percent(taken.agreement)} keep "
             f"their class (by chance {_percent(taken.chance)}), output variance "
-            f"{_share(taken.share)} of the dense model's own: try a larger keep, more images, or "
-            f"{_next(best)}"
+            f"{_share(taken.share)} of the dense model's own: try {keep}, more images, or "
+            f"{_NEXT.get(best, 'distillation')}"
         )
     if wanted not in ("auto", best):
         lines.append(
@@ -80,11 +92,6 @@ def facts(found: Difference) -> dict[str, Any]:
         "variance_share": found.share,
         "broken": found.is_broken,
     }
-
-
-def _next(repair: str) -> str:
-    better = {"none": "repair compensate", "bn": "repair compensate"}
-    return better.get(repair, "repair reconstruct" if repair != "reconstruct" else "distillation")
 
 
 def _percent(value: float) -> str:

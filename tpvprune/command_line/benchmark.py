@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tpvprune.reporting.benchmark import render_benchmark
 
 _ROWS, _SETTINGS, _TABLE, _PAGE = "results.csv", "settings.json", "results.md", "report.html"
 _MISSED = 1e-3
+_BROKEN = 50.0  # % agreement: below it, most images have another class
 
 
 def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -70,6 +72,8 @@ def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "left_out": left_out,
         "output": str(args.output),
     }
+    if line := broken_rows(rows):
+        say(line)
     by_first(_write, args.output, document)
     for what, reason in left_out.items():
         say(f"left out: {what}: {reason}", indent="  ")
@@ -148,9 +152,34 @@ def _earlier_settings(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def broken_rows(rows: Sequence[Row]) -> str | None:
+    """Return which rows are of models that are no longer the same function, and what to try.
+
+    Args:
+        rows: Of the benchmark.
+
+    Returns:
+        A line; None if there are none.
+    """
+    found = [row for row in rows if _is_broken(row)]
+    if not found:
+        return None
+    first = max(found, key=lambda row: float(row["keep"]))
+    return (
+        f"BROKEN: {len(found)} of {len(rows)} rows agree with the dense model on less than half of "
+        f"the images, at keep {first['keep']} {first['criterion']} with repair {first['repair']} "
+        f"(agreement {first['agreement']} %): try a larger keep, more images, or another repair"
+    )
+
+
+def _is_broken(row: Row) -> bool:
+    return bool(row["agreement"]) and not float(row["agreement"]) >= _BROKEN
+
+
 def _say_row(row: Row, done: int, total: int) -> None:
     what = f"{row['criterion']}, {row['ranking']}, {row['repair']}, seed {row['seed']}"
-    say(f"[{done}/{total}] {row['keep']} of MACs, {what}: top-1 {row['top1']} %")
+    broken = f", BROKEN: agreement {row['agreement']} %" if _is_broken(row) else ""
+    say(f"[{done}/{total}] {row['keep']} of MACs, {what}: top-1 {row['top1']} %{broken}")
 
 
 def _write(folder: Path, document: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
+from tpvprune.clock import Clock
 from tpvprune.command_line import single_weights, training
 from tpvprune.command_line.console import (
     bar,
@@ -43,7 +44,6 @@ from tpvprune.command_line.session_results import (
     latencies,
     pruned_document,
     saved_with,
-    shown_changes,
     write_json,
 )
 from tpvprune.costs import count_nonzero_params
@@ -86,13 +86,15 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         scored = scored_until_known(args, subject, images, groups)
         args.num_images = max(_FEWEST, scored.num_samples)
     distilling = args.repair == "distill"
-    batches, labelled, witnesses = images_to_prune_with(
-        args,
-        subject,
-        images,
-        labelled=used_labels,
-        apart=training.num_held_back(images) if distilling else 0,
-    )
+    clock = Clock(None)
+    with clock("reading images"):
+        batches, labelled, witnesses = images_to_prune_with(
+            args,
+            subject,
+            images,
+            labelled=used_labels,
+            apart=training.num_held_back(images) if distilling else 0,
+        )
     state = training.state_file(args.output, "unfinished-pruning")
     with stages() as progress, _only_for_stops(state):
         result = prune(
@@ -106,8 +108,9 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         )
     _say_unrounded(args, result)
     if distilling:
-        result = _distilled(args, subject, images, result)
-    document = pruned_document(
+        with clock("training"):
+            result = _distilled(args, subject, images, result)
+    document, seen = pruned_document(
         args,
         subject,
         result,
@@ -115,8 +118,8 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         batches=batches,
         witnesses=witnesses,
         labelled=labelled,
+        clock=clock,
     )
-    seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
     by_first(
         save_pruned,
         result,
@@ -311,6 +314,16 @@ def _distilled(
 ) -> PruningResult:
     """Return the result with its model trained on all images of the source."""
     small = dataclasses.replace(subject, model=result.model)
-    model, facts, _ = training.trained(args, small, subject.model, images, num_images=None)
-    report = {**result.report, "repair": "distill", "repair_chosen": None, "training": facts}
-    return dataclasses.replace(result, model=model, report=report)
+    done = training.trained(args, small, subject.model, images, num_images=None)
+    verdict = done.verdict("distill")
+    # What was said of the cut stays true, but for how good its outcome is.
+    earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
+    report = {
+        **result.report,
+        **verdict,
+        "repair": "distill",
+        "repair_chosen": None,
+        "training": done.facts,
+        "warnings": [*verdict["warnings"], *earlier],
+    }
+    return dataclasses.replace(result, model=done.model, report=report)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tpvprune.command_line import outcome
 from tpvprune.reporting.costs import cost_labels
 
 _WIDTH = 80
@@ -213,11 +214,11 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     Args:
         document: The JSON document of `tpvprune prune`.
     """
-    say(
+    _say_outcome(
+        document,
         f"{document['model']}: keep {document['keep']:g} of {document['of']}, criterion "
-        f"{document['criterion']}, repair {document.get('repair_chosen') or document['repair']}"
+        f"{document['criterion']}, repair {document.get('repair_chosen') or document['repair']}",
     )
-    before_after(document["dense"], document["pruned"])
     if document.get("speed"):
         speed_line(document["speed"])
     blocked_lines(document["blocked"])
@@ -226,6 +227,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     images = document["images"]
     used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
     say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
+    if line := outcome.images_used(document):
+        say(line)
     if not document["reached"]:
         of, speed = document["of"], document.get("speed")
         left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]
@@ -241,13 +244,25 @@ def show_trained(document: Mapping[str, Any]) -> None:
     """
     training = document["training"]
     epochs = counted(training["epochs"], "epoch")
-    say(
+    _say_outcome(
+        document,
         f"{document['model']}: {epochs}, peak rate {training['lr']:g}, on "
-        f"{training['num_images'] or 'streamed'} images"
+        f"{training['num_images'] or 'streamed'} images",
     )
-    before_after(document["dense"], document["pruned"])
     trained_line(training)
     say(f"saved: {document['output']}")
+
+
+def _say_outcome(document: Mapping[str, Any], head: str) -> None:
+    """Print a line if the model is broken, the head, what else to know, the table and its proof."""
+    if line := outcome.broken(document):
+        say(line)
+    say(head)
+    for line in outcome.warnings(document):
+        say(line, indent="  ")
+    before_after(document["dense"], document["pruned"])
+    if line := outcome.held_back(document):
+        say(line)
 
 
 def speed_line(speed: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ def add_data(
         type=_count_or_auto if auto else count,
         default=default if num_images else None,
         metavar="N",
-        help=f"images used, chosen by the seed ({default if num_images else 'all'})"
+        help=f"images used, drawn by the seed ({default if num_images else 'all'})"
         + ("; auto: until half of the scores are known to 10 %%" if auto else ""),
     )
     group.add_argument(
@@ -238,7 +238,11 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
 def add_latency(sub: Parser) -> None:
     """Add how often the model is timed."""
     sub.section("run").add_argument(
-        "--latency-repeats", type=int, default=50, metavar="N", help="timed calls, 0 for none (50)"
+        "--latency-repeats",
+        type=int,
+        default=50,
+        metavar="N",
+        help="timed calls of each model by turns, 0 for none (50)",
     )
 
 

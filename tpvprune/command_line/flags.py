@@ -151,9 +151,11 @@ def _add_prune(sub: Parser) -> None:
         "--repair",
         choices=("none", "bn", "compensate", "reconstruct", "auto", "distill"),
         default="compensate",
-        help="what follows a cut; reconstruct: refit whole blocks, better and minutes instead of "
-        "seconds; auto chooses by output variance; distill: compensate, then train towards the "
-        "dense model on all of the images (compensate)",
+        help="what follows a cut; reconstruct: refit whole blocks, mostly better and minutes "
+        "instead of seconds; auto takes the closest to the dense model; distill: compensate, then "
+        "train towards the dense model on all of the images. All but a tenth of --num-images, at "
+        "most 128, are used; on these what is further from the dense model than a cheaper repair "
+        "is not taken (compensate)",
     )
     how.add_argument("--steps", type=count, default=1, metavar="N", help="rounds of cutting (1)")
     how.add_argument(

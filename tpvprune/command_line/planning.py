@@ -24,6 +24,7 @@ from tpvprune.command_line.training import dense_weights, num_held_back, recipe_
 from tpvprune.criterion_names import is_labelled
 from tpvprune.data import ImageSource
 from tpvprune.downloads import local_folder
+from tpvprune.drawing import num_held
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.narrowest import narrowest
 from tpvprune.pipeline import prune
@@ -100,7 +101,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         )
     labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
     say(
-        f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}, "
+        f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
         f"{counted(args.steps, 'step')}, {labels}"
     )
     _say_time(expected, more)
@@ -145,7 +146,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         f"{short(left)} stay, all others are set to zero"
     )
     blocked_lines(document["blocked"])
-    say(f"{num} images of {images.name}, criterion {args.criterion}, repair {args.repair}")
+    say(f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}")
     _say_time(expected)
     return 0, document
 
@@ -234,6 +235,11 @@ def _num_images(args: argparse.Namespace, images: ImageSource) -> int:
     return int(wanted if images.count is None else min(wanted, images.count))
 
 
+def _images(num: int, images: ImageSource) -> str:
+    held = num_held(num)
+    return f"{num} images of {images.name}, {held} of them held back to measure what comes out"
+
+
 def _document(
     args: argparse.Namespace,
     subject: Subject,
@@ -300,7 +306,7 @@ def _expected(
 ) -> _Expected:
     """Return how long `num` images take, from a trial on a few of noise where that is quick."""
     # The work beside the passes (variance curves, least squares) grows more slowly than the number
-    # of images, as it reads at most so many rows of each layer.
+    # of images: all of them are used, but of many each lends fewer positions.
     sample = min(num // 4, _SAMPLE)
     if passes * sample > _PATIENCE or sample < _FEWEST:
         return _Expected(num * passes)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from tpvprune.command_line.console import bar, say
 from tpvprune.command_line.pruning_options import probing_options
 from tpvprune.command_line.session import Subject
+from tpvprune.costs import count_macs
 from tpvprune.data import ImageSource, open_images
-from tpvprune.distributed import total
+from tpvprune.distributed import share, total
 from tpvprune.drawing import hold_back
 from tpvprune.groups import ChannelGroups
 from tpvprune.image_files import array_images, listed_images
 from tpvprune.loading import ImageBatches, choose_images, in_memory
 from tpvprune.scores import Scores, tpv_scores
 
-_HELD_OUT, _ENOUGH = 512, 64
+# Images that agreement is measured on: as many as so many MACs of the dense model allow.
+_MOST_WITNESSES, _ENOUGH, _WITNESS_MACS = 512, 64, 1e12
 _KNOWN = 0.1  # standard error / score
 
 
@@ -166,7 +168,7 @@ def calibration(
     images: ImageSource,
     *,
     labelled: bool,
-    held_out: int = _HELD_OUT,
+    held_out: int = 0,
     apart: int = 0,
 ) -> tuple[Any, Witnesses | None]:
     """Return the images that pruning sees, and others to measure agreement on.
@@ -179,8 +181,7 @@ def calibration(
         subject: The model and its preprocessing.
         images: Where from.
         labelled: Whether the first of the two also yields labels.
-        held_out: How many images to hold out for measuring, beyond those for pruning; 0: none
-            are needed.
+        held_out: How many images at most to measure on; 0: none are needed.
         apart: How many images to set apart before; if any, they are the ones to measure on.
 
     Returns:
@@ -204,12 +205,38 @@ def calibration(
         )
     if not held_out:
         return batches, None
-    others: Any = []
-    if images.count is not None and images.count > args.num_images:
-        others = in_memory(choose(args, subject, images, held_out, skip=args.num_images))
-        if images.count - args.num_images >= _ENOUGH:
-            return batches, Witnesses(others, "other")
-    return batches, Witnesses([*hold_back(batches, seed=args.seed)[1], *others], "held-back")
+
+    def others(num: int) -> Any:
+        return in_memory(choose(args, subject, images, num, skip=args.num_images))
+
+    left = 0 if images.count is None else images.count - args.num_images
+    if left >= _ENOUGH:
+        return batches, Witnesses(others(held_out), "other")
+    held = _first(hold_back(batches, seed=args.seed)[1], held_out)
+    room = held_out - int(total(sum(map(len, held))))
+    return batches, Witnesses([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
+
+
+def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
+    """Return the first so many of the inputs of all processes, this one's part."""
+    found, left = [], share(num)
+    for x in batches:
+        found.append(x[:left])
+        left -= len(found[-1])
+    return [x for x in found if len(x)]
+
+
+def num_witnesses(subject: Subject) -> int:
+    """Return how many images agreement is measured on, of what pruning does not use.
+
+    Args:
+        subject: The dense model, and its input size.
+
+    Returns:
+        64 to 512: as many as 10^12 MACs of the model allow. They are passed through two models.
+    """
+    macs = count_macs(subject.model, subject.example[:1])
+    return max(_ENOUGH, min(_MOST_WITNESSES, int(_WITNESS_MACS / max(macs, 1))))
 
 
 def choose_apart(
@@ -273,7 +300,7 @@ def images_to_prune_with(
         calibration source, which may not be.
     """
     evaluated = labelled_images(args, subject)
-    held_out = _HELD_OUT if evaluated is None else 0
+    held_out = num_witnesses(subject) if evaluated is None else 0
     batches, witnesses = calibration(
         args, subject, images, labelled=labelled, held_out=held_out, apart=apart
     )

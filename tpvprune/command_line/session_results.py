@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.atomic import written_file
+from tpvprune.clock import Clock
 from tpvprune.command_line.session import Subject, provenance
 from tpvprune.command_line.session_images import Shown, Witnesses, class_names, num_images
 from tpvprune.costs import count_nonzero_params
@@ -37,7 +38,8 @@ def pruned_document(
     batches: Any,
     witnesses: Witnesses,
     labelled: Any,
-) -> dict[str, Any]:
+    clock: Clock,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure the pruned model beside the dense one, and return all that is known of it.
 
     Args:
@@ -48,23 +50,29 @@ def pruned_document(
         batches: Those that it was pruned with.
         witnesses: Those that the agreement is measured on.
         labelled: Labelled batches for the accuracy, or None.
+        clock: What has been timed besides the pruning; the measuring is added.
 
     Returns:
-        The JSON document.
+        The JSON document, and what the saved report has besides (:func:`shown_changes`).
     """
-    dense, pruned = measured(args, subject, result.model, labelled)
+    dense, pruned = measured(args, subject, result.model, labelled, clock)
     dense["agreement"] = 1.0
-    pruned["agreement"] = agreement(
-        result.model, subject.model, Shown(witnesses.batches, "agreement")
-    )
-    return {
+    with clock("agreement"):
+        pruned["agreement"] = agreement(
+            result.model, subject.model, Shown(witnesses.batches, "agreement")
+        )
+    with clock("comparing"):
+        seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
+    document = {
         **provenance(args, subject),
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
         "images": image_facts(images, batches, witnesses),
+        "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
+    return document, seen
 
 
 def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict[str, Any]:
@@ -103,7 +111,11 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
 
 
 def measured(
-    args: argparse.Namespace, subject: Subject, pruned: nn.Module, labelled: Any
+    args: argparse.Namespace,
+    subject: Subject,
+    pruned: nn.Module,
+    labelled: Any,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return latency, accuracy and non-zero parameters of the dense and of the pruned model.
 
@@ -112,17 +124,22 @@ def measured(
         subject: The dense model.
         pruned: The pruned one.
         labelled: Labelled batches, or None.
+        clock: Times what is measured.
 
     Returns:
         For each of the two: nonzero_params, and latency_ms, latency_range_ms, top1, top5, None
         where not measured; num_images, how many labelled ones, where top1 was.
     """
-    models = (subject.model, pruned)
+    models, clock = (subject.model, pruned), clock or Clock(None)
+    with clock("latency"):
+        timings = latencies(args, subject, models)
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
-        for model, timed in zip(models, latencies(args, subject, models), strict=True)
+        for model, timed in zip(models, timings, strict=True)
     ]
-    if labelled is not None:
+    if labelled is None:
+        return facts[0], facts[1]
+    with clock("top-1"):
         for model, fact in zip(models, facts, strict=True):
             scored = evaluate(model, Shown(labelled, "top-1"))
             fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}

@@ -7,11 +7,12 @@ from typing import Any
 
 from tpvprune.batches import unlabeled
 from tpvprune.checkpoint import save_pruned
+from tpvprune.clock import Clock
 from tpvprune.command_line.console import show_pruned, stages
 from tpvprune.command_line.pruning_options import weight_options
 from tpvprune.command_line.session import Subject, ignored, open_subject
 from tpvprune.command_line.session_images import images_to_prune_with, open_data
-from tpvprune.command_line.session_results import pruned_document, saved_with, shown_changes
+from tpvprune.command_line.session_results import pruned_document, saved_with
 from tpvprune.groups import find_groups
 from tpvprune.membership import num_processes
 from tpvprune.weights.masks import pattern_of
@@ -66,7 +67,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=False)
-    batches, labelled, witnesses = images_to_prune_with(args, subject, images)
+    clock = Clock(None)
+    with clock("reading images"):
+        batches, labelled, witnesses = images_to_prune_with(args, subject, images)
     with stages() as progress:
         result = prune_weights(
             subject.model,
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             ignore=layers,
             progress=progress,
         )
-    document = pruned_document(
+    document, seen = pruned_document(
         args,
         subject,
         result,
@@ -83,8 +86,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         batches=batches,
         witnesses=witnesses,
         labelled=labelled,
+        clock=clock,
     )
-    seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
     save_pruned(
         result.model,
         args.output,

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune import guard
 from tpvprune.baselines.finetuning import finetune
 from tpvprune.checkpoint import read_config, save_pruned, saved_masks
 from tpvprune.command_line.console import bar, counted, say, show_trained, updates
@@ -32,7 +33,7 @@ from tpvprune.digest import file_digest
 from tpvprune.distillation import distill, teacher_of
 from tpvprune.distributed import by_first
 from tpvprune.downloads import local_folder
-from tpvprune.evaluation import agreement, count_macs, count_params, output_variance
+from tpvprune.evaluation import Difference, count_macs, count_params, difference
 from tpvprune.loading import in_memory
 from tpvprune.report import read_report
 from tpvprune.training import Recipe
@@ -42,7 +43,8 @@ _MOST_HELD_BACK = 512
 # What a report of pruning says that training does not change.
 _KEPT = (
     "criterion", "allocation", "keep", "of", "reached", "used_labels", "num_images", "groups",
-    "blocked", "steps", "output_variance", "output_second_moment", "timings",
+    "blocked", "steps", "output_variance", "variance_share", "output_second_moment", "images_used",
+    "timings",
 )  # fmt: skip
 _AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,6 +71,25 @@ def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         Exit code and JSON document.
     """
     return _run(args, labelled=True)
+
+
+class Trained(NamedTuple):
+    """A model, the facts for the report, the images held back, and how far from the dense one.
+
+    ``found`` is measured on those images.
+    """
+
+    model: nn.Module
+    facts: dict[str, Any]
+    held: Iterable[Any]
+    found: Difference
+
+    def verdict(self, repair: str) -> dict[str, Any]:
+        """Return what a report holds of the outcome of a repair, beside the table."""
+        return {
+            "warnings": guard.warnings_of({repair: self.found}, repair, repair),
+            "held_back": guard.facts(self.found),
+        }
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -119,7 +140,7 @@ def trained(
     num_images: int | None,
     labelled: bool = False,
     masks: Mapping[str, Tensor] | None = None,
-) -> tuple[nn.Module, dict[str, Any], Iterable[Any]]:
+) -> Trained:
     """Train a pruned model, and measure it before and after on images held back.
 
     Args:
@@ -132,7 +153,7 @@ def trained(
         masks: Of single weights; those that are zero stay zero.
 
     Returns:
-        The trained model, the facts for the report, and the images held back.
+        The trained model, or the one before where that is closer, and how it came about.
 
     Raises:
         ValueError: If the outputs of the trained model are not finite.
@@ -155,7 +176,8 @@ def trained(
         notice=say,
     )
     teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
-    before = _closeness(subject.model, teacher, witnesses)
+    shown = Shown(witnesses, "measuring")
+    before = difference(subject.model, teacher, shown)
     state = state_file(args.output)
     resumed, start = state.exists(), time.monotonic()
     if resumed:
@@ -170,8 +192,8 @@ def trained(
             how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
-    after = _closeness(model, teacher, witnesses)
-    if not math.isfinite(after["output_variance"]):
+    after = difference(model, teacher, shown)
+    if not math.isfinite(after.output_variance):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
             "training: expected finite outputs, found others after "
@@ -180,8 +202,7 @@ def trained(
         )
     # What is further from the teacher in both ways is not saved.
     helped = labelled or (
-        after["output_variance"] <= before["output_variance"]
-        or after["agreement"] >= before["agreement"]
+        after.output_variance <= before.output_variance or after.agreement >= before.agreement
     )
     facts = {
         **dataclasses.asdict(recipe),
@@ -196,11 +217,14 @@ def trained(
         "used_labels": labelled,
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(time.monotonic() - start, 1),
-        "before": before,
-        "after": after,
+        "before": _closeness(before),
+        "after": _closeness(after),
         "saved": "trained" if helped else "start",
     }
-    return model if helped else subject.model, facts, witnesses
+    model, found = (model, after) if helped else (subject.model, before)
+    if facts["mirrored"]:  # what was measured is how close it is to that teacher
+        found = difference(model, dense, shown)
+    return Trained(model, facts, witnesses, found)
 
 
 def state_file(output: Path, kind: str = "unfinished") -> Path:
@@ -221,22 +245,22 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         check_classes(images, subject.model, class_map=args.class_map)
     witnesses = labelled_images(args, subject)
     masks = saved_masks(args.folder)
-    model, facts, seen = trained(
+    done = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
     )
-    saved = facts["after" if facts["saved"] == "trained" else "before"]
-    if facts["mirrored"]:  # what was measured is how close it is to that teacher
-        saved = _closeness(model, dense, seen)
+    model, facts, seen, found = done
+    repair = "finetune" if labelled else "distill"
     sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
         "weights": config["provenance"].get("weights"),
-        "repair": "finetune" if labelled else "distill",
+        "repair": repair,
+        **done.verdict(repair),
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
         "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
-        "pruned": {**_costs(model, subject), **sides[1], **saved},
+        "pruned": {**_costs(model, subject), **sides[1], **_closeness(found)},
         "images": {
             "source": images.name,
             "num_images": facts["num_images"],
@@ -265,11 +289,8 @@ def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:
     return {"macs": count_macs(model, subject.example), "params": count_params(model)}
 
 
-def _closeness(model: nn.Module, dense: nn.Module, batches: Any) -> dict[str, float]:
-    return {
-        "output_variance": output_variance(model, dense, Shown(batches, "output variance")),
-        "agreement": agreement(model, dense, Shown(batches, "agreement")),
-    }
+def _closeness(found: Difference) -> dict[str, float]:
+    return {"output_variance": found.output_variance, "agreement": found.agreement}
 
 
 def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, significant, whole
 from tpvprune.reporting.page import page
 from tpvprune.reporting.scatter import scatter_chart
 from tpvprune.reporting.tables import making, section
+from tpvprune.reporting.text import cell
 
 _STYLE = """
 header { margin-bottom: 2.5rem; }
@@ -57,7 +57,7 @@ def _header(data: Mapping[str, Any]) -> str:
         "model\u2019s own classes stand in."
     )
     return (
-        f"<header><h1>{escape(data['model'])}: how far its measures are to be trusted</h1>"
+        f"<header><h1>{cell(data['model'])}: how far its measures are to be trusted</h1>"
         f'<p class="lead">Measured on {whole(images["num_measured"])} of '
         f"{whole(images['num_images'])} images, then again after changes that leave the model as "
         f"good as it was. {classes}</p></header>"
@@ -75,8 +75,8 @@ def _measures(data: Mapping[str, Any]) -> str:
             "labels" if data["used_labels"] else "own classes"
         )  # fmt: skip
         cells = (classes, measure["cost"], measure["unmoved_by_rescaling"], measure["source"])
-        body += f"<tr><th>{escape(measure['title'])}</th><td>{value}</td>" + "".join(
-            f"<td>{escape(cell)}</td>" for cell in cells
+        body += f"<tr><th>{cell(measure['title'])}</th><td>{value}</td>" + "".join(
+            f"<td>{cell(text)}</td>" for text in cells
         )
         body += "</tr>"
     heads = ("Measure", "Value", "Reads", "Passes", "Same after rescaling", "Source")
@@ -139,15 +139,16 @@ def _tpv(data: Mapping[str, Any]) -> str:
             for key in ("train", "held_out")
         ]
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        cells = "".join(f"<td>{cell}</td>" for cell in (row["form"], *values, ratio))
-        body += f"<tr><th>{escape(row['perturbation'])}</th>{cells}</tr>"
+        values = [cell(row["form"]), *values, ratio]
+        cells = "".join(f"<td>{text}</td>" for text in values)
+        body += f"<tr><th>{cell(row['perturbation'])}</th>{cells}</tr>"
     heads = ("Perturbation", "Form", "Measured images", "Held out", "Ratio")
     points = [(name, tuple(a), tuple(b)) for name, a, b in found["parameters"]]
     chart = scatter_chart(points, "measured images", "held-out images")
     about = (
         "<p>Output variance under noise on the weights, E\u2016\u0394f\u2016\u00b2, by its trace "
-        f"and by {found['num_draws']} draws, on the measured images and on "
-        f"{escape(data['images']['held_out'])}. The picture: every parameter\u2019s share of the "
+        f"and by {whole(found['num_draws'])} draws, on the measured images and on "
+        f"{cell(data['images']['held_out'])}. The picture: every parameter\u2019s share of the "
         "trace.</p>"
     )
     return section("TPV, measured and held out", about, _table(heads, body) + chart)
@@ -159,8 +160,8 @@ def _changes(data: Mapping[str, Any]) -> str:
         moved = f"{100 * change['moved']:+.2f}".replace("-", "\u2212")
         text = "" if change["neutral"] else " (left out above)"
         body += (
-            f"<tr><th>{escape(change['name'])}</th><td>{moved}{text}</td>"
-            f"<td>{escape(change['note'])}</td></tr>"
+            f"<tr><th>{cell(change['name'])}</th><td>{moved}{text}</td>"
+            f"<td>{cell(change['note'])}</td></tr>"
         )
     what = "accuracy" if data["used_labels"] else "agreement with itself"
     about = f"<p>What was changed, and by how many points {what} moved.</p>"
@@ -172,7 +173,7 @@ def _left_out(data: Mapping[str, Any]) -> str:
     if not data["left_out"]:
         return ""
     items = "".join(
-        f'<li><span class="name">{escape(what)}</span>{escape(reason)}</li>'
+        f'<li><span class="name">{cell(what)}</span>{cell(reason)}</li>'
         for what, reason in data["left_out"].items()
     )
     return section("Left out", "", f'<ul class="reasons">{items}</ul>')
@@ -184,7 +185,7 @@ def _heat(
 ) -> str:
     body = ""
     for name, cells in rows:
-        body += f"<tr><th>{escape(name)}</th>" + "".join(
+        body += f"<tr><th>{cell(name)}</th>" + "".join(
             f'<td style="--level:{100 * level:.0f}%">{text}</td>' for text, level in cells
         )
         body += "</tr>"
@@ -193,7 +194,7 @@ def _heat(
 
 
 def _table(heads: Sequence[str], body: str) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    head = "".join(f"<th>{cell(text)}</th>" for text in heads)
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tpvprune.benchmark_rows import RANKINGS, STOCK_RANKING, Summary, summarise
@@ -12,6 +11,7 @@ from tpvprune.reporting.curves import Curve, curve_chart
 from tpvprune.reporting.page import page
 from tpvprune.reporting.style import hues
 from tpvprune.reporting.tables import making, section
+from tpvprune.reporting.text import cell
 
 _DASHES = {"curves": "none", "per_cost": "none", "plain": "5 4", STOCK_RANKING: "1.5 4"}
 _REPAIRS = {
@@ -51,8 +51,8 @@ def _header(found: Sequence[Summary]) -> str:
     first, seeds = found[0], max(s.num_seeds for s in found)
     over = f"Mean and standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
     return (
-        f"<header><h1>{escape(first.model)}: criteria compared</h1>"
-        f'<p class="lead">{over}The same {escape(first.num_images)} images, budgets and repairs '
+        f"<header><h1>{cell(first.model)}: criteria compared</h1>"
+        f'<p class="lead">{over}The same {cell(first.num_images)} images, budgets and repairs '
         f"for all. The dense model has <strong>{percent(first.dense_top1 / 100, 2)}</strong>.</p>"
         "</header>"
     )
@@ -67,12 +67,12 @@ def _chart(repair: str, found: Sequence[Summary], names: Sequence[str]) -> str:
         style = f"c{names.index(criterion)} r-{ranking}"
         curves.append(Curve(f"{criterion}, {_RANKED[ranking]}", style, points))
     curves.sort(key=lambda curve: -curve.points[-1][1])
-    keys = "".join(f'<li class="{c.style}">{escape(c.label)}</li>' for c in curves)
+    keys = "".join(f'<li class="{c.style}">{cell(c.label)}</li>' for c in curves)
     about = (
         "<p>Top-1 against the share of MACs that is left, best at the smallest budget first.</p>"
         f'<ul class="legend">{keys}</ul>'
     )
-    title = _REPAIRS.get(repair, escape(repair))
+    title = _REPAIRS.get(repair, cell(repair))
     return section(title, about, curve_chart(curves, f"Top-1 against MACs: {title}"))
 
 
@@ -84,7 +84,7 @@ def _table(found: Sequence[Summary]) -> str:
         lines.setdefault((s.criterion, s.labels, s.ranking, s.repair), {})[s.keep] = s
     body = ""
     for line, by_keep in lines.items():
-        cells = [f"<th>{escape(line[0])}</th>", *(f"<td>{escape(text)}</td>" for text in line[1:])]
+        cells = [f"<th>{cell(line[0])}</th>", *(f"<td>{cell(text)}</td>" for text in line[1:])]
         cells += [f"<td>{_cell(by_keep.get(keep))}</td>" for keep in keeps]
         body += f"<tr{' class=ours' if line[0] == 'tpv' else ''}>{''.join(cells)}</tr>"
     head = "".join(f"<th>{text}</th>" for text in heads)
@@ -104,7 +104,7 @@ def _left_out(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     items = "".join(
-        f'<li><span class="name">{escape(what)}</span>{escape(reason)}</li>'
+        f'<li><span class="name">{cell(what)}</span>{cell(reason)}</li>'
         for what, reason in reasons.items()
     )
     return section("Left out", "", f'<ul class="reasons">{items}</ul>')

@@ -35,6 +35,7 @@ def card(
     """
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
+        _caveats(report),
         _lead(config, report),
         _numbers(report),
         _loading(repo_id, config),
@@ -55,6 +56,10 @@ def _lead(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     elif report.get("used_labels"):
         text += " Labels were used."
     return text
+
+
+def _caveats(report: Mapping[str, Any]) -> str:
+    return "\n>\n".join(f"> {_plain(line)}" for line in report.get("warnings") or ())
 
 
 def _numbers(report: Mapping[str, Any]) -> str:

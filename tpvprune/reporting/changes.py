@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, value_rows, whole
 from tpvprune.reporting.tables import section
+from tpvprune.reporting.text import cell
 
 _MOST_CLASSES = 24
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
@@ -55,9 +55,9 @@ def samples(data: Mapping[str, Any]) -> str:
     names = data.get("class_names")
     pictures = "".join(
         f'<figure><img alt="" src="{sample["image"]}"><figcaption>'
-        f"<span>{escape(_name(sample['dense'], names))} "
+        f"<span>{cell(_name(sample['dense'], names))} "
         f'<span class="soft">{percent(sample["dense_share"], 0)}</span></span>'
-        f'<span class="now">{escape(_name(sample["pruned"], names))} '
+        f'<span class="now">{cell(_name(sample["pruned"], names))} '
         f'<span class="soft">{percent(sample["pruned_share"], 0)}</span></span>'
         "</figcaption></figure>"
         for sample in found.get("samples") or ()

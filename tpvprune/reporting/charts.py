@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from itertools import pairwise
+
+from tpvprune.reporting.text import cell
 
 MAX_DOTS = 48
 MAX_SPREAD = 8
@@ -112,8 +113,8 @@ def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) 
         if shares:
             number = percent(kept / max(dense, 1))
         rows.append(
-            f'<li{" class=gap" if first else ""} title="{escape(name)}: {kept} of {dense}">'
-            f'<span class="name">{escape(name)}</span>'
+            f'<li{" class=gap" if first else ""} title="{cell(name)}: {kept} of {dense}">'
+            f'<span class="name">{cell(name)}</span>'
             f'<span class="track"><span class="dense" style="width:{length:.2f}%">'
             f'<span class="stays" style="width:{100 * kept / max(dense, 1):.2f}%">'
             "</span></span></span>"
@@ -135,7 +136,7 @@ def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None
     """
     largest = max(value for _, value, _ in rows) or 1.0
     items = "".join(
-        f'<li{" class=chosen" if name == chosen else ""}><span class="name">{escape(name)}</span>'
+        f'<li{" class=chosen" if name == chosen else ""}><span class="name">{cell(name)}</span>'
         f'<span class="track"><span class="stays" style="width:{100 * value / largest:.2f}%">'
         f'</span></span><span class="num">{text}</span></li>'
         for name, value, text in rows
@@ -178,7 +179,7 @@ def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]])
             parts.append(f'<line class="{colour}-line" {place}/>')
         parts += [f'<circle class="{colour}-dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in at]
         place = f'x="{at[-1][0]}" y="{at[-1][1]}" dx="10" dy="4"'
-        text = f"{percent(line[-1][1])}<title>{escape(label)}</title>"
+        text = f"{percent(line[-1][1])}<title>{cell(label)}</title>"
         parts.append(f'<text class="value" {place}>{text}</text>')
     about = 'role="img" aria-label="Fractions of images against MACs"'
     return f'<svg height="{bottom + 26}" {about}>{"".join(parts)}</svg>'

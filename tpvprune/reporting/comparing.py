@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, short, significant, whole
@@ -12,6 +11,7 @@ from tpvprune.reporting.curves import Curve, curve_chart
 from tpvprune.reporting.page import page
 from tpvprune.reporting.style import hues
 from tpvprune.reporting.tables import both, command_lines, section
+from tpvprune.reporting.text import cell
 
 Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""
@@ -126,7 +126,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
         if len(models) > 1
         else "Costs are fractions of the dense model."
     )
-    head = f'<header><h1>{escape(title)}</h1><p class="lead">{lead}</p></header>'
+    head = f'<header><h1>{cell(title)}</h1><p class="lead">{lead}</p></header>'
     parts = [head, _numbers(runs), _chart(runs), _settings(runs), _widths(runs), _commands(runs)]
     return page(title, parts, style=_STYLE + hues(len(runs)))
 
@@ -170,13 +170,13 @@ def _numbers(runs: Sequence[Run]) -> str:
             _number(label, row[key], write, "" if key == "top1_change" else on.get(key), best[key])
             for key, label, write, _ in shown
         )
-        body += f'<tr><th class="dot c{i}">{escape(name)}</th>{cells}</tr>'
+        body += f'<tr><th class="dot c{i}">{cell(name)}</th>{cells}</tr>'
     head = "".join(f"<th>{label}</th>" for _, label, _, _ in shown)
     about = "<p>The best of each column stands out"
     unlike = [label for key, label, _, _ in shown if _is_unlike(key, found, images)]
     if unlike:
         about += (
-            f", but not of {escape(' and '.join(unlike).lower())}: it was not measured on equally "
+            f", but not of {cell(' and '.join(unlike).lower())}: it was not measured on equally "
             "many images of the same kind, or that is not known"
         )
     table = f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -188,7 +188,7 @@ def _number(
 ) -> str:
     if value is None:
         return "<td></td>"
-    below = f'<span class="on">{escape(_counted(on))}</span>' if on else ""
+    below = f'<span class="on">{cell(_counted(on))}</span>' if on else ""
     mark = " class=best" if value == best else ""
     return f'<td data-label="{label}"{mark}>{write(value)}{below}</td>'
 
@@ -227,7 +227,7 @@ def _chart(runs: Sequence[Run]) -> str:
         curves.append(Curve(name, f"c{i}", [*start, (macs, value, None)]))
     if not curves:
         return ""
-    keys = "".join(f'<li class="{c.style}">{escape(c.label)}</li>' for c in curves)
+    keys = "".join(f'<li class="{c.style}">{cell(c.label)}</li>' for c in curves)
     about = (
         f"<p>{label}, against the share of MACs that is left; each line starts at the dense "
         f'model.</p><ul class="legend">{keys}</ul>'
@@ -245,10 +245,10 @@ def _settings(runs: Sequence[Run]) -> str:
     if not shown:
         same = "<p>Model, images and settings are the same in all runs.</p>"
         return section("What differs", same, "") if len(runs) > 1 else ""
-    head = "".join(f'<th class="dot c{i}">{escape(name)}</th>' for i, (name, _) in enumerate(runs))
+    head = "".join(f'<th class="dot c{i}">{cell(name)}</th>' for i, (name, _) in enumerate(runs))
     body = "".join(
-        f"<tr><th>{escape(label)}</th>"
-        + "".join(f"<td>{escape(_text(value))}</td>" for value in values)
+        f"<tr><th>{cell(label)}</th>"
+        + "".join(f"<td>{cell(_text(value))}</td>" for value in values)
         + "</tr>"
         for label, values in shown
     )
@@ -267,11 +267,11 @@ def _widths(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for groups in kept.values() for name in groups))
     if not names:
         return ""
-    head = "".join(f'<th class="dot c{i}">{escape(runs[i][0])}</th>' for i in kept)
+    head = "".join(f'<th class="dot c{i}">{cell(runs[i][0])}</th>' for i in kept)
     body = ""
     for name in names:
         cells = "".join(_width(groups.get(name), i) for i, groups in kept.items())
-        body += f'<tr><th><span class="name">{escape(name)}</span></th>{cells}</tr>'
+        body += f'<tr><th><span class="name">{cell(name)}</span></th>{cells}</tr>'
     table = (
         f'<table class="cells"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
@@ -292,8 +292,8 @@ def _width(group: Mapping[str, Any] | None, i: int) -> str:
 
 def _commands(runs: Sequence[Run]) -> str:
     items = "".join(
-        f'<p class="dot c{i}">{escape(name)}</p>'
-        f"<pre>{escape(command_lines(report['command']))}</pre>"
+        f'<p class="dot c{i}">{cell(name)}</p>'
+        f"<pre>{cell(command_lines(report['command']))}</pre>"
         for i, (name, report) in enumerate(runs)
         if report.get("command")
     )

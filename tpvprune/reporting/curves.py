@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 from tpvprune.reporting.charts import nice_floor, percent, spaced
+from tpvprune.reporting.text import cell
 
 _TOP, _BOTTOM = 18.0, 318.0
 
@@ -52,7 +52,7 @@ def curve_chart(curves: Sequence[Curve], about: str) -> str:
     for curve in curves:
         numbers = ", ".join(f"{percent(y)} at {percent(x, 0)}" for x, y, _ in curve.points)
         parts.append(f'<g class="{curve.style}">')
-        parts.append(f"<title>{escape(curve.label)}: {numbers}</title>")
+        parts.append(f"<title>{cell(curve.label)}: {numbers}</title>")
         for (x1, y1, _), (x2, y2, _) in pairwise(curve.points):
             ends = f'x1="{across(x1)}" y1="{down(y1)}" x2="{across(x2)}" y2="{down(y2)}"'
             parts.append(f'<line class="curve" {ends}/>')
@@ -62,5 +62,5 @@ def curve_chart(curves: Sequence[Curve], about: str) -> str:
                 parts.append(f'<line class="error" x1="{across(x)}" x2="{across(x)}" {ends}/>')
             parts.append(f'<circle cx="{across(x)}" cy="{down(y)}" r="3"/>')
         parts.append("</g>")
-    head = f'<svg height="{_BOTTOM + 26}" role="img" aria-label="{escape(about)}">'
+    head = f'<svg height="{_BOTTOM + 26}" role="img" aria-label="{cell(about)}">'
     return f"{head}{''.join(parts)}</svg>"

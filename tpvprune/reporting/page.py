@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 
 from tpvprune.reporting.style import STYLE
+from tpvprune.reporting.text import cell
 
 
 def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
@@ -22,7 +22,7 @@ def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><main>\n"
+        f"<title>{cell(title)}</title><style>{STYLE}{style}</style></head>\n<body><main>\n"
         + "\n".join(part for part in parts if part)
         + "\n<footer>MACs are multiply-accumulates of one input. Written by tpvprune.</footer>"
         "\n</main></body></html>\n"

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import (
@@ -22,6 +21,7 @@ from tpvprune.reporting.charts import (
     width_rows,
 )
 from tpvprune.reporting.tables import both, section
+from tpvprune.reporting.text import cell
 
 
 def widths(data: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def widths(data: Mapping[str, Any]) -> str:
     total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
     dense = [row[1] for row in rows]
     scale = " Bars show shares." if max(dense) > MAX_SPREAD * min(dense) else ""
-    units = sorted({str(g.get("unit") or "channel") for g in groups})
+    units = sorted({cell(g.get("unit") or "channel") for g in groups})
     about = (
         f"<p>{whole(kept)} of {whole(total)} {' and '.join(f'{unit}s' for unit in units)} stay, in "
         f"{len(rows)} groups, named after the first layer that writes them.{scale}</p>"
@@ -94,7 +94,7 @@ def steps(data: Mapping[str, Any]) -> str:
             tops = [(pruned["macs"] / dense["macs"], pruned["top1"])]
         series.append(("Top-1", "gone", [(1.0, dense["top1"]), *tops]))
         key += ' <span class="key gone">top-1</span>'
-    held_back = f"{data['num_held_back']} " if data.get("num_held_back") else ""
+    held_back = f"{cell(data['num_held_back'])} " if data.get("num_held_back") else ""
     about = (
         "<p>Share of images, against the share of MACs that is left. "
         f"Agreement is on {held_back}held-back unlabeled images.</p><p>{key}</p>"
@@ -122,8 +122,8 @@ def scores(data: Mapping[str, Any]) -> str:
         stderr = score.get("stderr")
         errors = [error or 0.0 for error in stderr] if stderr else None
         panels += (
-            f'<figure title="{escape(name)}"><figcaption><span class="name">'
-            f"<bdi>{escape(name)}</bdi></span><span>{len(values)}</span></figcaption>"
+            f'<figure title="{cell(name)}"><figcaption><span class="name">'
+            f"<bdi>{cell(name)}</bdi></span><span>{len(values)}</span></figcaption>"
             f"{score_panel(values, errors, score.get('kept'), scale)}</figure>"
         )
     about = (
@@ -144,18 +144,20 @@ def repairs(data: Mapping[str, Any]) -> str:
     Returns:
         A section, or nothing.
     """
+    shares = {k: v for k, v in (data.get("variance_share") or {}).items() if v is not None}
     found = {k: v for k, v in (data.get("output_variance") or {}).items() if v is not None}
+    found, second = (shares, 1.0) if shares else (found, data.get("output_second_moment"))
     if not found:
         return ""
-    second = data.get("output_second_moment")
+    of = "Var f, a common shift of all outputs aside" if shares else "E\u2016f\u2016\u00b2"
     rows = [
         (name, value, percent(value / second, 2) if second else significant(value))
         for name, value in sorted(found.items(), key=lambda item: item[1])
     ]
     about = (
         "<p>Output variance E\u2016\u0394f\u2016\u00b2 on held-back unlabeled images"
-        + (", as a share of E\u2016f\u2016\u00b2" if second else "")
-        + ". The smallest one is chosen when the choice is left open.</p>"
+        + (f", as a share of {of}" if second else "")
+        + ". A repair is only taken if no cheaper one is smaller.</p>"
     )
     return section("Repair", about, value_rows(rows, data.get("repair_chosen")))
 
@@ -178,12 +180,12 @@ def blocked(data: Mapping[str, Any]) -> str:
     items = ""
     for reason, groups in by_reason.items():
         names = ", ".join(
-            f"{escape(str(g['name']))} ({g['num_channels']})"
+            f"{cell(g['name'])} ({cell(g['num_channels'])})"
             if g.get("num_channels")
-            else escape(str(g["name"]))
+            else cell(g["name"])
             for g in groups
         )
-        items += f'<li><span class="name">{names}</span>{escape(reason)}</li>'
+        items += f'<li><span class="name">{names}</span>{cell(reason)}</li>'
     group, unit = ("layer", "weights") if data.get("of") == "weights" else ("group", "channels")
     about = f"<p>{len(left)} {group}s keep all their {unit}.</p>"
     if len(left) == 1:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 from tpvprune.reporting.charts import power_of_ten, significant
+from tpvprune.reporting.text import cell
 
 _SIDE, _LEFT, _TOP = 320.0, 56.0, 10.0
 
@@ -58,16 +58,16 @@ def scatter_chart(
         label = f"{name}: {significant(x_value)} {across}, {significant(y_value)} {up}"
         parts.append(
             f'<circle class="kept-dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
-            f"<title>{escape(label)}</title></circle>"
+            f"<title>{cell(label)}</title></circle>"
         )
     middle = _LEFT + _SIDE / 2
     parts.append(
-        f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{escape(across)}</text>'
+        f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{cell(across)}</text>'
     )
     parts.append(
         f'<text transform="rotate(-90)" x="{-(_TOP + _SIDE / 2)}" y="14" '
-        f'text-anchor="middle">{escape(up)}</text>'
+        f'text-anchor="middle">{cell(up)}</text>'
     )
     size = f'width="{right + 10:.0f}" height="{bottom + 46:.0f}"'
-    about = f'role="img" aria-label="{escape(up)} against {escape(across)}"'
+    about = f'role="img" aria-label="{cell(up)} against {cell(across)}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>'

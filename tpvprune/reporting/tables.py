@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tpvprune.reporting.charts import percent, short, significant, whole
 from tpvprune.reporting.costs import cost_labels
+from tpvprune.reporting.text import cell
 
 _COLUMNS = {
     "criterion": "Criterion",
@@ -20,6 +20,7 @@ _COLUMNS = {
     "agreement": "Agreement",
     "top1": "Top-1",
 }
+_USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
 _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
@@ -57,24 +58,24 @@ def header(data: Mapping[str, Any]) -> str:
         seen_on = str((data.get("images") or {}).get("agreement_on", "the images"))
         sentences.append(
             f"It chooses the same class as the dense model on "
-            f"<strong>{percent(agreement)}</strong> of {escape(seen_on)}."
+            f"<strong>{percent(agreement)}</strong> of {cell(seen_on)}."
         )
     if data.get("used_labels") is False:
         sentences.append("<strong>No label was used</strong> to score, cut or repair it.")
     elif (data.get("training") or {}).get("used_labels"):
         sentences.append("It was trained with labels after the cut.")
     elif data.get("used_labels"):
-        sentences.append(f"The criterion {escape(str(data.get('criterion')))} used labels.")
+        sentences.append(f"The criterion {cell(data.get('criterion'))} used labels.")
     lead = f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
-    warning = ""
+    warnings = "".join(f'<p class="warn">{cell(line)}</p>' for line in data.get("warnings") or ())
     if data.get("reached") is False:
         share = _ratio(pruned, dense, str(data.get("of") or "macs"))
         found = f": it stopped at {percent(share)}" if share is not None else ""
-        warning = (
+        warnings += (
             f'<p class="warn"><strong>The budget was not reached</strong>{found}. '
             "What is left is protected or blocked; see the layers left whole below.</p>"
         )
-    return f"<header><h1>{escape(title_of(data))}</h1>{lead}{warning}</header>"
+    return f"<header><h1>{cell(title_of(data))}</h1>{warnings}{lead}</header>"
 
 
 def figures(data: Mapping[str, Any]) -> str:
@@ -155,10 +156,25 @@ def before_after(data: Mapping[str, Any]) -> str:
     count = next((s["num_images"] for s in (pruned, dense) if s.get("num_images")), None)
     about = f"<p>Accuracy on {whole(count)} labelled images.</p>" if count else ""
     batch = pruned.get("latency_batch_size")
-    about += f"<p>Latency of one call with a batch of {batch}.</p>" if batch else ""
+    about += f"<p>Latency of one call with a batch of {cell(batch)}.</p>" if batch else ""
+    about += _held_back(data.get("held_back") or {})
     head = "<tr><th></th><th>Dense</th><th>Pruned</th></tr>"
     table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
     return section("Before and after", about, table)
+
+
+def _held_back(facts: Mapping[str, Any]) -> str:
+    """Return how far the model is from the dense one on images that nothing was fitted to."""
+    if facts.get("agreement") is None:
+        return ""
+    text = f"On {whole(facts['num_images'])} images held back: agreement "
+    text += percent(facts["agreement"])
+    if facts.get("chance_agreement") is not None:
+        text += f" (by chance {percent(facts['chance_agreement'])})"
+    if facts.get("variance_share") is not None:
+        share = significant(facts["variance_share"], 2)
+        text += f", output variance {share} of the dense model\u2019s own"
+    return f"<p>{text}.</p>"
 
 
 def comparison(data: Mapping[str, Any]) -> str:
@@ -177,7 +193,7 @@ def comparison(data: Mapping[str, Any]) -> str:
     others = dict.fromkeys(key for row in rows for key in row)
     keys += [key for key in others if key not in (*_COLUMNS, "saved")]
     dense_macs = both(data)[0].get("macs")
-    head = "".join(f"<th>{escape(_COLUMNS.get(key, key))}</th>" for key in keys)
+    head = "".join(f"<th>{cell(_COLUMNS.get(key, key))}</th>" for key in keys)
     body = ""
     for row in rows:
         ours = row.get("saved") is True
@@ -186,7 +202,7 @@ def comparison(data: Mapping[str, Any]) -> str:
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     about = "<p>Same budget, same repair, same images. The saved model stands out.</p>"
     if data.get("comparison_note"):
-        about += f"<p>{escape(str(data['comparison_note']))}</p>"
+        about += f"<p>{cell(data['comparison_note'])}</p>"
     return section(
         "Criteria compared",
         about,
@@ -204,7 +220,7 @@ def making(data: Mapping[str, Any]) -> str:
         A section, or nothing.
     """
     command = command_lines(data.get("command"))
-    body = f"<pre>{escape(command)}</pre>" if command else ""
+    body = f"<pre>{cell(command)}</pre>" if command else ""
     settings = {
         label: data.get(key)
         for key, label in (
@@ -217,9 +233,11 @@ def making(data: Mapping[str, Any]) -> str:
             ("seed", "Seed"),
         )
     }
+    used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
     timings = {k: f"{significant(v)}\u202fs" for k, v in (data.get("timings") or {}).items() if v}
     lists = (
         ("Settings", settings),
+        ("Images used", used),
         ("Preprocessing", data.get("preprocessing") or {}),
         ("Time", timings),
         ("Versions", data.get("versions") or {}),
@@ -297,7 +315,7 @@ def _cell(key: str, value: Any, dense_macs: Any) -> str:
         return percent(value)
     if isinstance(value, (int, float)):
         return short(value) if key in ("macs", "params") else significant(value)
-    return escape(str(value))
+    return cell(value)
 
 
 def command_lines(command: Any) -> str:
@@ -323,7 +341,7 @@ def command_lines(command: Any) -> str:
 
 def _facts(title: str, entries: Mapping[str, Any]) -> str:
     items = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>"
+        f"<dt>{cell(key)}</dt><dd>{cell(_fact(value))}</dd>"
         for key, value in entries.items()
         if value is not None
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tpvprune.clock import Clock, Progress
 from tpvprune.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.drawing import NUM_IMAGES, hold_back
-from tpvprune.evaluation import agreement, output_variance
+from tpvprune.evaluation import difference
+from tpvprune.guard import facts, warnings_of
 from tpvprune.running import on_device
 from tpvprune.targets import blind_layers
 from tpvprune.weights.choice import joint_weight_masks
@@ -118,6 +119,10 @@ def prune_weights(
         with clock("compensation"):
             pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
+    with clock("measurement"):
+        measured = {n: difference(m, model, held) for n, m in models.items()}
+    name = repair if repair == "none" else "weights"
+    more = "a larger keep" if pattern is None else "a pattern that keeps more"
     report = {
         "granularity": pattern or "weight",
         "keep": keep if pattern is None else density(masks),
@@ -131,8 +136,11 @@ def prune_weights(
         "num_images": sum(map(len, fit)),
         "num_held_back": sum(map(len, held)),
         "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
-        "output_variance": {n: output_variance(m, model, held) for n, m in models.items()},
-        "agreement": agreement(pruned, model, held),
+        "warnings": warnings_of({name: measured[repair]}, name, name, keep=more),
+        "held_back": facts(measured[repair]),
+        "output_variance": {n: m.output_variance for n, m in measured.items()},
+        "variance_share": {n: m.share for n, m in measured.items()},
+        "agreement": measured[repair].agreement,
         "layers": [
             {"name": n.removesuffix(".weight"), "num_weights": m.numel(), "kept": int(m.sum())}
             for n, m in masks.items()

@@ -1,0 +1,77 @@
+"""What people must know of a result, in sentences; the numbers are in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_NOT_BLOCKS = ("selection", "repair", "layers")
+
+
+def broken(document: Mapping[str, Any]) -> str | None:
+    """Return that a model is broken and what to try; None if it is not.
+
+    Args:
+        document: The JSON document of a command.
+
+    Returns:
+        The first of its warnings.
+    """
+    lines = document.get("warnings") or [None]
+    return lines[0] if (document.get("held_back") or {}).get("broken") else None
+
+
+def warnings(document: Mapping[str, Any]) -> list[str]:
+    """Return what else to know.
+
+    Args:
+        document: See :func:`broken`.
+
+    Returns:
+        Lines.
+    """
+    lines = list(document.get("warnings") or ())
+    return [f"warning: {line}" for line in lines[broken(document) is not None :]]
+
+
+def held_back(document: Mapping[str, Any]) -> str | None:
+    """Return what was measured on images that nothing was fitted to.
+
+    Args:
+        document: See :func:`broken`.
+
+    Returns:
+        A line, or None where nothing was.
+    """
+    facts = document.get("held_back")
+    if not facts:
+        return None
+    return (
+        f"on {facts['num_images']} images held back: agreement {_percent(facts['agreement'])} (by "
+        f"chance {_percent(facts['chance_agreement'])}), output variance "
+        f"{facts['variance_share']:.2g} of the dense model's own"
+    )
+
+
+def images_used(document: Mapping[str, Any]) -> str | None:
+    """Return how many images each step used.
+
+    Args:
+        document: See :func:`broken`.
+
+    Returns:
+        A line, or None where it is not known.
+    """
+    used = document.get("images_used")
+    if not used:
+        return None
+    line = f"images used: selection {used['selection']}, repair {used['repair']}"
+    counts = [num for name, num in used.items() if name not in _NOT_BLOCKS]
+    if not counts:
+        return line
+    least, most = min(counts), max(counts)
+    return f"{line}, each block " + (f"{least}" if least == most else f"{least} to {most}")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
