@@ -35,7 +35,7 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.least_squares import LeastSquares
 from tpvprune.lockstep import Lockstep
 from tpvprune.membership import num_processes
-from tpvprune.memory import is_lack_of_memory, release_memory
+from tpvprune.memory import is_lack_of_memory, release_memory, return_free_memory
 from tpvprune.moments import in_single
 from tpvprune.patches import count_positions, gather, patches_of, window_of
 from tpvprune.recomputation import segments_of
@@ -419,6 +419,7 @@ class Walk:
 
     def _fit(self, key: Hashable) -> None:
         """Fit what all chunks have come to: the layer of a call, or a block."""
+        return_free_memory()
         if not isinstance(key, str):
             self._fits.solve(key)
             return

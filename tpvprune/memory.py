@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -28,3 +31,24 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def return_free_memory() -> None:
+    """Let the C library hand free pages back to the system, where it can (glibc).
+
+    What many chunks of inputs have used by turns lies in pieces all over its heaps; kept there, it
+    adds up to several times what is in use.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _libc() -> Any:
+    try:
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim  # noqa: B018
+    except (OSError, AttributeError, TypeError):
+        return None
+    return libc
