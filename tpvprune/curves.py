@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import unlabeled
 from tpvprune.clock import Progress
-from tpvprune.distributed import share, summed, total
+from tpvprune.distributed import places, share, summed, total
 from tpvprune.finite import NotFiniteError, retried_in_single
 from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.moments import in_single
@@ -100,9 +100,9 @@ def variance_curves(
             nothing (``"zero"``).
         num_probes: Directions per sample.
         ridge: Relative ridge of the stand-in maps.
-        rows_per_channel: Groups with fewer (sample, direction) pairs for each of their channels
-            are wide: their order comes from second moments, and their variance from inputs that
-            it was not fitted to (:mod:`tpvprune.second_moments`).
+        rows_per_channel: Groups with fewer samples for each of their channels are wide: their
+            order comes from second moments, and their variance from inputs that it was not fitted
+            to (:mod:`tpvprune.second_moments`).
         max_rows: At most so many (sample, direction) pairs enter a curve.
         max_bytes: Memory that the matrices S of one group may take; wide groups use fewer rows.
         max_bytes_held: Memory that those of all groups may take at one time (of one group: its
@@ -137,7 +137,9 @@ def variance_curves(
         means = {call: mean for call, (mean, _) in moments.items()}
         most = min(max_rows, int(total(num)) * num_probes)
         widths = {c: len(m) for c, m in means.items()} if stand_in == "map" else {}
-        sizes = {g.name: _size(g, widths, most, max_bytes, rows_per_channel) for g in groups}
+        # Other directions tell nothing new of how the inputs vary.
+        needed = rows_per_channel * num_probes
+        sizes = {g.name: _size(g, widths, most, max_bytes, needed) for g in groups}
         narrow = {name: size for name, size in sizes.items() if size is not None}
         calls = {r.call for g in groups if g.name in narrow for r in g.readers}
         precisions = {}
@@ -152,7 +154,9 @@ def variance_curves(
                 progress("elimination", len(curves), len(sizes))
 
         wide = [g for g in groups if g.name not in narrow]
-        gradients = GradientMoments(model, wide, mapped=widths.keys(), means=_means(fit))
+        gradients = GradientMoments(
+            model, wide, metric=metric, mapped=widths.keys(), means=_means(fit)
+        )
         for names in list(_parts(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
             cuts = _collect(
@@ -385,7 +389,7 @@ def _collect(
     for x, directions, tap in passes(model, read, inputs, probing):
         also = None if gradients is None or gradients.is_full else gradients
         if also is not None:
-            also.begin(~is_held(seen, len(x)))
+            also.begin(places(seen, len(x)), ~is_held(seen, len(x)))
 
         def collect(
             call: int,

@@ -31,15 +31,14 @@ from torch import Tensor, nn
 from tpvprune.distributed import summed, total
 from tpvprune.finite import NotFiniteError
 from tpvprune.groups import ChannelGroup, Reader
-from tpvprune.membership import num_processes
 from tpvprune.positions import by_channel
 from tpvprune.residuals import Inputs
-from tpvprune.taps import Probing, passes, reader_plan
+from tpvprune.taps import Metric, Probing, passes, reader_plan
 
 MEASURED = (0.125, 0.25, 0.5, 0.75, 0.9375)  # fractions gone at which the variance is measured
 
 _MAX_STEPS = 96  # channels leave in so many blocks
-_MAX_IMAGES = 512  # for the gradients: second moments of a few channels settle early
+_MAX_IMAGES = 683  # for the gradients, of which a quarter is held back: they settle early
 _MAX_POSITIONS = 64  # of an image, for the gradients
 
 
@@ -58,6 +57,7 @@ class GradientMoments:
     Args:
         model: The network.
         groups: Wide groups.
+        metric: Of the directions.
         mapped: Calls whose other inputs stand in for those that leave: G is measured.
         means: By call, of readers whose inputs leave their means behind: E u_c^2 is measured.
     """
@@ -67,9 +67,11 @@ class GradientMoments:
         model: nn.Module,
         groups: Sequence[ChannelGroup],
         *,
+        metric: Metric,
         mapped: Set[int],
         means: Mapping[int, Tensor],
     ) -> None:
+        self._white = metric in {"logits", "features"}  # E v v^T = I
         self.groups, self.plan = groups, reader_plan(groups)
         self._modules = dict(model.named_modules())
         self._mapped, self._means = mapped, means
@@ -80,30 +82,31 @@ class GradientMoments:
             for g in groups
             for r in g.readers
         }
-        self._count = 0
+        self._count = self._next = 0
 
     @property
     def is_full(self) -> bool:
         """Whether more images would change little."""
-        return self._count * num_processes() >= _MAX_IMAGES
+        return self._next >= _MAX_IMAGES
 
-    def begin(self, mask: Tensor) -> None:
-        """Announce a pass over a batch, of which the images of ``mask`` [B] count."""
-        self._mask = mask
-        self._count += int(mask.sum())
+    def begin(self, at: Tensor, mask: Tensor) -> None:
+        """Announce a pass over images at these places of the whole set [B]; ``mask`` [B] count."""
+        self._at, self._mask = at, mask & (at < _MAX_IMAGES)
+        self._next = int(at[-1]) + 1
+        self._count += int(self._mask.sum())
 
     def add(self, call: int, a: Tensor, grad: Tensor, v: Tensor) -> None:
         """Take in what a reader reads, and the gradient there, for directions v [B, K]."""
         mask = self._mask.to(a.device)
         if not bool(mask.any()):
             return
-        num = len(mask)
         for group, reader in self.plan[call]:
             if call in self._mapped:
                 layer = self._modules[reader.module]
-                found = _gram(layer, reader, grad, v, mask)
+                exact = _exact_gram(layer, reader, grad, v) if self._white else None
+                found = _gram(reader, grad, self._at, mask) if exact is None else exact * mask.sum()
             else:
-                u = _changes(reader, a, grad, num, self._means.get(call))
+                u = _changes(reader, a, grad, len(mask), self._means.get(call))
                 found = u[mask].square().sum(0)
             self._sums[group.name, call] += found.double().cpu()
 
@@ -134,27 +137,39 @@ class GradientMoments:
         return parts
 
 
-def _gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _exact_gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor) -> Tensor | None:
+    """Return E d d^T = W^T W of a linear layer whose output is the network's.
+
+    Exact however few the images, for directions with E v v^T = I; None for other layers.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or weight is None or grad.ndim != 2:
+        return None
+    own = weight.detach()[:, reader.index].float()
+    if len(own) != v.shape[1] or len(grad) != len(v):
+        return None
+    seen = grad[:, reader.index].float()
+    same = torch.allclose(seen, v.float() @ own, rtol=1e-2, atol=1e-4)
+    return own.T @ own if same else None
+
+
+def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over the images of ``mask`` and their positions of d d^T, own inputs only.
 
-    Of a linear layer whose output is the network's, E d d^T = W^T W: exact however few the images.
+    ``at`` is where in the whole set each image stands [B]: of large maps every so manieth position
+    is read, from one that varies from image to image.
     """
-    num = len(mask)
-    weight = getattr(layer, "weight", None)
-    if isinstance(layer, nn.Linear) and weight is not None and grad.ndim == 2:
-        own = weight.detach()[:, reader.index].float()
-        if len(own) == v.shape[1] and len(grad) == num:
-            expected = v.float() @ own
-            if torch.allclose(grad[:, reader.index].float(), expected, rtol=1e-2, atol=1e-4):
-                return mask.sum() * (own.T @ own)
-    d = by_channel(grad, reader.channel_dim, num)
-    d = d[mask.repeat_interleave(len(d) // num)][:, reader.index].float()
-    windows, positions = len(d) // int(mask.sum()), d.shape[2]
+    d = by_channel(grad, reader.channel_dim, len(mask))
+    windows, positions = len(d) // len(mask), d.shape[2]
+    chosen = mask.repeat_interleave(windows)
+    starts = at[mask.cpu()].repeat_interleave(windows).tolist()
+    d = d[chosen][:, reader.index].float()
     step = max(1, min(positions, positions * windows // _MAX_POSITIONS))
     if step == 1:
         flat = d.transpose(0, 1).flatten(1)
-    else:  # every so manieth position, from one that varies
-        flat = torch.cat([image[:, i % step :: step] for i, image in enumerate(d)], 1)
+    else:
+        images = zip(d, starts, strict=True)
+        flat = torch.cat([image[:, i % step :: step] for image, i in images], 1)
     return flat @ flat.T * (len(d) * positions / flat.shape[1])
 
 
