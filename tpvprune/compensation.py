@@ -429,6 +429,7 @@ class Walk:
             calls.clear()
             with torch.enable_grad():
                 block.fit(self._model.get_submodule(key), call)
+            return_free_memory()
 
     def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
         """Wait for the others at a fit, here or, with too much to hold, before the block.

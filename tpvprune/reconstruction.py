@@ -58,7 +58,7 @@ def reconstruct_blocks(
     max_positions: int = 1 << 18,
     rows_per_input: int = 12,
     min_rows: int = 16384,
-    max_bytes: int = 4 << 30,
+    max_bytes: int = 2 << 30,
     seed: int = 0,
     used: dict[str, int] | None = None,
     progress: Progress | None = None,
@@ -136,9 +136,14 @@ def reconstruct_blocks(
         used["layers"] = num // copies
 
     def fit(
-        module: nn.Module, call: BlockCall, *, block: Block, how: GaussNewton, target: Tensor
+        module: nn.Module,
+        call: BlockCall,
+        *,
+        block: Block,
+        how: GaussNewton,
+        targets: dict[str, Tensor],
     ) -> None:
-        how.fit(module, replace(call, out=target), block.depth)
+        how.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
         if used is not None:
             used[block.name] = how.num_inputs // copies
         if progress is not None:
@@ -159,7 +164,7 @@ def reconstruct_blocks(
                         fit,
                         block=b,
                         how=replace(how, num_inputs=int(wanted[b.name].sum())),
-                        target=targets.pop(b.name),
+                        targets=targets,
                     ),
                 )
                 for b in found
@@ -236,4 +241,4 @@ def _dense_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {block.name: torch.cat(found.pop(block.name)) for block in blocks}
