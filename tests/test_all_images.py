@@ -57,10 +57,10 @@ class Rectified(nn.Module):
             self.inplace = inplace
 
         def forward(self, x):
-            y = F.relu(x, inplace=self.inplace)
+            y = F.leaky_relu(x, 0.3, inplace=self.inplace)  # twice is not once
             y = F.relu(self.bn(self.conv1(y)), inplace=self.inplace)
             y = self.conv2(y)
-            return y.add_(x) if self.inplace else y + x.relu()
+            return y.add_(x) if self.inplace else y + F.leaky_relu(x, 0.3)
 
     def __init__(self, inplace=True):
         super().__init__()
@@ -83,9 +83,8 @@ class ReadAgain(nn.Module):
             self.inplace = inplace
 
         def forward(self, x):
-            if self.inplace:
-                x.relu_()
-            return self.conv2(F.relu(self.conv1(x.relu())))
+            x = F.leaky_relu(x, 0.3, inplace=self.inplace)
+            return self.conv2(F.relu(self.conv1(x)))
 
     def __init__(self, inplace=True):
         super().__init__()
@@ -98,7 +97,8 @@ class ReadAgain(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         y = self.blocks[0](x)
-        return self.fc((y + self.beside(x if self.inplace else x.relu())).mean((2, 3)))
+        x = x if self.inplace else F.leaky_relu(x, 0.3)
+        return self.fc((y + self.beside(x)).mean((2, 3)))
 
 
 class Shared(nn.Module):
