@@ -141,9 +141,7 @@ class BlockCall:
             True if so.
         """
         first = self.args[0]
-        return (
-            isinstance(value, Tensor) and value.ndim == first.ndim and len(value) == len(first)
-        )
+        return isinstance(value, Tensor) and value.ndim == first.ndim and len(value) == len(first)
 
     def _cut(self, chosen: Callable[[int], Any]) -> BlockCall:
         def cut(value: Any) -> Any:

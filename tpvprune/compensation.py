@@ -442,9 +442,7 @@ class Walk:
             raise _AgainError(call)
         self._lockstep.meet(call)
 
-    def _again(
-        self, run: Callable[..., Any], args: Any, kwargs: Any, *, last: bool = True
-    ) -> Any:
+    def _again(self, run: Callable[..., Any], args: Any, kwargs: Any, *, last: bool = True) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
 
         Args:
@@ -471,9 +469,7 @@ class Walk:
             follower.go_back(state)
             self._lockstep.meet(call)
 
-    def _through(
-        self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _through(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, and once more with its new weights where it is fitted as a whole.
 
         Returns:
@@ -504,9 +500,7 @@ class Walk:
             Nothing.
         """
         again = set(segments_of(self._model))
-        names = {
-            n: m for n, m in self._model.named_modules() if m in again or n in self._blocks
-        }
+        names = {n: m for n, m in self._model.named_modules() if m in again or n in self._blocks}
         for name, module in names.items():
             module.forward = partial(self._through, name, module.forward)
         try:

@@ -154,9 +154,7 @@ def variance_curves(
                 progress("elimination", len(curves), len(sizes))
 
         wide = [g for g in groups if g.name not in narrow]
-        gradients = GradientMoments(
-            model, wide, metric=metric, mapped=widths.keys(), means=_means(fit)
-        )
+        gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=_means(fit))
         for names in list(_parts(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
             cuts = _collect(
@@ -177,6 +175,7 @@ def variance_curves(
 
 
 # ---- wide groups ----------------------------------------------------------------------------
+
 
 def _means(covariances: Covariances) -> dict[int, Tensor]:
     return {call: mean for call, (mean, _, _) in covariances.items()}
@@ -247,9 +246,7 @@ def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
     return _Size(0, 4 * len(MEASURED) * numbers)
 
 
-def _inputs(
-    fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]
-) -> Inputs:
+def _inputs(fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]) -> Inputs:
     return Inputs(fit[0].cpu(), shrunk_precision(_on_cpu(fit), _on_cpu(held)))
 
 

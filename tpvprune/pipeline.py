@@ -273,9 +273,7 @@ def _cut(run: _Run, rounds: Rounds, step: int, *, rank: bool = False) -> None:
     run.record.save(rounds)
 
 
-def _refitted(
-    run: _Run, rounds: Rounds, step: int
-) -> tuple[dict[str, nn.Module], Difference]:
+def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
     """Repair ``rounds.model``.
 
     Returns:

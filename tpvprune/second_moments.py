@@ -22,6 +22,7 @@ widths is measured, on images that neither the maps nor the order were fitted to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from tpvprune.finite import NotFiniteError
 from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.positions import by_channel
 from tpvprune.residuals import Inputs
-from tpvprune.taps import Metric, Probing, passes, reader_plan
+from tpvprune.taps import Probing, passes, reader_plan
 
 MEASURED = (0.125, 0.25, 0.5, 0.75, 0.9375)  # fractions gone at which the variance is measured
 
@@ -57,7 +58,7 @@ class GradientMoments:
     Args:
         model: The network.
         groups: Wide groups.
-        metric: Of the directions.
+        probing: How the passes are run.
         mapped: Calls whose other inputs stand in for those that leave: G is measured.
         means: By call, of readers whose inputs leave their means behind: E u_c^2 is measured.
     """
@@ -66,12 +67,13 @@ class GradientMoments:
         self,
         model: nn.Module,
         groups: Sequence[ChannelGroup],
+        probing: Probing,
         *,
-        metric: Metric,
         mapped: Set[int],
         means: Mapping[int, Tensor],
     ) -> None:
-        self._white = metric in {"logits", "features"}  # E v v^T = I
+        self._white = probing.metric in {"logits", "features"}  # E v v^T = I
+        self._num_probes = probing.num_probes
         self.groups, self.plan = groups, reader_plan(groups)
         self._modules = dict(model.named_modules())
         self._mapped, self._means = mapped, means
@@ -123,7 +125,7 @@ class GradientMoments:
             NotFiniteError: If a gradient is not finite.
         """
         pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
-        count = max(1.0, total(self._count))
+        count = max(1.0, total(self._count * self._num_probes))
         parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
         for group in self.groups:
             for reader in group.readers:
@@ -173,9 +175,7 @@ def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
     return flat @ flat.T * (len(d) * positions / flat.shape[1])
 
 
-def _changes(
-    reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor | None
-) -> Tensor:
+def _changes(reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor | None) -> Tensor:
     """Return u_c [B, own] of a reader that gets a mean, or nothing, in the place of each input."""
     a, grad = (by_channel(t, reader.channel_dim, num)[:, reader.index] for t in (a, grad))
     if mean is not None:
@@ -201,8 +201,8 @@ class _Left:
             g = self._g[own[:, :, None], own[:, None, :]]
             at = self._index[own]
             p = self._p[at[:, :, None], at[:, None, :]]
-            costs[unit] += (g * torch.linalg.inv(p)).sum((1, 2)) if p.shape[1] > 1 else (
-                (g / p)[:, 0, 0]
+            costs[unit] += (
+                (g * torch.linalg.inv(p)).sum((1, 2)) if p.shape[1] > 1 else ((g / p)[:, 0, 0])
             )
         return costs
 
@@ -274,21 +274,30 @@ def leaving_order(
     Returns:
         The order in which channels leave [C], and the shape of the curve [C]: what was lost once k
         have left, up to a factor.
+
+    Raises:
+        NotFiniteError: If what is lost is not finite.
     """
-    left = [
-        _Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts
-    ]
+    left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
     block = -(-num_channels // _MAX_STEPS)
     stays = torch.ones(num_channels, dtype=torch.bool)
     order: list[Tensor] = []
     shape = [0.0]
     while (num_left := int(stays.sum())) > 1:
         costs = sum((p.costs(num_channels) for p in left), torch.zeros(()))
-        ranks = (costs / savings.clamp_min(1e-12)).masked_fill(~stays, torch.inf)
-        chosen = ranks.argsort(stable=True)[: min(block, num_left - 1)]
+        # Ranked are those that are left, and no others: every step makes progress.
+        candidates = stays.nonzero().squeeze(1)
+        ranks = (costs / savings.clamp_min(1e-12))[candidates]
+        chosen = candidates[ranks.argsort(stable=True)[: min(block, num_left - 1)]]
         gone = torch.zeros(num_channels, dtype=torch.bool)
         gone[chosen] = True
-        lost = max(0.0, sum(p.remove(gone) for p in left))
+        lost = sum(p.remove(gone) for p in left)
+        if not math.isfinite(lost):
+            raise NotFiniteError(
+                f"expected a finite curve, found {lost} with {num_left} of {num_channels} channels "
+                "left: the inputs of its readers are collinear or not finite, ignore the layer"
+            )
+        lost = max(0.0, lost)
         # Within a block by what each costs alone, so that the curve rises from cheap to dear.
         alone = costs[chosen].clamp_min(0)
         alone = alone / alone.sum() if float(alone.sum()) > 0 else alone + 1 / len(chosen)
@@ -398,15 +407,25 @@ def _joint(
 
 
 def fitted_curve(shape: Tensor, counts: Sequence[int], measured: Tensor) -> Tensor:
-    """Return the shape [C], scaled to what was measured at some counts, and never falling."""
-    tiny = torch.finfo(torch.float64).tiny
-    at = torch.tensor(counts)
-    ratio = measured / shape[at].clamp_min(tiny)
-    k = torch.arange(len(shape), dtype=torch.float64)
-    hi = torch.searchsorted(at.double(), k).clamp(max=len(counts) - 1)
-    lo = (hi - 1).clamp_min(0)
-    span = (at[hi] - at[lo]).clamp_min(1)
-    t = ((k - at[lo]) / span).clamp(0, 1)
-    scaled = shape * (ratio[lo] * (1 - t) + ratio[hi] * t)
-    scaled[0] = 0.0
-    return scaled.cummax(0).values
+    """Return a curve through what was measured at some counts, of a shape, and never falling.
+
+    Args:
+        shape: From 0, never falling [C].
+        counts: How many channels have gone where it was measured, rising.
+        measured: The variance there.
+
+    Returns:
+        [C]; between two counts it rises as the shape does, beyond the last in proportion to it.
+    """
+    at = torch.tensor([0, *counts])
+    known = torch.cat([measured.new_zeros(1), measured]).cummax(0).values
+    k = torch.arange(len(shape))
+    hi = torch.searchsorted(at, k).clamp(1, len(at) - 1)
+    lo = hi - 1
+    rise = shape[at[hi]] - shape[at[lo]]
+    part = (shape - shape[at[lo]]) / rise
+    part = torch.where(rise > 0, part, (k - at[lo]) / (at[hi] - at[lo]))
+    curve = known[lo] + part * (known[hi] - known[lo])
+    last = shape[at[-1]]
+    tail = known[-1] * (shape / last if last > 0 else torch.ones_like(shape))
+    return torch.where(k > at[-1], tail, curve).cummax(0).values

@@ -292,8 +292,7 @@ def _width(group: Mapping[str, Any] | None, i: int) -> str:
 
 def _commands(runs: Sequence[Run]) -> str:
     items = "".join(
-        f'<p class="dot c{i}">{cell(name)}</p>'
-        f"<pre>{cell(command_lines(report['command']))}</pre>"
+        f'<p class="dot c{i}">{cell(name)}</p><pre>{cell(command_lines(report["command"]))}</pre>'
         for i, (name, report) in enumerate(runs)
         if report.get("command")
     )

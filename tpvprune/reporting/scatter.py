@@ -61,9 +61,7 @@ def scatter_chart(
             f"<title>{cell(label)}</title></circle>"
         )
     middle = _LEFT + _SIDE / 2
-    parts.append(
-        f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{cell(across)}</text>'
-    )
+    parts.append(f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{cell(across)}</text>')
     parts.append(
         f'<text transform="rotate(-90)" x="{-(_TOP + _SIDE / 2)}" y="14" '
         f'text-anchor="middle">{cell(up)}</text>'
