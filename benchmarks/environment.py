@@ -47,4 +47,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
         # Folders of one machine mean nothing on another.
         return Path(value).name
-    return value if isinstance(value, (int, float, list, str, type(None))) else str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
