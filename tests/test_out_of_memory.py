@@ -68,22 +68,22 @@ def test_pruning_goes_on_with_smaller_batches_to_the_same_model(place, memory, n
         assert torch.allclose(value, small[key], rtol=1e-3, atol=1e-4)  # float32 sums, other order
 
 
-def test_weights_are_refitted_on_fewer_inputs(place, memory, untouched):
+def test_weights_are_refitted_with_fewer_inputs_at_a_time(place, memory, untouched):
     model = timm.create_model("test_resnet", num_classes=3).eval()
-    batches = list(torch.randn(8, 3, 24, 24).split(2))
-    memory["most"] = 5  # all eight at once do not fit
-    with untouched(model), pytest.warns(UserWarning, match="refitted on 3 inputs instead of 7"):
-        result = tpvprune.prune(model, batches, keep=0.6)
-    assert memory["seen"] <= 5
-    memory["most"] = 10**9
-    groups, kept = result.groups, result.kept
+    batches = list(torch.randn(7, 3, 24, 24).split(2))
+    groups = tpvprune.find_groups(model, batches[0])
+    kept = {g.name: torch.arange(g.num_channels) > 1 for g in groups}
     small = tpvprune.remove_channels(model, groups, kept)
-    few = [torch.cat(batches)[:3]]
-    expected = tpvprune.compensate_weights(small, model, few, groups=groups, kept=kept)
+    given = {"groups": groups, "kept": kept, "ridge": 0.1}
+    expected = tpvprune.compensate_weights(small, model, batches, **given)
+    memory |= {"most": 5, "seen": 0}  # all seven at once do not fit
+    with untouched(model), pytest.warns(UserWarning, match="with 3 inputs at a time instead of 7"):
+        repaired = tpvprune.compensate_weights(small, model, batches, **given)
+    assert memory["seen"] <= 5
     for (key, value), wanted in zip(
-        result.model.state_dict().items(), expected.state_dict().values(), strict=True
+        repaired.state_dict().items(), expected.state_dict().values(), strict=True
     ):
-        assert torch.allclose(value, wanted, rtol=1e-4, atol=1e-5), key
+        assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-4), key
 
 
 @pytest.mark.parametrize("most", [0, 2])

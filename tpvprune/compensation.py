@@ -199,7 +199,7 @@ def chunk_size(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Return how many inputs run at a time: few enough for the memory, not too many threads."""
     num = sum(map(len, inputs))
     fit = max(1, _CHUNK_BYTES // _bytes_per_input(model, inputs[0][:1]))
-    return max(min(fit, 128), -(-num // _MOST_CHUNKS))
+    return min(num, max(min(fit, 128), -(-num // _MOST_CHUNKS)))
 
 
 def rechunked(inputs: Iterable[Tensor], size: int) -> list[Tensor]:
