@@ -61,6 +61,8 @@ def test_every_row_is_what_prune_returns(order, tmp_path, monkeypatch):
     rows, models = measured(wanted, model, tmp_path / "rows.csv", monkeypatch)
     assert [key_of(row) for row in rows] == wanted.keys()
     assert len(rows) == (2 + 1 + 1) * 3
+    # A benchmark compares repairs as they are, also where a user would get a cheaper one.
+    monkeypatch.setattr("tpvprune.guard.best_repair", lambda _, wanted: wanted)
     for row in rows:
         result = prune(
             model, images(0), keep=0.6, criterion=row["criterion"], repair=row["repair"],

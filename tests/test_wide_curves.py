@@ -88,7 +88,7 @@ def test_variances_are_those_of_other_images(width, num):
     x, weight, counts = images(num).float(), model.head.weight.detach().double(), at(width)
     others = rows_of(model, images(2000, seed=7))
     # The maps are fitted to three quarters of the images.
-    fit = rows_of(model, x[torch.arange(num) % 4 != 3])
+    fit = rows_of(model, x[torch.arange(num) % 16 < 12])
     curve = variance_curves(model, groups, x.split(100))[name]
     for k, truth in zip(counts, variances(others, fit, weight, curve.order, counts), strict=True):
         assert 0.75 < float(curve.variance[k]) / truth < 1.25
@@ -102,7 +102,7 @@ def test_further_directions_are_not_further_images():
     model, groups, name = pooled(64)
     x, weight, counts = images(300).float(), model.head.weight.detach().double(), at(64)
     curve = variance_curves(model, groups, x.split(100), num_probes=4)[name]
-    fit = rows_of(model, x[torch.arange(300) % 4 != 3])
+    fit = rows_of(model, x[torch.arange(300) % 16 < 12])
     truths = variances(rows_of(model, images(2000, seed=7)), fit, weight, curve.order, counts)
     for k, truth in zip(counts, truths, strict=True):
         assert 0.75 < float(curve.variance[k]) / truth < 1.25
@@ -450,7 +450,7 @@ def test_variances_of_a_real_network_are_those_of_other_images():
     wide = [g for g in groups if 128 <= g.num_channels <= 512]
     assert len({g.num_channels for g in wide}) == 3
     curves = variance_curves(model, groups, x.split(100))
-    fit = x[torch.arange(len(x)) % 4 != 3]
+    fit = x[torch.arange(len(x)) % 16 < 12]
     for group in wide:
         curve, counts = curves[group.name], at(group.num_channels)
         truths = true_variances(model, group, curve.order, counts, x=fit, others=others)

@@ -23,7 +23,7 @@ from tpvprune.tracing.fields import flatten
 from tpvprune.tracing.tracking import CONTRACTIONS, function_name
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
-_FEWER_ROWS = 8  # so many times, at most, for layers of several groups
+FEWER_ROWS = 8  # so many times, at most, for layers of several groups that are refitted
 _PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
 
@@ -69,8 +69,10 @@ class Plan:
         min_rows: float,
         seed: int,
         common: frozenset[int] = frozenset(),
+        *,
+        fewer: int = 1,
     ) -> None:
-        self.num_inputs, self.common = num_inputs, common
+        self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
         self.all_inputs = int(total(num_inputs))
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
@@ -78,11 +80,12 @@ class Plan:
     def thinned(self, factor: float) -> Plan:
         """Return a plan with so many times fewer positions."""
         fewer = (self._rows_per_input / factor, self._min_rows / factor)
-        return Plan(self.num_inputs, *fewer, self._seed, self.common)
+        return Plan(self.num_inputs, *fewer, self._seed, self.common, fewer=self._fewer)
 
     def without(self, common: frozenset[int]) -> Plan:
         """Return a plan that leaves out calls that see no input."""
-        return Plan(self.num_inputs, self._rows_per_input, self._min_rows, self._seed, common)
+        given = (self._rows_per_input, self._min_rows, self._seed)
+        return Plan(self.num_inputs, *given, common, fewer=self._fewer)
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""
@@ -90,7 +93,7 @@ class Plan:
 
     def _per_input(self, layer: Any, num_positions: int) -> int:
         # Of a depthwise layer every channel sees all rows, for a few unknowns.
-        least = self._min_rows / min(getattr(layer, "groups", 1), _FEWER_ROWS)
+        least = self._min_rows / min(getattr(layer, "groups", 1), self._fewer)
         wanted = max(least, self._rows_per_input * layer.weight[0].numel())
         return min(num_positions, max(1, math.ceil(wanted / self.all_inputs)))
 

@@ -29,7 +29,15 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.batches import unlabeled
 from tpvprune.blocks import BlockCall
-from tpvprune.branches import Branch, BranchFollower, Layer, Plan, layers_by_weight, positions_first
+from tpvprune.branches import (
+    FEWER_ROWS,
+    Branch,
+    BranchFollower,
+    Layer,
+    Plan,
+    layers_by_weight,
+    positions_first,
+)
 from tpvprune.distributed import places, spread_weights
 from tpvprune.groups import ChannelGroups
 from tpvprune.least_squares import LeastSquares
@@ -135,7 +143,7 @@ def refitted(
     def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         chunks = rechunked(inputs, chunk)
-        plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed)
+        plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
         plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
         fits = refits_towards(
             dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.batches import unlabeled
 from tpvprune.blocks import Block, BlockCall, find_blocks
-from tpvprune.branches import Plan
+from tpvprune.branches import FEWER_ROWS, Plan
 from tpvprune.clock import Progress
 from tpvprune.compensation import (
     TARGET_BYTES,
@@ -121,7 +121,8 @@ def reconstruct_blocks(
     view = _with_mirror_images if copies == 2 else _as_it_is
     chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
     num = copies * sum(map(len, chunks))
-    plan = plan_for(Plan(num, rows_per_input, min_rows, seed), dense, first[:1], TARGET_BYTES)
+    plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
+    plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
     refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept)
     fast = first.ndim == 4 and takes_channels_last(dense, first)
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
