@@ -82,45 +82,60 @@ def at(width, fractions=QUARTERS):
 # ---- the variance ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "num"), [(64, 700), (256, 700), (768, 400)])
-def test_variances_are_those_of_other_images(width, num):
-    model, groups, name = pooled(width)
-    x, weight, counts = images(num).float(), model.head.weight.detach().double(), at(width)
-    others = rows_of(model, images(2000, seed=7))
+SEEDS = range(4)
+"""One curve is an estimate from some hundred images (sd 12 %); a law needs more than one."""
+
+
+def compared(width, num, seed, **how):
+    """Return what a curve says over what is true on other images, at each quarter."""
+    model, groups, name = pooled(width, seed)
+    x, weight = images(num, seed=2 * seed).float(), model.head.weight.detach().double()
+    others = rows_of(model, images(2000, seed=2 * seed + 1))
     # The maps are fitted to three quarters of the images.
     fit = rows_of(model, x[torch.arange(num) % 16 < 12])
-    curve = variance_curves(model, groups, x.split(100))[name]
-    for k, truth in zip(counts, variances(others, fit, weight, curve.order, counts), strict=True):
-        assert 0.75 < float(curve.variance[k]) / truth < 1.25
+    curve = variance_curves(model, groups, x.split(100), **how)[name]
+    truths = variances(others, fit, weight, curve.order, at(width))
+    return [float(curve.variance[k]) / t for k, t in zip(at(width), truths, strict=True)]
+
+
+def mean_of(ratios):
+    """Return the mean over seeds at each quarter."""
+    return torch.tensor(ratios).view(len(SEEDS), len(QUARTERS)).mean(0)
+
+
+@pytest.mark.parametrize(("width", "num"), [(64, 700), (256, 700), (768, 400)])
+def test_variances_are_those_of_other_images(width, num):
+    mean = mean_of([compared(width, num, seed) for seed in SEEDS])
+    assert (mean > 0.75).all()
+    assert (mean < 1.25).all()
     # The old way, on the rows that everything was fitted to, promises far too little.
-    old = variance_curves(model, groups, x.split(100), rows_per_channel=0)[name]
-    truths = variances(others, fit, weight, old.order, counts)
-    assert float(old.variance[counts[0]]) / truths[0] < 0.75
+    if width > 64:
+        assert compared(width, num, 0, rows_per_channel=0)[0] < 0.5
 
 
 def test_further_directions_are_not_further_images():
-    model, groups, name = pooled(64)
-    x, weight, counts = images(300).float(), model.head.weight.detach().double(), at(64)
-    curve = variance_curves(model, groups, x.split(100), num_probes=4)[name]
-    fit = rows_of(model, x[torch.arange(300) % 16 < 12])
-    truths = variances(rows_of(model, images(2000, seed=7)), fit, weight, curve.order, counts)
-    for k, truth in zip(counts, truths, strict=True):
-        assert 0.75 < float(curve.variance[k]) / truth < 1.25
+    mean = mean_of([compared(64, 300, seed, num_probes=4) for seed in SEEDS])
+    assert (mean > 0.75).all()
+    assert (mean < 1.25).all()
 
 
 @pytest.mark.parametrize("stand_in", ["mean", "zero"])
 @pytest.mark.parametrize("width", [64, 256])
 def test_variances_without_stand_ins_are_those_of_other_images(width, stand_in):
-    model, groups, name = pooled(width)
-    x, weight = images(700).float(), model.head.weight.detach().double()
-    curve = variance_curves(model, groups, x.split(100), stand_in=stand_in)[name]
-    others = rows_of(model, images(2000, seed=7))
-    if stand_in == "mean":
-        others = others - rows_of(model, x).mean(0)
-    for k in at(width):
-        gone = curve.order[:k]
-        truth = float((others[:, gone] @ weight[:, gone].T).square().sum(1).mean())
-        assert 0.75 < float(curve.variance[k]) / truth < 1.25
+    ratios = []
+    for seed in SEEDS:
+        model, groups, name = pooled(width, seed)
+        x, weight = images(700, seed=2 * seed).float(), model.head.weight.detach().double()
+        curve = variance_curves(model, groups, x.split(100), stand_in=stand_in)[name]
+        others = rows_of(model, images(2000, seed=2 * seed + 1))
+        if stand_in == "mean":
+            others = others - rows_of(model, x).mean(0)
+        for k in at(width):
+            gone = curve.order[:k]
+            truth = float((others[:, gone] @ weight[:, gone].T).square().sum(1).mean())
+            ratios.append(float(curve.variance[k]) / truth)
+    assert (mean_of(ratios) > 0.75).all()
+    assert (mean_of(ratios) < 1.25).all()
 
 
 # ---- the order ------------------------------------------------------------------------------
