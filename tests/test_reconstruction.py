@@ -339,12 +339,14 @@ def test_less_memory_gives_the_same():
     model = make("resnet10t")
     pruned, groups, kept = halved(model, x)
     given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
-    roomy, tight = (
-        reconstruct_blocks(pruned, model, [x], max_bytes=room, **given)
-        for room in (4 << 30, 4 << 20)
+    # The least holds nothing between two fits, inputs of blocks included.
+    roomy, tight, none = (
+        list(reconstruct_blocks(pruned, model, [x], max_bytes=room, **given).parameters())
+        for room in (4 << 30, 4 << 20, 0)
     )
-    for a, b in zip(roomy.parameters(), tight.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for a, b, c in zip(roomy, tight, none, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(c, a, rtol=1e-3, atol=1e-4)
 
 
 def test_arguments_common_to_all_samples_are_not_split():

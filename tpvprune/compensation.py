@@ -257,7 +257,7 @@ def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -
 class _AgainError(BaseException):
     """A chunk has given its part to the fit of a layer, and runs its block again afterwards."""
 
-    def __init__(self, call: int) -> None:
+    def __init__(self, call: Hashable) -> None:
         super().__init__()
         self.call = call
 
@@ -421,9 +421,11 @@ class Walk:
 
     def _whole(self, i: int) -> None:
         """Run the network on a chunk: a copy that nobody else holds, and layers may overwrite."""
-        x = self._view(self._chunks[i])
-        moved = fast_layout(on_device(x, self._model), self._model)
-        self._model(moved.clone() if moved is self._chunks[i] else moved)
+        self._model(self._input(i))
+
+    def _input(self, i: int) -> Tensor:
+        moved = fast_layout(on_device(self._view(self._chunks[i]), self._model), self._model)
+        return moved.clone() if moved is self._chunks[i] else moved
 
     def _fit(self, key: Hashable) -> None:
         """Fit what all chunks have come to: the layer of a call, or a block."""
@@ -445,13 +447,14 @@ class Walk:
         Raises:
             _AgainError: If the block is to be run again.
         """
-        alive = {t.untyped_storage().data_ptr(): t for t in waiting}
-        if sum(t.numel() * t.element_size() for t in alive.values()) / num > self._room:
+        if self._is_large(waiting, num):
             raise _AgainError(call)
         self._lockstep.meet(call)
 
     def _again(self, run: Callable[..., Any], args: Any, kwargs: Any, *, last: bool = True) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
+
+        Where not even its inputs can be held, a larger part is run again.
 
         Args:
             run: The part.
@@ -464,18 +467,27 @@ class Walk:
         """
         follower = self._running.run
         state = follower.state()
+        is_large = self._is_large((*args, *kwargs.values()), follower.num_inputs)
         while True:
             given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
             try:
                 out = run(*given, **named)
             except _AgainError as error:
+                if is_large:
+                    raise
                 call = error.call
             else:
                 if last:
                     _overwrite([*args, *kwargs.values()], [*given, *named.values()])
                 return out
+            del given, named  # not held while others run
             follower.go_back(state)
             self._lockstep.meet(call)
+
+    def _is_large(self, values: Iterable[Any], num: int) -> bool:
+        """Return whether all chunks together cannot hold such tensors of ``num`` inputs."""
+        found = {v.untyped_storage().data_ptr(): v for v in values if isinstance(v, Tensor)}
+        return sum(v.numel() * v.element_size() for v in found.values()) / num > self._room
 
     def _through(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, and once more with its new weights where it is fitted as a whole.
@@ -496,6 +508,8 @@ class Walk:
             call = BlockCall(args, kwargs, out).picked(mask)
             self._calls.setdefault(name, []).append(call)
         del out
+        if self._is_large((*args, *kwargs.values()), follower.num_inputs):
+            raise _AgainError(name)
         follower.go_back(state)
         self._lockstep.meet(name)
         return self._again(forward, args, kwargs)
@@ -544,8 +558,8 @@ class _RefitRun(BranchFollower):
     ) -> None:
         super().__init__(layers, fits.plan)
         self._fits, self._stop, self.own = fits, stop, own
-        self._num = own.stop - own.start
-        self._held = places(own.start, self._num) // copies % _HELD == _HELD - 1
+        self.num_inputs = own.stop - own.start
+        self._held = places(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
         self._pending: dict[int, _Pending] = {}
 
     def state(self) -> tuple[int, set[int]]:
@@ -567,7 +581,7 @@ class _RefitRun(BranchFollower):
         if call in self._fits.solved:
             return func(*args, **kwargs)
         x, window = args[0], window_of(args, kwargs)
-        positions = self._positions(call, module, count_positions(x, window, self._num))
+        positions = self._positions(call, module, count_positions(x, window, self.num_inputs))
         patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)
         if call in targets.sums or (call in targets.normed and module.bias is None):
@@ -586,7 +600,7 @@ class _RefitRun(BranchFollower):
         if pending is None:
             return func(*args)
         module = pending.layer.module
-        rows = positions_first(other, module, self._num)
+        rows = positions_first(other, module, self.num_inputs)
         shortcut = gather(rows, self._positions(branch.call, module, rows.shape[1]))
         target = self._wanted(self._fits.targets.sums, branch.call, pending.layer) - shortcut
         if branch.scale is not None and branch.shift is not None:
@@ -638,7 +652,7 @@ class _RefitRun(BranchFollower):
     def _refit(self, pending: _Pending, target: Tensor, branch: Branch, *alive: Tensor) -> None:
         self._fits.feed(pending, target, branch, self._held)
         pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
-        self._stop(branch.call, (pending.args[0], *alive), self._num)
+        self._stop(branch.call, (pending.args[0], *alive), self.num_inputs)
 
 
 def _outputs(patches: Tensor, module: Any) -> Tensor:

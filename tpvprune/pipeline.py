@@ -167,11 +167,15 @@ def prune(
         model, fit, held, groups, example, aim, selector, record, repair, keep, steps, seed, clock
     )
     refits: dict[str, nn.Module] = {}
+    outcome: Difference | None = None
     for step in range(max(1, rounds.chosen), steps + 1):
-        refits = _round(run, rounds, step)
+        refits, outcome = _round(run, rounds, step)
     with clock("repair"):
         candidates = _candidates(repair, remove_channels(model, groups, rounds.kept), refits, fit)
-        measured = {n: difference(c, model, held) for n, c in candidates.items()}
+        measured = {
+            n: outcome if c is rounds.model and outcome else difference(c, model, held)
+            for n, c in candidates.items()
+        }
         if refits and guard.best_repair(measured, repair) == "none":
             candidates["bn"] = recalibrate_batchnorm(candidates["none"], fit)
             measured["bn"] = difference(candidates["bn"], model, held)
@@ -228,11 +232,11 @@ class _Run:
     notes: list[str] = field(default_factory=list)
 
 
-def _round(run: _Run, rounds: Rounds, step: int) -> dict[str, nn.Module]:
+def _round(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
     """Cut to the next target and repair.
 
     Returns:
-        The repaired models by repair, cheapest first.
+        The repaired models by repair, cheapest first, and how far the last is from the dense one.
     """
     before = rounds.model, rounds.kept
     is_new = step > rounds.chosen
@@ -253,7 +257,7 @@ def _round(run: _Run, rounds: Rounds, step: int) -> dict[str, nn.Module]:
             rounds.model = ranked.model
     costs = {"macs": run.groups.macs(rounds.kept), "params": run.groups.params(rounds.kept)}
     rounds.history.append({**costs, **guard.facts(outcome)})
-    return refits
+    return refits, outcome
 
 
 def _cut(run: _Run, rounds: Rounds, step: int, *, rank: bool = False) -> None:
@@ -277,7 +281,7 @@ def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module
     """Repair ``rounds.model``.
 
     Returns:
-        The repaired models by repair, and how far the last is from the dense one.
+        As :func:`_round`.
     """
     last = step == run.steps
     given: dict[str, Any] = {"groups": run.groups, "kept": rounds.kept, "seed": run.seed}

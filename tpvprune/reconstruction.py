@@ -56,6 +56,7 @@ def reconstruct_blocks(
     damping: float = 1e-3,
     mirror: bool = True,
     max_positions: int = 1 << 18,
+    max_inputs: int = 1 << 30,
     rows_per_input: int = 12,
     min_rows: int = 16384,
     max_bytes: int = 2 << 30,
@@ -154,7 +155,7 @@ def reconstruct_blocks(
         for found, how, run in walks:
             wanted = _wanted(
                 found, num // copies, copies,
-                max_positions=max_positions, max_bytes=TARGET_BYTES, seed=seed,
+                max_positions=max_positions, max_inputs=max_inputs, max_bytes=TARGET_BYTES, seed=seed,
             )  # fmt: skip
             targets = _dense_outputs(dense, found, map(view, chunks), wanted)
             fits = [
@@ -192,6 +193,7 @@ def _wanted(
     copies: int,
     *,
     max_positions: int,
+    max_inputs: int,
     max_bytes: int,
     seed: int,
 ) -> dict[str, Tensor]:
@@ -200,7 +202,8 @@ def _wanted(
     Returns:
         Block -> BoolTensor [num * copies], all copies of an image together.
     """
-    counts = {b.name: min(num, max(1, max_positions // (b.positions * copies))) for b in blocks}
+    most = min(num, max_inputs // copies)
+    counts = {b.name: min(most, max(1, max_positions // (b.positions * copies))) for b in blocks}
     taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
     share = min(1.0, max_bytes / max(1, taken))
     wanted = {}
