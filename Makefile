@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 SHELL := bash
 
 # What the API reference shows; the command line is described by its own --help.
-API := tpvprune tpvprune.diagnostics tpvprune.baselines tpvprune.weights.scores \
-  tpvprune.weights.masks tpvprune.weights.repair tpvprune.weights.pruning tpvprune.latency \
-  tpvprune.augmentation tpvprune.batches tpvprune.data tpvprune.models tpvprune.preprocessing \
-  tpvprune.cifar_resnet
+API := tpvprune tpvprune.groups tpvprune.scores.baselines tpvprune.widths.latency \
+  tpvprune.weights.scores tpvprune.weights.masks tpvprune.weights.repair tpvprune.weights.pruning \
+  tpvprune.passes.batches tpvprune.images.sources tpvprune.images.preprocessing \
+  tpvprune.images.augmentation tpvprune.saved.models tpvprune.diagnostics tpvprune.cifar_resnet
 
 .PHONY: help demo test lint docs clean
 

@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
-from tpvprune.allocation import allocate
-from tpvprune.baselines.jacobian import jbr_scores
-from tpvprune.compensation import compensate_weights
-from tpvprune.curves import variance_curves
 from tpvprune.groups import ChannelGroups, find_groups
-from tpvprune.removal import remove_channels
-from tpvprune.scores import tpv_scores
+from tpvprune.groups.removal import remove_channels
+from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.scores.baselines.jacobian import jbr_scores
+from tpvprune.scores.curves import variance_curves
+from tpvprune.scores.tpv import tpv_scores
+from tpvprune.widths.allocation import allocate
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = [

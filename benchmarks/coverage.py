@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, find_groups
-from tpvprune.removal import (
+from tpvprune.groups.removal import (
     MaskedChannels,
     attribute_changes,
     remove_channels,

@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tpvprune.batches import unlabeled
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.data import open_images
 from tpvprune.diagnostics import ablation_scores, spearman
 from tpvprune.groups import ChannelGroup, ChannelGroups, find_groups
-from tpvprune.loading import choose_images, in_memory
-from tpvprune.models import load_model
-from tpvprune.preprocessing import resolve_preprocessing
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.passes.batches import unlabeled
+from tpvprune.saved.models import load_model
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = [

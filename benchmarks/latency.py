@@ -25,11 +25,11 @@ from environment import write_environment
 from oneshot import images
 from rows import append, interpolated
 
-from tpvprune.batches import unlabeled
-from tpvprune.evaluation import agreement
-from tpvprune.latency import compare_latency
-from tpvprune.models import load_model
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
+from tpvprune.saved.models import load_model
+from tpvprune.widths.latency import compare_latency
 
 COLUMNS = [
     "model", "image_size", "batch_size", "of", "keep", "macs_kept", "dense_ms", "pruned_ms",

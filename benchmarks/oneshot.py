@@ -26,13 +26,13 @@ from rows import append, grouped, mean_and_sd, read
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.data import open_images
-from tpvprune.evaluation import evaluate, model_outputs
-from tpvprune.loading import choose_images, in_memory
-from tpvprune.models import load_model
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.pipeline import prune
-from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.saved.models import load_model
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
 KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "calibration"]
 KEY += ["keep", "seed"]

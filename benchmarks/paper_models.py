@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune import find_groups
-from tpvprune.data import open_images
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import channel_tpv, l2_norm, path_norm, sharpness
 from tpvprune.diagnostics.normalized_loss import normalized_loss
@@ -20,8 +19,9 @@ from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.rescaling import rescale
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
 from tpvprune.diagnostics.volume import local_volume
-from tpvprune.loading import choose_images, in_memory
-from tpvprune.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.images.sources import open_images
 
 BATCH, FEW = 64, 128
 

@@ -32,14 +32,11 @@ from rows import append
 from tables import photographs_table
 from torch import Tensor, nn
 
-from tpvprune import choosing, prune
-from tpvprune.baselines.stock import STOCK, stock_prune
-from tpvprune.batches import unlabeled
-from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.benchmark_plan import Plan, Series, Stop, needs_labels
-from tpvprune.benchmark_rows import COLUMNS as COMMON
-from tpvprune.benchmark_rows import RANKINGS, Row, key_of, read_rows
-from tpvprune.command_line.flag_groups import (
+from tpvprune import prune
+from tpvprune.benchmark.plan import Plan, Series, Stop, needs_labels
+from tpvprune.benchmark.rows import COLUMNS as COMMON
+from tpvprune.benchmark.rows import RANKINGS, Row, key_of, read_rows
+from tpvprune.cli.flag_groups import (
     Parser,
     add_device,
     add_model,
@@ -47,17 +44,21 @@ from tpvprune.command_line.flag_groups import (
     count,
     fraction,
 )
-from tpvprune.compensation import compensate_weights
-from tpvprune.costs import count_macs, count_params
-from tpvprune.data import ImageSource, open_images
-from tpvprune.drawing import hold_back
-from tpvprune.evaluation import evaluate, model_outputs
 from tpvprune.groups import find_groups
-from tpvprune.loading import choose_images, in_memory
-from tpvprune.models import load_model
-from tpvprune.preprocessing import resolve_preprocessing
-from tpvprune.reconstruction import reconstruct_blocks
-from tpvprune.running import on_device
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import ImageSource, open_images
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.costs import count_macs, count_params
+from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.evaluation import evaluate, model_outputs
+from tpvprune.passes.running import on_device
+from tpvprune.repairs.batchnorm import recalibrate_batchnorm
+from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.repairs.reconstruction import reconstruct_blocks
+from tpvprune.saved.models import load_model
+from tpvprune.scores.baselines.stock import STOCK, stock_prune
+from tpvprune.widths import choosing
 
 UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
 LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")

@@ -25,10 +25,10 @@ from environment import write_environment
 from rows import append
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
-from tpvprune.distributed import shard
 from tpvprune.groups import find_groups
-from tpvprune.membership import is_first, joined
-from tpvprune.scores import tpv_scores
+from tpvprune.processes.membership import is_first, joined
+from tpvprune.processes.shares import shard
+from tpvprune.scores.tpv import tpv_scores
 
 COLUMNS = [
     "model", "num_images", "batch_size", "compensated", "processes", "repeats",

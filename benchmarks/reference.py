@@ -4,7 +4,8 @@
 
 fills in `top1` and `agreement` of the entries of tests/reference/accuracy.yaml that have none yet
 (`--all`: of all), one after the other, by `photographs.py`; what lacks its weights stays as it is.
-`python -m pytest -m slow tests/test_reference.py` measures them again and compares. An entry:
+`python -m pytest -m slow tests/benchmark/test_reference.py` measures them again and compares. An
+entry:
 
 | key | meaning |
 |---|---|

@@ -18,14 +18,14 @@ import torch
 from environment import write_environment
 from torch import Tensor, nn
 
-from tpvprune.data import open_images
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
-from tpvprune.loading import choose_images
-from tpvprune.models import load_model
-from tpvprune.preprocessing import resolve_preprocessing
-from tpvprune.reporting.page import page
-from tpvprune.reporting.scatter import scatter_chart
+from tpvprune.images.loading import choose_images
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.reports.page import page
+from tpvprune.reports.scatter import scatter_chart
+from tpvprune.saved.models import load_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 from rows import grouped, interpolated, mean_and_sd
 
-from tpvprune.benchmark_plan import REPAIRS
-from tpvprune.benchmark_rows import Row, Summary, read_rows, summarise
+from tpvprune.benchmark.plan import REPAIRS
+from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")

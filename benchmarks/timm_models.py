@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from environment import write_environment
 
-from tpvprune.checkpoint import load_pruned, save_pruned
-from tpvprune.models import load_model
 from tpvprune.pipeline import prune
+from tpvprune.saved.checkpoint import load_pruned, save_pruned
+from tpvprune.saved.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = [

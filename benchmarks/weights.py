@@ -23,8 +23,8 @@ from environment import write_environment
 from oneshot import images
 from rows import append, grouped, mean_and_sd, read
 
-from tpvprune.evaluation import evaluate, model_outputs
-from tpvprune.models import load_model
+from tpvprune.passes.evaluation import evaluate, model_outputs
+from tpvprune.saved.models import load_model
 from tpvprune.weights.pruning import prune_weights
 
 KEY = ["model", "granularity", "criterion", "scope", "repair", "keep", "num_images", "seed"]

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from tpvprune.cli import main
+from tpvprune.cli.entry import main
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer where the caller asks for fewer
 

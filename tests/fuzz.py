@@ -6,7 +6,7 @@ import json
 
 from hypothesis import strategies as st
 
-from tpvprune.command_line.flags import build_parser
+from tpvprune.cli.flags import build_parser
 
 HUGE = [2**31, 2**53, 10**12, 10**30, -(2**63)]
 NAMES = [

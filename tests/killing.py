@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from tpvprune.cli import main
-from tpvprune.command_line import benchmark, commands, training  # noqa: F401
+from tpvprune.cli import benchmark, commands, training  # noqa: F401
+from tpvprune.cli.entry import main
 
 STEPS = {
     *("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod"),

@@ -1,22 +1,13 @@
-from pathlib import Path
-
 import pytest
 import timm
 import torch
+from shared_files import shared
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
 
 from tpvprune.cifar_resnet import PadShortcut
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 DEPTHS = (20, 32, 44, 56, 110)
-
-
-def shared(relative):
-    path = SHARED / relative
-    if not path.exists():
-        pytest.skip(f"needs {relative} in a folder 'shared' beside the checkout")
-    return path
 
 
 def with_weights(name):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tpvprune
-from tpvprune.criteria import SCORERS
+from tpvprune.scores.criteria import SCORERS
 
 ROOT = Path(__file__).parents[1]
 

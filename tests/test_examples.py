@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import write_classes
+from image_cases import write_classes
 from PIL import Image
 
-from tpvprune.cli import main
-from tpvprune.command_line.flags import build_parser
+from tpvprune.cli.entry import main
+from tpvprune.cli.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
 

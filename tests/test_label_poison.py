@@ -8,9 +8,9 @@ from cases import Poison, Residual, batches, build, images
 
 import tpvprune
 from tpvprune import diagnostics
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.diagnostics import tpv
-from tpvprune.disagreement import disagreement
+from tpvprune.passes.disagreement import disagreement
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.weights import choice, pruning, repair
 from tpvprune.weights.scores import WEIGHT_SCORERS
 

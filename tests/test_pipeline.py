@@ -7,11 +7,11 @@ import torch
 from cases import CASES, Poison, batches, build, images
 
 from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
-from tpvprune.allocation import allocate
 from tpvprune.cifar_resnet import cifar_resnet20
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.drawing import drawn_places, hold_back
-from tpvprune.evaluation import agreement, output_variance
+from tpvprune.passes.drawing import drawn_places, hold_back
+from tpvprune.passes.evaluation import agreement, output_variance
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.widths.allocation import allocate
 
 
 def data(num=40, size=16):

@@ -12,8 +12,8 @@ from cases import Residual, batches, build, images
 from torch import nn
 
 import tpvprune
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.evaluation import output_variance
+from tpvprune.passes.evaluation import output_variance
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
 
 @pytest.mark.parametrize("name", tpvprune.__all__)

@@ -3,26 +3,16 @@
 Needs the CIFAR-10 tars and weights in a folder 'shared' beside the checkout; skips without.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from shared_files import shared
 
 from tpvprune import evaluate, find_groups, prune, tpv_scores
-from tpvprune.data import open_images
 from tpvprune.diagnostics import ablation_scores, spearman
-from tpvprune.loading import choose_images, in_memory
-from tpvprune.models import load_model
-from tpvprune.preprocessing import resolve_preprocessing
-
-SHARED = Path(__file__).parents[1].parent / "shared"
-
-
-def shared(relative):
-    path = SHARED / relative
-    if not path.exists():
-        pytest.skip(f"needs {relative} in a folder 'shared' beside the checkout")
-    return path
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.saved.models import load_model
 
 
 @pytest.fixture(scope="module")

@@ -6,24 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpvprune.allocation import allocate
-    from tpvprune.batchnorm import recalibrate_batchnorm
-    from tpvprune.checkpoint import load_pruned, save_pruned
-    from tpvprune.compensation import compensate_weights
-    from tpvprune.costs import count_macs, count_params, measure_latency
-    from tpvprune.criteria import SCORERS
-    from tpvprune.curves import variance_curves
-    from tpvprune.distillation import distill
-    from tpvprune.evaluation import Evaluation, agreement, evaluate
-    from tpvprune.export import export_model
     from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, find_groups
-    from tpvprune.hub import push_to_hub
-    from tpvprune.importance import TPVImportance
+    from tpvprune.groups.removal import remove_channels
+    from tpvprune.passes.costs import count_macs, count_params, measure_latency
+    from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
     from tpvprune.pipeline import PruningResult, prune
-    from tpvprune.reconstruction import reconstruct_blocks
-    from tpvprune.removal import remove_channels
-    from tpvprune.scores import Scores, tpv_scores
-    from tpvprune.selection import select_channels
+    from tpvprune.repairs.batchnorm import recalibrate_batchnorm
+    from tpvprune.repairs.compensation import compensate_weights
+    from tpvprune.repairs.distillation import distill
+    from tpvprune.repairs.reconstruction import reconstruct_blocks
+    from tpvprune.saved.checkpoint import load_pruned, save_pruned
+    from tpvprune.saved.export import export_model
+    from tpvprune.saved.hub import push_to_hub
+    from tpvprune.scores.criteria import SCORERS
+    from tpvprune.scores.curves import variance_curves
+    from tpvprune.scores.importance import TPVImportance
+    from tpvprune.scores.tpv import Scores, tpv_scores
+    from tpvprune.widths.allocation import allocate
+    from tpvprune.widths.selection import select_channels
 
 __version__: str
 
@@ -65,24 +65,24 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
 ]
 
 _MODULES = {
-    "allocation": ("allocate",),
-    "batchnorm": ("recalibrate_batchnorm",),
-    "checkpoint": ("load_pruned", "save_pruned"),
-    "compensation": ("compensate_weights",),
-    "costs": ("count_macs", "count_params", "measure_latency"),
-    "criteria": ("SCORERS",),
-    "curves": ("variance_curves",),
-    "distillation": ("distill",),
-    "evaluation": ("Evaluation", "agreement", "evaluate"),
-    "export": ("export_model",),
+    "widths.allocation": ("allocate",),
+    "repairs.batchnorm": ("recalibrate_batchnorm",),
+    "saved.checkpoint": ("load_pruned", "save_pruned"),
+    "repairs.compensation": ("compensate_weights",),
+    "passes.costs": ("count_macs", "count_params", "measure_latency"),
+    "scores.criteria": ("SCORERS",),
+    "scores.curves": ("variance_curves",),
+    "repairs.distillation": ("distill",),
+    "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
+    "saved.export": ("export_model",),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups"),
-    "hub": ("push_to_hub",),
-    "importance": ("TPVImportance",),
+    "saved.hub": ("push_to_hub",),
+    "scores.importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune"),
-    "reconstruction": ("reconstruct_blocks",),
-    "removal": ("remove_channels",),
-    "scores": ("Scores", "tpv_scores"),
-    "selection": ("select_channels",),
+    "repairs.reconstruction": ("reconstruct_blocks",),
+    "groups.removal": ("remove_channels",),
+    "scores.tpv": ("Scores", "tpv_scores"),
+    "widths.selection": ("select_channels",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

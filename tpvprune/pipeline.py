@@ -10,23 +10,24 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune import guard
-from tpvprune.batchnorm import recalibrate_batchnorm
-from tpvprune.choosing import Aim, Of, Selector, aim_at, stand_in
-from tpvprune.clock import Clock, Progress
-from tpvprune.compensation import compensate_weights
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.distributed import check_same, from_first, total
-from tpvprune.drawing import NUM_IMAGES, hold_back
-from tpvprune.evaluation import Difference, difference
-from tpvprune.finite import check_outputs
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
-from tpvprune.reconstruction import reconstruct_blocks
-from tpvprune.removal import remove_channels
-from tpvprune.rounds import Record, Rounds
-from tpvprune.running import evaluating, first_output, on_device
-from tpvprune.scores import Scores
-from tpvprune.selection import Floors, check_budget
+from tpvprune.groups.budget import check_budget
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Clock, Progress
+from tpvprune.passes.drawing import NUM_IMAGES, hold_back
+from tpvprune.passes.evaluation import Difference, difference
+from tpvprune.passes.finite import check_outputs
+from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.processes.shares import check_same, from_first, total
+from tpvprune.repairs import guard
+from tpvprune.repairs.batchnorm import recalibrate_batchnorm
+from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.repairs.reconstruction import reconstruct_blocks
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.scores.tpv import Scores
+from tpvprune.widths.choosing import Aim, Of, Selector, aim_at, stand_in
+from tpvprune.widths.rounds import Record, Rounds
+from tpvprune.widths.selection import Floors
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Allocation = Literal["curves", "rank", "plain"]
@@ -87,8 +88,8 @@ def prune(
             what is drawn is loaded.
         keep: Fraction of the dense cost that stays, in (0, 1].
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
-            model (:mod:`tpvprune.latency`); ``report["speed"]`` holds what came of it.
-        criterion: A key of ``tpvprune.criteria.SCORERS``.
+            model (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
+        criterion: A key of ``tpvprune.scores.criteria.SCORERS``.
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
             compensation), ``"reconstruct"`` (block reconstruction: minutes where compensation
             takes seconds, and mostly better), or ``"auto"``: of none, bn and compensate the one
@@ -110,8 +111,9 @@ def prune(
         amp: ``torch.bfloat16`` scores in mixed precision (``"tpv"`` only).
         grad_checkpointing: Score with less memory in more time (``"tpv"`` only).
         absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
-            for (:func:`tpvprune.absorption.absorption`), at four compensations more; None: where
-            the foreseen repair refits weights and that is cheap (images times MACs up to 2e11).
+            for (:func:`tpvprune.widths.absorption.absorption`), at four compensations more; None:
+            where the foreseen repair refits weights and that is cheap (images times MACs up to
+            2e11).
         ignore: Modules whose outputs stay whole.
         latency_batch_size: Inputs of one call, where latency is the budget.
         labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels

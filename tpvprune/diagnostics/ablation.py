@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.batches import unlabeled
 from tpvprune.groups import ChannelGroup, ChannelGroups
-from tpvprune.removal import MaskedChannels
-from tpvprune.running import evaluating, first_output, on_device
-from tpvprune.scores import Scores
-from tpvprune.tracing.tracking import CONTRACTIONS, function_name
+from tpvprune.groups.removal import MaskedChannels
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.operations import CONTRACTIONS, function_name
+from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.scores.tpv import Scores
 
 
 @torch.no_grad()

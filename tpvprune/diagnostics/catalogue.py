@@ -8,7 +8,6 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from tpvprune.batches import unlabeled
 from tpvprune.diagnostics.measures import (
     Labelled,
     Measurement,
@@ -23,7 +22,8 @@ from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.trajectory import input_lipschitz
 from tpvprune.diagnostics.volume import local_volume
 from tpvprune.groups import ChannelGroups
-from tpvprune.scores import Scores, tpv_scores
+from tpvprune.passes.batches import unlabeled
+from tpvprune.scores.tpv import Scores, tpv_scores
 
 _FEW, _FEWER = 1 / 4, 1 / 16  # of the images, for measures of many passes
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tpvprune.baselines.finetuning import finetune
-from tpvprune.batches import unlabeled
 from tpvprune.diagnostics.catalogue import Setting
 from tpvprune.diagnostics.measures import Labelled
 from tpvprune.diagnostics.rescaling import rescale
-from tpvprune.evaluation import evaluate
-from tpvprune.training import Recipe
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.evaluation import evaluate
+from tpvprune.repairs.finetuning import finetune
+from tpvprune.repairs.training import Recipe
 
 NEUTRAL = 0.002
 """Accuracy, or agreement with the model itself, may change by so much: 0.2 points."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.passes.running import evaluating, first_output, on_device
 
 Contraction = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TOLERANCE = 1e-8  # relative, float64: folding only reorders products

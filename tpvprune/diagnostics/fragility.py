@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvprune.clock import Progress
-from tpvprune.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.diagnostics.catalogue import Measure, Setting
 from tpvprune.diagnostics.changes import Change
 from tpvprune.diagnostics.measures import Measurement
 from tpvprune.diagnostics.rankings import kendall, same_cut
-from tpvprune.scores import Scores, tpv_scores
+from tpvprune.passes.clock import Progress
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.scores.tpv import Scores, tpv_scores
 
 CRITERIA: Mapping[str, Callable[..., Scores]] = {
     **SCORERS,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import unlabeled
-from tpvprune.sample_gradients import SampleGradients, sample_gradients
+from tpvprune.passes.batches import unlabeled
+from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 
 
 class Estimate(NamedTuple):
@@ -66,8 +66,8 @@ def jacobian_norms(
 
     Unbiased for every sample, in one forward and one backward per probe over whole batches: the
     squares are taken sample by sample from the factors of the weight gradients
-    (:mod:`tpvprune.sample_gradients`), so samples do not mix. The sum over parameters is the trace
-    of H_eff = E_x[J^T J]. No labels.
+    (:mod:`tpvprune.scores.sample_gradients`), so samples do not mix. The sum over parameters is the
+    trace of H_eff = E_x[J^T J]. No labels.
 
     Args:
         model: The network; run in eval mode, restored afterwards.

@@ -18,12 +18,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpvprune.batches import unlabeled
 from tpvprune.diagnostics.folding import folded
-from tpvprune.evaluation import class_indices
 from tpvprune.groups import ChannelGroups
-from tpvprune.running import evaluating, first_output, on_device
-from tpvprune.scores import Scores, tpv_scores
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.evaluation import class_indices
+from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.scores.tpv import Scores, tpv_scores
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tpvprune.diagnostics.folding import folded
 from tpvprune.diagnostics.measures import Labelled
-from tpvprune.evaluation import class_indices
-from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.passes.evaluation import class_indices
+from tpvprune.passes.running import evaluating, first_output, on_device
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from tpvprune.diagnostics.folding import folded
 from tpvprune.diagnostics.measures import Labelled, Measurement
-from tpvprune.running import first_output, on_device
+from tpvprune.passes.running import first_output, on_device
 
 _MAX_DOUBLINGS = 24
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.groups import ChannelGroups
-from tpvprune.selection import select_channels
+from tpvprune.widths.selection import select_channels
 
 
 def kendall(a: Tensor, b: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tpvprune.diagnostics.folding import Contraction, layers_of
 from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice
-from tpvprune.running import first_output
+from tpvprune.passes.running import first_output
 
 _TOLERANCE = 1e-9  # relative, float64; factors are powers of two, which round nothing
 _LOUD = 64.0  # inputs so many times larger find activations that level off, such as ReLU6

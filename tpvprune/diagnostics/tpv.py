@@ -22,19 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
-from tpvprune.batches import unlabeled
 from tpvprune.diagnostics.jacobian_norms import (
     Estimate,
     JacobianNorms,
     jacobian_norms,
     mean_and_error,
 )
-from tpvprune.evaluation import output_variance
 from tpvprune.groups import ChannelGroups
-from tpvprune.removal import remove_channels
-from tpvprune.running import evaluating, first_output, on_device, prepare_forward_mode
-from tpvprune.scores import output_changes
-from tpvprune.taps import Probing
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.evaluation import output_variance
+from tpvprune.passes.running import evaluating, first_output, on_device, prepare_forward_mode
+from tpvprune.scores.taps import Probing
+from tpvprune.scores.tpv import output_changes
 
 StepOf = Literal["model", "tensor"]
 Draw = Callable[[str, Tensor, torch.Generator], Tensor]

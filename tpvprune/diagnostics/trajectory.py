@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpvprune.batches import unlabeled
 from tpvprune.diagnostics.folding import layers_of
 from tpvprune.diagnostics.measures import Measurement
-from tpvprune.running import evaluating, first_output, frozen, on_device
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.running import evaluating, first_output, frozen, on_device
 
 
 def input_lipschitz(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tpvprune.batches import unlabeled
-from tpvprune.running import evaluating, first_output, on_device
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.running import evaluating, first_output, on_device
 
 _RADIUS_TOLERANCE = 1e-3
 _MAX_EVALUATIONS = 40

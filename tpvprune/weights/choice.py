@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import unlabeled
-from tpvprune.knapsack import choose_options
-from tpvprune.sample_gradients import SampleGradients, sample_gradients
+from tpvprune.passes.batches import unlabeled
+from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 from tpvprune.weights.elimination import Path, elimination_path
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.scores import input_grams, prunable_weights
+from tpvprune.widths.knapsack import choose_options
 
 
 def joint_weight_masks(

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from tpvprune.clock import Clock, Progress
-from tpvprune.costs import count_macs, count_nonzero_params, count_params
-from tpvprune.drawing import NUM_IMAGES, hold_back
-from tpvprune.evaluation import difference
-from tpvprune.guard import facts, warnings_of
-from tpvprune.running import on_device
-from tpvprune.targets import blind_layers
+from tpvprune.passes.clock import Clock, Progress
+from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
+from tpvprune.passes.drawing import NUM_IMAGES, hold_back
+from tpvprune.passes.evaluation import difference
+from tpvprune.passes.running import on_device
+from tpvprune.repairs.guard import facts, warnings_of
+from tpvprune.repairs.targets import blind_layers
 from tpvprune.weights.choice import joint_weight_masks
 from tpvprune.weights.masks import Scope, density, pattern_of, select_n_of_m, select_weights
 from tpvprune.weights.repair import apply_masks, compensate_masked

@@ -1,6 +1,6 @@
 """Refit what stays of every weight, layer by layer, so that the others take over.
 
-The problem of :mod:`tpvprune.compensation` with zeros prescribed. With W* the unconstrained
+The problem of :mod:`tpvprune.repairs.compensation` with zeros prescribed. With W* the unconstrained
 refit and H its curvature (the second moments of the layer's inputs in the repaired network, plus
 ridge), the best weights of a row under a mask minimise (w - w*)^T H (w - w*); that is the update of
 optimal brain surgeon (Hassibi & Stork, NIPS 1992) for all removed weights R of the row at once,
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.compensation import refitted
+from tpvprune.repairs.compensation import refitted
 
 _EXACT = 2e10  # multiplications of a layer up to which rows are solved one by one: a second or two
 _CHUNK = 1 << 25  # elements of row matrices at a time

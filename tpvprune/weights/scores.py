@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.batches import unlabeled
-from tpvprune.branches import Layer, Plan, layers_by_weight
-from tpvprune.moments import in_single
-from tpvprune.patches import count_positions, patches_of, window_of
-from tpvprune.residuals import ridge_inverse
-from tpvprune.running import evaluating, on_device
-from tpvprune.sample_gradients import SampleGradients, sample_gradients
-from tpvprune.tracing.tracking import function_name
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.moments import in_single
+from tpvprune.passes.operations import function_name
+from tpvprune.passes.patches import count_positions, patches_of, window_of
+from tpvprune.passes.running import evaluating, on_device
+from tpvprune.repairs.branches import Layer, Plan, layers_by_weight
+from tpvprune.scores.residuals import ridge_inverse
+from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 
 WeightScores = Mapping[str, Tensor]
 """Scores by parameter name, in the parameter's shape; bigger = keep."""

@@ -1,0 +1,357 @@
+"""`tpvprune distill`, `finetune` and `prune --repair distill`: round trips, resuming, bad input."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from image_cases import write_classes, write_images
+
+from tpvprune.cli import training as training_commands
+from tpvprune.cli.entry import main
+from tpvprune.cli.session_images import all_but, choose, choose_apart
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.passes.evaluation import Difference
+from tpvprune.saved.checkpoint import load_pruned, read_config
+from tpvprune.weights.masks import load_masks
+
+CLASSES = 4
+SMALL = ["-b", "8", "-j", "2", "--latency-repeats", "0"]
+PRUNE = [
+    *("prune", "--model", "test_resnet", "--checkpoint", "weights.pt", "--img-size", "32"),
+    *("--crop-pct", "1", "--num-images", "24", *SMALL),
+]
+CHEAP = ["--criterion", "magnitude", "--repair", "none"]
+TRAIN = [*SMALL, "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Weights, images, and a pruned folder `small`; nothing is written into it."""
+    root = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=CLASSES)
+    with torch.no_grad():
+        model.fc.weight.mul_(100)  # classes that depend on the image
+    torch.save(model.state_dict(), root / "weights.pt")
+    write_images(root / "flat", 40)
+    write_images(root / "two", 2)
+    write_classes(root / "classes", "abcd", 8)
+    write_classes(root / "other", "ab", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        data = ["--data-dir", "flat", "--keep", "0.8", "--output", "small"]
+        assert main([*PRUNE, *CHEAP, *data]) == 0
+    return root
+
+
+def distil(output, *extra, data="flat"):
+    return ["distill", "small", "--data-dir", data, *TRAIN, *extra, "--output", output]
+
+
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(2.0, 0.8, "start"), (2.0, 0.95, "trained"), (0.5, 0.8, "trained"), (0.5, 0.95, "trained")],
+)
+def test_training_that_only_harms_is_not_saved(run, root, tmp_path, monkeypatch, case):
+    variance, agreement, saved = case
+    found = [Difference(4, 0.9, 0.2, 1.0, 0.1), Difference(4, agreement, 0.2, variance, 0.1)]
+    measured = iter(found)
+    monkeypatch.setattr(training_commands, "difference", lambda *_: next(measured))
+    code, out, err = run(*distil(tmp_path / "out", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert document["training"]["saved"] == saved
+    assert document["pruned"]["agreement"] == found[saved == "trained"].agreement
+    assert document["held_back"]["output_variance"] == found[saved == "trained"].output_variance
+    assert ("weights it began with are saved" in " ".join(err.split())) == (saved == "start")
+    assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (saved == "start")
+
+
+def test_training_is_measured_on_images_that_an_earlier_prune_has_not_fitted(root):
+    images = open_images(root / "flat")
+    model = timm.create_model("test_resnet")
+    how = resolve_preprocessing(model, input_size=(3, 32, 32), crop_pct=1.0)
+    args, subject = Namespace(seed=3, batch_size=8, workers=1), SimpleNamespace(preprocessing=how)
+
+    def seen(batches):
+        return {x.numpy().tobytes() for x in torch.cat(list(batches))}
+
+    num, skip = all_but(4, images, None)
+    apart = seen(choose_apart(args, subject, images, 4))
+    trained = seen(choose(args, subject, images, num, skip=skip))
+    fitted = seen(choose(args, subject, images, 36))
+    assert [len(apart), len(trained), len(fitted)] == [4, 36, 36]
+    assert not apart & (trained | fitted)
+    stream = SimpleNamespace(count=None)
+    assert all_but(4, stream, 10) == (10, 4)  # a stream is read in its own order
+
+
+def test_a_mirrored_teacher_is_what_training_is_measured_by(run, tmp_path):
+    code, out, _ = run(*distil(tmp_path / "out", "--mirrored", "--epochs", "1", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert document["training"]["mirrored"] is True
+    by_teacher = document["training"]["after"]["output_variance"]
+    assert document["pruned"]["output_variance"] not in {by_teacher, None}
+
+
+def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(run, tmp_path):
+    code, out, err = run(*distil(tmp_path / "out", "--json"))
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) >= {
+        *("model", "dense", "pruned", "blocked", "criterion", "used_labels", "keep", "of"),
+        *("seed", "versions", "training", "output"),
+    }
+    training = document["training"]
+    assert (training["epochs"], training["lr"], training["num_images"]) == (2, 0.001, 36)
+    assert training["num_held_back"] == 4
+    assert training["seconds"] > 0
+    for side in ("before", "after"):
+        assert training[side]["output_variance"] > 0
+        assert 0 <= training[side]["agreement"] <= 1
+    assert document["pruned"]["agreement"] == training["after"]["agreement"]
+    assert document["used_labels"] is training["used_labels"] is False
+    assert document["pruned"]["macs"] < document["dense"]["macs"]
+    assert "no label was used" in err
+    assert max(map(len, err.splitlines())) <= 80
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["training"] == training
+    assert "held back from training" in (tmp_path / "out" / "report.html").read_text()
+
+    small, trained = load_pruned("small"), load_pruned(tmp_path / "out")
+    assert trained.fc.in_features == small.fc.in_features
+    assert not torch.equal(trained.fc.weight, small.fc.weight)
+    before, after = read_config("small"), read_config(tmp_path / "out")
+    for key in ("model", "model_kwargs", "pretrained_cfg", "kept", "attributes", "shapes"):
+        assert after[key] == before[key]
+    assert after["provenance"]["origin"] == before["provenance"]
+    assert "distill" in after["provenance"]["command"]
+
+    code, _, _ = run(
+        "distill", tmp_path / "out", "--data-dir", "flat", *TRAIN, "--output", tmp_path / "again"
+    )
+    assert code == 0
+    origin = read_config(tmp_path / "again")["provenance"]["origin"]
+    assert origin["origin"] == before["provenance"]
+
+
+def test_killed_command_goes_on_to_the_bytes_of_the_unbroken_one(run, tmp_path, monkeypatch):
+    argv = ["--model-ema-decay", "0.9", "--amp", "--epochs", "3"]
+    assert run(*distil(tmp_path / "whole", *argv))[0] == 0
+
+    from tpvprune.repairs import training
+
+    update, done = training._Run.update, []
+
+    def stopped(self, *args):
+        done.append(1)
+        if len(done) == 11:  # in the third epoch of four updates
+            raise KeyboardInterrupt
+        update(self, *args)
+
+    monkeypatch.setattr(training._Run, "update", stopped)
+    code, _, err = run(*distil(tmp_path / "out", *argv))
+    assert code == 130
+    assert "the same command goes on" in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [
+        "out.unfinished.safetensors"
+    ]
+    code, _, err = run(*distil(tmp_path / "out", "--lr", "0.5", *argv))
+    assert_one_line(code, err, "expected the state of this run")
+    code, out, _ = run(*distil(tmp_path / "out", *argv, "--json"))
+    assert code == 0
+    assert len(done) == 11 + 4
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert json.loads(out)["training"]["seconds"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_class_folders_serve_as_unlabeled_images(run, root, tmp_path):
+    # The order of the images stays, their labels become nonsense.
+    garbage = tmp_path / "garbage"
+    for i, image in enumerate(sorted((root / "classes").rglob("*.png"))):
+        folder = garbage / ("x" if i < 7 else "y")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{i:04d}.png")
+    for name, data in (("true", "classes"), ("false", garbage)):
+        assert run(*distil(tmp_path / name, data=data))[0] == 0
+    assert weights_of(tmp_path / "true") == weights_of(tmp_path / "false")
+
+
+def test_finetuning_says_that_it_used_labels(run, tmp_path):
+    code, out, err = run(
+        *("finetune", "small", "--data-dir", "classes", "--eval-dir", "classes", *TRAIN),
+        *("--output", tmp_path / "out", "--json"),
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert document["used_labels"] is document["training"]["used_labels"] is True
+    assert 0 <= document["pruned"]["top1"] <= 1
+    assert "LABELS WERE USED to train" in err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "trained with labels" in page
+    assert "No label was used" not in page
+
+
+def test_pruning_repairs_by_distillation(run, tmp_path):
+    code, out, err = run(
+        *PRUNE, *("--data-dir", "flat", "--criterion", "magnitude", "--repair", "distill"),
+        *("--epochs", "2", "--output", tmp_path / "out", "--json"),
+    )  # fmt: skip
+    document = json.loads(out)
+    assert code == 0
+    assert document["repair"] == "distill"
+    assert document["images"]["num_images"] == 24
+    assert document["training"]["num_images"] == 36
+    assert document["training"]["batch_size"] == 8
+    assert document["pruned"]["agreement"] == document["training"]["after"]["agreement"]
+    assert document["used_labels"] is False
+    assert "repair distill" in err
+    load_pruned(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_pruned_and_trained_is_pruned_and_trained_again(run, tmp_path):
+    assert run(*distil(tmp_path / "a"))[0] == 0
+    cut = ["--data-dir", "flat", *SMALL, *CHEAP]
+    argv = ["prune", tmp_path / "a", *cut, "--keep", "0.8", "--output", tmp_path / "b"]
+    plan = json.loads(run(*argv, "--dry-run", "--json")[1])
+    code, out, err = run(*argv, "--json")
+    first, document = read_config("small"), json.loads(out)
+    assert code == 0
+    assert "a is pruned further: --keep and" in " ".join(err.split())
+    assert document["dense"]["macs"] == plan["dense"]["macs"]
+    before = json.loads(Path("small/report.json").read_text())
+    assert document["dense"]["macs"] == before["pruned"]["macs"]
+    assert document["pruned"]["macs"] <= 0.8 * document["dense"]["macs"]
+    config = read_config(tmp_path / "b")
+    for key in ("weights", "weights_sha256"):
+        assert config["provenance"][key] == first["provenance"][key]
+    assert "distill" in config["provenance"]["origin"]["command"]
+    assert {n: set(k) <= set(first["kept"][n]) for n, k in config["kept"].items()} == dict.fromkeys(
+        first["kept"], True
+    )
+    # Taught by the dense model that all of it came from.
+    train = ["--data-dir", "flat", *TRAIN, "--output", tmp_path / "c", "--json"]
+    code, out, _ = run("distill", tmp_path / "b", *train)
+    whole = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=4).parameters())
+    assert (code, json.loads(out)["dense"]["params"]) == (0, whole)
+
+
+def test_single_weights_that_are_zero_stay_so_in_training_and_are_not_cut_into(run, tmp_path):
+    zero = ["--granularity", "2:4", "--output", tmp_path / "zeros"]
+    assert run(*PRUNE, "--data-dir", "flat", *zero)[0] == 0
+    train = ["--data-dir", "flat", *TRAIN, "--lr", "0.01", "--output", tmp_path / "out"]
+    assert run("distill", tmp_path / "zeros", *train)[0] == 0
+    masks, trained = load_masks(tmp_path / "out"), load_pruned(tmp_path / "out")
+    before = load_pruned(tmp_path / "zeros")
+    assert all(torch.equal(m, masks[n]) for n, m in load_masks(tmp_path / "zeros").items())
+    for name, mask in masks.items():
+        assert not trained.get_parameter(name)[~mask].count_nonzero()
+        assert not torch.equal(trained.get_parameter(name), before.get_parameter(name))
+    again = ["--data-dir", "flat", *SMALL, "--output", tmp_path / "again"]
+    code, _, err = run("prune", tmp_path / "out", *again)
+    assert_one_line(code, err, "remove channels first, single weights last")
+    assert not (tmp_path / "again").exists()
+
+
+BAD_INPUT = {
+    "no folder": (["distill", "none"], "none: expected config.json"),
+    "no images": (["distill", "small", "--data-dir", "none"], "none: no such folder"),
+    "too few images": (["distill", "small", "--data-dir", "two"], "expected at least 3 images"),
+    "no dense weights": (["distill", "small", "--dense", "none.pt"], "none.pt: no such checkpoint"),
+    "weights twice": (
+        ["prune", "small", "--checkpoint", "weights.pt"],
+        "--checkpoint: expected with --model, found with the folder small",
+    ),
+    "models twice": (["prune", "small", "--model", "test_resnet"], "leave out --model test_resnet"),
+    "no model": (["prune"], "expected either the folder of a pruned model or --model M"),
+    "no epochs": (["distill", "small", "--epochs", "0"], "--epochs: expected a whole number"),
+    "no rate": (["distill", "small", "--lr", "0"], "--lr: expected a number above 0"),
+    "cold": (["distill", "small", "--temperature", "0"], "--temperature: expected a number above"),
+    "unknown optimizer": (["distill", "small", "--opt", "sdg"], "opt: expected a name of timm"),
+    "unknown schedule": (["distill", "small", "--sched", "x"], "sched: expected one of cosine"),
+    "long warm-up": (["distill", "small", "--warmup-epochs", "2"], "warmup_epochs: expected 0 to"),
+    "negative decay": (["distill", "small", "--weight-decay", "-1"], "weight_decay: expected"),
+    "average without end": (["distill", "small", "--model-ema-decay", "1"], "ema_decay: expected"),
+    "float16 on the CPU": (
+        ["distill", "small", "--amp", "--amp-dtype", "float16"],
+        "amp: expected bfloat16 on cpu, found float16",
+    ),
+    "temperature without teacher": (["finetune", "small", "--temperature", "1"], "unrecognized"),
+    "no labels": (["finetune", "small"], "one subfolder per class"),
+    "other classes": (["finetune", "small", "--data-dir", "other"], "the model's 4 classes"),
+    "prune without a rate": ([*PRUNE, "--repair", "distill", "--lr", "x"], "--lr: expected"),
+    "prune with a long warm-up": (
+        [*PRUNE, "--repair", "distill", "--warmup-epochs", "99"],
+        "warmup_epochs: expected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, argv, message):
+    train = TRAIN if argv[0] != "prune" else []
+    command, *rest = argv
+    folder = rest[:1] if train else []
+    options = rest[len(folder) :]
+    code, _, err = run(
+        command, *folder, "--data-dir", "flat", *train, *options, "--output", tmp_path / "out"
+    )
+    assert_one_line(code, err, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_weights_that_are_gone_are_asked_for(run, root, tmp_path):
+    folder = shutil.copytree(root / "small", tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    config["provenance"]["weights"] = "gone.pt"
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = ["distill", folder, "--data-dir", "flat", *TRAIN, "--output", tmp_path / "out"]
+    code, _, err = run(*argv)
+    assert_one_line(code, err, "expected the weights that it was pruned from, found 'gone.pt'")
+    assert run(*argv, "--dense", "weights.pt")[0] == 0
+
+
+def test_a_folder_cannot_have_other_files_read_than_it_was_pruned_from(run, root, tmp_path):
+    folder = shutil.copytree(root / "small", tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    argv = ["distill", folder, "--data-dir", "flat", *TRAIN, "--output", tmp_path / "out"]
+    before = config["provenance"]["weights_sha256"]
+    other = timm.create_model("test_resnet", num_classes=4)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    for weights, digest, message in (
+        (tmp_path / "other.pt", before, "with another SHA-256: pass --dense"),
+        (tmp_path / "other.pt", None, "without its SHA-256: pass --dense"),
+        ("/etc/passwd", "0" * 64, "with another SHA-256: pass --dense"),
+    ):
+        config["provenance"] |= {"weights": str(weights), "weights_sha256": digest}
+        (folder / "config.json").write_text(json.dumps(config))
+        for plan in ([], ["--dry-run"]):
+            code, _, err = run(*argv, *plan)
+            assert_one_line(code, err, message)
+    assert run(*argv, "--dense", tmp_path / "other.pt")[0] == 0
+    code, _, err = run(*distil(tmp_path / "mine"))
+    assert code == 0
+    assert "dense weights: weights.pt, the file that small was pruned from" in err
+    trained = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert trained["provenance"]["weights_sha256"] == before
+
+
+def assert_one_line(code, err, message):
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("tpvprune: error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err

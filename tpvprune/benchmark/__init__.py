@@ -1,0 +1,1 @@
+"""``tpvprune benchmark``: criteria at equal budgets: ``plan``, ``running``, ``rows``, ``page``."""

@@ -1,0 +1,1 @@
+"""The command line: ``entry`` dispatches, ``flags`` are declared, one module a command."""

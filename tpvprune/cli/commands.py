@@ -1,0 +1,329 @@
+"""The commands behind the flags; imported only when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tpvprune.cli import single_weights, training
+from tpvprune.cli.console import (
+    bar,
+    blocked_lines,
+    percent,
+    say,
+    short,
+    show_evaluated,
+    show_pruned,
+    stages,
+    table,
+)
+from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.pruning_options import probing_options, pruning_options
+from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.cli.session_images import (
+    Shown,
+    calibration,
+    choose,
+    has_labels,
+    images_to_prune_with,
+    open_data,
+    scored_until_known,
+)
+from tpvprune.cli.session_results import (
+    blocked_facts,
+    image_facts,
+    latencies,
+    pruned_document,
+    saved_with,
+    write_json,
+)
+from tpvprune.groups import find_groups
+from tpvprune.images.loading import in_memory
+from tpvprune.images.sources import ImageSource
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.clock import Clock
+from tpvprune.passes.costs import count_nonzero_params
+from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
+from tpvprune.pipeline import PruningResult, prune
+from tpvprune.processes.shares import by_first
+from tpvprune.reports.report import report_data
+from tpvprune.saved.checkpoint import save_pruned
+from tpvprune.scores.criteria import scorer
+from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.widths.narrowest import narrowest
+from tpvprune.widths.selection import round_step
+
+Outcome = tuple[int, dict[str, Any]]
+_FEWEST = 512  # images for a repair, where the scores would do with less
+
+
+def run_prune(args: argparse.Namespace) -> Outcome:
+    """Prune, save, measure, and show what it cost.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    if single_weights.asked_for(args):
+        return single_weights.run(args)
+    used_labels = is_labelled(args.criterion)
+    training.recipe_of(args)
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    if args.granularity == "head":
+        layers += single_weights.all_but_heads(subject, layers)
+    images = open_data(args, labelled=used_labels)
+    if args.num_images == AUTO:
+        groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
+        scored = scored_until_known(args, subject, images, groups)
+        args.num_images = max(_FEWEST, scored.num_samples)
+    distilling = args.repair == "distill"
+    clock = Clock(None)
+    with clock("reading images"):
+        batches, labelled, witnesses = images_to_prune_with(
+            args,
+            subject,
+            images,
+            labelled=used_labels,
+            apart=training.num_held_back(images) if distilling else 0,
+        )
+    state = training.state_file(args.output, "unfinished-pruning")
+    with stages() as progress, _only_for_stops(state):
+        result = prune(
+            subject.model,
+            unlabeled(batches, device=subject.device),
+            **pruning_options(args),
+            ignore=layers,
+            labelled_batches=batches if used_labels else None,
+            state=state,
+            progress=progress,
+        )
+    _say_unrounded(args, result)
+    if distilling:
+        with clock("training"):
+            result = _distilled(args, subject, images, result)
+    document, seen = pruned_document(
+        args,
+        subject,
+        result,
+        images=images,
+        batches=batches,
+        witnesses=witnesses,
+        labelled=labelled,
+        clock=clock,
+    )
+    by_first(
+        save_pruned,
+        result,
+        args.output,
+        **saved_with(args, subject),
+        report={**report_data(result), **document, **seen},
+    )
+    for unfinished in (training.state_file(args.output), state):
+        by_first(unfinished.unlink, missing_ok=True)
+    show_pruned(document)
+    return (0 if result.report["reached"] else 3), document
+
+
+def run_score(args: argparse.Namespace) -> Outcome:
+    """Score every channel and write the scores.
+
+    Args:
+        args: Parsed flags of `tpvprune score`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    used_labels = is_labelled(args.criterion)
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    images = open_data(args, labelled=used_labels)
+    groups = find_groups(subject.model, subject.example, ignore=layers)
+    if args.num_images == AUTO:
+        scores = scored_until_known(args, subject, images, groups)
+    else:
+        batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
+        score = scorer(args.criterion)
+        known = inspect.signature(score).parameters
+        options = {k: v for k, v in probing_options(args).items() if k in known}
+        scores = score(subject.model, groups, Shown(batches, "scoring"), **options)
+    document = {
+        **provenance(args, subject),
+        "criterion": args.criterion,
+        "used_labels": used_labels,
+        "num_images": scores.num_samples,
+        "groups": {
+            group.name: {
+                "unit": group.unit,
+                "num_channels": group.num_channels,
+                "scores": scores[group.name].tolist(),
+                "stderr": scores.stderr[group.name].tolist() if scores.stderr else None,
+            }
+            for group in groups
+        },
+        "blocked": blocked_facts(groups),
+    }
+    by_first(write_json, args.output, document)
+    say(f"{len(list(groups))} groups scored with {args.criterion}: {args.output}")
+    blocked_lines(document["blocked"])
+    return 0, document
+
+
+def run_groups(args: argparse.Namespace) -> Outcome:
+    """Show what can be pruned, what not and why.
+
+    Args:
+        args: Parsed flags of `tpvprune groups`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    args.device, args.dense = "cpu", None
+    subject, _ = open_evaluated(args)
+    groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
+    total = groups.macs()
+    smallest = narrowest(groups)
+    rows = [("group", "unit", "channels", "saves up to")]
+    listed = []
+    for group in groups:
+        share = 1 - groups.macs({group.name: smallest[group.name]}) / total
+        rows.append((group.name, group.unit, str(group.num_channels), percent(share)))
+        listed.append(
+            {
+                "name": group.name,
+                "unit": group.unit,
+                "num_channels": group.num_channels,
+                "macs_share": share,
+            }
+        )
+    document = {
+        **provenance(args, subject),
+        "dense": {"macs": total, "params": groups.params()},
+        "smallest": {
+            "macs": groups.macs(smallest),
+            "params": groups.params(narrowest(groups, "params")),
+        },
+        "groups": listed,
+        "blocked": blocked_facts(groups),
+    }
+    table(rows)
+    say("saves up to: share of all MACs that goes if this group alone shrinks as far as it can")
+    blocked_lines(document["blocked"])
+    say(
+        f"{args.folder or args.model}: {short(total)} MACs, {short(groups.params())} parameters; "
+        f"smallest reachable: {short(document['smallest']['macs'])} MACs "
+        f"({percent(document['smallest']['macs'] / total)})"
+    )
+    return 0, document
+
+
+def run_evaluate(args: argparse.Namespace) -> Outcome:
+    """Measure a model or a saved pruned model.
+
+    Args:
+        args: Parsed flags of `tpvprune evaluate`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    subject, dense = open_evaluated(args)
+    images = open_data(args, labelled=False)
+    labelled = has_labels(images, subject.model, explicit=bool(args.class_map or args.dataset))
+    if labelled:
+        images = open_data(args, labelled=True, again=True)
+    chosen = choose(args, subject, images, args.num_images, labelled=labelled)
+    batches = in_memory(chosen, progress=bar("reading images"))
+    models = [subject.model] if dense is None else [subject.model, dense]
+    timed = latencies(args, subject, models)
+    sides: list[dict[str, Any]] = [
+        {
+            "macs": count_macs(model, subject.example),
+            "params": count_params(model),
+            "nonzero_params": count_nonzero_params(model),
+            **latency,
+            "top1": None,
+            "top5": None,
+            "agreement": None,
+        }
+        for model, latency in zip(models, timed, strict=True)
+    ]
+    if labelled:
+        for model, side in zip(models, sides, strict=True):
+            scored = evaluate(model, Shown(batches, "evaluating"))
+            side |= {"top1": scored.top1, "top5": scored.top5}
+    if dense is not None:
+        sides[0]["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
+        sides[1]["agreement"] = 1.0
+    document = {
+        **provenance(args, subject),
+        **sides[0],
+        "dense": sides[1] if dense is not None else None,
+        "images": image_facts(images, batches),
+    }
+    show_evaluated(document)
+    return 0, document
+
+
+def run_demo(args: argparse.Namespace) -> Outcome:
+    """Run the offline demonstration.
+
+    Args:
+        args: Parsed flags of `tpvprune demo`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    demo = importlib.import_module("tpvprune.cli.demo")
+    outcome: Outcome = demo.main_demo(args)
+    return outcome
+
+
+@contextlib.contextmanager
+def _only_for_stops(state: Path) -> Iterator[None]:
+    """Let the state of an unfinished run outlast a stop, but no error: that would come again."""
+    try:
+        yield
+    except Exception:
+        state.unlink(missing_ok=True)
+        raise
+
+
+def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
+    narrow = [
+        g.name
+        for g in result.groups
+        if g.unit == "channel" and g.num_channels > 1 and round_step(g, args.round_to) == 1
+    ]
+    if args.round_to > 1 and narrow:
+        say(
+            f"note: --round-to {args.round_to} leaves {len(narrow)} groups of at most "
+            f"{args.round_to} channels unrounded (first: {narrow[0]})"
+        )
+
+
+def _distilled(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, result: PruningResult
+) -> PruningResult:
+    """Return the result with its model trained on all images of the source."""
+    small = dataclasses.replace(subject, model=result.model)
+    done = training.trained(args, small, subject.model, images, num_images=None)
+    verdict = done.verdict("distill")
+    # What was said of the cut stays true, but for how good its outcome is.
+    earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
+    report = {
+        **result.report,
+        **verdict,
+        "repair": "distill",
+        "repair_chosen": None,
+        "training": done.facts,
+        "warnings": [*verdict["warnings"], *earlier],
+    }
+    return dataclasses.replace(result, model=done.model, report=report)

@@ -1,0 +1,360 @@
+"""What people see on stderr: notes, progress bars and the before/after table."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from tpvprune.cli import outcome
+from tpvprune.reports.costs import cost_labels
+
+_WIDTH = 80
+
+
+def say(text: str = "", *, indent: str = "") -> None:
+    """Print text to stderr, wrapped to the terminal."""
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    print("\n".join(lines), file=sys.stderr)
+
+
+def bar(
+    title: str, *, total: int | None = None, unit: str = "batch"
+) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Return a wrapper that shows the progress of an iteration where stderr is a terminal.
+
+    Args:
+        title: What is going on.
+        total: Number of items; None asks the iterable.
+        unit: What is counted.
+
+    Returns:
+        Function from an iterable to one of the same items.
+    """
+
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
+        shown: Iterable[Any] = tqdm(
+            items,
+            desc=title,
+            total=total,
+            unit=unit,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            dynamic_ncols=True,
+        )
+        return shown
+
+    return wrap
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show which stage is running, and how long it will take, where stderr is a terminal.
+
+    Yields:
+        Function of (stage, parts done, all parts).
+    """
+    shown = Stages()
+    if not sys.stderr.isatty():
+        yield shown.update
+        return
+    done = threading.Event()
+
+    def show() -> None:
+        while not done.wait(0.5):
+            if line := shown.line():
+                print(f"\r\x1b[K{line[: _WIDTH - 1]}", end="", file=sys.stderr, flush=True)
+
+    ticker = threading.Thread(target=show, daemon=True)
+    ticker.start()
+    try:
+        yield shown.update
+    finally:
+        done.set()
+        ticker.join()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class Stages:
+    """What runs, since when, and how much of it is done."""
+
+    def __init__(self) -> None:
+        """Start before the first stage."""
+        self._stage, self._done, self._total = "", 0, 0
+        self._start = time.monotonic()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Note that so many of the parts of a stage are done."""
+        if stage != self._stage or done < self._done:
+            self._stage, self._start = stage, time.monotonic()
+        self._done, self._total = done, total
+
+    def line(self) -> str:
+        """Return a line for people, empty before the first stage."""
+        if not self._stage:
+            return ""
+        took = time.monotonic() - self._start
+        label = self._stage if self._total <= 1 else f"{self._stage} {self._done}/{self._total}"
+        if not 0 < self._done < self._total:
+            return f"{label} ... {took:.0f} s"
+        left = took * (self._total - self._done) / self._done
+        return f"{label} ... {took:.0f} s, about {left:.0f} s left"
+
+
+@contextmanager
+def updates() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far a training is and how long it will take: a bar, or a line per stage.
+
+    Yields:
+        Function of (stage, updates done, all updates).
+    """
+    shown = tqdm(
+        unit="update", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    start, stage, first, last = time.monotonic(), "", 0, (0, 0)
+
+    def report() -> None:
+        done, total = last
+        took = time.monotonic() - start
+        left = took * (total - done) / (done - first)
+        say(f"{stage}: {took:.0f} s, about {left:.0f} s left")
+
+    def name(running: str, done: int, total: int) -> None:
+        nonlocal start, stage, first, last
+        if running != stage:
+            if stage and shown.disable:
+                report()
+            if not stage:
+                # A run that goes on does not begin at 0.
+                start, first = time.monotonic(), done - 1
+                shown.reset(total)
+                shown.initial = shown.n = first
+            stage = running
+            shown.set_description(stage, refresh=False)
+        shown.update(done - shown.n)
+        last = done, total
+
+    with shown:
+        yield name
+    if stage and not sys.stderr.isatty():
+        report()
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip(), file=sys.stderr)
+
+
+def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
+    """Print costs and quality of two models side by side; what is None is left out.
+
+    Args:
+        dense: macs, params, nonzero_params, latency_ms, latency_range_ms, top1, top5, agreement.
+        pruned: The same.
+    """
+    rows = [("", "dense", "pruned", "ratio")]
+    for key, name in cost_labels(dense, pruned).items():
+        before, after = dense[key], pruned[key]
+        rows.append((name, short(before), short(after), f"{after / before:.3f}"))
+    if pruned.get("latency_ms") is not None:
+        ratio = pruned["latency_ms"] / dense["latency_ms"]
+        rows.append(("latency, 1 image", _latency(dense), _latency(pruned), f"{ratio:.3f}"))
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+        if pruned.get(key) is not None:
+            before, after = dense[key], pruned[key]
+            change = f"{100 * (after - before):+.2f} points"
+            rows.append((name, percent(before), percent(after), change))
+    if pruned.get("agreement") is not None:
+        rows.append(("agreement", percent(1.0), percent(pruned["agreement"]), ""))
+    table(rows)
+    _say_spread(pruned)
+
+
+def _latency(side: Mapping[str, Any]) -> str:
+    spread = side.get("latency_range_ms")
+    return f"{side['latency_ms']:.2f}" + (
+        f" ± {(spread[1] - spread[0]) / 2:.2f} ms" if spread else " ms"
+    )
+
+
+def _say_spread(side: Mapping[str, Any]) -> None:
+    if side.get("latency_range_ms"):
+        say("latency: median of five rounds ± half of what lies between fastest and slowest")
+
+
+def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
+    """Print how many groups stay whole, one line per reason."""
+    reasons = Counter(str(group["reason"]) for group in blocked)
+    for reason, count in reasons.most_common():
+        first = next(group["name"] for group in blocked if str(group["reason"]) == reason)
+        more = f" and {count - 1} more" if count > 1 else ""
+        say(f"left whole: {first}{more}: {reason}", indent="  ")
+
+
+def show_pruned(document: Mapping[str, Any]) -> None:
+    """Print what pruning did and what it cost.
+
+    Args:
+        document: The JSON document of `tpvprune prune`.
+    """
+    _say_outcome(
+        document,
+        f"{document['model']}: keep {document['keep']:g} of {document['of']}, criterion "
+        f"{document['criterion']}, repair {document.get('repair_chosen') or document['repair']}",
+    )
+    if document.get("speed"):
+        speed_line(document["speed"])
+    blocked_lines(document["blocked"])
+    if "training" in document:
+        trained_line(document["training"])
+    images = document["images"]
+    used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
+    say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
+    if line := outcome.images_used(document):
+        say(line)
+    if not document["reached"]:
+        of, speed = document["of"], document.get("speed")
+        left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]
+        say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")
+    say(f"saved: {document['output']}")
+
+
+def show_trained(document: Mapping[str, Any]) -> None:
+    """Print what training a pruned model did.
+
+    Args:
+        document: The JSON document of `tpvprune distill`.
+    """
+    training = document["training"]
+    epochs = counted(training["epochs"], "epoch")
+    _say_outcome(
+        document,
+        f"{document['model']}: {epochs}, peak rate {training['lr']:g}, on "
+        f"{training['num_images'] or 'streamed'} images",
+    )
+    trained_line(training)
+    say(f"saved: {document['output']}")
+
+
+def _say_outcome(document: Mapping[str, Any], head: str) -> None:
+    """Print a line if the model is broken, the head, what else to know, the table and its proof."""
+    if line := outcome.broken(document):
+        say(line)
+    say(head)
+    for line in outcome.warnings(document):
+        say(line, indent="  ")
+    before_after(document["dense"], document["pruned"])
+    if line := outcome.held_back(document):
+        say(line)
+
+
+def speed_line(speed: Mapping[str, Any]) -> None:
+    """Print what the clock says of both models.
+
+    Args:
+        speed: Of :class:`tpvprune.widths.latency.Speed`, as a mapping.
+    """
+    say(
+        f"timed by turns, {speed['batch_size']} images a call: {speed['dense_ms']:.2f} ms dense, "
+        f"{speed['pruned_ms']:.2f} ms pruned, ratio {speed['ratio']:.3f} (quartiles "
+        f"{speed['ratio_low']:.3f} to {speed['ratio_high']:.3f} of {speed['rounds']} rounds)"
+    )
+
+
+def trained_line(training: Mapping[str, Any]) -> None:
+    """Print how much closer training brought the outputs, and whether labels were used.
+
+    Args:
+        training: The facts of the training.
+    """
+    used = "LABELS WERE USED to train" if training["used_labels"] else "no label was used to train"
+    before, after = training["before"], training["after"]
+    say(
+        f"{used}; {training['num_held_back']} held-back images: output variance "
+        f"{before['output_variance']:.4g} before, {after['output_variance']:.4g} after, agreement "
+        f"{percent(before['agreement'])} before, {percent(after['agreement'])} after"
+    )
+    if training["saved"] == "start":
+        say(
+            "note: training took the model further from its teacher, so the weights it began "
+            "with are saved: try more images or a lower --lr"
+        )
+    elif not after["output_variance"] <= before["output_variance"]:
+        say("note: training took the outputs further from the teacher's: try a lower --lr")
+
+
+def show_evaluated(document: Mapping[str, Any]) -> None:
+    """Print the costs and the quality of one model, beside those of the dense one if known.
+
+    Args:
+        document: The JSON document of `tpvprune evaluate`.
+    """
+    if document["dense"] is not None:
+        before_after(document["dense"], document)
+        return
+    rows = [(name, short(document[key])) for key, name in cost_labels(document).items()]
+    if document["latency_ms"] is not None:
+        rows.append(("latency, 1 image", _latency(document)))
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+        if document[key] is not None:
+            rows.append((name, percent(document[key])))
+    table(rows)
+    _say_spread(document)
+    if document["top1"] is None:
+        say(
+            "only costs were measured: top-1 needs one subfolder per class of the model, "
+            "agreement needs a saved pruned model and --dense F"
+        )
+
+
+def short(count: float) -> str:
+    """Return a count in three digits with its unit.
+
+    Example:
+        >>> short(125_485_706)
+        '125 M'
+        >>> short(853_018)
+        '853 k'
+    """
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= factor:
+            scaled = count / factor
+            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
+    return f"{count:.0f}"
+
+
+def counted(num: int, what: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "epoch"), counted(2, "epoch")
+        ('1 epoch', '2 epochs')
+    """
+    return f"{num} {what}" + ("" if num == 1 else "s")
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as text.
+
+    Example:
+        >>> percent(0.9339)
+        '93.39 %'
+    """
+    return f"{100 * fraction:.2f} %"

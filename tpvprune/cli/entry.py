@@ -1,0 +1,177 @@
+"""The command line: run a command, and say in one line what was wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpvprune.cli.first_checks import check_first
+from tpvprune.cli.flags import build_parser
+
+DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
+_LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by torch when it first allocates
+_IN_LARGE_PAGES = frozenset({"prune", "score", "distill", "finetune", "benchmark"})
+# Where the commands live that are not in `commands`.
+_HOMES = {
+    "audit": "audit",
+    "benchmark": "benchmark",
+    "compare": "comparing",
+    "distill": "training",
+    "export": "exporting",
+    "finetune": "training",
+}
+
+_UNTOUCHED = ": nothing was written"
+_GOES_ON = ": the output is untouched; the same command goes on after the last"
+_AFTER = {
+    "benchmark": ": the same command goes on with the rows that are missing",
+    "distill": f"{_GOES_ON} finished epoch",
+    "export": _UNTOUCHED,
+    "finetune": f"{_GOES_ON} finished epoch",
+    "prune": f"{_GOES_ON} finished selection or epoch",
+    "score": _UNTOUCHED,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 2 bad input, 3 budget not reachable, 1 bug, 4 another process of
+        the same run ended.
+    """
+    command = ""
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args = build_parser().parse_args(argv)
+        command = args.command
+        args.command_line = shlex.join(["tpvprune", *argv])
+        _ask_for_large_pages(args)
+        # Nothing but the JSON document may reach stdout, whatever a library prints.
+        with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
+            dry = getattr(args, "dry_run", False)
+            home = "planning" if dry else _HOMES.get(args.command, "commands")
+            module = importlib.import_module(f"tpvprune.cli.{home}")
+            run = getattr(module, f"{'plan' if dry else 'run'}_{args.command}")
+            memory = importlib.import_module("tpvprune.cli.memory")
+            code, document = memory.within_memory(run, args)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, f"interrupted{_AFTER.get(command, '')}")
+    except Exception as error:
+        return _failed(error)
+    if args.json and first:
+        print(json.dumps(_plain(document), indent=2, allow_nan=False))
+    return int(code)
+
+
+def _ask_for_large_pages(args: Any) -> None:
+    """Let torch put its tensors into transparent huge pages, where Linux has them.
+
+    Who scores, repairs and trains makes and drops tensors of tens of megabytes all the time, and
+    mapping each anew in pages of 4 KiB may take a third of the time. What states milliseconds as
+    its result does without (``--of latency``, ``evaluate``, ``export``): they are to be those of a
+    plain process, as the model will run in. A value that the user has set stays.
+
+    Args:
+        args: Parsed flags.
+    """
+    timed = getattr(args, "of", None) == "latency"
+    wanted = args.command in _IN_LARGE_PAGES and not timed
+    if wanted and sys.platform.startswith("linux") and "torch" not in sys.modules:
+        os.environ.setdefault(_LARGE_PAGES, "1")
+
+
+@contextlib.contextmanager
+def _processes(args: Any) -> Iterator[bool]:
+    """Join the other processes of torchrun, if there are any.
+
+    Args:
+        args: Parsed flags; the device becomes that of this process.
+
+    Yields:
+        Whether this is the process that speaks.
+
+    Raises:
+        ValueError: If the command is not one for several processes, or its flags ask for what is
+            not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        check_first(args)  # before anything heavy is imported
+        yield True
+        return
+    if args.command not in _SHARED:
+        raise ValueError(f"{args.command} runs in one process: start it without torchrun")
+    distributed = importlib.import_module("tpvprune.processes.shares")
+    membership = importlib.import_module("tpvprune.processes.membership")
+    args.device = membership.device_here(args.device)
+    with membership.joined(args.device), contextlib.ExitStack() as stack:
+        distributed.check_same("command", args.command_line)
+        distributed.by_first(check_first, args)
+        if not membership.is_first():
+            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield membership.is_first()
+
+
+def _failed(error: Exception) -> int:
+    if type(error).__name__ == "OtherProcessError":
+        return BUG
+    if type(error).__name__ == "LostProcessError":
+        return _fail(LOST, str(error))
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
+        return _fail(BAD_INPUT, " ".join(str(error).split()) or type(error).__name__)
+    if importlib.import_module("tpvprune.passes.memory").is_lack_of_memory(error):
+        return _fail(BAD_INPUT, "out of memory: lower -b, --num-images or the input size")
+    traceback.print_exception(error)
+    return _fail(BUG, "this is a bug: please report it with the lines above")
+
+
+def _is_ours(error: BaseException) -> bool:
+    # A ValueError out of torch, timm or the standard library is a bug of ours.
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    name = step.tb_frame.f_globals.get("__name__", "") if step else ""
+    return str(name).partition(".")[0] == __name__.partition(".")[0]
+
+
+def _fail(code: int, message: str) -> int:
+    number = os.environ.get("RANK", "0")
+    where = "" if number == "0" else f"process {number}: "
+    # Python's spelling of a flag, from a function that Python users call too.
+    line = f"tpvprune: error: {where}{message.replace('overwrite=True', '--overwrite')}"
+    if sys.stderr.isatty():  # a pipe gets one line
+        width = min(80, shutil.get_terminal_size().columns)
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON knows it: no infinities, no paths, no tensors."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

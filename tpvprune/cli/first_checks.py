@@ -1,0 +1,123 @@
+"""What can be told from flags and paths alone, before seconds go into imports and work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from tpvprune.cli.flag_groups import AUTO
+from tpvprune.disk.atomic import check_folder
+from tpvprune.disk.places import (
+    check_checkpoint,
+    check_file,
+    check_images,
+    check_list,
+    check_run,
+    check_saved,
+    check_writable,
+)
+from tpvprune.scores.criterion_names import is_labelled
+
+NEITHER = "expected either the folder of a pruned model or --model M"
+_ON_THE_HUB = ("hf-hub:", "hf_hub:")
+_WRITE_A_MODEL = frozenset({"prune", "distill", "finetune", "demo"})
+_WRITE_A_FILE = frozenset({"score", "compare", "export"})
+_MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
+
+
+def check_first(args: argparse.Namespace) -> None:
+    """Find what is missing, unknown or in the way; a ValueError tells what it is.
+
+    Args:
+        args: Parsed flags of any command.
+    """
+    _check_output(args)
+    if getattr(args, "granularity", None) in {"channel", "head"} or args.command == "score":
+        is_labelled(args.criterion)
+    if args.command == "compare":
+        _check_runs(args.folders)
+    _check_auto(args)
+    _check_training(args)
+    _check_subject(args)
+    if "data_dir" in args:
+        _check_images(args)
+
+
+def _check_auto(args: argparse.Namespace) -> None:
+    if getattr(args, "num_images", None) != AUTO:
+        return
+    granularity = getattr(args, "granularity", "channel")
+    if args.criterion != "tpv" or granularity not in {"channel", "head"}:
+        raise ValueError(
+            "--num-images auto: expected --criterion tpv and channels or heads, found "
+            f"{args.criterion} and {granularity}, which have no standard errors: pass a number"
+        )
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    if args.command != "prune" or args.repair == "distill":
+        return
+    for name, default in args.untrained.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected only with --repair distill, found --repair "
+                f"{args.repair}: leave one of them out"
+            )
+
+
+def _check_given(args: argparse.Namespace) -> None:
+    if args.data_dir is None and not args.dataset and getattr(args, "data_list", None) is None:
+        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
+
+
+def _check_runs(folders: Sequence[str]) -> None:
+    if len(folders) < 2:
+        raise ValueError(
+            f"compare: expected at least two folders, found {len(folders)}: report.html of a "
+            "folder shows that run alone"
+        )
+    for folder in folders:
+        check_run(folder)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    output = getattr(args, "output", None)
+    if args.command in _WRITE_A_MODEL:
+        check_writable(check_folder(args.output, overwrite=args.overwrite))
+    elif args.command in _WRITE_A_FILE and output is not None:
+        check_file(output, overwrite=args.overwrite)
+
+
+def _check_subject(args: argparse.Namespace) -> None:
+    folder: Any = getattr(args, "folder", None)
+    if "folder" in args and folder is None and args.model is None:
+        raise ValueError(NEITHER)
+    if folder is not None:
+        _check_folder(args, folder)
+    for path in (getattr(args, "checkpoint", None), getattr(args, "dense", None)):
+        if path not in {None, "pretrained"}:
+            check_checkpoint(str(path))
+
+
+def _check_folder(args: argparse.Namespace, folder: str) -> None:
+    for name in ("checkpoint", "pretrained", "num_classes"):
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected with --model, found with the folder "
+                f"{folder}, which has weights of its own: leave one of them out"
+            )
+    if not folder.startswith(_ON_THE_HUB):
+        check_saved(folder)
+
+
+def _check_images(args: argparse.Namespace) -> None:
+    if args.command not in _MAY_DO_WITHOUT_IMAGES:
+        _check_given(args)
+    if args.data_list is not None:
+        check_list(args.data_list)
+    elif args.data_dir is not None and not args.dataset:
+        check_images(args.data_dir, arrays=True)
+    for name in ("eval_dir", "held_out_dir"):
+        if getattr(args, name, None) is not None:
+            check_images(getattr(args, name))

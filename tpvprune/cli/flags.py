@@ -1,0 +1,419 @@
+"""Every flag of the command line, with timm's names wherever timm has one."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tpvprune.cli.completion import SHELLS, PrintCompletion
+from tpvprune.cli.flag_groups import (
+    Parser,
+    add_checkpointing,
+    add_criterion,
+    add_data,
+    add_device,
+    add_dry_run,
+    add_eval_dir,
+    add_ignore,
+    add_latency,
+    add_model,
+    add_output,
+    add_own_model,
+    add_preprocessing,
+    add_training,
+    count,
+    fraction,
+    granularity,
+    listed,
+    word,
+)
+
+_EPILOG = (
+    "exit codes: 0 done; 1 bug; 2 bad input; 3 budget not reachable (the best effort is saved); "
+    "4 another process of the run was lost; 130 interrupted. Text and progress go to stderr; with "
+    "--json, one JSON document goes to stdout."
+)
+
+
+class _Command(Parser):
+    """The parser of one command, which says what it does not know before what it misses."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is left over here, where the help is that of the command.
+
+        Args:
+            args: Words after the command's name.
+            namespace: As in argparse.
+
+        Returns:
+            The namespace, and an empty list.
+        """
+        given = list(args or ())
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for name in (text.partition("=")[0] for text in takewhile("--".__ne__, given)):
+            # argparse takes the beginning of a flag for the flag.
+            if name.startswith("--") and not any(flag.startswith(name) for flag in known):
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean {close[0]}?" if close else ""
+                self.error(f"unrecognized arguments: {name}{hint}")
+        found, left = super().parse_known_args(given, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; wrong flags raise ValueError, in one line."""
+    parser = Parser(
+        prog="tpvprune",
+        description="Prune a pretrained vision model with unlabeled images.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Command
+    )
+
+    for name, add, usage, text in _COMMANDS:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            usage=f"tpvprune {name} {usage}",
+        )
+        add(sub)
+        run = sub.section("run")
+        run.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="seed of every random choice (0)"
+        )
+        run.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    shell = commands.add_parser("completion", help="Print what makes a shell complete the flags.")
+    shell.add_argument("shell", choices=SHELLS, action=PrintCompletion, of=parser)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {}
+        for name in ("tpvprune", "torch", "timm", "torch-pruning"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+        print(*(f"{name} {number}" for name, number in found.items()), sep="\n")
+        parser.exit()
+
+
+def _add_prune(sub: Parser) -> None:
+    sub.add_argument(
+        "folder",
+        nargs="?",
+        metavar="OUT",
+        help="folder that `prune` or `distill` wrote, to prune what it holds further",
+    )
+    add_model(sub, required=False)
+    add_data(sub, num_images=True, auto=True)
+    add_eval_dir(sub)
+    add_criterion(sub)
+    how = sub.section("pruning")
+    how.add_argument(
+        "--granularity",
+        type=granularity,
+        default="channel",
+        metavar="G",
+        help="what is removed: channel (heads and convolution groups too), head (those alone), "
+        "weight (single ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
+    )
+    how.add_argument(
+        "--keep", type=fraction, default=0.5, metavar="X", help="fraction that stays, 0 to 1 (0.5)"
+    )
+    how.add_argument(
+        "--of",
+        choices=("macs", "params", "latency"),
+        default="macs",
+        help="what --keep is a fraction of; latency: milliseconds measured on --device (macs)",
+    )
+    how.add_argument(
+        "--latency-batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="images of one call, with --of latency (1)",
+    )
+    how.add_argument(
+        "--repair",
+        choices=("none", "bn", "compensate", "reconstruct", "auto", "distill"),
+        default="compensate",
+        help="what follows a cut; reconstruct: refit whole blocks, mostly better and minutes "
+        "instead of seconds; auto takes the closest to the dense model; distill: compensate, then "
+        "train towards the dense model on all of the images. All but a tenth of --num-images, at "
+        "most 128, are used; on these what is further from the dense model than a cheaper repair "
+        "is not taken (compensate)",
+    )
+    how.add_argument("--steps", type=count, default=1, metavar="N", help="rounds of cutting (1)")
+    how.add_argument(
+        "--allocation",
+        choices=("curves", "rank", "plain"),
+        help="widths by joint variance curves (tpv), by score per cost, or by score alone",
+    )
+    how.add_argument("--round-to", type=count, default=1, metavar="N", help="width multiples (1)")
+    how.add_argument(
+        "--min-channels", type=count, default=1, metavar="N", help="narrowest width allowed (1)"
+    )
+    how.add_argument(
+        "--max-removed",
+        type=fraction,
+        default=1.0,
+        metavar="X",
+        help="largest fraction of one group that may go (1)",
+    )
+    add_checkpointing(how)
+    add_ignore(how)
+    add_training(sub, "training (with --repair distill)")
+    add_device(sub)
+    add_latency(sub)
+    add_output(sub, "folder for the pruned model and its report")
+    add_dry_run(sub)
+
+
+def _add_score(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True, auto=True)
+    add_criterion(sub)
+    how = sub.section("pruning")
+    how.add_argument("--amp", action="store_true", help="mixed precision (tpv)")
+    add_checkpointing(how)
+    add_ignore(how)
+    add_device(sub)
+    add_output(sub, "JSON file for the scores")
+
+
+def _add_groups(sub: Parser) -> None:
+    sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
+    add_model(sub, required=False)
+    add_preprocessing(sub)
+    add_ignore(sub.section("pruning"))
+
+
+def _add_evaluate(sub: Parser) -> None:
+    sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
+    add_model(sub, required=False)
+    sub.section("model").add_argument(
+        "--dense",
+        metavar="F",
+        help="OUT is compared with this checkpoint of the dense model, or with `pretrained`",
+    )
+    add_data(sub, num_images=False)
+    add_device(sub)
+    add_latency(sub)
+
+
+def _add_distill(sub: Parser) -> None:
+    _add_trained(sub)
+    add_training(sub, "training")
+
+
+def _add_finetune(sub: Parser) -> None:
+    _add_trained(sub)
+    add_training(sub, "training", teacher=False)
+
+
+def _add_trained(sub: Parser) -> None:
+    sub.add_argument("folder", metavar="OUT", help="folder that `prune` wrote; it stays as it is")
+    sub.section("model").add_argument(
+        "--dense",
+        metavar="F",
+        help="checkpoint of the dense model, or `pretrained` (else what OUT was pruned from)",
+    )
+    add_own_model(sub)
+    add_data(sub, num_images=False, split="train")
+    add_eval_dir(sub)
+    add_device(sub)
+    add_latency(sub)
+    add_output(sub, "folder for the trained model and its report")
+    add_dry_run(sub)
+
+
+def _add_benchmark(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True)
+    add_eval_dir(sub)
+    how = sub.section("comparison (lists with commas between)")
+    how.add_argument(
+        "--criteria",
+        type=listed(word),
+        default=["tpv", "magnitude", "taylor"],
+        metavar="LIST",
+        help="criteria; tp:magnitude, tp:taylor, ... are torch-pruning as it comes "
+        "(tpv,magnitude,taylor)",
+    )
+    how.add_argument(
+        "--keep",
+        type=listed(fraction),
+        default=[0.9, 0.7, 0.5],
+        metavar="LIST",
+        help="fractions of the MACs that stay (0.9,0.7,0.5)",
+    )
+    how.add_argument(
+        "--repair",
+        type=listed(word),
+        default=["none", "bn", "compensate"],
+        metavar="LIST",
+        help="what follows a cut, of none, bn, compensate, reconstruct (none,bn,compensate)",
+    )
+    how.add_argument(
+        "--ranking",
+        type=listed(word),
+        default=["curves", "per_cost", "plain"],
+        metavar="LIST",
+        help="channels go by score per MAC saved (per_cost), by score alone (plain), or, tpv "
+        "only, by joint variance curves (curves,per_cost,plain)",
+    )
+    how.add_argument(
+        "--seeds", type=count, default=3, metavar="N", help="repetitions, from --seed on (3)"
+    )
+    how.add_argument(
+        "--iterative",
+        type=count,
+        default=1,
+        metavar="N",
+        help="go to the one --keep in N equal steps, scored anew each, and measure after each (1)",
+    )
+    add_device(sub)
+    add_output(sub, "folder for rows, table and page; a run that was stopped goes on")
+    add_dry_run(sub)
+
+
+def _add_compare(sub: Parser) -> None:
+    sub.add_argument(
+        "folders",
+        nargs="+",
+        metavar="OUT",
+        help="two or more folders that `prune` or `distill` wrote",
+    )
+    page = sub.section("page")
+    page.add_argument("--output", type=Path, metavar="F", help="HTML file to write (none)")
+    page.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def _add_export(sub: Parser) -> None:
+    sub.add_argument("folder", nargs="?", metavar="OUT", help="folder that `prune` wrote")
+    add_model(sub, required=False)
+    how = sub.section("file")
+    how.add_argument(
+        "--format", choices=("onnx", "pt2"), default="onnx", help="pt2: torch.export's (onnx)"
+    )
+    how.add_argument(
+        "--dynamic-batch", action="store_true", help="leave the batch size free (else -b, or 1)"
+    )
+    how.add_argument("--output", type=Path, metavar="F", help="file to write (OUT/model.FORMAT)")
+    how.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    add_data(sub, num_images=True, default=64)
+
+
+def _add_audit(sub: Parser) -> None:
+    add_model(sub)
+    add_data(sub, num_images=True, default=1000)
+    sub.section("images").add_argument(
+        "--held-out-dir",
+        metavar="D",
+        help="images that the model was not trained on, no labels needed (else others of the same)",
+    )
+    how = sub.section("audit (lists with commas between)")
+    how.add_argument(
+        "--labels",
+        action="store_true",
+        help="measure losses and errors against labels (else the model's own classes)",
+    )
+    how.add_argument(
+        "--criteria",
+        type=listed(word),
+        metavar="LIST",
+        help="rankings to compare (tpv,tpv_uncompensated,jbr,activation_variance,magnitude)",
+    )
+    how.add_argument("--measures", type=listed(word), metavar="LIST", help="what to measure (all)")
+    how.add_argument(
+        "--keep", type=fraction, default=0.5, metavar="X", help="the cut to compare, of MACs (0.5)"
+    )
+    add_ignore(sub.section("pruning"))
+    add_device(sub)
+    add_output(sub, "folder for page and JSON (audit-output)", default="audit-output")
+
+
+def _add_demo(sub: Parser) -> None:
+    add_output(sub, "folder for the report (demo-output)", default="demo-output")
+
+
+_COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
+    (
+        "prune",
+        _add_prune,
+        "(OUT | --model M) --data-dir D --output OUT2 [options]",
+        "Prune a model and save the smaller one.",
+    ),
+    (
+        "score",
+        _add_score,
+        "--model M --data-dir D --output F [options]",
+        "Score every channel and write the scores as JSON.",
+    ),
+    (
+        "groups",
+        _add_groups,
+        "(OUT | --model M) [options]",
+        "Show what can be pruned, what not, and why.",
+    ),
+    (
+        "evaluate",
+        _add_evaluate,
+        "(OUT | --model M) --data-dir D [options]",
+        "Measure a model or a saved pruned model.",
+    ),
+    (
+        "distill",
+        _add_distill,
+        "OUT --data-dir D --output OUT2 [options]",
+        "Train a saved pruned model towards the dense one, without labels. A run that was "
+        "stopped goes on when it is started again.",
+    ),
+    (
+        "finetune",
+        _add_finetune,
+        "OUT --data-dir D --output OUT2 [options]",
+        "Train a saved pruned model with labels, to compare distillation with.",
+    ),
+    (
+        "benchmark",
+        _add_benchmark,
+        "--model M --data-dir D --eval-dir D --output OUT [options]",
+        "Compare criteria at equal images, budgets and repairs. A run that was stopped goes on "
+        "when it is started again.",
+    ),
+    (
+        "compare",
+        _add_compare,
+        "OUT OUT ... [--output F] [options]",
+        "Put several saved runs side by side, in a table and on one HTML page.",
+    ),
+    (
+        "export",
+        _add_export,
+        "(OUT | --model M) [--format onnx|pt2] [options]",
+        "Write a model as one ONNX or torch.export file and compare its outputs.",
+    ),
+    (
+        "audit",
+        _add_audit,
+        "--model M --data-dir D [options]",
+        "Measure how sensitive a model is, and how far measures and rankings move under changes "
+        "that leave it as good as it was.",
+    ),
+    ("demo", _add_demo, "[options]", "Prune a small model on handwritten digits, offline."),
+)

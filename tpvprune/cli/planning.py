@@ -1,0 +1,358 @@
+"""`--dry-run`: what a command would do, and about how long it would take, without doing it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpvprune.cli.benchmark import plan_of
+from tpvprune.cli.console import blocked_lines, counted, percent, say, short
+from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.pruning_options import pruning_options, weight_options
+from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
+from tpvprune.cli.session_images import open_data
+from tpvprune.cli.session_results import blocked_facts
+from tpvprune.cli.single_weights import asked_for
+from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
+from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.images.sources import ImageSource
+from tpvprune.passes.drawing import num_held
+from tpvprune.passes.running import evaluating, first_output, frozen
+from tpvprune.pipeline import prune
+from tpvprune.saved.checkpoint import read_config
+from tpvprune.saved.downloads import local_folder
+from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.weights.masks import pattern_of
+from tpvprune.weights.pruning import prune_weights
+from tpvprune.weights.scores import prunable_weights
+from tpvprune.widths.narrowest import narrowest
+
+_BATCH = 8
+_GUESS = 1024  # images that --num-images auto may take
+_REPEATS = 3
+# Images of noise that a run is tried on, if their passes take at most so many seconds; at least so
+# many say anything.
+_SAMPLE, _PATIENCE, _FEWEST = 64, 5.0, 8
+# Seconds grow with this power of the images, within a factor of two: 64 to 1,000 images of
+# cifar_resnet20 and test_resnet.
+_GROWTH = 0.6
+# What a trial leaves out.
+_MORE = {"reconstruct": "block reconstruction (minutes), ", "distill": ""}
+
+
+def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Say what `prune` would cut down to, with which images, and about how long it would take.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+
+    Returns:
+        Exit code (3: the budget cannot be reached) and JSON document.
+    """
+    if asked_for(args):
+        return _plan_weights(args)
+    recipe_of(args)
+    used_labels = is_labelled(args.criterion)
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    images = open_data(args, labelled=used_labels)
+    groups = find_groups(subject.model, subject.example, ignore=layers)
+    num = _num_images(args, images)
+    forward, backward = _seconds(subject)
+
+    # The clock is left alone, and so is what takes minutes on noise, too.
+    quicker: dict[str, Any] = {"of": "macs"}
+    if args.repair == "reconstruct":
+        quicker["repair"] = "compensate"
+
+    def whole(batches: list[torch.Tensor]) -> None:
+        prune(
+            subject.model,
+            batches,
+            **{**pruning_options(args), **quicker},
+            ignore=layers,
+            labelled_batches=[(x, torch.zeros(len(x), dtype=torch.long)) for x in batches],
+        )
+
+    # Scores and curves each take both passes; repair and measuring about four forward ones.
+    passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
+    expected = _expected(subject, whole, num, args.steps * passes + 4 * forward)
+    more = _MORE.get(args.repair, "")
+    if args.repair == "distill":
+        training = _training(args, images.count or 0, forward, backward)
+        expected = replace(expected, seconds=expected.seconds + training)
+    document = _document(args, subject, groups, expected.seconds, num_images=num)
+    _say_groups(document, groups)
+    reached = True  # of milliseconds only the clock knows
+    if args.of == "latency":
+        say(f"budget: {percent(args.keep)} of the latency that is then measured")
+    else:
+        share = document["smallest"][args.of] / document["dense"][args.of]
+        reached = share <= args.keep
+        say(
+            f"budget: {percent(args.keep)} of {args.of}, smallest possible {percent(share)}"
+            + ("" if reached else ": it cannot be reached")
+        )
+    labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
+    say(
+        f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
+        f"{counted(args.steps, 'step')}, {labels}"
+    )
+    _say_time(expected, more)
+    return (0 if reached else 3), document
+
+
+def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    subject = open_subject(args)
+    images = open_data(args, labelled=False)
+    weights = prunable_weights(subject.model, ignore=ignored(args, subject))
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    left, undivided = args.keep * sum(sizes.values()), []
+    if args.granularity != "weight":
+        n, m = pattern_of(args.granularity)
+        undivided = [name for name, weight in weights.items() if weight.shape[1] % m]
+        left = sum(size * (1 if name in undivided else n / m) for name, size in sizes.items())
+    num = _num_images(args, images)
+    forward, backward = _seconds(subject)
+
+    def whole(batches: list[torch.Tensor]) -> None:
+        prune_weights(
+            subject.model,
+            batches,
+            **weight_options(args),
+            ignore=ignored(args, subject),
+        )
+
+    expected = _expected(subject, whole, num, 2 * (forward + backward) + 4 * forward)
+    document = {
+        **provenance(args, subject),
+        "dry_run": True,
+        "granularity": args.granularity,
+        "num_images": num,
+        "dense": {"weights": sum(sizes.values())},
+        "pruned": {"weights": round(left)},
+        "blocked": [{"name": name, "num_channels": sizes[name], "reason": "inputs do not divide"}
+                    for name in undivided],
+        "seconds": expected.seconds,
+    }  # fmt: skip
+    say(
+        f"{document['model']}: of {short(sum(sizes.values()))} weights in {len(sizes)} layers "
+        f"{short(left)} stay, all others are set to zero"
+    )
+    blocked_lines(document["blocked"])
+    say(f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}")
+    _say_time(expected)
+    return 0, document
+
+
+def plan_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Say how `distill` would train, and about how long it would take.
+
+    Args:
+        args: Parsed flags of `tpvprune distill`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _plan_training(args, labelled=False)
+
+
+def plan_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Say how `finetune` would train, and about how long it would take.
+
+    Args:
+        args: Parsed flags of `tpvprune finetune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _plan_training(args, labelled=True)
+
+
+def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+    recipe = recipe_of(args)
+    args.folder = local_folder(args.folder)
+    config = read_config(args.folder)
+    dense = args.dense or dense_weights(config, args.folder)
+    args.dense = None
+    subject, _ = open_pruned(args)
+    images = open_data(args, labelled=labelled)
+    num = (images.count or 0) - num_held_back(images)
+    num = num if args.num_images is None else min(num, args.num_images)
+    seconds = _training(args, num, *_seconds(subject), teacher=not labelled)
+    document = {
+        **provenance(args, subject),
+        "dry_run": True,
+        "num_images": num,
+        "epochs": recipe.epochs,
+        "seconds": seconds,
+    }
+    teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
+    epochs = counted(recipe.epochs, "epoch")
+    say(f"{args.folder}: {epochs} on {num} images of {images.name}, {teacher}")
+    say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
+    _say_time(_Expected(seconds))
+    return 0, document
+
+
+def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Say which rows `benchmark` would measure, and about how long it would take.
+
+    Args:
+        args: Parsed flags of `tpvprune benchmark`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    subject = open_subject(args)
+    plan = plan_of(args, subject)
+    images = open_data(args, labelled=plan.labelled)
+    groups = find_groups(subject.model, subject.example)
+    num = _num_images(args, images)
+    forward, backward = _seconds(subject)
+    rows = len(plan.keys())
+    seconds = len(plan.series()) * num * (forward + backward) + rows * num * 4 * forward
+    document = _document(args, subject, groups, seconds, num_images=num)
+    document["num_rows"] = rows
+    _say_groups(document, groups)
+    say(
+        f"{rows} rows: {', '.join(plan.criteria)}; repair {', '.join(plan.repairs)}; keep "
+        f"{', '.join(map(str, plan.keeps))}; {len(plan.seeds)} seeds; {num} images of {images.name}"
+    )
+    _say_time(_Expected(seconds), "measuring top-1 on --eval-dir, ")
+    return 0, document
+
+
+def _num_images(args: argparse.Namespace, images: ImageSource) -> int:
+    """Return how many images a run will see; for auto, which only the run can tell, a guess."""
+    wanted = _GUESS if args.num_images == AUTO else args.num_images
+    return int(wanted if images.count is None else min(wanted, images.count))
+
+
+def _images(num: int, images: ImageSource) -> str:
+    held = num_held(num)
+    return f"{num} images of {images.name}, {held} of them held back to measure what comes out"
+
+
+def _document(
+    args: argparse.Namespace,
+    subject: Subject,
+    groups: ChannelGroups,
+    seconds: float,
+    *,
+    num_images: int,
+) -> dict[str, Any]:
+    names = ("round_to", "min_channels", "max_removed")
+    floors = {name: getattr(args, name) for name in names if name in args}
+    return {
+        **provenance(args, subject),
+        "dry_run": True,
+        "keep": args.keep,
+        "num_images": num_images,
+        "dense": {"macs": groups.macs(), "params": groups.params()},
+        "smallest": {
+            "macs": groups.macs(narrowest(groups, "macs", **floors)),
+            "params": groups.params(narrowest(groups, "params", **floors)),
+        },
+        "groups": [
+            {"name": g.name, "unit": g.unit, "num_channels": g.num_channels} for g in groups
+        ],
+        "blocked": blocked_facts(groups),
+        "seconds": seconds,
+    }
+
+
+def _say_groups(document: dict[str, Any], groups: ChannelGroups) -> None:
+    channels = sum(group.num_channels for group in groups)
+    say(
+        f"{document['model']}: {short(document['dense']['macs'])} MACs, "
+        f"{short(document['dense']['params'])} parameters; {len(groups)} groups with {channels} "
+        "channels or heads can be cut"
+    )
+    blocked_lines(document["blocked"])
+
+
+def _training(
+    args: argparse.Namespace, num: int, forward: float, backward: float, *, teacher: bool = True
+) -> float:
+    # The gradient of the weights costs about as much as that of the activations.
+    return float(args.epochs * num * ((2 if teacher else 1) * forward + 2 * backward))
+
+
+def _batch_of(args: argparse.Namespace) -> int:
+    return int(args.batch_size or 128)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """How long a run may take; `num` images of noise took `took` seconds, if that was tried."""
+
+    seconds: float
+    num: int = 0
+    took: float = 0.0
+
+
+def _expected(
+    subject: Subject,
+    whole: Callable[[list[torch.Tensor]], None],
+    num: int,
+    passes: float,
+) -> _Expected:
+    """Return how long `num` images take, from a trial on a few of noise where that is quick."""
+    # The work beside the passes (variance curves, least squares) grows more slowly than the number
+    # of images: all of them are used, but of many each lends fewer positions.
+    sample = min(num // 4, _SAMPLE)
+    if passes * sample > _PATIENCE or sample < _FEWEST:
+        return _Expected(num * passes)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(sample, *subject.example.shape[1:], generator=generator)
+    batches = list(noise.to(subject.device).split(_SAMPLE))
+    start = time.perf_counter()
+    whole(batches)
+    took = time.perf_counter() - start
+    return _Expected(took * (num / sample) ** _GROWTH, sample, took)
+
+
+def _say_time(expected: _Expected, more: str = "") -> None:
+    about = f"about {_duration(expected.seconds)}"
+    if expected.num:
+        say(
+            f"{about} on this device: {expected.num} images of noise took "
+            f"{_duration(expected.took)}; besides {more}reading images and measuring"
+        )
+    else:
+        say(
+            f"{about} of forward and backward passes on this device, besides {more}reading images, "
+            "variance curves and least squares, which may take several times as long"
+        )
+    say("dry run: nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _seconds(subject: Subject) -> tuple[float, float]:
+    """Return the seconds of one image in a forward and in an activation-only backward pass."""
+    inputs = subject.example[:1].expand(_BATCH, -1, -1, -1).contiguous()
+    times = [_passes(subject.model, inputs) for _ in range(1 + _REPEATS)][1:]
+    forward, backward = (min(column) / len(inputs) for column in zip(*times, strict=True))
+    return forward, backward
+
+
+def _passes(model: nn.Module, inputs: torch.Tensor) -> tuple[float, float]:
+    with evaluating(model), frozen(model), torch.enable_grad():
+        inputs = inputs.clone().requires_grad_(True)
+        start = time.perf_counter()
+        outputs = first_output(model(inputs)).sum().cpu()
+        middle = time.perf_counter()
+        torch.autograd.grad(outputs, inputs)[0].cpu()
+        return middle - start, time.perf_counter() - middle

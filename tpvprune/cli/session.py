@@ -1,0 +1,261 @@
+"""From flags to a model that is ready on its device."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import platform
+import textwrap
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.cli.console import say
+from tpvprune.cli.first_checks import NEITHER
+from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
+from tpvprune.passes.finite import check_outputs
+from tpvprune.passes.running import first_output
+from tpvprune.processes.shares import check_same
+from tpvprune.saved.checkpoint import load_pruned, read_config, saved_masks
+from tpvprune.saved.downloads import local_folder
+from tpvprune.saved.models import ModelSource, is_factory, load_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its device, and how images get into it.
+
+    Of a saved pruned model ``folder`` says where it lies, and ``skeleton`` is the dense one, whose
+    weights do not count, if that is the user's own.
+    """
+
+    model: nn.Module
+    made: ModelSource
+    preprocessing: Preprocessing
+    device: torch.device
+    folder: Path | None = None
+    skeleton: nn.Module | None = None
+
+    @property
+    def example(self) -> Tensor:
+        """Two random inputs [2, C, H, W]; only their shape matters."""
+        generator = torch.Generator().manual_seed(0)
+        size = (2, *self.preprocessing.input_size)
+        return torch.randn(size, generator=generator).to(self.device)
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """Load the model that the flags name and see that it runs on its input size.
+
+    Args:
+        args: Parsed flags; with a `folder`, what that holds is pruned further.
+
+    Returns:
+        The model, ready on its device.
+
+    Raises:
+        ValueError: If the folder's model has single weights that are zero.
+    """
+    if getattr(args, "folder", None) is not None:
+        return _open_prunable(args)
+    device = _device(args.device)
+    input_size = _input_size(args)
+    model, made = load_model(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        num_classes=args.num_classes,
+        input_size=input_size,
+        model_kwargs=dict(args.model_kwargs),
+        seed=args.seed,
+        allow_import=True,
+    )
+    if made.weights == "random" and args.command != "groups":
+        say("note: random weights: --pretrained or --checkpoint F loads trained ones")
+    subject = _checked_subject(args, model, made, device)
+    if is_factory(args.model) and _input_size(args) is None:
+        size = " x ".join(map(str, subject.preprocessing.input_size))
+        say(f"note: inputs of {size} for a model of your own: --img-size N sets another side")
+    return subject
+
+
+def _open_prunable(args: argparse.Namespace) -> Subject:
+    subject, _ = open_pruned(args)
+    if saved_masks(args.folder) is not None:
+        raise ValueError(
+            f"{args.folder}: expected a model with all of its weights, found one with single "
+            "weights set to zero, which a repair would fill again: remove channels first, single "
+            "weights last"
+        )
+    say(f"note: {args.folder} is pruned further: --keep and `dense` refer to what it holds")
+    return subject
+
+
+def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
+    """Load what `evaluate` measures, and the dense model to compare it with.
+
+    Args:
+        args: Parsed flags of `tpvprune evaluate`.
+
+    Returns:
+        The model, and the dense one or None.
+
+    Raises:
+        ValueError: If neither or both of a folder and a model are given; a folder of the
+            user's own model needs both.
+    """
+    both = args.folder is not None and args.model is not None
+    if (args.folder or args.model) is None or (both and not is_factory(args.model)):
+        raise ValueError(NEITHER)
+    if args.folder is None:
+        if args.dense is not None:
+            raise ValueError("--dense: expected the folder of a pruned model to compare it with")
+        return open_subject(args), None
+    return open_pruned(args)
+
+
+def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
+    """Load a saved pruned model and, where `--dense` says its weights, the dense one.
+
+    Args:
+        args: Parsed flags with `folder`, `dense` and `model`, the function that makes the dense
+            model where the saved one is the user's own.
+
+    Returns:
+        The pruned model, and the dense one or None.
+
+    Raises:
+        ValueError: If the saved model is the user's own and `model` does not make it, or the
+            other way round.
+    """
+    device = _device(args.device)
+    args.folder = local_folder(args.folder)
+    config = read_config(args.folder)
+    name, kwargs = config["model"], dict(config["model_kwargs"])
+    own, factory = name is None, getattr(args, "model", None)
+    if own and factory is None:
+        raise ValueError(
+            f"{args.folder}: holds a model of your own: pass --model package.module:factory that "
+            "makes the dense one"
+        )
+    if factory is not None and not own:
+        raise ValueError(f"{args.folder}: holds a model of timm's: leave out --model {factory}")
+    kwargs = dict(args.model_kwargs) if own else kwargs
+    name = str(factory if own else name)
+    skeleton = load_model(name, model_kwargs=kwargs, allow_import=True)[0] if own else None
+    source = ModelSource(name, kwargs, str(args.folder))
+    pruned = load_pruned(args.folder, model=skeleton)
+    subject = replace(
+        _checked_subject(args, pruned, source, device), folder=args.folder, skeleton=skeleton
+    )
+    if getattr(args, "dense", None) is None:
+        return subject, None
+    pretrained = args.dense == "pretrained"
+    dense, _ = load_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=None if pretrained else args.dense,
+        num_classes=None if own else kwargs.get("num_classes"),
+        model_kwargs=kwargs,
+        allow_import=own,
+    )
+    return subject, dense.to(device)
+
+
+def _checked_subject(
+    args: argparse.Namespace, model: nn.Module, made: ModelSource, device: torch.device
+) -> Subject:
+    preprocessing = resolve_preprocessing(
+        model,
+        input_size=_input_size(args),
+        mean=args.mean,
+        std=args.std,
+        crop_pct=args.crop_pct,
+        interpolation=args.interpolation,
+    )
+    check_same("weights", model)
+    subject = Subject(model.to(device), made, preprocessing, device)
+    try:
+        with torch.no_grad():
+            outputs = model(subject.example)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        size = " x ".join(map(str, preprocessing.input_size))
+        raise ValueError(
+            f"{made.name} does not run on inputs of {size} ({_reason(error)}): set --input-size"
+        ) from error
+    check_outputs(model, subject.example, first_output(outputs))
+    return subject
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a device without memory has no answer
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name}: cannot be used here: expected cpu, cuda, cuda:1 or mps "
+            f"({_reason(error)})"
+        ) from error
+    return device
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(first, 120, placeholder=" ...")
+
+
+def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:
+    if args.img_size is not None:
+        return (3, args.img_size, args.img_size)
+    return tuple(args.input_size) if args.input_size else None
+
+
+def ignored(args: argparse.Namespace, subject: Subject) -> tuple[str, ...]:
+    """Return the layers of `--ignore`.
+
+    Args:
+        args: Parsed flags.
+        subject: The model.
+
+    Returns:
+        Their qualified names.
+
+    Raises:
+        ValueError: If the model has no such layer, with close matches.
+    """
+    names = dict(subject.model.named_modules())
+    for name in args.ignore:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3)
+            hint = f": did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"--ignore {name}: {subject.made.name} has no such layer{hint}")
+    return tuple(args.ignore)
+
+
+def provenance(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """Return what is needed to repeat a run: model, weights, input size, seed, versions."""
+    return {
+        "model": subject.made.name,
+        "model_kwargs": subject.made.kwargs,
+        "weights": subject.made.weights,
+        "preprocessing": subject.preprocessing.config,
+        "command": args.command_line,
+        "device": str(subject.device),
+        "seed": args.seed,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("tpvprune", "timm", "torch-pruning"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

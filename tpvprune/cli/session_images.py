@@ -1,0 +1,394 @@
+"""From flags to the images that a command shows to a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tpvprune.cli.console import bar, say
+from tpvprune.cli.pruning_options import probing_options
+from tpvprune.cli.session import Subject
+from tpvprune.groups import ChannelGroups
+from tpvprune.images.files import array_images, listed_images
+from tpvprune.images.loading import ImageBatches, choose_images, in_memory
+from tpvprune.images.sources import ImageSource, open_images
+from tpvprune.passes.costs import count_macs
+from tpvprune.passes.drawing import hold_back
+from tpvprune.processes.shares import share, total
+from tpvprune.scores.tpv import Scores, tpv_scores
+
+# Images that agreement is measured on: as many as so many MACs of the dense model allow.
+_MOST_WITNESSES, _ENOUGH, _WITNESS_MACS = 512, 64, 1e12
+_KNOWN = 0.1  # standard error / score
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """Images to measure agreement on that the repair has not seen, and what they are."""
+
+    batches: Any
+    kind: Literal["labelled", "other", "held-back"]
+
+    def __str__(self) -> str:
+        """Return their number and kind, for people."""
+        num = num_images(self.batches)
+        return f"{num} {self.kind} image{'' if num == 1 else 's'}"
+
+
+class Shown:
+    """Re-iterable batches whose every pass shows a progress bar."""
+
+    def __init__(self, batches: Any, title: str) -> None:
+        self.batches, self.title = batches, title
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(bar(self.title, total=_length(self.batches))(self.batches))
+
+
+def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
+    """Open the images that the flags name.
+
+    Args:
+        args: Parsed flags.
+        labelled: Whether labels will be read.
+        again: What there is to note of them has been said.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: If no source is given, or one without labels where they are needed.
+    """
+    data_list = getattr(args, "data_list", None)
+    is_array = not args.dataset and str(args.data_dir).endswith(".npy")
+    if labelled and (is_array or data_list is not None):
+        raise ValueError(
+            f"{data_list or args.data_dir}: holds no labels: labelled images come in one "
+            "subfolder per class"
+        )
+    if data_list is not None:
+        return listed_images(data_list, root=args.data_dir)
+    if is_array:
+        return array_images(args.data_dir)
+    images = open_images(
+        args.data_dir,
+        dataset=args.dataset,
+        split=args.split,
+        class_map=args.class_map if labelled else None,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        labelled=labelled,
+        download=args.dataset_download,
+    )
+    if images.note and not again:
+        say(images.note)
+    return images
+
+
+def choose(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    num_images: int | None,
+    *,
+    skip: int = 0,
+    labelled: bool = False,
+) -> ImageBatches:
+    """Choose images by the flags' seed; see `loading.choose_images`.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        num_images: How many; None for all.
+        skip: How many of the seed's permutation to leave out first.
+        labelled: Whether to yield labels too.
+
+    Returns:
+        Re-iterable batches.
+    """
+    args.images_per_batch = args.batch_size or _images_per_batch(subject)
+    return choose_images(
+        images,
+        subject.preprocessing,
+        num_images=num_images,
+        skip=skip,
+        seed=args.seed,
+        batch_size=args.images_per_batch,
+        workers=args.workers,
+        labelled=labelled,
+        notice=say,
+    )
+
+
+def _images_per_batch(subject: Subject) -> int:
+    """Return 64; on a CPU so many that a batch has no more pixels than 64 images of 112 pixels.
+
+    Beyond that its activations leave the caches, and a third of the time goes into memory pages.
+    """
+    if subject.device.type != "cpu":
+        return 64
+    _, high, wide = subject.preprocessing.input_size
+    return max(1, min(64, 64 * 112 * 112 // (high * wide)))
+
+
+def scored_until_known(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, groups: ChannelGroups
+) -> Scores:
+    """Score with ``--num-images auto``: until half of the scores are known well enough.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        groups: Its channel groups.
+
+    Returns:
+        The scores, which tell how many images they saw.
+    """
+    chosen = choose(args, subject, images, images.count)
+    scores = tpv_scores(
+        subject.model,
+        groups,
+        Shown(chosen, "scoring"),
+        until=_KNOWN,
+        **probing_options(args),
+    )
+    say(f"{scores.num_samples} images scored, until half of the scores were known to {_KNOWN:.0%}")
+    return scores
+
+
+def calibration(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    *,
+    labelled: bool,
+    held_out: int = 0,
+    apart: int = 0,
+) -> tuple[Any, Witnesses | None]:
+    """Return the images that pruning sees, and others to measure agreement on.
+
+    The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
+    they are what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        labelled: Whether the first of the two also yields labels.
+        held_out: How many images at most to measure on; 0: none are needed.
+        apart: How many images to set apart before; if any, they are the ones to measure on.
+
+    Returns:
+        Batches to prune with, and what to measure agreement on.
+
+    Raises:
+        ValueError: If no image can be read, or the classes are not the model's.
+    """
+    num, skip = all_but(apart, images, args.num_images)
+    chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
+    if labelled:
+        check_classes(images, subject.model, class_map=args.class_map)
+    batches = in_memory(chosen, progress=bar("reading images"))
+    if isinstance(batches, list) and not batches:
+        raise ValueError(f"{images.name}: expected images, found none")
+    if images.count is not None and images.count - apart < args.num_images:
+        say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
+    if apart:
+        return batches, Witnesses(
+            in_memory(choose_apart(args, subject, images, apart)), "held-back"
+        )
+    if not held_out:
+        return batches, None
+
+    def others(num: int) -> Any:
+        return in_memory(choose(args, subject, images, num, skip=args.num_images))
+
+    left = 0 if images.count is None else images.count - args.num_images
+    if left >= _ENOUGH:
+        return batches, Witnesses(others(held_out), "other")
+    held = _first(hold_back(batches, seed=args.seed)[1], held_out)
+    room = held_out - int(total(sum(map(len, held))))
+    return batches, Witnesses([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
+
+
+def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
+    """Return the first so many of the inputs of all processes, this one's part."""
+    found, left = [], share(num)
+    for x in batches:
+        found.append(x[:left])
+        left -= len(found[-1])
+    return [x for x in found if len(x)]
+
+
+def num_witnesses(subject: Subject) -> int:
+    """Return how many images agreement is measured on, of what pruning does not use.
+
+    Args:
+        subject: The dense model, and its input size.
+
+    Returns:
+        64 to 512: as many as 10^12 MACs of the model allow. They are passed through two models.
+    """
+    macs = count_macs(subject.model, subject.example[:1])
+    return max(_ENOUGH, min(_MOST_WITNESSES, int(_WITNESS_MACS / max(macs, 1))))
+
+
+def choose_apart(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, num: int
+) -> ImageBatches:
+    """Choose images to measure training on: the last of the permutation, the first of a stream.
+
+    An earlier `prune` with this seed has fitted its repair to the first ones: on them the model
+    looks better before training than it is.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        num: How many.
+
+    Returns:
+        Re-iterable batches without labels.
+    """
+    skip = 0 if images.count is None else images.count - num
+    return choose(args, subject, images, num, skip=skip)
+
+
+def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[int | None, int]:
+    """Return how many images to take after how many others, without those set apart.
+
+    Args:
+        apart: How many :func:`choose_apart` takes.
+        images: Where from.
+        num_images: How many are wanted; None for all.
+
+    Returns:
+        (num_images, skip) of :func:`choose`.
+    """
+    if images.count is None:
+        return num_images, apart
+    rest = images.count - apart
+    return (rest if num_images is None else min(num_images, rest)), 0
+
+
+def images_to_prune_with(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    *,
+    labelled: bool = False,
+    apart: int = 0,
+) -> tuple[Any, Any, Witnesses]:
+    """Return what `prune` sees, and what it is measured on.
+
+    Args:
+        args: Parsed flags.
+        subject: The model and its preprocessing.
+        images: Where from.
+        labelled: Whether the first also yields labels.
+        apart: As for :func:`calibration`.
+
+    Returns:
+        Batches to prune with, the labelled ones of `--eval-dir` or None, and what to measure
+        agreement on: those of `--eval-dir`, which are new to the model, or else others of the
+        calibration source, which may not be.
+    """
+    evaluated = labelled_images(args, subject)
+    held_out = num_witnesses(subject) if evaluated is None else 0
+    batches, witnesses = calibration(
+        args, subject, images, labelled=labelled, held_out=held_out, apart=apart
+    )
+    if evaluated is not None:
+        witnesses = Witnesses(evaluated, "labelled")
+    assert witnesses is not None
+    return batches, evaluated, witnesses
+
+
+def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
+    """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
+    if args.eval_dir is None:
+        return None
+    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    check_classes(images, subject.model, class_map=args.class_map)
+    chosen = choose(args, subject, images, None, labelled=True)
+    return in_memory(chosen, progress=bar("reading labelled images"))
+
+
+def class_names(args: argparse.Namespace) -> list[str] | None:
+    """Return what the class folders of `--eval-dir` are called, or None without one."""
+    if args.eval_dir is None:
+        return None
+    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    return None if images.class_names is None else list(images.class_names)
+
+
+def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
+    """Check that the classes of a source are those of the model.
+
+    Args:
+        images: The source.
+        model: The model, with `num_classes`.
+        class_map: The user's own map of classes, which may leave some out.
+
+    Raises:
+        ValueError: If their numbers differ.
+    """
+    expected, found = getattr(model, "num_classes", None), images.num_classes
+    if expected is None or found is None:
+        return
+    if found > expected or (found < expected and class_map is None):
+        raise ValueError(
+            f"{images.name}: expected the model's {expected} classes, found {found}: pass "
+            "--class-map with the index of each class folder"
+        )
+
+
+def has_labels(images: ImageSource, model: nn.Module, *, explicit: bool) -> bool:
+    """Tell whether the subfolders of a source are the classes of the model.
+
+    Args:
+        images: The source.
+        model: The model, with `num_classes`.
+        explicit: The user has said that there are labels.
+
+    Returns:
+        True if top-1 can be measured.
+    """
+    if explicit:
+        return True
+    expected = getattr(model, "num_classes", None)
+    if images.num_classes == expected:
+        return True
+    if (images.num_classes or 1) > 1:
+        say(
+            f"note: {images.name} has {images.num_classes} subfolders, the model {expected} "
+            "classes: top-1 is not measured; --class-map gives each its index"
+        )
+    return False
+
+
+def num_images(batches: Any) -> int | None:
+    """Count the images of batches.
+
+    Args:
+        batches: Images as `calibration` returns them.
+
+    Returns:
+        Their number; None for a stream of unknown length.
+    """
+    if isinstance(batches, ImageBatches):
+        return batches.total
+    return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None

@@ -1,0 +1,229 @@
+"""What a command found, as plain data, and the files that it goes to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tpvprune.cli.session import Subject, provenance
+from tpvprune.cli.session_images import Shown, Witnesses, class_names, num_images
+from tpvprune.disk.atomic import written_file
+from tpvprune.disk.digest import file_digest
+from tpvprune.groups import ChannelGroups
+from tpvprune.images.sources import ImageSource
+from tpvprune.passes.clock import Clock
+from tpvprune.passes.costs import count_nonzero_params
+from tpvprune.passes.disagreement import disagreement
+from tpvprune.passes.evaluation import agreement, evaluate, measure_latency
+from tpvprune.pipeline import PruningResult
+from tpvprune.processes.shares import by_first
+from tpvprune.saved.models import pretrained_config
+from tpvprune.weights.pruning import WeightPruningResult
+
+_LATENCY_ROUNDS = 5
+
+
+def pruned_document(
+    args: argparse.Namespace,
+    subject: Subject,
+    result: PruningResult | WeightPruningResult,
+    *,
+    images: ImageSource,
+    batches: Any,
+    witnesses: Witnesses,
+    labelled: Any,
+    clock: Clock,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure the pruned model beside the dense one, and return all that is known of it.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+        subject: The dense model.
+        result: The pruned one, and the report of its making.
+        images: Where the images came from.
+        batches: Those that it was pruned with.
+        witnesses: Those that the agreement is measured on.
+        labelled: Labelled batches for the accuracy, or None.
+        clock: What has been timed besides the pruning; the measuring is added.
+
+    Returns:
+        The JSON document, and what the saved report has besides (:func:`shown_changes`).
+    """
+    dense, pruned = measured(args, subject, result.model, labelled, clock)
+    dense["agreement"] = 1.0
+    with clock("agreement"):
+        pruned["agreement"] = agreement(
+            result.model, subject.model, Shown(witnesses.batches, "agreement")
+        )
+    with clock("comparing"):
+        seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
+    document = {
+        **provenance(args, subject),
+        **result.report,
+        "dense": {**result.report["dense"], **dense},
+        "pruned": {**result.report["pruned"], **pruned},
+        "images": image_facts(images, batches, witnesses),
+        "timings": {**result.report["timings"], **clock.seconds},
+        "output": str(args.output),
+    }
+    return document, seen
+
+
+def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict[str, Any]:
+    """Return what :func:`tpvprune.save_pruned` is told about the dense model and the command.
+
+    Args:
+        args: Parsed flags of `tpvprune prune`.
+        subject: The dense model.
+        **facts: What else the provenance holds.
+
+    Returns:
+        Keyword arguments.
+    """
+    weights: dict[str, Any] = {}
+    if subject.folder is None:  # else those of what the folder came from
+        digest = file_digest(args.checkpoint) if args.checkpoint else None
+        weights = {"weights": subject.made.weights, "weights_sha256": digest}
+    return {
+        "overwrite": args.overwrite,
+        "origin": subject.folder,
+        "dense": subject.model if subject.skeleton is None else subject.skeleton,
+        "model_name": subject.made.name,
+        "model_kwargs": subject.made.kwargs,
+        "pretrained_cfg": {
+            **pretrained_config(subject.model),
+            **subject.preprocessing.config,
+            "num_classes": getattr(subject.model, "num_classes", None),
+        },
+        "provenance": {
+            "command": args.command_line,
+            **weights,
+            "seed": args.seed,
+            **facts,
+        },
+    }
+
+
+def measured(
+    args: argparse.Namespace,
+    subject: Subject,
+    pruned: nn.Module,
+    labelled: Any,
+    clock: Clock | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model.
+
+    Args:
+        args: Parsed flags.
+        subject: The dense model.
+        pruned: The pruned one.
+        labelled: Labelled batches, or None.
+        clock: Times what is measured.
+
+    Returns:
+        For each of the two: nonzero_params, and latency_ms, latency_range_ms, top1, top5, None
+        where not measured; num_images, how many labelled ones, where top1 was.
+    """
+    models, clock = (subject.model, pruned), clock or Clock(None)
+    with clock("latency"):
+        timings = latencies(args, subject, models)
+    facts = [
+        {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
+        for model, timed in zip(models, timings, strict=True)
+    ]
+    if labelled is None:
+        return facts[0], facts[1]
+    with clock("top-1"):
+        for model, fact in zip(models, facts, strict=True):
+            scored = evaluate(model, Shown(labelled, "top-1"))
+            fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
+    return facts[0], facts[1]
+
+
+def latencies(
+    args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
+) -> list[dict[str, Any]]:
+    """Time several models by turns on one image.
+
+    Args:
+        args: Parsed flags.
+        subject: Says the input size and the device.
+        models: What to time.
+
+    Returns:
+        Of each, in milliseconds: latency_ms, the median of five rounds, and latency_range_ms,
+        the fastest and the slowest round; None where `--latency-repeats` is 0.
+    """
+    if args.latency_repeats <= 0:
+        return [{"latency_ms": None, "latency_range_ms": None} for _ in models]
+    # By one process: they would slow each other.
+    return by_first(_timed, args, subject, models)
+
+
+def _timed(
+    args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
+) -> list[dict[str, Any]]:
+    repeats = max(2, args.latency_repeats // _LATENCY_ROUNDS)
+    # By turns: whatever else the machine does then slows all of them alike.
+    rounds = [
+        [measure_latency(model, subject.example[:1], repeats=repeats).median_ms for model in models]
+        for _ in range(_LATENCY_ROUNDS)
+    ]
+    return [
+        {"latency_ms": statistics.median(times), "latency_range_ms": [min(times), max(times)]}
+        for times in zip(*rounds, strict=True)
+    ]
+
+
+def shown_changes(
+    args: argparse.Namespace, subject: Subject, model: nn.Module, dense: nn.Module, batches: Any
+) -> dict[str, Any]:
+    """Return what the report shows of images whose class changed; not for stdout.
+
+    Args:
+        args: Parsed flags.
+        subject: Says the preprocessing.
+        model: The pruned model.
+        dense: The dense one.
+        batches: Images to compare them on.
+
+    Returns:
+        Entries of the report.
+    """
+    if getattr(model, "num_classes", 1) == 0:  # features, not classes
+        return {}
+    config = subject.preprocessing.config
+    found = disagreement(
+        model, dense, Shown(batches, "comparing"), mean=config["mean"], std=config["std"]
+    )
+    return {"disagreement": found, "class_names": class_names(args)}
+
+
+def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:
+    """Return the groups that stay whole, each with its reason."""
+    return [
+        {"name": group.name, "num_channels": group.num_channels, "reason": group.blocked}
+        for group in groups.blocked
+    ]
+
+
+def image_facts(
+    images: ImageSource, batches: Any, witnesses: Witnesses | None = None
+) -> dict[str, Any]:
+    """Return where the images came from, how many, and what agreement was measured on."""
+    facts: dict[str, Any] = {"source": images.name, "num_images": num_images(batches)}
+    if witnesses is not None:
+        facts["agreement_on"] = str(witnesses)
+    return facts
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with written_file(path) as unfinished:
+        unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,333 @@
+"""Training of a pruned model: `distill`, `finetune`, and `prune --repair distill`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.cli.console import bar, counted, say, show_trained, updates
+from tpvprune.cli.session import Subject, open_pruned, provenance
+from tpvprune.cli.session_images import (
+    Shown,
+    all_but,
+    check_classes,
+    choose_apart,
+    labelled_images,
+    open_data,
+)
+from tpvprune.cli.session_results import measured, shown_changes
+from tpvprune.disk.digest import file_digest
+from tpvprune.images.loading import in_memory
+from tpvprune.images.sources import ImageSource
+from tpvprune.images.training import training_images
+from tpvprune.passes.evaluation import Difference, count_macs, count_params, difference
+from tpvprune.processes.shares import by_first
+from tpvprune.repairs import guard
+from tpvprune.repairs.distillation import distill, teacher_of
+from tpvprune.repairs.finetuning import finetune
+from tpvprune.repairs.training import Recipe
+from tpvprune.reports.report import read_report
+from tpvprune.saved.checkpoint import read_config, save_pruned, saved_masks
+from tpvprune.saved.downloads import local_folder
+
+_MOST_HELD_BACK = 512
+# What a report of pruning says that training does not change.
+_KEPT = (
+    "criterion", "allocation", "keep", "of", "reached", "used_labels", "num_images", "groups",
+    "blocked", "steps", "output_variance", "variance_share", "output_second_moment", "images_used",
+    "timings",
+)  # fmt: skip
+_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Train a saved pruned model towards the dense one, without labels.
+
+    Args:
+        args: Parsed flags of `tpvprune distill`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _run(args, labelled=False)
+
+
+def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Train a saved pruned model with labels.
+
+    Args:
+        args: Parsed flags of `tpvprune finetune`.
+
+    Returns:
+        Exit code and JSON document.
+    """
+    return _run(args, labelled=True)
+
+
+class Trained(NamedTuple):
+    """A model, the facts for the report, the images held back, and how far from the dense one.
+
+    ``found`` is measured on those images.
+    """
+
+    model: nn.Module
+    facts: dict[str, Any]
+    held: Iterable[Any]
+    found: Difference
+
+    def verdict(self, repair: str) -> dict[str, Any]:
+        """Return what a report holds of the outcome of a repair, beside the table."""
+        return {
+            "warnings": guard.warnings_of({repair: self.found}, repair, repair),
+            "held_back": guard.facts(self.found),
+        }
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return how the flags say to train; a ValueError tells what is out of range."""
+    return Recipe(
+        epochs=args.epochs,
+        lr=args.lr,
+        opt=args.opt,
+        sched=args.sched,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        clip_grad=args.clip_grad,
+        ema_decay=args.model_ema_decay,
+        amp=_AMP_TYPES[args.amp_dtype] if args.amp else None,
+        freeze_batchnorm=args.freeze_batchnorm,
+        num_views=getattr(args, "num_views", None),
+        seed=args.seed,
+    )
+
+
+def num_held_back(images: ImageSource) -> int:
+    """Return how many images measure what training does and take no part in it.
+
+    Args:
+        images: The source.
+
+    Returns:
+        A tenth, 1 to 512.
+
+    Raises:
+        ValueError: If there are too few images to train.
+    """
+    if images.count is None:
+        return _MOST_HELD_BACK
+    if images.count < 3:
+        raise ValueError(
+            f"{images.name}: expected at least 3 images to train, found {images.count}"
+        )
+    return max(1, min(_MOST_HELD_BACK, images.count // 10))
+
+
+def trained(
+    args: argparse.Namespace,
+    subject: Subject,
+    dense: nn.Module,
+    images: ImageSource,
+    *,
+    num_images: int | None,
+    labelled: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Trained:
+    """Train a pruned model, and measure it before and after on images held back.
+
+    Args:
+        args: Parsed flags.
+        subject: The pruned model.
+        dense: The dense one.
+        images: Where from.
+        num_images: How many to train on; None for all.
+        labelled: Train with labels instead of the dense model.
+        masks: Of single weights; those that are zero stay zero.
+
+    Returns:
+        The trained model, or the one before where that is closer, and how it came about.
+
+    Raises:
+        ValueError: If the outputs of the trained model are not finite.
+    """
+    recipe, held = recipe_of(args), num_held_back(images)
+    mixed = not (labelled or args.no_mix)
+    witnesses = in_memory(choose_apart(args, subject, images, held), progress=bar("reading images"))
+    num_images, skip = all_but(held, images, num_images)
+    batches, augment = training_images(
+        images,
+        subject.preprocessing,
+        num_images=num_images,
+        skip=skip,
+        seed=args.seed,
+        batch_size=args.batch_size or 128,
+        workers=args.workers,
+        labelled=labelled,
+        mixed=mixed,
+        progress=bar("reading images"),
+        notice=say,
+    )
+    teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
+    shown = Shown(witnesses, "measuring")
+    before = difference(subject.model, teacher, shown)
+    state = state_file(args.output)
+    resumed, start = state.exists(), time.monotonic()
+    if resumed:
+        say(f"going on with the run in {state}")
+    with updates() as progress, _how_to_go_on():
+        how: dict[str, Any] = {
+            "augment": augment, "masks": masks, "state": state, "progress": progress,
+        }  # fmt: skip
+        if labelled:
+            model = finetune(subject.model, batches, recipe=recipe, **how)
+        else:
+            how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+            how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
+            model = distill(subject.model, dense, batches, **how)
+    after = difference(model, teacher, shown)
+    if not math.isfinite(after.output_variance):
+        by_first(state.unlink, missing_ok=True)
+        raise ValueError(
+            "training: expected finite outputs, found others after "
+            f"{counted(recipe.epochs, 'epoch')}: lower --lr ({recipe.lr:g}) or --weight-decay "
+            f"({recipe.weight_decay:g})"
+        )
+    # What is further from the teacher in both ways is not saved.
+    helped = labelled or (
+        after.output_variance <= before.output_variance or after.agreement >= before.agreement
+    )
+    facts = {
+        **dataclasses.asdict(recipe),
+        "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
+        "loss": "cross-entropy" if labelled else args.loss,
+        "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
+        "mirrored": not labelled and args.mirrored,
+        "mixed": mixed,
+        "batch_size": batches.batch_size,
+        "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
+        "num_held_back": held,
+        "used_labels": labelled,
+        # Of a run that was stopped in between, only the last part is known.
+        "seconds": None if resumed else round(time.monotonic() - start, 1),
+        "before": _closeness(before),
+        "after": _closeness(after),
+        "saved": "trained" if helped else "start",
+    }
+    model, found = (model, after) if helped else (subject.model, before)
+    if facts["mirrored"]:  # what was measured is how close it is to that teacher
+        found = difference(model, dense, shown)
+    return Trained(model, facts, witnesses, found)
+
+
+def state_file(output: Path, kind: str = "unfinished") -> Path:
+    """Return where the state of an unfinished run lies: beside its output."""
+    output = output.expanduser().resolve()
+    return output.with_name(f"{output.name}.{kind}.safetensors")
+
+
+def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+    recipe_of(args)
+    args.folder = local_folder(args.folder)
+    config, earlier = read_config(args.folder), read_report(args.folder)
+    args.dense = args.dense or dense_weights(config, args.folder)
+    subject, dense = open_pruned(args)
+    assert dense is not None
+    images = open_data(args, labelled=labelled)
+    if labelled:
+        check_classes(images, subject.model, class_map=args.class_map)
+    witnesses = labelled_images(args, subject)
+    masks = saved_masks(args.folder)
+    done = trained(
+        args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
+    )
+    model, facts, seen, found = done
+    repair = "finetune" if labelled else "distill"
+    sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
+    document = {
+        **{key: earlier.get(key) for key in _KEPT},
+        **provenance(args, subject),
+        "weights": config["provenance"].get("weights"),
+        "repair": repair,
+        **done.verdict(repair),
+        "used_labels": labelled or bool(earlier.get("used_labels")),
+        "training": facts,
+        "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
+        "pruned": {**_costs(model, subject), **sides[1], **_closeness(found)},
+        "images": {
+            "source": images.name,
+            "num_images": facts["num_images"],
+            "agreement_on": f"{facts['num_held_back']} held-back images",
+        },
+        "output": str(args.output),
+    }
+    shown = shown_changes(args, subject, model, dense, seen)
+    by_first(
+        save_pruned,
+        model,
+        args.output,
+        overwrite=args.overwrite,
+        dense=dense,
+        origin=args.folder,
+        masks=masks,
+        provenance={"command": args.command_line, "seed": args.seed},
+        report={**document, **shown, "scores": earlier.get("scores")},
+    )
+    by_first(state_file(args.output).unlink, missing_ok=True)
+    show_trained(document)
+    return 0, document
+
+
+def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:
+    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
+
+
+def _closeness(found: Difference) -> dict[str, float]:
+    return {"output_variance": found.output_variance, "agreement": found.agreement}
+
+
+def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
+    """Return the weights that a saved model was pruned from, if they are still the same.
+
+    The folder may be a stranger's: of the file that it names nothing is used, unless its contents
+    are what the folder says they are.
+
+    Args:
+        config: The folder's ``config.json``.
+        folder: For messages.
+
+    Returns:
+        ``"pretrained"``, or the path of the checkpoint.
+
+    Raises:
+        ValueError: If the file is gone, another one, or was saved without its digest.
+    """
+    weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
+    found = repr(weights)
+    if weights == "pretrained":
+        return "pretrained"
+    if isinstance(weights, str) and Path(weights).is_file():
+        if isinstance(digest, str) and file_digest(weights) == digest:
+            say(f"dense weights: {weights}, the file that {folder} was pruned from (SHA-256)")
+            return weights
+        found += " without its SHA-256" if digest is None else " with another SHA-256"
+    raise ValueError(
+        f"{folder}: expected the weights that it was pruned from, found {found[:300]}: pass "
+        "--dense with the dense model's checkpoint, or --dense pretrained"
+    )
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on after the last full epoch")
+        raise

@@ -1,1 +1,0 @@
-"""What the commands behind ``tpvprune.cli`` are made of."""

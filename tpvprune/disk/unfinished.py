@@ -1,0 +1,126 @@
+"""The state of an unfinished run: one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tpvprune.disk.atomic import written_file
+
+_HEADER = "tpvprune_training"
+
+
+def save_state(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write modules, optimizer and facts, in the place of an earlier state.
+
+    Args:
+        path: The file; ValueError tells if the system refuses to write it.
+        modules: Name -> module, such as the model and its moving average.
+        optimizer: Its buffers go to tensors, its numbers to JSON.
+        facts: Plain JSON values: epoch, settings.
+    """
+    tensors = {
+        f"{name}:{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    numbers: dict[str, dict[str, Any]] = {}
+    state = optimizer.state_dict()
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer:{index}:{key}"] = value
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    header = {**facts, "optimizer": {"numbers": numbers, "groups": state["param_groups"]}}
+    save_tensors(path, tensors, header)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and facts, in the place of an earlier state.
+
+    Args:
+        path: The file; ValueError tells if the system refuses to write it.
+        tensors: By any names.
+        facts: Plain JSON values.
+    """
+    # Copies: safetensors refuses tensors that share memory.
+    copies = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    with written_file(path) as unfinished:
+        save_file(copies, unfinished, metadata={_HEADER: json.dumps(facts)})
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts of a saved state.
+
+    Args:
+        path: What ``save_tensors`` or ``save_state`` wrote.
+
+    Returns:
+        The facts; of a training, ``optimizer`` with its numbers too.
+
+    Raises:
+        ValueError: If the file is damaged or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})[_HEADER]))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected the state of an unfinished run, found damage or another file "
+            f"({type(error).__name__}): remove it to start anew"
+        ) from error
+
+
+def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a saved state by the part of the name before the first colon.
+
+    Args:
+        path: What ``save_tensors`` wrote.
+        parts: All such parts, also those that hold nothing.
+
+    Returns:
+        Part -> rest of the name -> tensor.
+    """
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            part, _, rest = key.partition(":")
+            found[part][rest] = file.get_tensor(key)
+    return found
+
+
+def load_state(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put a saved state into modules and optimizer, in place and bit for bit.
+
+    Args:
+        path: What ``save_state`` wrote for modules and an optimizer of the same build.
+        modules: Name -> module.
+        optimizer: Over the parameters of one of them.
+    """
+    saved = read_facts(path)["optimizer"]
+    parts = read_tensors(path, (*modules, "optimizer"))
+    for name, module in modules.items():
+        module.load_state_dict(parts[name], strict=True)
+    entries: dict[int, dict[str, Any]] = {int(i): dict(n) for i, n in saved["numbers"].items()}
+    for key, value in parts["optimizer"].items():
+        index, _, entry = key.partition(":")
+        entries.setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})

@@ -1,0 +1,35 @@
+"""Channel groups: what belongs together, the proof that it can be cut, and cutting it.
+
+- :func:`find_groups` follows the channels through one traced forward (``finding``, ``tracing``)
+  and returns :class:`ChannelGroups`, plain records (``records``, ``axes``);
+- every group is verified: masking it and removing it give the same outputs (``verification``);
+- :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes.
+"""
+
+from tpvprune.groups.axes import Axis, Kept
+from tpvprune.groups.finding import find_groups
+from tpvprune.groups.records import (
+    CallCost,
+    ChannelGroup,
+    ChannelGroups,
+    Pad,
+    ParamSlice,
+    Reader,
+    with_blocked,
+)
+from tpvprune.groups.removal import MaskedChannels, remove_channels
+
+__all__ = [
+    "Axis",
+    "CallCost",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Kept",
+    "MaskedChannels",
+    "Pad",
+    "ParamSlice",
+    "Reader",
+    "find_groups",
+    "remove_channels",
+    "with_blocked",
+]

@@ -1,0 +1,219 @@
+"""What widths cost: multiply-accumulates, parameters, or milliseconds by a measured table."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tpvprune.groups.axes import Axis, Kept
+from tpvprune.groups.records import ChannelGroups
+
+Term = Callable[[Sequence[float]], float]
+"""Cost as a function of the shares that are left of some axes."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds of one layer: ``ms[i][j]`` at ``ins[i]`` inputs and ``outs[j]`` outputs.
+
+    A layer whose outputs are its inputs' (depthwise) has one entry in ``ins``. ``values`` is what
+    it writes per output channel: batch times positions.
+    """
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+    values: int
+
+    def at(self, num_in: float, num_out: float) -> float:
+        """Return the interpolated milliseconds."""
+        rows = [_between(self.outs, row, num_out) for row in self.ms]
+        return _between(self.ins, rows, num_in)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What the layers of one model cost on one device.
+
+    Attributes:
+        layers: Module name -> its times.
+        ms_per_value: What everything else costs for each value that a layer writes.
+        constant_ms: What no width changes.
+        step: Widths that are no multiples of it gain no time.
+        batch_size: Inputs of one call.
+        device: Name of the device, and how many threads.
+    """
+
+    layers: dict[str, LayerTime]
+    ms_per_value: float
+    constant_ms: float
+    step: int
+    batch_size: int
+    device: str
+
+    def terms(self, groups: ChannelGroups) -> list[tuple[Term, tuple[Axis, ...]]]:
+        """Return what each layer costs as a function of the shares that its axes keep."""
+        found: list[tuple[Term, tuple[Axis, ...]]] = [(lambda _: self.constant_ms, ())]
+        for name, layer in self.layers.items():
+            axes = dict(groups.param_axes.get(f"{name}.weight", ()))
+            sizes = ((1, layer.ins[-1]), (0, layer.outs[-1]))
+            ends = tuple(axes.get(dim) or Axis(size, ()) for dim, size in sizes)
+            found.append((partial(self._ms, layer, ends[0].size, ends[1].size), ends))
+        return found
+
+    def _ms(self, layer: LayerTime, size_in: int, size_out: int, shares: Sequence[float]) -> float:
+        num_in, num_out = shares[0] * size_in, shares[1] * size_out
+        return layer.at(num_in, num_out) + self.ms_per_value * layer.values * num_out
+
+
+def _between(points: Sequence[int], values: Sequence[float], x: float) -> float:
+    i = bisect.bisect_left(points, x)
+    if i == 0 or len(points) == 1:
+        return values[0]
+    if i == len(points):
+        return values[-1]
+    part = (x - points[i - 1]) / (points[i] - points[i - 1])
+    return values[i - 1] + part * (values[i] - values[i - 1])
+
+
+Budget = Literal["macs", "params"] | LatencyTable
+"""What is counted: multiply-accumulates, parameters, or milliseconds by a table."""
+
+
+def reaches(groups: ChannelGroups, kept: Kept, *, keep: float, of: Budget) -> bool:
+    """Return whether ``kept`` fits the budget."""
+    return cost(groups, kept, of) <= keep * cost(groups, {}, of) * (1 + 1e-9)
+
+
+def cost(groups: ChannelGroups, kept: Mapping[str, Tensor], of: Budget) -> float:
+    """Return the MACs of one input, the parameters, or the milliseconds, when ``kept`` stays."""
+    if of == "macs":
+        return groups.macs(kept)
+    if of == "params":
+        return float(groups.params(kept))
+    return sum(
+        term([float(axis.kept(kept).double().mean()) for axis in axes])
+        for term, axes in _entries(groups, of)
+    )
+
+
+def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
+    """Return, per group, what removing each single unit from the dense model saves.
+
+    Units of one group need not cost the same: in a padded residual stream some channels exist in
+    every stage, others only in the last.
+
+    Args:
+        groups: Channel groups.
+        of: What is counted.
+
+    Returns:
+        Group name -> Tensor [C], in units of the budget.
+    """
+    savings = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
+    for term, axes in _entries(groups, of):
+        for i, axis in enumerate(axes):
+            # The mean slope down to half: one unit less may save nothing by itself.
+            half = [0.5 if j == i else 1.0 for j in range(len(axes))]
+            amount = 2 * (term([1.0] * len(axes)) - term(half)) if axis.members else 0.0
+            for name, _, channel in axis.members:
+                counts = torch.bincount(channel, minlength=len(savings[name]))
+                savings[name] += amount * counts / axis.size
+    return savings
+
+
+def _entries(groups: ChannelGroups, of: Budget) -> list[tuple[Term, tuple[Axis, ...]]]:
+    """Return what the cost is a sum of: functions of the shares that some axes keep."""
+    if isinstance(of, LatencyTable):
+        return of.terms(groups)
+    if of == "macs":
+        amounts = [(c.macs, c.axes) for c in groups.costs]
+    else:
+        amounts = [
+            (float(size), tuple(a for _, a in groups.param_axes.get(name, ())))
+            for name, size in groups.param_sizes.items()
+        ]
+    return [(partial(_product, amount), axes) for amount, axes in amounts]
+
+
+def _product(amount: float, shares: Sequence[float]) -> float:
+    return amount * math.prod(shares)
+
+
+def check_budget(
+    keep: float, of: object, round_to: int, min_channels: int, max_removed: float
+) -> None:
+    """Check the budget arguments.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}; 0.5 keeps half.")
+    if not isinstance(of, LatencyTable) and of not in {"macs", "params"}:
+        raise ValueError(f"of: expected 'macs', 'params' or a latency table, found {of!r}.")
+    if round_to < 1 or min_channels < 1:
+        raise ValueError(
+            f"round_to, min_channels: expected at least 1, found {round_to}, {min_channels}."
+        )
+    if not 0 <= max_removed <= 1:
+        raise ValueError(f"max_removed: expected a fraction in [0, 1], found {max_removed}.")
+
+
+class CostModel:
+    """Exact cost as a function of the widths, given the order in which channels leave.
+
+    ``orders[g]`` lists the channels of a group, first to leave first; a width w keeps the last w.
+    The cost of a call or parameter is a function of the share of positions that are left of each
+    of its axes.
+    """
+
+    def __init__(self, groups: ChannelGroups, of: Budget, orders: Mapping[str, Tensor]) -> None:
+        self.sizes = {g.name: g.num_channels for g in groups}
+        self.constant = 0.0
+        # (function of the shares, [(fixed share, {group: share left at each width})])
+        self.terms: list[tuple[Term, list[tuple[float, dict[str, list[float]]]]]] = []
+        self.by_group: dict[str, list[int]] = {name: [] for name in self.sizes}
+        for function, axes in _entries(groups, of):
+            factors = [_shares(axis, orders) for axis in axes]
+            if not any(axis.members for axis in axes):
+                self.constant += function([1.0] * len(axes))
+                continue
+            for name in {n for _, shares in factors for n in shares}:
+                self.by_group[name].append(len(self.terms))
+            self.terms.append((function, factors))
+
+    def term(self, i: int, widths: Mapping[str, int]) -> float:
+        """Return the cost of one call or parameter."""
+        function, factors = self.terms[i]
+        return function(
+            [
+                fixed + sum(share[widths[n]] for n, share in shares.items())
+                for fixed, shares in factors
+            ]
+        )
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Return the cost of the whole network."""
+        return self.constant + sum(self.term(i, widths) for i in range(len(self.terms)))
+
+    def of_group(self, name: str, widths: Mapping[str, int]) -> float:
+        """Return the cost of everything that depends on one group."""
+        return sum(self.term(i, widths) for i in self.by_group[name])
+
+
+def _shares(axis: Axis, orders: Mapping[str, Tensor]) -> tuple[float, dict[str, list[float]]]:
+    owned, shares = 0, {}
+    for name, _, channel in axis.members:
+        counts = torch.bincount(channel, minlength=len(orders[name]))
+        left = counts[orders[name].flip(0)].cumsum(0)
+        shares[name] = [0.0, *(left.double() / axis.size).tolist()]
+        owned += len(channel)
+    return 1 - owned / axis.size, shares

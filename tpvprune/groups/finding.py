@@ -1,0 +1,291 @@
+"""Find the channel groups: which parts of which parameters stand or fall together.
+
+:func:`find_groups` follows the channels through one forward pass (:mod:`tpvprune.groups.tracing`),
+returns plain records (:mod:`tpvprune.groups.records`), and proves that each group can be cut
+(:mod:`tpvprune.groups.verification`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups.axes import Axis
+from tpvprune.groups.records import (
+    CallCost,
+    ChannelGroup,
+    ChannelGroups,
+    Pad,
+    ParamSlice,
+    Reader,
+    with_blocked,
+)
+from tpvprune.groups.tracing.fields import varying
+from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
+from tpvprune.groups.tracing.tracking import Tracker, track
+from tpvprune.groups.verification import verify_groups
+from tpvprune.passes.observer import Observer
+from tpvprune.passes.running import check_not_compiled, evaluating
+
+
+def find_groups(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    ignore: Iterable[str] = (),
+    verify: bool = True,
+) -> ChannelGroups:
+    """Find the groups of coupled channels of a model, and prove that each can be cut.
+
+    The model may be frozen, in train mode, or called under ``no_grad``; it is not changed.
+
+    Args:
+        model: Any module whose forward runs on ``example_inputs``.
+        example_inputs: One batch [B, ...], or the tuple of positional arguments.
+        ignore: Qualified names of modules whose outputs are left whole.
+        verify: Check for every group that masking and removing channels give the same outputs;
+            groups that fail are listed in ``.blocked``. Default: ``True``.
+
+    Returns:
+        The groups in network order.
+
+    Raises:
+        ValueError: If ``ignore`` names no module, the model is compiled, it does not run on the
+            inputs, or its outputs are not finite.
+    """
+    check_not_compiled(model)
+    inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+    known = dict(model.named_modules())
+    for name in ignore:
+        if name not in known:
+            raise ValueError(
+                f"ignore: expected the name of a module, found {name!r}; see named_modules()."
+            )
+    # On the CPU in single precision, whatever the model is in: labels live there.
+    private = copy.deepcopy(model).eval().cpu().float()
+    inputs = tuple(
+        i.detach().cpu().float()
+        if isinstance(i, Tensor) and i.is_floating_point()
+        else i.cpu()
+        if isinstance(i, Tensor)
+        else i
+        for i in inputs
+    )
+    try:
+        tracker = track(private, inputs)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the model does not run on the example inputs: {error}") from error
+    groups = _assemble(private, tracker, frozenset(ignore))
+    groups = with_blocked(groups, _unscored(private, groups, inputs))
+    return verify_groups(model, groups, inputs) if verify else groups
+
+
+@torch.no_grad()
+def _unscored(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> dict[str, str]:
+    """Return the groups that are read by layers which see no input: per input they do nothing.
+
+    Such layers make a table of positions, say: they read as much for two inputs as for one.
+    """
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return {}
+    readers = {r.call: r for g in groups for r in g.readers}
+    sizes: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    x = inputs[0][:1]
+    with evaluating(model):
+        for found, batch in zip(sizes, (x, torch.cat([x, x])), strict=True):
+
+            def see(call: int, a: Tensor, found: dict[int, int] = found) -> None:
+                found[call] = a.numel()
+
+            with Observer(set(readers), see):
+                model(batch)
+    once, twice = sizes
+    blind = {readers[call].module for call, size in once.items() if twice.get(call) == size}
+    reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
+    return {name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by}
+
+
+def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the first two inputs of a batch: what is asked of them does not depend on more."""
+    sizes = {len(i) for i in inputs if isinstance(i, Tensor) and i.ndim > 1}
+    if len(sizes) != 1 or max(sizes) <= 2:
+        return inputs
+    return tuple(
+        i[:2] if isinstance(i, Tensor) and i.ndim and len(i) in sizes else i for i in inputs
+    )
+
+
+# ---- from atoms to groups -------------------------------------------------------------------
+
+
+class _Units:
+    """Assigns every component of atoms to a (group, channel)."""
+
+    def __init__(self, tracker: Tracker, ignore: frozenset[str]) -> None:
+        self.owner: dict[int, tuple[str, int]] = {}  # atom representative -> group, channel
+        self.reason: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        roots = {key: tracker.find_all(a) for key, a in tracker.param_atoms.items()}
+        self.roots = roots
+        producers = [k for k in tracker.param_atoms if k in tracker.producers]
+        order = {call.module: i for i, call in reversed(list(enumerate(tracker.calls)))}
+        producers.sort(key=lambda k: order.get(k[0].rpartition(".")[0], len(order)))
+        self._connect(tracker, producers, ignore)
+
+    def _connect(
+        self, tracker: Tracker, producers: list[tuple[str, int]], ignore: frozenset[str]
+    ) -> None:
+        """Put components that share a producing layer into one group."""
+        clusters: list[tuple[set[int], list[tuple[str, int]]]] = []
+        for key in producers:
+            mine = set(self.roots[key].tolist()) - {0}
+            touching = [c for c in clusters if c[0] & mine]
+            first = touching[0] if touching else (set(), [])
+            if not touching:
+                clusters.append(first)
+            first[0].update(mine)
+            first[1].append(key)
+            for other in touching[1:]:
+                first[0].update(other[0])
+                first[1].extend(other[1])
+                clusters.remove(other)
+        for atoms, keys in clusters:
+            name = keys[0][0].rpartition(".")[0]
+            if name in self.sizes:  # two independent outputs of one module
+                name = keys[0][0]
+            ordered = dict.fromkeys(r for k in keys for r in self.roots[k].tolist() if r in atoms)
+            free = [r for r in ordered if r not in tracker.pinned]
+            ignored = next((i for k in keys for i in ignore if _inside(k[0], i)), None)
+            if ignored is not None:
+                self.reason[name] = f"{ignored} is ignored on request"
+            elif not free:
+                self.reason[name] = tracker.pinned[next(iter(ordered))]
+            elif len(free) == 1:
+                self.reason[name] = "has a single unit, which must stay"
+            members = free or list(ordered)
+            self.sizes[name] = len(members)
+            self.owner.update({r: (name, c) for c, r in enumerate(members)})
+
+    def axis(self, tracker: Tracker, atoms: Tensor) -> Axis:
+        """Return the owners of an array of atoms [n]."""
+        members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for i, root in enumerate(tracker.find_all(atoms).tolist()):
+            if root in self.owner:
+                name, channel = self.owner[root]
+                members[name][0].append(i)
+                members[name][1].append(channel)
+        return Axis(
+            len(atoms),
+            tuple((n, torch.tensor(i), torch.tensor(c)) for n, (i, c) in members.items()),
+        )
+
+
+def _inside(param: str, module: str) -> bool:
+    return param.startswith(module + ".")
+
+
+def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> ChannelGroups:
+    units = _Units(tracker, ignore)
+    consumers = tracker.consumers
+    slices: dict[str, list[ParamSlice]] = defaultdict(list)
+    param_axes: dict[str, list[tuple[int, Axis]]] = defaultdict(list)
+    for (param, dim), atoms in tracker.param_atoms.items():
+        axis = units.axis(tracker, atoms)
+        if axis.members:
+            param_axes[param].append((dim, axis))
+        for name, index, channel in axis.members:
+            side: Literal["producer", "consumer"] = (
+                "consumer"
+                if (param, dim) in consumers and (param, dim) not in tracker.producers
+                else "producer"
+            )
+            slices[name].append(ParamSlice(param, dim, index, channel, side))
+    readers: dict[str, list[Reader]] = defaultdict(list)
+    for call in tracker.calls:
+        if call.read is None or call.ordinal is None:
+            continue
+        for name, index, channel in units.axis(tracker, call.read).members:
+            readers[name].append(
+                Reader(call.ordinal, call.module, call.channel_dim, index, channel)
+            )
+    heads = set(tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.head_atoms])).tolist())
+    conv_groups = set(
+        tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.conv_group_atoms])).tolist()
+    )
+    kinds = {units.owner[r][0]: "conv group" for r in conv_groups if r in units.owner}
+    kinds.update({units.owner[r][0]: "head" for r in heads if r in units.owner})
+    found = [
+        ChannelGroup(
+            name, size, tuple(slices[name]), tuple(readers[name]), kinds.get(name, "channel")
+        )
+        for name, size in units.sizes.items()
+    ]
+    reasons = dict(units.reason)
+    reasons.update(
+        {
+            g.name: "no layer reads its channels"
+            for g in found
+            if not g.readers and g.name not in reasons
+        }
+    )
+    groups = ChannelGroups(
+        groups=tuple(found),
+        blocked=(),
+        costs=tuple(
+            CallCost(c.module, c.macs, tuple(units.axis(tracker, f) for f in c.factors))
+            for c in tracker.calls
+        ),
+        param_axes={p: tuple(a) for p, a in param_axes.items()},
+        param_sizes={n: p.numel() for n, p in model.named_parameters()},
+        norms={i: units.axis(tracker, line) for i, _, line in tracker.coupling.norms()},
+        mixers=_mixers(tracker, units),
+        sizes=_size_rules(tracker, units),
+        standardised=tuple(units.axis(tracker, line) for line in tracker.coupling.standardised()),
+        output_axes=_output_axes(tracker, units),
+        pads=tuple(
+            Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back))
+            for p in tracker.pads
+        ),
+    )
+    return with_blocked(groups, reasons)
+
+
+def _output_axes(tracker: Tracker, units: _Units) -> dict[str, tuple[int, Axis]]:
+    """Return who owns the channels of a module's output, where they lie along one dimension."""
+    found = {}
+    for module, out in tracker.outputs.items():
+        lines = {}
+        for field_ in tracker.labels(out):
+            dims = varying(field_)
+            if len(dims) == 1:
+                lines[dims[0]] = units.axis(tracker, field_.reshape(-1))
+        owned = {dim: axis for dim, axis in lines.items() if axis.members}
+        if len(owned) == 1 and len(lines) == len(tracker.labels(out)):
+            found[module] = next(iter(owned.items()))
+    return found
+
+
+def _mixers(tracker: Tracker, units: _Units) -> dict[int, tuple[tuple[int, Axis], ...]]:
+    found: dict[int, list[tuple[int, Axis]]] = defaultdict(list)
+    for ordinal, dim, line in tracker.coupling.mixers():
+        found[ordinal].append((dim, units.axis(tracker, line)))
+    return {i: tuple(axes) for i, axes in found.items()}
+
+
+def _size_rules(tracker: Tracker, units: _Units) -> tuple[SizeRule, ...]:
+    def with_axis(size: AxisSize) -> AxisSize:
+        atoms = tracker.coupling.axis_atoms(size.number)
+        return AxisSize(size.number, units.axis(tracker, atoms))
+
+    rules = {
+        (u.expression, tuple(u.atoms.tolist())): SizeRule(
+            substitute(u.expression, with_axis), units.axis(tracker, u.atoms)
+        )
+        for u in tracker.coupling.uses()
+    }
+    return tuple(rules.values())

@@ -1,0 +1,380 @@
+"""Cut channels out of a model, or mask them so that the shapes stay.
+
+Both read the same records, but in different ways: a *mask* zeroes the channels where they are
+read, a *removal* takes them out of every parameter. That the two give the same outputs is what
+:mod:`tpvprune.groups.verification` checks before any group may be cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.groups.axes import Axis
+from tpvprune.groups.records import ChannelGroups
+from tpvprune.groups.tracing.sizes import set_attribute, solve
+from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
+
+Attributes = dict[str, dict[str, Any]]
+"""Module path -> plain attributes (ints, floats, tuples of ints) and their values."""
+
+
+def remove_channels(
+    model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return a smaller copy of the model in which only the kept channels are left.
+
+    Args:
+        model: The model that ``groups`` was found on; untouched.
+        groups: Its channel groups.
+        kept: Group name -> BoolTensor [C], ``True`` = stays. Groups not named stay whole.
+
+    Returns:
+        The smaller model, same modes and ``requires_grad`` as the argument.
+
+    Raises:
+        ValueError: If ``kept`` names an unknown group, has a wrong length, or empties a group
+            or a parameter (see :func:`restore_empty`).
+    """
+    check_kept(groups, kept)
+    return _removed(copy.deepcopy(model), groups, kept)
+
+
+def removed_view(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
+    """Return what :func:`remove_channels` does, but share parameters that stay whole."""
+    check_kept(groups, kept)
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return _removed(copy.deepcopy(model, shared), groups, kept)
+
+
+def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
+    attributes = solve(groups.sizes, kept, small)
+    places = _places(small)
+    for name, axes in groups.param_axes.items():
+        for dim, axis in axes:
+            mask = axis.kept(kept)
+            if not mask.all():
+                _take(small, name, dim, mask.nonzero().squeeze(1), places)
+    _refresh_attributes(small)
+    for attribute, value in attributes.items():
+        set_attribute(small, attribute, value)
+    _clear_caches(small)
+    for pad in groups.pads:
+        _refresh_pad(small.get_submodule(pad.module), pad.front, pad.back, kept)
+    return small
+
+
+def restore_empty(
+    groups: ChannelGroups, kept: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Put a channel back wherever a selection would leave a parameter without any.
+
+    A group may run through several layers of which each makes some of its channels (branches
+    that are concatenated); every one of them needs at least one.
+
+    Args:
+        groups: Groups of a model.
+        kept: Group name -> BoolTensor [C], ``True`` = stays; untouched.
+        scores: Group name -> Tensor [C], bigger = put back first. Default: the first channel.
+
+    Returns:
+        The same selection with as many channels put back as it takes.
+    """
+    filled = {name: mask.clone() for name, mask in kept.items()}
+    for axis, least in _least(groups):
+        while int(axis.kept(filled).sum()) < least:
+            gone = [(n, c[~filled[n][c]]) for n, _, c in axis.members if n in filled]
+            name, channel = next((n, c) for n, c in gone if len(c))
+            best = 0 if scores is None else int(scores[name].cpu()[channel].argmax())
+            filled[name][channel[best]] = True
+    return filled
+
+
+def _least(groups: ChannelGroups) -> Iterator[tuple[Axis, int]]:
+    """Yield the axes that must not become too short, and how many positions they need."""
+    for axes in groups.param_axes.values():
+        for _, axis in axes:
+            yield axis, 1
+    for rule in groups.sizes:
+        if rule.axis.members:
+            yield rule.axis, 1
+    for axis in groups.standardised:
+        yield axis, min(2, axis.size)
+
+
+def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
+    """Check that a selection fits the groups and leaves a channel in each.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    for name, mask in kept.items():
+        if name not in groups:
+            raise ValueError(f"kept: expected names of prunable groups, found {name!r}.")
+        size = groups[name].num_channels
+        if mask.dtype != torch.bool or mask.shape != (size,):
+            raise ValueError(
+                f"kept[{name!r}]: expected a bool tensor of shape ({size},), "
+                f"found {mask.dtype} {tuple(mask.shape)}."
+            )
+        if not bool(mask.any()):
+            raise ValueError(f"kept[{name!r}] removes every channel; at least one must stay.")
+    for axis, least in _least(groups):
+        if int(axis.kept(kept).sum()) < least:
+            raise ValueError(
+                f"kept leaves fewer than {least} of {axis.size} channels of a layer in "
+                f"{axis.members[0][0]!r}; pass it through restore_empty() first."
+            )
+
+
+def attribute_changes(dense: nn.Module, pruned: nn.Module) -> Attributes:
+    """List the plain attributes (widths, head counts, paddings) that a removal changed.
+
+    Args:
+        dense: The model before.
+        pruned: The same model after.
+
+    Returns:
+        Module path -> attribute -> new value; JSON-ready, and what :func:`shrink_to` takes.
+    """
+    before, changes = dict(dense.named_modules()), {}
+    for path, module in pruned.named_modules():
+        old = vars(before[path])
+        new = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and _is_plain(value) and key in old and old[key] != value
+        }
+        if new:
+            changes[path] = new
+    return changes
+
+
+def shrink_to(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Give a dense skeleton the shapes and attributes of a pruned model, in place.
+
+    Args:
+        model: A freshly built dense model; its changed parameters are left uninitialised.
+        shapes: Parameter or buffer name -> shape.
+        attributes: As :func:`attribute_changes` returns them.
+
+    Raises:
+        ValueError: If a name is unknown, or an attribute has another type than the model's.
+    """
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
+    places = _places(model)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"expected a parameter or buffer of the model, found {name!r}.")
+        if tuple(tensors[name].shape) != tuple(shape):
+            old = tensors[name]
+            # Buffers that no state_dict holds are constant along channels: a slice is their value.
+            part = old.detach()[tuple(slice(n) for n in shape)].clone()
+            _put(
+                old,
+                part if tuple(part.shape) == tuple(shape) else part.new_empty(tuple(shape)),
+                places,
+            )
+    for path, values in attributes.items():
+        module = model.get_submodule(path)
+        for key, value in values.items():
+            present = vars(module).get(key)
+            new_value = type(present)(value) if isinstance(present, tuple) else value
+            if present is None or type(present) is not type(new_value):
+                raise ValueError(
+                    f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
+                )
+            setattr(module, key, new_value)
+
+
+class MaskedChannels(TorchFunctionMode):
+    """Run a dense model as if channels had been removed: zero them where they are read.
+
+    LayerNorm-like calls over labelled channels are restricted to the kept ones, which is what
+    removal does to them. Use as ``with MaskedChannels(groups, kept): model(x)``.
+    """
+
+    def __init__(self, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._masks: dict[int, tuple[int, Tensor]] = {}
+        axes: dict[int, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
+        for group in groups:
+            for r in group.readers if group.name in kept else ():
+                gone = r.index[~kept[group.name].cpu()[r.channel]]
+                axes.setdefault(r.call, (r.channel_dim, []))[1].append((gone, gone))
+        for call, (dim, parts) in axes.items():
+            self._masks[call] = (dim, torch.cat([g for g, _ in parts]))
+        self._norms = {i: m for i, a in groups.norms.items() if not (m := a.kept(kept)).all()}
+        self._mixers = {
+            i: found
+            for i, noted in groups.mixers.items()
+            if (found := [(d, m) for d, a in noted if not (m := a.kept(kept)).all()])
+        }
+        self._calls = self._num_norms = self._num_mixers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in CONTRACTIONS:
+            if self._calls in self._masks:
+                dim, gone = self._masks[self._calls]
+                args = (args[0].index_fill(dim, gone.to(args[0].device), 0), *args[1:])
+            self._calls += 1
+        elif name in NORMS:
+            self._num_norms += 1
+            if self._num_norms - 1 in self._norms:
+                return _restricted_norm(func, self._norms[self._num_norms - 1], args, kwargs)
+        elif name in MIXERS:
+            self._num_mixers += 1
+            if self._num_mixers - 1 in self._mixers:
+                return _restricted_mixer(
+                    name, func, self._mixers[self._num_mixers - 1], args, kwargs
+                )
+        return func(*args, **kwargs)
+
+
+def _restricted_norm(func: Any, mask: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Return the norm over the kept channels only; the others come out as zeros."""
+    x, _, *rest = args
+    mask = mask.to(x.device)
+
+    def part(v: Any) -> Any:
+        return v[mask] if isinstance(v, Tensor) else v
+
+    kwargs = {k: part(v) for k, v in kwargs.items() if k != "normalized_shape"}
+    out = torch.zeros_like(x)
+    out[..., mask] = func(x[..., mask], [int(mask.sum())], *[part(r) for r in rest], **kwargs)
+    return out
+
+
+def _restricted_mixer(
+    name: str, func: Any, parts: list[tuple[int, Tensor]], args: Any, kwargs: Any
+) -> Any:
+    """Return a mean, softmax, group norm or matrix product of the kept channels only."""
+    if name in MATMULS:
+        place = 1 if name == "einsum" else 0
+        x = args[place]
+        for dim, mask in parts:
+            x = x.index_fill(dim, (~mask).nonzero().squeeze(1).to(x.device), 0)
+        return func(*args[:place], x, *args[place + 1 :], **kwargs)
+    x, *rest = args
+    size = list(x.shape)
+    for dim, mask in parts:
+        index = mask.nonzero().squeeze(1).to(x.device)
+        x = x.index_select(dim, index)
+        if name == "group_norm":
+            rest = [r[index] if isinstance(r, Tensor) else r for r in rest]
+            kwargs = {k: v[index] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    out = func(x, *rest, **kwargs)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        return out
+    for dim, mask in reversed(parts):
+        shape = list(out.shape)
+        shape[dim] = size[dim]
+        index = mask.nonzero().squeeze(1).to(x.device)
+        out = out.new_zeros(shape).index_copy(dim, index, out)
+    return out
+
+
+# ---- surgery --------------------------------------------------------------------------------
+
+
+_Places = dict[int, list[tuple[dict[str, Any], str]]]
+
+
+def _places(model: nn.Module) -> _Places:
+    """Return where each parameter and buffer is held: in several modules if it is shared."""
+    places: _Places = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                places.setdefault(id(tensor), []).append((table, key))
+    return places
+
+
+def _take(model: nn.Module, name: str, dim: int, index: Tensor, places: _Places) -> None:
+    path, _, key = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), key)
+    _put(tensor, tensor.detach().index_select(dim, index.to(tensor.device)), places)
+
+
+def _put(old: Tensor, value: Tensor, places: _Places) -> None:
+    """Replace a parameter or buffer, also where it is shared with another module."""
+    new = (
+        nn.Parameter(value, requires_grad=old.requires_grad)
+        if isinstance(old, nn.Parameter)
+        else value
+    )
+    held = places.pop(id(old), [])
+    for table, key in held:
+        table[key] = new
+    places[id(new)] = held
+
+
+def _refresh_attributes(model: nn.Module) -> None:
+    """Set the widths that modules cache from the shapes of their parameters.
+
+    The one place, besides tracking, that names layer types.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            _refresh_conv(module)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            stats = weight if weight is not None else module.running_mean
+            module.num_features = module.num_features if stats is None else len(stats)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
+            if isinstance(weight, Tensor):
+                module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+        elif isinstance(module, nn.GroupNorm) and weight is not None:
+            if module.num_groups > 1:  # whole groups go, so each keeps its width
+                module.num_groups = module.num_groups * len(weight) // module.num_channels
+            module.num_channels = len(weight)
+
+
+def _refresh_conv(conv: Any) -> None:
+    first, second = conv.weight.shape[:2]
+    if conv.transposed:
+        conv.in_channels, conv.out_channels = first, second * conv.groups
+        return
+    if conv.groups > 1:
+        # Whole convolution groups go, so each keeps its width.
+        conv.groups = first // (conv.out_channels // conv.groups)
+    conv.out_channels, conv.in_channels = first, second * conv.groups
+
+
+def _clear_caches(model: nn.Module) -> None:
+    """Empty what modules remember from earlier forwards (gathered attention biases)."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key.startswith("_") or not isinstance(value, dict):
+                continue
+            if value and all(isinstance(v, Tensor) for v in value.values()):
+                value.clear()
+
+
+def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor]) -> None:
+    for key, axis in (("front", front), ("back", back)):
+        if isinstance(vars(module).get(key), int):
+            setattr(module, key, int(axis.kept(kept).sum()))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

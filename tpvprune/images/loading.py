@@ -1,0 +1,233 @@
+"""Decode chosen images into batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tpvprune.images.preprocessing import IMAGE_MODES, Preprocessing, in_colours
+from tpvprune.images.sources import ImageSource
+from tpvprune.processes.membership import num_processes
+from tpvprune.processes.shares import own_items
+
+HELD_BYTES = 2 << 30
+MAX_UNDECODABLE = 0.01
+
+
+class ImageBatches:
+    """Re-iterable batches: tensors [B, C, H, W], or (tensor, targets) if labelled.
+
+    Every pass decodes the images again; `in_memory` holds them where they fit.
+    Targets do not leave the reading thread unless `labelled`. Images that cannot
+    be decoded are skipped and counted in `skipped`, and `notice` is told once, after a whole
+    pass; more than 1 % is an error, but for a single one beside others. Of several processes each
+    decodes its share of every batch.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        items: Callable[[], Iterable[Any]],
+        preprocessing: Preprocessing,
+        *,
+        total: int | None,
+        batch_size: int = 64,
+        workers: int = 4,
+        labelled: bool = False,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.source = source
+        self.preprocessing = preprocessing
+        self.total = total
+        self.batch_size = batch_size
+        self.labelled = labelled
+        self.skipped = 0
+        self.first_skipped = ""
+        self._items = items
+        self._notice = notice
+        self._workers = max(1, workers)
+        self._mode = IMAGE_MODES[preprocessing.input_size[0]]
+
+    def __len__(self) -> int:
+        """Return the number of batches.
+
+        Raises:
+            TypeError: If the source is a stream of unknown length.
+        """
+        if self.total is None:
+            raise TypeError(f"{self.source.name}: a stream has no length")
+        return math.ceil(self.total / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Decode the images anew.
+
+        Yields:
+            Inputs [B, C, H, W], or (inputs, targets [B]) if labelled.
+
+        Raises:
+            ValueError: If there is no image, or more than 1 % and more than one cannot be decoded,
+                or all of them.
+        """
+        self.skipped, seen = 0, 0
+        for chunk in self._decoded():
+            seen += len(chunk)
+            done = [sample for sample in chunk if not isinstance(sample, str)]
+            failed = [sample for sample in chunk if isinstance(sample, str)]
+            if failed:
+                self.first_skipped = self.first_skipped or failed[0]
+                self.skipped += len(failed)
+                if self.skipped > max(1, MAX_UNDECODABLE * (self.total or seen)):
+                    self._refuse(self.total or seen)
+            if done:
+                inputs = torch.stack([image for image, _ in done])
+                if self.labelled:
+                    yield inputs, torch.tensor([int(target) for _, target in done])
+                else:
+                    yield inputs
+        if seen == 0:
+            least = f"at least {num_processes()} " if num_processes() > 1 else ""
+            raise ValueError(f"{self.source.name}: expected {least}images, found none")
+        if self.skipped == seen:
+            self._refuse(seen)
+        if self.skipped and self._notice is not None:
+            self._notice(
+                f"note: {self.skipped} of {self.total or seen} images could not be decoded and "
+                f"were skipped (first: {self.first_skipped}, in {self.source.name})"
+            )
+            self._notice = None
+
+    def _refuse(self, total: int) -> NoReturn:
+        raise ValueError(
+            f"{self.source.name}: at least {self.skipped} of {total} images cannot be decoded, "
+            f"more than 1 %: repair or remove them (first: {self.first_skipped})"
+        )
+
+    def _decoded(self) -> Iterator[list[Any]]:
+        items, start = iter(self._items()), 0
+        # One batch is decoded ahead while the model works on the present one.
+        ahead: deque[list[Future[Any]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            while chunk := list(itertools.islice(items, self.batch_size)):
+                mine, start = own_items(chunk, start), start + len(chunk)
+                ahead.append([pool.submit(self._decode, item) for item in mine])
+                if len(ahead) > 1:
+                    yield [future.result() for future in ahead.popleft()]
+            while ahead:
+                yield [future.result() for future in ahead.popleft()]
+
+    def _decode(self, item: Any) -> tuple[Tensor, Any] | str:
+        try:
+            image, target = self.source.read(item)
+            image = in_colours(image, self._mode)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder makes of damaged bytes
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            where = self.source.where(item)
+            return where if reason.startswith("cannot identify") else f"{where}: {reason}"
+        return self.preprocessing.transform(image), target if self.labelled else None
+
+
+def choose_images(
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    *,
+    num_images: int | None,
+    skip: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 4,
+    labelled: bool = False,
+    notice: Callable[[str], None] | None = None,
+) -> ImageBatches:
+    """Choose images at random, the same ones for the same seed.
+
+    The choice is positions skip .. skip + num_images of one permutation drawn from
+    `seed`, so that two calls with neighbouring ranges are disjoint. A stream is
+    read in its own order.
+
+    Args:
+        source: Where from.
+        preprocessing: Image -> tensor.
+        num_images: How many; None for all, in the source's order.
+        skip: How many of the permutation to leave out first.
+        seed: Seed of the permutation.
+        batch_size: Images per batch.
+        workers: Decoding threads.
+        labelled: Whether to yield (inputs, targets) instead of inputs.
+        notice: Told in one line how many images were skipped, if any.
+
+    Returns:
+        Re-iterable batches.
+
+    Raises:
+        ValueError: If `num_images` or `batch_size` is below 1.
+    """
+    if batch_size < 1 or (num_images is not None and num_images < 1):
+        raise ValueError(
+            f"expected a batch size and a number of images of at least 1, found "
+            f"{batch_size} and {num_images}"
+        )
+    items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
+    return ImageBatches(
+        source,
+        items,
+        preprocessing,
+        total=total,
+        batch_size=batch_size,
+        workers=workers,
+        labelled=labelled,
+        notice=notice,
+    )
+
+
+def chosen_items(
+    source: ImageSource, *, num_images: int | None, skip: int = 0, seed: int = 0
+) -> tuple[Callable[[], Iterable[Any]], int | None]:
+    """Choose items of a source at random; see ``choose_images``.
+
+    Args:
+        source: Where from.
+        num_images: How many; None for all, in the source's order.
+        skip: How many of the permutation to leave out first.
+        seed: Seed of the permutation.
+
+    Returns:
+        Function that gives the items, the same on each call, and their number if known.
+    """
+    stop = None if num_images is None else skip + num_images
+    if source.count is None:
+        return lambda: itertools.islice(source.items(), skip, stop), num_images
+    order: Sequence[int] = range(source.count)
+    if num_images is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(source.count, generator=generator).tolist()
+    chosen = order[skip:stop]
+    return lambda: chosen, len(chosen)
+
+
+def in_memory(
+    batches: ImageBatches,
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Sequence[Any] | ImageBatches:
+    """Decode once and hold the batches where they take at most 2 GiB.
+
+    Args:
+        batches: What to hold.
+        progress: Wraps the iteration, such as tqdm.
+
+    Returns:
+        A list of the batches, or `batches` itself, which decodes on every pass.
+    """
+    size = 4 * math.prod(batches.preprocessing.input_size)
+    if batches.total is None or batches.total * size > HELD_BYTES:
+        return batches
+    return list(progress(batches) if progress else batches)

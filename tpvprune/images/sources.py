@@ -1,0 +1,291 @@
+"""Images from folders, tars and datasets, as timm reads them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import timm.data
+import torch
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from tpvprune.disk.places import check_images
+
+# timm's own, and what PIL reads as surely.
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_MOST_LISTED = 200_000
+# timm's prefixes of dataset names, and what timm reads those with.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "torch": (),
+    "hfds": ("datasets",),
+    "hfids": ("datasets",),
+    "tfds": ("tensorflow", "tensorflow-datasets"),
+    "wds": ("webdataset",),
+}
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A set of images that can be read by position, or only streamed.
+
+    Attributes:
+        name: For messages: the path or the dataset's name.
+        count: Number of images; None for a stream of unknown length.
+        items: Positions, or (image, target) pairs of a stream; anew on each call.
+        read: Item -> (PIL image, not necessarily decoded yet; target).
+        where: Item -> its file name, for messages.
+        num_classes: Number of classes; None where the source does not say.
+        class_names: Name of each class, in order; None where the source does not say.
+        note: What a user should know of it, in one line; empty for nothing.
+    """
+
+    name: str
+    count: int | None
+    items: Callable[[], Iterable[Any]]
+    read: Callable[[Any], tuple[Image.Image, Any]]
+    where: Callable[[Any], str]
+    num_classes: int | None
+    class_names: tuple[str, ...] | None = None
+    note: str = ""
+
+
+def open_images(
+    data_dir: str | Path | None = None,
+    *,
+    dataset: str = "",
+    split: str = "train",
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    labelled: bool = False,
+    download: bool = False,
+) -> ImageSource:
+    """Open a folder, a tar or a timm dataset.
+
+    Args:
+        data_dir: Folder of images (with or without class subfolders), a `.tar` of
+            them, or the root of `dataset`.
+        dataset: Empty, or timm's name: torch/..., hfds/..., hfids/..., tfds/... or wds/...
+        split: Split of the dataset; a folder's subfolder of that name is used.
+        class_map: File that maps class names to indices.
+        input_key: Name of the image column (hfds, wds).
+        target_key: Name of the label column (hfds, wds).
+        labelled: Whether labels will be read: class subfolders are then required.
+        download: Let timm download the dataset.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: If nothing can be read there, with the reason in one line.
+    """
+    name = _checked_location(data_dir, dataset)
+    options: dict[str, Any] = {"class_map": class_map}
+    if dataset:
+        options |= {"input_key": input_key, "target_key": target_key}
+        options["download"] = download
+        if not labelled and dataset.lower().startswith("hfds/"):
+            # Any column can stand in for the labels that an unlabeled set lacks.
+            options["target_key"] = input_key or "image"
+    elif Path(name).is_file():
+        # timm would cache the index of a large tar as a pickle beside it.
+        options["cache_tarinfo"] = False
+    if dataset.lower().startswith("torch/"):
+        options = {"download": download}
+    fetched_to = data_dir if dataset and download else None
+    try:
+        # timm prints what is missing, besides raising it.
+        with _extensions(), _no_empty_folders(fetched_to), redirect_stdout(io.StringIO()):
+            opened = timm.data.create_dataset(
+                dataset,
+                root=None if data_dir is None else str(data_dir),
+                split=split,
+                **{key: value for key, value in options.items() if value is not None},
+            )
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name}: {_reason(error, dataset)}") from error
+    source = _map_source(name, opened) if _has_positions(opened) else _stream(name, opened)
+    if source.count == 0:
+        raise ValueError(f"{name}: expected images, found none")
+    if labelled and dataset:
+        _check_target(source)
+    if labelled and not dataset and (source.num_classes or 0) < 2:
+        raise ValueError(
+            f"{name}: expected labelled images in one subfolder per class, found "
+            f"{source.num_classes} class"
+        )
+    return source
+
+
+def _check_target(source: ImageSource) -> None:
+    try:
+        int(source.read(next(iter(source.items())))[1])
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise ValueError(
+            f"{source.name}: expected a class index with each image, found none: pass "
+            "--target-key or class folders"
+        ) from error
+
+
+def _checked_location(data_dir: str | Path | None, dataset: str) -> str:
+    if dataset:
+        _check_name(dataset, data_dir)
+        return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
+    if data_dir is None:
+        raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
+    check_images(data_dir)
+    return str(Path(data_dir))
+
+
+def _check_name(dataset: str, data_dir: str | Path | None) -> None:
+    prefix, _, rest = dataset.partition("/")
+    if prefix.lower() not in _PACKAGES or not rest:
+        known = ", ".join(f"{name}/..." for name in _PACKAGES)
+        raise ValueError(
+            f"--dataset: expected a name that begins with one of {known}, found {dataset!r}: for a "
+            "folder or a .tar of images pass --data-dir alone"
+        )
+    if prefix.lower() == "torch" and data_dir is None:
+        raise ValueError(
+            f"{dataset}: expected the folder that holds it, or is to hold it with "
+            "--dataset-download, found none: pass --data-dir D"
+        )
+
+
+def _reason(error: BaseException, dataset: str) -> str:
+    message = (str(error).splitlines() or [""])[0]
+    unknown = f"cannot be opened ({type(error).__name__}: {message})"
+    if dataset:
+        return _reason_of_dataset(error, dataset) or unknown
+    if isinstance(error, tarfile.TarError):
+        return f"not a readable tar ({error})"
+    if isinstance(error, ValueError) or "Found 0 images" in message:
+        return f"expected images ({', '.join(_EXTENSIONS)}), found none"
+    return unknown
+
+
+def _reason_of_dataset(error: BaseException, dataset: str) -> str:
+    packages = _PACKAGES[dataset.partition("/")[0].lower()]
+    if any(find_spec(package.replace("-", "_")) is None for package in packages):
+        return f"needs what is not installed here: pip install {' '.join(packages)}"
+    if "download=True" in str(error):
+        return "its files are not there: --dataset-download fetches them"
+    if isinstance(error, URLError):
+        return (
+            f"cannot be downloaded ({error.reason}): check the network, or put its files there "
+            "yourself"
+        )
+    if isinstance(error, ImportError):
+        return f"needs a package that is not installed ({error})"
+    return ""
+
+
+@contextmanager
+def _extensions() -> Iterator[None]:
+    """Let timm's readers of folders and tars find all kinds of images meanwhile."""
+    before = get_img_extensions()
+    set_img_extensions(_EXTENSIONS)
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
+
+
+@contextmanager
+def _no_empty_folders(root: str | Path | None) -> Iterator[None]:
+    """Take away the new folders in which a download that failed has put nothing."""
+    top = [] if root is None else [Path(root), *Path(root).parents]
+    before = {path for path in top if path.is_dir()} | _folders(root)
+    try:
+        yield
+    except BaseException:
+        new = (_folders(root) | set(top)) - before
+        for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                path.rmdir()
+        raise
+
+
+def _folders(root: str | Path | None) -> set[Path]:
+    return set() if root is None else {Path(folder) for folder, _, _ in os.walk(root)}
+
+
+def _passed_over(root: str) -> str:
+    """Return how many files of a folder are no images by their name, and one of them."""
+    others = [
+        str(Path(folder, name))
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".") and Path(name).suffix.lower() not in _EXTENSIONS
+    ]
+    if not others:
+        return ""
+    return (
+        f"note: {len(others)} files of {root} are no images by their names and are not read "
+        f"(first: {min(others)})"
+    )
+
+
+def _has_positions(opened: Any) -> bool:
+    return not isinstance(opened, torch.utils.data.IterableDataset)
+
+
+def _map_source(name: str, opened: Any) -> ImageSource:
+    reader = getattr(opened, "reader", None)
+    lock = threading.Lock()
+
+    def read(index: int) -> tuple[Image.Image, Any]:
+        # Readers share one file handle, so bytes are read one image at a time.
+        with lock:
+            if reader is None:
+                image, target = opened[index]
+                return image, target
+            file, target = reader[index]
+            with file:
+                content = file.read()
+        return Image.open(io.BytesIO(content)), target
+
+    def where(index: int) -> str:
+        return f"image {index}" if reader is None else str(reader.filename(index))
+
+    classes: Mapping[str, int] | None = None
+    for owner in (reader, opened):
+        for attribute in ("class_to_idx", "class_name_to_idx"):
+            classes = classes or getattr(owner, attribute, None)
+    count = len(opened)
+    return ImageSource(
+        name,
+        count,
+        lambda: range(count),
+        read,
+        where,
+        max(classes.values()) + 1 if classes else None,
+        _names(classes) if classes else None,
+        # Folders of millions are not walked a second time.
+        _passed_over(root) if (root := _root(reader)) and count <= _MOST_LISTED else "",
+    )
+
+
+def _root(reader: Any) -> str:
+    """Return the folder that timm walks, if it does."""
+    return str(reader.root) if isinstance(reader, ReaderImageFolder) else ""
+
+
+def _names(classes: Mapping[str, int]) -> tuple[str, ...]:
+    names = {number: str(name) for name, number in classes.items()}
+    return tuple(names.get(number, f"class {number}") for number in range(max(names) + 1))
+
+
+def _stream(name: str, opened: Any) -> ImageSource:
+    return ImageSource(name, None, lambda: opened, lambda item: item, lambda _: "a sample", None)

@@ -1,0 +1,175 @@
+"""Unlabeled batches: labels are dropped here, before anything else sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvprune.processes.membership import num_processes
+
+_END = object()
+
+
+class UnlabeledBatches:
+    """Re-iterable input tensors of a (possibly labelled) loader; see `unlabeled`."""
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._batches = batches
+        self._device = device
+        self._dtype = dtype
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of batches; TypeError where the source has no length."""
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def replaced(self, change: Callable[[Iterable[Any]], Iterable[Any]]) -> UnlabeledBatches:
+        """Return the same of another source: of what ``change`` makes of this one's."""
+        return UnlabeledBatches(
+            change(self._batches), device=self._device, dtype=self._dtype, seed=self._seed
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Check and move one batch after the other.
+
+        Yields:
+            Input tensor [B, ...].
+
+        Raises:
+            ValueError: If there is no batch, or one is not a finite float tensor.
+        """
+        count = 0
+        for batch in private_randomness(self._batches, seed=self._seed):
+            inputs = _checked(_inputs(batch), count)
+            count += 1
+            yield inputs.to(device=self._device, dtype=self._dtype)
+        # Of very few images some processes may have none.
+        if count == 0 and num_processes() == 1:
+            raise ValueError("batches: expected at least one batch, found none: pass images")
+
+
+def unlabeled(
+    batches: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> UnlabeledBatches:
+    """Return the input tensors of `batches` and nothing else.
+
+    A batch is an input tensor, or a tuple or list whose first entry is one: the
+    other entries (labels) are dropped unread. Every pass starts from the same
+    private random state, so a shuffling loader yields the same order each time and
+    the caller's random state is left alone.
+
+    Args:
+        batches: Re-iterable of batches, such as a list or a DataLoader.
+        device: Where to move each input; None leaves it.
+        dtype: Floating-point type of each input; None leaves it.
+        seed: Of the private random state.
+
+    Returns:
+        A re-iterable of tensors [B, ...]. Each pass raises ValueError for an
+        empty source, a batch without a floating-point tensor, or values that are
+        not finite.
+
+    Raises:
+        ValueError: If `batches` is one tensor, a mapping, not iterable, or can be
+            iterated only once.
+    """
+    if isinstance(batches, UnlabeledBatches):
+        if (device, dtype, seed) == (None, None, batches._seed):
+            return batches
+        # Not wrapped again: the random state of the inner one would hide the seed.
+        return UnlabeledBatches(
+            batches._batches,
+            device=device or batches._device,
+            dtype=dtype or batches._dtype,
+            seed=seed,
+        )
+    if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
+        raise ValueError(
+            "batches: expected a re-iterable of input tensors, found "
+            f"{type(batches).__name__}: wrap a single batch in a list"
+        )
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "batches: expected a re-iterable (several passes are made), found "
+            f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
+        )
+    return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
+
+
+def _inputs(batch: Any) -> Any:
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0]
+    return batch
+
+
+def _checked(inputs: Any, position: int) -> Tensor:
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"batches: expected a tensor or (inputs, labels), found "
+            f"{type(inputs).__name__} in batch {position}: yield input tensors"
+        )
+    if not inputs.is_floating_point():
+        raise ValueError(
+            f"batches: expected floating-point inputs, found {inputs.dtype} in batch "
+            f"{position}: apply the model's preprocessing first"
+        )
+    if inputs.ndim == 0 or inputs.shape[0] == 0:
+        raise ValueError(
+            f"batches: expected at least one sample per batch, found shape "
+            f"{tuple(inputs.shape)} in batch {position}: drop empty batches"
+        )
+    if not bool(torch.isfinite(inputs).all()):
+        raise ValueError(
+            f"batches: expected finite inputs, found NaN or infinity in batch "
+            f"{position}: check the images and their preprocessing"
+        )
+    return inputs
+
+
+def private_randomness(batches: Iterable[Any], *, seed: int = 0) -> Iterator[Any]:
+    """Iterate with an own random state, swapped in only while a batch is made.
+
+    DataLoader draws a seed from the global generator on every pass, even without
+    shuffling, so plain iteration would change the caller's random state.
+
+    Args:
+        batches: What to iterate over.
+        seed: Of the private state.
+
+    Yields:
+        The batches as they are.
+    """
+    state = (
+        torch.Generator().manual_seed(seed).get_state(),
+        random.Random(seed).getstate(),
+    )
+    iterator: Iterator[Any] | None = None
+    while True:
+        outside = (torch.get_rng_state(), random.getstate())
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            batch = next(iterator, _END)
+        finally:
+            state = (torch.get_rng_state(), random.getstate())
+            torch.set_rng_state(outside[0])
+            random.setstate(outside[1])
+        if batch is _END:
+            return
+        yield batch

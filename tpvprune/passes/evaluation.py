@@ -1,0 +1,359 @@
+"""What a model costs and how well it does: the only label-reading code besides baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.batches import private_randomness, unlabeled
+from tpvprune.passes.costs import Latency, call_arguments, count_macs, count_params, measure_latency
+from tpvprune.passes.moments import Moments
+from tpvprune.passes.running import evaluating, fast_layout, first_output
+from tpvprune.processes.shares import summed, total
+
+__all__ = [
+    "Difference",
+    "Evaluation",
+    "Latency",
+    "agreement",
+    "count_macs",
+    "count_params",
+    "difference",
+    "evaluate",
+    "measure_latency",
+    "model_outputs",
+    "output_variance",
+]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality and cost of one model; ``None`` where a number was not asked for.
+
+    Attributes:
+        num_images: Labelled images evaluated.
+        top1: Fraction whose most likely class is the label, in [0, 1].
+        top5: Fraction whose label is among the five most likely; ``None`` below 5 classes.
+        agreement: Fraction of equal top-1 with the dense model, in [0, 1].
+        output_variance: E‖f_pruned − f_dense‖², in squared output units.
+        macs: Multiply-accumulates for one input.
+        params: Number of parameters.
+        latency_ms: Median time of one call, in milliseconds.
+        latency_sd_ms: Standard deviation of those times.
+        latency_batch_size: Inputs of one such call.
+    """
+
+    num_images: int
+    top1: float
+    top5: float | None
+    agreement: float | None
+    output_variance: float | None
+    macs: int
+    params: int
+    latency_ms: float | None = None
+    latency_sd_ms: float | None = None
+    latency_batch_size: int | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    labelled_batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    dense: nn.Module | Sequence[Tensor] | None = None,
+    latency_repeats: int = 0,
+) -> Evaluation:
+    """Measure accuracy and cost of a model on labelled images.
+
+    An image whose outputs are not all finite counts as wrong. Where a model returns a
+    tuple or a mapping, its first tensor is taken. Sums run in float64.
+
+    Args:
+        model: Classifier with outputs [B, K].
+        labelled_batches: Pairs of inputs [B, ...] and class indices [B].
+        dense: Model to compare with, or its :func:`model_outputs` on these batches where several
+            models are compared with it; gives ``agreement`` and ``output_variance``.
+        latency_repeats: Timed calls on the first batch, >= 2; 0 leaves the time out.
+
+    Returns:
+        An ``Evaluation``.
+
+    Raises:
+        ValueError: If there is no batch, a batch is not a pair, the labels are not class
+            indices of this model, or the outputs are not [B, K].
+    """
+    first: Tensor | None = None
+    totals = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, agreement, variance
+    num_images, num_classes = 0, 0
+    reference, held = (dense, None) if isinstance(dense, nn.Module) else (None, dense)
+    with evaluating(model, reference):
+        for number, batch in enumerate(private_randomness(labelled_batches)):
+            inputs, labels = _labelled(batch)
+            first = inputs if first is None else first
+            found = _call(model, inputs)
+            num_classes = found.shape[-1]
+            labels = class_indices(labels, found)
+            ranked = _top_classes(found, min(5, num_classes))
+            hits = ranked == labels[:, None]
+            totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            if reference is not None:
+                totals[2:] += _comparison(found, _call(reference, inputs))
+            elif held is not None:
+                totals[2:] += _comparison(found, _of_batch(held, number))
+            num_images += len(labels)
+    totals, num_images = _over_all(totals, num_images)
+    if not num_images or first is None:
+        raise ValueError(
+            "labelled_batches: expected at least one batch, found none: check the data folder"
+        )
+    means = (totals / num_images).tolist()
+    timed = measure_latency(model, first, repeats=latency_repeats) if latency_repeats else None
+    return Evaluation(
+        num_images=num_images,
+        top1=means[0],
+        top5=means[1] if num_classes >= 5 else None,
+        agreement=means[2] if dense is not None else None,
+        output_variance=means[3] if dense is not None else None,
+        macs=count_macs(model, first),
+        params=count_params(model),
+        latency_ms=timed.median_ms if timed else None,
+        latency_sd_ms=timed.sd_ms if timed else None,
+        latency_batch_size=timed.batch_size if timed else None,
+    )
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+    """Return what a model says to each batch, float64 [B, ...], for :func:`evaluate`.
+
+    Args:
+        model: The model, usually the dense one.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        One tensor per batch.
+    """
+    with evaluating(model):
+        return [_call(model, inputs) for inputs in unlabeled(batches)]
+
+
+def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
+    """Compute the fraction of inputs on which two models choose the same class.
+
+    mean_x [argmax f(x) = argmax f_dense(x)], over the output dimension 1 and, for outputs
+    with positions, over the positions too. Outputs that are not finite never agree. Outputs
+    of unequal shape, or no batch at all, are a ValueError.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to agree with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        A fraction in [0, 1].
+    """
+    return _compare(model, dense, batches)[0]
+
+
+def output_variance(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
+    """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
+
+    Outputs of unequal shape, or no batch at all, are a ValueError.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to compare with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        The mean over inputs, >= 0; not finite if an output is not.
+    """
+    return _compare(model, dense, batches)[1]
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list[float]:
+    totals = torch.zeros(2, dtype=torch.float64)
+    num_inputs = 0
+    with evaluating(model, dense):
+        for inputs in unlabeled(batches):
+            totals += _comparison(_call(model, inputs), _call(dense, inputs))
+            num_inputs += len(inputs)
+    totals, num_inputs = _over_all(totals, num_inputs)
+    return (totals / num_inputs).tolist()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a model is from the dense one on images that it was not fitted to.
+
+    Attributes:
+        num_images: How many.
+        agreement: Fraction of equal top-1, in [0, 1].
+        chance: What the agreement would be if both chose their classes independently.
+        output_variance: E‖f − f_dense‖², in squared output units.
+        share: The same as a share of the variance of the dense outputs themselves, a common shift
+            of all logits aside, which moves no class; 1 is as far as another image's outputs
+            are from the mean.
+    """
+
+    num_images: int
+    agreement: float
+    chance: float
+    output_variance: float
+    share: float
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model is no longer the same function: most classes, or all variance, lost."""
+        return not (self.agreement >= 0.5 and self.share <= 1.0)
+
+
+@torch.no_grad()
+def difference(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> Difference:
+    """Compare two models on unlabeled images.
+
+    Args:
+        model: Model to judge, usually the pruned one.
+        dense: Model to compare with.
+        batches: Inputs [B, ...]; labels are dropped.
+
+    Returns:
+        The difference; ``share`` is infinite where the dense outputs do not vary but these do.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # agreements, squared changes, without the shift
+    chosen: Tensor | None = None
+    spread: Moments | None = None
+    num = 0
+    with evaluating(model, dense):
+        for inputs in unlabeled(batches):
+            ours, theirs = _call(model, inputs), _call(dense, inputs)
+            sums[:2] += _comparison(ours, theirs)
+            rows = _without_shift(theirs).flatten(1)
+            sums[2] += (_without_shift(ours).flatten(1) - rows).square().sum().cpu()
+            if chosen is None or spread is None:
+                chosen = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
+                spread = Moments(rows.shape[1])
+            spread.add(rows.cpu())
+            classes = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in (ours, theirs)]
+            chosen += torch.stack(classes).cpu()
+            num += len(inputs)
+    # A process may have no image at all, and learns here how many outputs there are.
+    here = [0, 0, 0] if chosen is None or spread is None else [chosen.shape[1], len(spread.mean), 1]
+    widths = summed(torch.tensor(here, dtype=torch.float64))[0]
+    if chosen is None or spread is None:
+        num_classes, size = (round(float(w / widths[2])) for w in widths[:2])
+        chosen, spread = torch.zeros(2, num_classes, dtype=torch.float64), Moments(size)
+    sums, num = _over_all(sums, num)
+    chosen = summed(chosen)[0]
+    variance = float(spread.over_processes()[2].sum())
+    changed = float(sums[2]) / num
+    odds = chosen / chosen.sum(1, keepdim=True)
+    share = changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
+    return Difference(
+        num, float(sums[0]) / num, float(odds.prod(0).sum()), float(sums[1]) / num, share
+    )
+
+
+def _without_shift(outputs: Tensor) -> Tensor:
+    """Return logits [B, K, ...] without what is common to all classes."""
+    return outputs - outputs.mean(1, keepdim=True) if outputs.shape[1] > 1 else outputs
+
+
+def _of_batch(dense_outputs: Sequence[Tensor], number: int) -> Tensor:
+    if number >= len(dense_outputs):
+        raise ValueError(
+            f"dense: expected outputs for every batch, found {len(dense_outputs)}: pass the "
+            "outputs of the dense model on the same batches"
+        )
+    return dense_outputs[number]
+
+
+def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
+    """Return sums, and the number of inputs, of all processes."""
+    return summed(totals)[0], int(total(num))
+
+
+def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
+    # Sums over the batch [2], on the CPU: agreements, squared output changes.
+    dense_outputs = dense_outputs.to(outputs.device)
+    if outputs.shape != dense_outputs.shape:
+        raise ValueError(
+            f"expected outputs of the dense model's shape {tuple(dense_outputs.shape)}, found "
+            f"{tuple(outputs.shape)}: compare models with the same head"
+        )
+    agree = (_top_classes(outputs, 1) == _top_classes(dense_outputs, 1)) & outputs.isfinite().all(
+        1, keepdim=True
+    )
+    share = agree.double().flatten(1).mean(1).sum()
+    return torch.stack([share, (outputs - dense_outputs).square().sum()]).cpu()
+
+
+def _top_classes(outputs: Tensor, num: int) -> Tensor:
+    """Return the ``num`` most likely classes along dimension 1; -1 where outputs are not finite."""
+    if num == 1:  # unlike topk, argmax takes the first of equals
+        ranked = outputs.argmax(1, keepdim=True)
+    else:
+        ranked = outputs.topk(num, dim=1).indices
+        ranked[:, 0] = outputs.argmax(1)
+    return ranked.where(outputs.isfinite().all(1, keepdim=True), -1)
+
+
+def _call(model: nn.Module, inputs: Tensor) -> Tensor:
+    (moved,) = call_arguments(model, inputs)
+    outputs = first_output(model(fast_layout(moved, model)))
+    if outputs.ndim < 2:
+        raise ValueError(
+            f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "
+            "wrap the model so that it returns one row per input"
+        )
+    return outputs.double()
+
+
+def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
+    if (
+        not isinstance(batch, (tuple, list))
+        or len(batch) < 2
+        or not all(isinstance(part, Tensor) for part in batch[:2])
+    ):
+        raise ValueError(
+            "labelled_batches: expected pairs (inputs, labels) of tensors, found "
+            f"{type(batch).__name__}: evaluation needs a labelled set"
+        )
+    return batch[0], batch[1]
+
+
+def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Check that labels are classes of these outputs.
+
+    Args:
+        labels: Class indices [B].
+        outputs: Logits [B, K].
+
+    Returns:
+        The labels, on the device of the outputs.
+
+    Raises:
+        ValueError: If they are not whole numbers in [0, K), one per input.
+    """
+    if outputs.ndim != 2:
+        raise ValueError(
+            f"expected logits [batch, classes], found outputs of shape {tuple(outputs.shape)}: "
+            "top-1 needs a classifier"
+        )
+    if labels.is_floating_point() or labels.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"expected one class index per image, shape {tuple(outputs.shape[:1])}, found labels "
+            f"{labels.dtype} of shape {tuple(labels.shape)}: pass integer labels"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs.shape[1]:
+        raise ValueError(
+            f"expected labels in [0, {outputs.shape[1]}) as the model has outputs, found "
+            f"{low} to {high}: check the class folders or the model's head"
+        )
+    return labels.to(outputs.device)

@@ -1,0 +1,93 @@
+"""Numbers that are not finite: where they come from, and a second try where float16 overflows."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.running import evaluating
+
+Result = TypeVar("Result")
+
+
+class NotFiniteError(ValueError):
+    """An activation, a score or a curve is NaN or infinite."""
+
+
+@torch.no_grad()
+def check_outputs(
+    model: nn.Module, inputs: Tensor, outputs: Tensor, *, batch: int | None = None
+) -> None:
+    """Check that a model's outputs are finite; if not, run it again to see where that began.
+
+    Args:
+        model: The model.
+        inputs: What it was given [B, ...], finite.
+        outputs: What it returned [B, ...].
+        batch: Which batch this is, for the message; None for inputs that are no images.
+
+    Raises:
+        NotFiniteError: If an output is not finite, with the layer and the image.
+    """
+    if bool(outputs.isfinite().all()):
+        return
+    layer, value, image = _first(model, inputs)
+    where = "" if batch is None else f", image {image} of batch {batch}"
+    raise NotFiniteError(
+        f"expected finite activations, found {value} in {layer}{where}: "
+        f"check the weights{' and the image' if where and value == 'infinity' else ''}"
+    )
+
+
+def _first(model: nn.Module, inputs: Tensor) -> tuple[str, str, int]:
+    """Return the first layer whose output is not finite, NaN or infinity, and the image."""
+    found: list[tuple[str, str, int]] = []
+
+    def look(name: str, output: Any) -> None:
+        if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
+            return
+        samples = output.flatten(1) if output.ndim > 1 and len(output) == len(inputs) else None
+        image = 0 if samples is None else int((~samples.isfinite()).any(1).nonzero()[0])
+        layer = f"layer {name!r}" if name else "the outputs"
+        found.append((layer, "NaN" if bool(output.isnan().any()) else "infinity", image))
+
+    hooks = [
+        module.register_forward_hook(
+            lambda _module, _arguments, output, name=name: look(name, output)
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        with evaluating(model):
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ("the outputs", "NaN or infinity", 0)
+
+
+def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) -> Result:
+    """Compute with a model; if its float16 numbers overflow, with a float32 copy of it.
+
+    Args:
+        model: The model; untouched.
+        compute: What to compute; NotFiniteError says that a number is not finite.
+
+    Returns:
+        What it returns. A warning says if it was the copy.
+
+    Raises:
+        NotFiniteError: If there is no such copy, or its numbers are not finite either.
+    """
+    try:
+        return compute(model)
+    except NotFiniteError as error:
+        if all(p.dtype != torch.float16 for p in model.parameters()):
+            raise
+        warnings.warn(f"float16 overflows ({error}): computed in float32", stacklevel=3)
+    return compute(copy.deepcopy(model).float())

@@ -1,0 +1,93 @@
+"""Gradient checkpointing of the passes: blocks keep their inputs, and are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tpvprune.passes.observer import Observer
+
+
+class Recallable(Protocol):
+    """What holds the inputs of the reader calls (:class:`tpvprune.scores.taps.InputTap`)."""
+
+    calls: set[int]
+
+    def recall(self, call: int, a: Tensor) -> Tensor:
+        """Return what a reader gets when its segment is computed again, and keep it."""
+
+    def entering(
+        self, segment: nn.Module, args: tuple[Any, ...]
+    ) -> AbstractContextManager[tuple[Any, ...]]:
+        """Let a segment run on inputs that it can be computed again from."""
+
+
+def segments_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks whose inside can be computed again in the backward pass.
+
+    These are the innermost members of lists and sequences of modules that hold at least two
+    convolutions or linear layers: residual blocks, transformer blocks.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Modules, none inside another.
+    """
+
+    def is_large(module: nn.Module) -> bool:
+        return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in module.modules()) >= 2
+
+    lists = [m for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+    candidates = {child for each in lists for child in each if is_large(child)}
+    return [
+        m
+        for m in candidates
+        if not any(inner in candidates for inner in m.modules() if inner is not m)
+    ]
+
+
+@contextmanager
+def recomputed(
+    segments: Iterable[nn.Module], observer: Observer, inputs: Recallable
+) -> Iterator[None]:
+    """Let the segments keep only their own inputs, and run again in the backward pass.
+
+    Args:
+        segments: Modules, none inside another.
+        observer: Of the forward.
+        inputs: Where it keeps what readers get.
+
+    Yields:
+        Nothing.
+    """
+    replaced: list[tuple[nn.Module, Any]] = []
+
+    def through(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        again = Observer(inputs.calls, inputs.recall, start=observer.count)
+        with inputs.entering(module, args) as entered:
+            return checkpoint(
+                forward,
+                *entered,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again),
+                **kwargs,
+            )
+
+    try:
+        for module in segments:
+            replaced.append((module, module.__dict__.get("forward")))
+            module.forward = partial(through, module, module.forward)
+        yield
+    finally:
+        for module, before in replaced:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before

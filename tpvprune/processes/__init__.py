@@ -1,0 +1,1 @@
+"""Several processes on the same work: ``membership`` (who takes part), ``shares`` (sums, parts)."""

@@ -1,0 +1,259 @@
+"""Follow a layer's pre-activation to where it ends: a BatchNorm, an addition, or another reader.
+
+Compensation runs the dense and the pruned network through the same recogniser, so that a layer
+and its target meet at the same place in both.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.groups.tracing.fields import flatten
+from tpvprune.passes.operations import CONTRACTIONS, function_name
+from tpvprune.processes.membership import num_processes
+from tpvprune.processes.shares import own, total
+
+_REFITTED = frozenset({"linear", "conv1d", "conv2d"})
+FEWER_ROWS = 8  # so many times, at most, for layers of several groups that are refitted
+_PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be refitted, and its qualified name."""
+
+    name: str
+    module: Any
+
+
+def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int, Layer]:
+    """Return the layer that owns each weight, by the identity of the weight.
+
+    Args:
+        model: The network.
+        without: Names of modules whose layers are left out.
+
+    Returns:
+        id(weight) -> layer.
+    """
+    inside = tuple(f"{name}." for name in without)
+    return {
+        id(m.weight): Layer(name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        and isinstance(m.weight, nn.Parameter)
+        and not name.startswith(inside)
+    }
+
+
+class Plan:
+    """Which positions of this process's inputs are looked at: the same in both runs.
+
+    ``common`` are the calls that see no input, such as those that make a table of positions: their
+    layers stay as they are.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        rows_per_input: float,
+        min_rows: float,
+        seed: int,
+        common: frozenset[int] = frozenset(),
+        *,
+        fewer: int = 1,
+    ) -> None:
+        self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
+        self.all_inputs = int(total(num_inputs))
+        self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
+        self._positions: dict[int, Tensor] = {}
+
+    def thinned(self, factor: float) -> Plan:
+        """Return a plan with so many times fewer positions."""
+        fewer = (self._rows_per_input / factor, self._min_rows / factor)
+        return Plan(self.num_inputs, *fewer, self._seed, self.common, fewer=self._fewer)
+
+    def without(self, common: frozenset[int]) -> Plan:
+        """Return a plan that leaves out calls that see no input."""
+        given = (self._rows_per_input, self._min_rows, self._seed)
+        return Plan(self.num_inputs, *given, common, fewer=self._fewer)
+
+    def num_rows(self, layer: Any, num_positions: int) -> int:
+        """Return how many positions of all inputs, each with so many, a layer is fitted to."""
+        return self.all_inputs * self._per_input(layer, num_positions)
+
+    def _per_input(self, layer: Any, num_positions: int) -> int:
+        # Of a depthwise layer every channel sees all rows, for a few unknowns.
+        least = self._min_rows / min(getattr(layer, "groups", 1), self._fewer)
+        wanted = max(least, self._rows_per_input * layer.weight[0].numel())
+        return min(num_positions, max(1, math.ceil(wanted / self.all_inputs)))
+
+    def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
+        """Return [num_inputs, p] sampled positions of one call (all of them where few)."""
+        if call not in self._positions:
+            per_input = self._per_input(layer, num_positions)
+            if per_input == num_positions:
+                drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
+            else:
+                generator = torch.Generator().manual_seed(self._seed * 100003 + call)
+                num = self.num_inputs * num_processes()
+                noise = own(torch.rand(num, num_positions, generator=generator))
+                drawn = noise.topk(per_input, 1).indices
+            self._positions[call] = drawn
+        return self._positions[call]
+
+
+@dataclass
+class Branch:
+    """A tensor that is a layer's pre-activation up to a per-channel affine map."""
+
+    call: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    norm: Any = None
+    raw: bool = True  # still the pre-activation itself
+    passed: bool = False  # another tensor carries on the branch
+
+
+class BranchFollower(TorchFunctionMode):
+    """Recognises layers, the BatchNorm behind them, and the additions that end a branch."""
+
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
+        super().__init__()
+        self.layers, self.plan = layers, plan
+        self._seeing = True
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; a new forward begins."""
+        self.call = -1
+        self.shared: set[int] = set()  # calls whose pre-activation has several readers
+        self._branches: dict[int, tuple[weakref.ref[Tensor], Branch]] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let what runs meanwhile (a hook that runs a module again) pass unseen."""
+        self._seeing = False
+        try:
+            yield
+        finally:
+            self._seeing = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._seeing:
+            return func(*args, **kwargs)
+        name = function_name(func)
+        if name in CONTRACTIONS:
+            self.call += 1
+        if name in _REFITTED:
+            args, kwargs = _positional(args, kwargs)
+            layer = self.layers.get(id(args[1]))
+            if layer is not None and args[0].ndim >= 2 and self.call not in self.plan.common:
+                self._use(args[0])
+                out = self.on_layer(layer, func, args, kwargs)
+                self._follow(out, Branch(self.call))
+                return out
+        elif name == "add" and len(args) == 2 and not kwargs:
+            return self._on_add(func, args)
+        before = branch = self._branch(args[0]) if name in _PASSING and args else None
+        if before is not None and name == "batch_norm":
+            branch = self.on_norm(before, args, kwargs)
+        out = func(*args, **kwargs)
+        if before is not None and branch is not None and out is not args[0]:
+            self._follow(args[0], replace(before, passed=True))
+            self._follow(out, branch)
+        elif branch is None and (out is None or any(isinstance(o, Tensor) for o in flatten(out))):
+            for t in flatten((args, kwargs)):
+                self._use(t)
+        return out
+
+    def _follow(self, out: Tensor, branch: Branch) -> None:
+        # Weakly: an activation of all inputs together must not outlive its use.
+        self._branches[id(out)] = (weakref.ref(out), branch)
+
+    def _branch(self, tensor: Any, *, passed: bool = False) -> Branch | None:
+        reference, branch = self._branches.get(id(tensor), (None, None))
+        if reference is None or branch is None or reference() is not tensor:
+            return None
+        return branch if passed or not (branch.passed or branch.call in self.shared) else None
+
+    def _use(self, tensor: Any) -> None:
+        """Note that something that is not followed reads, or overwrites, a tensor."""
+        branch = self._branch(tensor, passed=True)
+        if branch is not None:
+            del self._branches[id(tensor)]
+            if branch.raw:
+                self.shared.add(branch.call)
+
+    def _on_add(self, func: Any, args: Any) -> Any:
+        found = []
+        for tensor, other in (args, args[::-1]):
+            branch = self._branch(tensor)
+            if branch is not None and isinstance(other, Tensor) and tensor.shape == other.shape:
+                found.append((branch, tensor, other))
+        # Two layers meet: the later one corrects for the earlier one.
+        best = max(found, key=lambda f: f[0].call, default=None)
+        for t in args:
+            if best is None or t is not best[1] or args[0] is args[1]:
+                self._use(t)
+        if best is None or args[0] is args[1]:
+            return func(*args)
+        del self._branches[id(best[1])]
+        return self.on_add(func, args, *best)
+
+    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
+        """Return the branch behind a BatchNorm, or None where it ends there."""
+        return _through_norm(branch, args, kwargs) if branch.scale is None else None
+
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run a layer."""
+        raise NotImplementedError
+
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        """Run the addition that ends ``tensor``'s branch."""
+        raise NotImplementedError
+
+
+def _positional(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of a layer's call, the first three (input, weight, bias) by position."""
+    rest = dict(kwargs)
+    given = [rest.pop(name, None) for name in ("input", "weight", "bias")[len(args) :]]
+    return (*args, *given), rest
+
+
+def _through_norm(branch: Branch, args: Any, kwargs: Any) -> Branch | None:
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
+    v = {**dict(zip(names, args, strict=False)), **kwargs}
+    if v.get("running_mean") is None:
+        return None
+    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
+    scale = scale * v["weight"] if v.get("weight") is not None else scale
+    shift = -v["running_mean"] * scale
+    shift = shift + v["bias"] if v.get("bias") is not None else shift
+    return Branch(branch.call, scale, shift, v["running_mean"], raw=False)
+
+
+def positions_first(out: Tensor, module: Any, num: int) -> Tensor:
+    """Return [B, positions, C] from a convolution's or linear layer's output."""
+    if not isinstance(module, nn.Linear):
+        out = out.movedim(1, -1)
+    return out.reshape(num, -1, out.shape[-1])

@@ -1,0 +1,69 @@
+"""Training with labels, to compare distillation with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tpvprune.passes.batches import private_randomness
+from tpvprune.passes.evaluation import class_indices
+from tpvprune.processes.shares import part_of
+from tpvprune.repairs.training import Recipe, count_batches, outputs_of, train
+from tpvprune.scores.baselines.gradients import labelled_pairs
+
+Labelled = tuple[Tensor, Tensor]
+
+
+def finetune(
+    model: nn.Module,
+    labelled_batches: Iterable[Any],
+    *,
+    recipe: Recipe,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    state: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """Train a copy of a model with labels and cross-entropy; else as ``distill`` does.
+
+    A ValueError tells if the batches are not labelled, the labels are not the model's classes,
+    or training fails.
+
+    Args:
+        model: Classifier with outputs [B, K]; left as it is.
+        labelled_batches: Re-iterable of (inputs [B, ...], class indices [B]).
+        recipe: How to train; the defaults are those of ``distill``.
+        augment: Inputs -> inputs, by torch's global random state.
+        masks: Weights that stay zero; see ``distill``.
+        state: File for the state of the unfinished run; see ``distill``.
+        progress: Called with (stage, updates done, all updates).
+
+    Returns:
+        The trained copy, in the modes of the argument.
+    """
+
+    def epoch_batches(seed: int) -> Iterator[Labelled]:
+        source = private_randomness(labelled_batches, seed=seed)
+        for inputs, labels in labelled_pairs("fine-tuning", model, source):
+            yield inputs if augment is None else augment(inputs), labels
+
+    def loss_of(trained: nn.Module, batch: Labelled, _: tuple[int, int]) -> Tensor:
+        outputs = outputs_of(trained, batch[0], recipe.amp)
+        loss = F.cross_entropy(outputs, class_indices(batch[1], outputs))
+        return loss * part_of(len(outputs))
+
+    return train(
+        model,
+        epoch_batches,
+        count_batches(labelled_batches),
+        loss_of,
+        recipe,
+        state=state,
+        masks=masks,
+        identity=("labels",),
+        progress=progress,
+    )

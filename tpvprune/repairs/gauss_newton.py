@@ -1,0 +1,252 @@
+"""Damped Gauss-Newton for one block of layers: a nonlinear least-squares fit to given outputs.
+
+Each linearisation is solved by conjugate gradients with products J v (forward mode) and J^T u
+(reverse mode) and a Kronecker-factored preconditioner. A tenth of the samples takes no part in the
+fit: of the points that conjugate gradients pass through, that with the least error on those
+samples is taken, which is early stopping as a regulariser (Hansen 1998, Rank-Deficient and
+Discrete Ill-Posed Problems, chapter 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, jvp
+
+from tpvprune.passes.running import prepare_forward_mode
+from tpvprune.repairs.blocks import BlockCall
+from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
+
+Params = dict[str, Tensor]
+
+_FEWEST_PARTS = 10  # the last tenth is held back
+_PART_BYTES = 1 << 24  # of the outputs of one part
+_EQUAL = 1e-10  # of ||y*||^2: what single precision leaves of two equal blocks
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """How blocks are fitted.
+
+    Attributes:
+        num_inputs: Inputs of the network; a block may see several samples of each.
+        rounds: Linearisations of every block.
+        iterations: Conjugate-gradient iterations for each.
+        damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
+        max_positions: Positions (pixels, tokens) of the output that are matched.
+        max_bytes: Memory for the graphs of all samples; beyond it each is built when needed.
+        seed: Of the random directions of the preconditioner.
+        fast: Whether feature maps run fastest in channels-last memory.
+    """
+
+    num_inputs: int
+    rounds: int
+    iterations: int
+    damping: float
+    max_positions: int
+    max_bytes: int
+    seed: int
+    fast: bool = False
+
+    def parts(self, call: BlockCall, depth: int = 1) -> list[BlockCall]:
+        """Return the call in parts of a few samples, fewer of a block that holds ``depth``."""
+        per_input = max(1, call.out.numel() // self.num_inputs * call.out.element_size())
+        most = max(1, min(64, _PART_BYTES // (per_input * depth)))
+        num = min(self.num_inputs, max(-(-self.num_inputs // most), _FEWEST_PARTS))
+        cuts = [round(i * self.num_inputs / num) / self.num_inputs for i in range(num + 1)]
+        return [call.part(a, b) for a, b in pairwise(cuts)]
+
+    def fit(self, module: nn.Module, call: BlockCall, depth: int = 1) -> None:
+        """Move the weights of a block so that it gives ``call.out``.
+
+        Args:
+            module: The block, in eval mode.
+            call: Its inputs, and the outputs wanted.
+            depth: Blocks that it holds.
+        """
+        data = self._enough(self.parts(call, depth))
+        data = [_channels_last(c) for c in data] if self.fast else data
+        data, held = data[: -len(data) // 10], data[-len(data) // 10 :]
+        layers = layers_in(module, data[0]) if data else []
+        if not layers:
+            return
+        params = {n: module.get_parameter(n).detach() for layer in layers for n in layer.names}
+        params = {n: _fast(p) for n, p in params.items()} if self.fast else params
+        loss = loss_of(module, params, held)
+        size = sum(float(c.out.square().sum(dtype=torch.float64)) for c in held)
+        for _ in range(self.rounds):
+            if loss <= _EQUAL * size:
+                break
+            factors = KroneckerFactors.measure(module, layers, data, self.damping, self.seed)
+            best = None
+            for moved in _path(params, self.steps(module, params, data, factors)):
+                new = loss_of(module, moved, held)
+                if math.isfinite(new) and new < loss:
+                    best, loss = moved, new
+            if best is None:
+                break
+            params = best
+            with torch.no_grad():
+                for name, value in params.items():
+                    module.get_parameter(name).copy_(value)
+
+    def _enough(self, parts: list[BlockCall]) -> list[BlockCall]:
+        """Return parts spread over all inputs: large maps need fewer inputs."""
+        positions = sum(c.out.numel() // c.out.shape[1 if c.out.ndim == 4 else -1] for c in parts)
+        every = max(1.0, positions / self.max_positions)
+        return [parts[int(i * every)] for i in range(max(1, int(len(parts) / every)))]
+
+    def steps(
+        self, module: nn.Module, params: Params, data: list[BlockCall], factors: KroneckerFactors
+    ) -> Iterator[Params]:
+        """Solve (J^T J + damping) d = J^T (target - F) by conjugate gradients.
+
+        Args:
+            module: The block.
+            params: Its weights, where it is linearised.
+            data: Calls.
+            factors: The preconditioner.
+
+        Yields:
+            d after every iteration.
+        """
+        jacobian = Linearised(module, params, data, self.max_bytes)
+        residual = jacobian.pull_back()
+        step = {n: torch.zeros_like(p) for n, p in params.items()}
+        z = factors.solve(residual)
+        direction, rho = z, _dot(residual, z)
+        for _ in range(self.iterations):
+            if not rho > 0:
+                break
+            product = jacobian.gauss_newton(direction)
+            product = {n: p + factors.ridge[n] * direction[n] for n, p in product.items()}
+            length = rho / _dot(direction, product)
+            step = {n: s + length * direction[n] for n, s in step.items()}
+            yield step
+            residual = {n: r - length * product[n] for n, r in residual.items()}
+            z = factors.solve(residual)
+            rho, last = _dot(residual, z), rho
+            direction = {n: z[n] + rho / last * d for n, d in direction.items()}
+
+
+class Linearised:
+    """A block at its present weights: products with its Jacobian and the transpose of it.
+
+    The graphs of all parts are kept while they fit into the memory.
+
+    Args:
+        module: The block.
+        params: Its weights.
+        data: Calls, a part of the samples each.
+        max_bytes: Memory for the graphs.
+    """
+
+    def __init__(
+        self, module: nn.Module, params: Params, data: list[BlockCall], max_bytes: int = 4 << 30
+    ) -> None:
+        self._module, self._params, self._data = module, params, data
+        self._leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        room = max_bytes // max(1, _graph_bytes(partial(self._run, data[0])))
+        self._kept = [self._run(call) if i < room else None for i, call in enumerate(data)]
+
+    def pull_back(self) -> Params:
+        """Return J^T (target - F), summed over all samples."""
+        return self._transposed(lambda i, out: self._data[i].out - out.detach())
+
+    def gauss_newton(self, v: Params) -> Params:
+        """Return J^T J v, summed over all samples."""
+        prepare_forward_mode()
+
+        def changed(i: int, _: Tensor) -> Tensor:
+            with torch.no_grad():
+                run = partial(_run, self._module, self._data[i])
+                return jvp(run, (self._params,), (v,))[1]
+
+        return self._transposed(changed)
+
+    def _run(self, call: BlockCall) -> Tensor:
+        return _run(self._module, call, self._leaves)
+
+    def _transposed(self, direction: Callable[[int, Tensor], Tensor]) -> Params:
+        """Return the sum over parts of J^T u, u = ``direction(number of the part, its output)``."""
+        total = {n: torch.zeros_like(p) for n, p in self._params.items()}
+        leaves = list(self._leaves.values())
+        for i, kept in enumerate(self._kept):
+            out = self._run(self._data[i]) if kept is None else kept
+            u = direction(i, out)
+            grads = torch.autograd.grad(
+                out, leaves, u, retain_graph=kept is not None, allow_unused=True
+            )
+            for name, grad in zip(total, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
+        return total
+
+
+def loss_of(module: nn.Module, params: Params, data: list[BlockCall]) -> float:
+    """Return the squared error of a block, summed over all samples.
+
+    Args:
+        module: The block.
+        params: Weights in the place of its own.
+        data: Calls with the outputs wanted.
+
+    Returns:
+        The sum of squares.
+    """
+    with torch.no_grad():
+        errors = (_run(module, c, params) - c.out for c in data)
+        return sum(float(e.square().sum(dtype=torch.float64)) for e in errors)
+
+
+def _path(params: Params, steps: Iterator[Params]) -> Iterator[Params]:
+    """Yield the weights after every step, then those after a half and a quarter of the last."""
+    step: Params | None = None
+    for step in steps:
+        yield {n: p + step[n] for n, p in params.items()}
+    if step is not None:
+        for share in (0.5, 0.25):
+            yield {n: p + share * step[n] for n, p in params.items()}
+
+
+def _graph_bytes(run: Callable[[], Tensor]) -> int:
+    """Return what autograd holds for the backward of ``run()``."""
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        held[tensor.data_ptr()] = max(tensor.nbytes, held.get(tensor.data_ptr(), 0))
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run()  # until here, so that no memory is freed and used again
+    del out
+    return sum(held.values())
+
+
+def _fast(value: Any) -> Any:
+    """Return a feature map or kernel in the layout in which convolutions run fastest."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(call: BlockCall) -> BlockCall:
+    kwargs = {k: _fast(v) for k, v in call.kwargs.items()}
+    return BlockCall(tuple(map(_fast, call.args)), kwargs, _fast(call.out))
+
+
+def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:
+    out: Tensor = functional_call(module, params, call.args, call.kwargs)
+    return out
+
+
+def _dot(a: Params, b: Params) -> float:
+    return sum(float((a[n].double() * b[n].double()).sum()) for n in a)

@@ -1,0 +1,102 @@
+"""See that a result holds on images that it was not fitted to, and say it where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tpvprune.passes.evaluation import Difference
+
+_CHEAPEST_FIRST = ("none", "bn", "compensate", "compensate+bn", "reconstruct")
+_NEXT = {
+    "none": "repair compensate",
+    "bn": "repair compensate",
+    "compensate": "repair reconstruct",
+    "compensate+bn": "repair reconstruct",
+    "distill": "more epochs",
+    "finetune": "more epochs",
+    "weights": "distillation",
+}
+_FAR = 4.0  # times what was predicted: no longer a matter of the first order
+
+
+def best_repair(found: Mapping[str, Difference], wanted: str) -> str:
+    """Return the repair to take: that asked for, unless a cheaper one is closer to the dense model.
+
+    Args:
+        found: What each candidate measures on images held back.
+        wanted: A key of it, or "auto" for the closest of all.
+
+    Returns:
+        A key of ``found``.
+    """
+    order = [name for name in _CHEAPEST_FIRST if name in found]
+    if wanted != "auto":
+        order = order[: order.index(wanted) + 1][::-1]
+    return min(order, key=lambda name: (math.isnan(found[name].share), found[name].share))
+
+
+def cannot_be_true(now: Difference, predicted_variance: float) -> bool:
+    """Tell whether widths were chosen by numbers that the outcome gives the lie to.
+
+    Args:
+        now: What the repaired model measures.
+        predicted_variance: What the curves said of the output variance.
+
+    Returns:
+        True if the model is broken and far from what was predicted.
+    """
+    return now.is_broken and not now.output_variance <= _FAR * max(predicted_variance, 0.0)
+
+
+def warnings_of(
+    found: Mapping[str, Difference], wanted: str, best: str, *, keep: str = "a larger keep"
+) -> list[str]:
+    """Return what the user must know of the outcome, a line each; the worst first.
+
+    Args:
+        found: See :func:`best_repair`.
+        wanted: Likewise.
+        best: The repair that was taken.
+        keep: How to keep more.
+
+    Returns:
+        Lines, none if all is well.
+    """
+    lines = []
+    taken = found[best]
+    if taken.is_broken:
+        lines.append(
+            f"BROKEN: of {taken.num_images} images held back only {_percent(taken.agreement)} keep "
+            f"their class (by chance {_percent(taken.chance)}), output variance "
+            f"{_share(taken.share)} of the dense model's own: try {keep}, more images, or "
+            f"{_NEXT.get(best, 'distillation')}"
+        )
+    if wanted not in ("auto", best):
+        lines.append(
+            f"repair {best} was taken: on {taken.num_images} images held back {wanted} is further "
+            f"from the dense model ({_share(found[wanted].share)} of its variance, {best} "
+            f"{_share(taken.share)}): try more images"
+        )
+    return lines
+
+
+def facts(found: Difference) -> dict[str, Any]:
+    """Return a difference as the report holds it."""
+    return {
+        "num_images": found.num_images,
+        "agreement": found.agreement,
+        "chance_agreement": found.chance,
+        "output_variance": found.output_variance,
+        "variance_share": found.share,
+        "broken": found.is_broken,
+    }
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2g}"

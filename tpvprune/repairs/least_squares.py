@@ -1,0 +1,274 @@
+r"""Ridge least squares in chunks, the ridge chosen on rows that took no part in the fit.
+
+.. math:: \min_{D, b} \; E \| x D + b - e \|^2 + \lambda s \| D \|^2
+
+with s the mean variance of x. Too few rows make a small ridge fit noise: with n rows and u
+unknowns the error on other rows is about (1 + u / n) / (1 - u / n) times that on these. So a part
+of the rows is held back, and of several lambda, among them infinity (D = 0), the one with the least
+error on those is taken; then all rows are fitted with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpvprune.processes.membership import num_processes
+from tpvprune.processes.shares import gathered, summed
+
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
+FIXED_RIDGE = 1e-3  # where no rows are held back to choose it
+
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Change D [groups, unknowns, outputs], intercept b [groups, 1, outputs], and the ridge."""
+
+    change: Tensor
+    intercept: Tensor
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, means, and centred second moments (sums) of x [g, n, u] and e [g, n, o]."""
+
+    count: float
+    x_mean: Tensor
+    e_mean: Tensor
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of both sets of rows together (Chan, Golub and LeVeque 1983)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        dx, de = other.x_mean - self.x_mean, other.e_mean - self.e_mean
+        part = other.count / count
+        weight = self.count * part
+        return Moments(
+            count,
+            self.x_mean + part * dx,
+            self.e_mean + part * de,
+            self.gram + other.gram + weight * (dx.mT @ dx),
+            self.cross + other.cross + weight * (dx.mT @ de),
+            self.square + other.square + weight * de.square().sum((1, 2)),
+        )
+
+    def uncentred(self) -> Moments:
+        """Return the moments about zero: what a fit without an intercept sees."""
+        zero = Moments(
+            self.count,
+            torch.zeros_like(self.x_mean),
+            torch.zeros_like(self.e_mean),
+            self.gram + self.count * (self.x_mean.mT @ self.x_mean),
+            self.cross + self.count * (self.x_mean.mT @ self.e_mean),
+            self.square + self.count * self.e_mean.square().sum((1, 2)),
+        )
+        return zero if self.count else self
+
+    def over_all(self) -> Moments:
+        """Return those of the rows of all processes."""
+        if num_processes() == 1:
+            return self
+        count, x_sum, e_sum = summed(
+            torch.tensor(float(self.count), dtype=torch.float64),
+            self.count * self.x_mean,
+            self.count * self.e_mean,
+        )
+        num = max(float(count), 1.0)
+        dx, de = self.x_mean - x_sum / num, self.e_mean - e_sum / num
+        gram, cross, square = summed(
+            self.gram + self.count * (dx.mT @ dx),
+            self.cross + self.count * (dx.mT @ de),
+            self.square + self.count * de.square().sum((1, 2)),
+        )
+        return Moments(float(count), x_sum / num, e_sum / num, gram, cross, square)
+
+
+def moments(x: Tensor, e: Tensor) -> Moments:
+    """Return the moments of some rows.
+
+    Args:
+        x: Inputs [groups, rows, unknowns].
+        e: What is fitted [groups, rows, outputs].
+
+    Returns:
+        Centred before any product, which is taken in float32 or better; sums in float64.
+    """
+    x, e = (t if t.dtype == torch.float64 else t.float() for t in (x, e))
+    num = max(x.shape[1], 1)
+    x_mean, e_mean = (t.sum(1, keepdim=True, dtype=torch.float64) / num for t in (x, e))
+    x, e = x - x_mean.to(x), e - e_mean.to(e)
+    return Moments(
+        float(x.shape[1]), x_mean, e_mean, (x.mT @ x).double(), (x.mT @ e).double(),
+        e.square().sum((1, 2), dtype=torch.float64),
+    )  # fmt: skip
+
+
+class LeastSquares:
+    """One problem, fed in chunks of rows.
+
+    Args:
+        free: Whether there is an intercept.
+        few_rows: Whether all rows together are fewer than the unknowns: they are then kept, and the
+            system is that of the rows, not of the unknowns.
+    """
+
+    def __init__(self, *, free: bool, few_rows: bool = False) -> None:
+        self._free, self._few = free, few_rows
+        self._folds: list[Moments | None] = [None, None]
+        self._rows: list[tuple[Tensor, ...]] = []
+        self._num_rows = 0
+
+    def add(self, x: Tensor, e: Tensor, held: Tensor) -> None:
+        """Take in rows.
+
+        Args:
+            x: [groups, rows, unknowns].
+            e: [groups, rows, outputs].
+            held: Which rows only judge the ridge [rows].
+        """
+        self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held.to(x.device)))
+        self._num_rows += x.shape[1]
+        # Products of a few rows at a time would be all overhead.
+        if not self._few and self._num_rows >= max(_ROWS_AT_ONCE, x.shape[2]):
+            self._flush()
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        x, e, held = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        self._rows, self._num_rows = [], 0
+        return x.transpose(0, 1), e.transpose(0, 1), held
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        x, e, held = self._joined()
+        for fold, mask in enumerate((~held, held)):
+            found = moments(x, e) if bool(mask.all()) else moments(x[:, mask], e[:, mask])
+            known = self._folds[fold]
+            self._folds[fold] = found if known is None else known + found
+
+    def solve(self, ridge: float | None = None) -> Fit:
+        """Return the fit.
+
+        Args:
+            ridge: Lambda; None: chosen on the rows held back.
+
+        Returns:
+            D and b in float64.
+        """
+        if self._few:
+            return self._by_rows(ridge)
+        fit, held = self.folds()
+        both = fit + held
+        if ridge is None:
+            ridge = FIXED_RIDGE
+            if held.count and fit.count:
+                losses = {r: _held_loss(change, fit, held) for r, change in _changes(fit, RIDGES)}
+                ridge = min(losses, key=losses.__getitem__)
+        ((_, change),) = _changes(both, (ridge,))
+        return Fit(change, both.e_mean - both.x_mean @ change, ridge)
+
+    def folds(self) -> tuple[Moments, Moments]:
+        """Return the moments of the rows to fit and of those held back, of all processes."""
+        self._flush()
+        found = [m.over_all() for m in self._folds if m is not None]
+        fit, held = found if self._free else [m.uncentred() for m in found]
+        return fit, held
+
+    def _by_rows(self, ridge: float | None) -> Fit:
+        x, e, held = self._joined()
+        if num_processes() > 1:
+            ((x, e, held),) = gathered([(x.transpose(0, 1), e.transpose(0, 1), held)])
+            x, e = x.transpose(0, 1), e.transpose(0, 1)
+        x, e = (t if t.dtype == torch.float64 else t.float() for t in (x, e))
+        if ridge is None:
+            ridge = FIXED_RIDGE
+            if bool(held.any()) and not bool(held.all()):
+                ridge = self._chosen_by_rows(x[:, ~held], e[:, ~held], x[:, held], e[:, held])
+        x_mean, e_mean = self._means(x, e)
+        x, e = x - x_mean.to(x), e - e_mean.to(e)
+        kernel = (x @ x.mT).double()
+        change = x.double().mT @ next(_duals(kernel, e.double(), x.shape, (ridge,)))[1]
+        return Fit(change, e_mean - x_mean @ change, ridge)
+
+    def _chosen_by_rows(self, x: Tensor, e: Tensor, x_held: Tensor, e_held: Tensor) -> float:
+        x_mean, e_mean = self._means(x, e)
+        x, e = x - x_mean.to(x), e - e_mean.to(e)
+        across = ((x_held - x_mean.to(x)) @ x.mT).double()
+        kernel, left = (x @ x.mT).double(), e_held.double() - e_mean
+        losses = {
+            ridge: float((left - across @ dual).square().sum())
+            for ridge, dual in _duals(kernel, e.double(), x.shape, RIDGES)
+        }
+        return min(losses, key=losses.__getitem__)
+
+    def _means(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        means = (t.mean(1, keepdim=True, dtype=torch.float64) for t in (x, e))
+        x_mean, e_mean = means if self._free else map(torch.zeros_like, means)
+        return x_mean, e_mean
+
+
+def _changes(m: Moments, ridges: tuple[float, ...]) -> Iterator[tuple[float, Tensor]]:
+    """Yield (ridge, D [g, u, o]) by Cholesky; a ridge that is too small for the rounding grows."""
+    scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * max(m.count, 1.0))
+    for ridge in ridges:
+        if math.isinf(ridge):
+            yield ridge, torch.zeros_like(m.cross)
+            continue
+        factor = factorised(m.gram, ridge * scale)
+        yield ridge, torch.cholesky_solve(m.cross, factor)
+
+
+def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
+    """Return the Cholesky factor of gram + ridge I [g, u, u]; ``ridge`` [g] grows until it exists.
+
+    Args:
+        gram: Positive semidefinite up to rounding.
+        ridge: What is added to each diagonal.
+
+    Returns:
+        The lower factors; NaN where the matrix is not finite.
+    """
+    finite = gram.isfinite().flatten(1).all(1)
+    least = 1e-14 * gram.diagonal(dim1=1, dim2=2).mean(1).abs() + 1e-300
+    for _ in range(16):
+        damped = gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        singular = (failed > 0) & finite
+        if not bool(singular.any()):
+            return factor.masked_fill_(~finite[:, None, None], torch.nan)
+        ridge = torch.where(singular, torch.maximum(10 * ridge, least), ridge)
+    return torch.full_like(gram, torch.nan)
+
+
+def _duals(
+    kernel: Tensor, e: Tensor, shape: torch.Size, ridges: tuple[float, ...]
+) -> Iterator[tuple[float, Tensor]]:
+    """Yield (ridge, A [g, rows, o]) with D = x^T A."""
+    _, rows, unknowns = shape
+    trace = kernel.diagonal(dim1=1, dim2=2).sum(1)
+    scale = (trace / unknowns).clamp_min(1e-12 * max(rows, 1))
+    for ridge in ridges:
+        if math.isinf(ridge):
+            yield ridge, torch.zeros_like(e)
+            continue
+        yield ridge, torch.cholesky_solve(e, factorised(kernel, ridge * scale))
+
+
+def _held_loss(change: Tensor, fit: Moments, held: Moments) -> float:
+    """Return the squared error on the rows held back."""
+    moved = held.gram @ change
+    bias = (held.e_mean - fit.e_mean) - (held.x_mean - fit.x_mean) @ change
+    parts = [(change * moved).sum(), -2 * (change * held.cross).sum(), held.square.sum()]
+    return float(sum(parts)) + held.count * float(bias.square().sum())

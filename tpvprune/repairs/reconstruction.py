@@ -1,0 +1,248 @@
+"""Repair 2: refit whole blocks to the dense network by damped Gauss-Newton, block after block.
+
+Refitting one layer at a time (:mod:`tpvprune.repairs.compensation`) keeps each hidden channel what
+it was. Letting all layers of a block move together, so that its *output* is that of the dense
+block, lets the channels that stay take on new roles; letting all blocks of a stage move together,
+in a second walk, lets later ones make up for earlier ones. Either is a nonlinear least-squares
+problem (:mod:`tpvprune.repairs.gauss_newton`). No label is read, and no loss over the network's
+outputs is descended.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tpvprune.groups import ChannelGroups
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.clock import Progress
+from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
+from tpvprune.processes.membership import alone, num_processes
+from tpvprune.processes.shares import gathered, spread_weights
+from tpvprune.repairs.blocks import Block, BlockCall, find_blocks
+from tpvprune.repairs.branches import FEWER_ROWS, Plan
+from tpvprune.repairs.compensation import (
+    TARGET_BYTES,
+    BlockFit,
+    Walk,
+    chunk_size,
+    rechunked,
+    refits_towards,
+)
+from tpvprune.repairs.gauss_newton import GaussNewton
+from tpvprune.repairs.targets import plan_for
+
+_MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
+
+
+def reconstruct_blocks(
+    pruned: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    rounds: int = 2,
+    iterations: int = 5,
+    stage_iterations: int = 12,
+    damping: float = 1e-3,
+    mirror: bool = True,
+    max_positions: int = 1 << 18,
+    max_inputs: int = 1 << 30,
+    rows_per_input: int = 12,
+    min_rows: int = 16384,
+    max_bytes: int = 2 << 30,
+    seed: int = 0,
+    used: dict[str, int] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    r"""Return a copy of the pruned model whose blocks are refitted to those of the dense one.
+
+    For each block, in the order of execution,
+
+    .. math:: \min_\theta \; E \| F_\theta(x) - y^* \|^2
+
+    with x the inputs of the block in the (already repaired) pruned network, theta its weights and
+    biases (each layer refitted first as by :func:`tpvprune.compensate_weights`), and y* the
+    output of the dense block, kept channels only. Then the same for each stage, a module that
+    holds several of the blocks (:func:`tpvprune.repairs.blocks.find_blocks`), from where the blocks
+    are; layers outside of stages are refitted again.
+
+    Args:
+        pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
+        dense: The model it came from.
+        batches: Re-iterable of unlabeled inputs.
+        groups: Channel groups of ``dense``.
+        kept: What stayed, as given to :func:`tpvprune.remove_channels`.
+        rounds: Linearisations of every block, and of every stage.
+        iterations: At most so many conjugate-gradient iterations for each of a block: those after
+            which the error on held-back samples is least are taken.
+        stage_iterations: Likewise of a stage; 0 leaves blocks as they are.
+        damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
+        mirror: Show image batches [B, C, H, W] also mirrored left to right.
+        max_positions: Positions (pixels, tokens) of a block's output that are matched: blocks
+            with large maps look at fewer inputs, each at others.
+        rows_per_input: See :func:`tpvprune.compensate_weights`, which refits each layer first.
+        min_rows: Likewise.
+        max_bytes: Memory for the activations of waiting inputs, and as much again for graphs; what
+            does not fit is computed anew, and the result stays. Targets take 2 GiB besides.
+        seed: Of the random directions of the preconditioner.
+        used: Filled with how many images each block was fitted on ("layers": the layers, all).
+        progress: Called with ("reconstruction", done, total) after every block and every stage.
+
+    Returns:
+        The repaired copy. Layers outside of blocks, and in blocks that cannot be matched (see
+        :func:`tpvprune.repairs.blocks.find_blocks`), are refitted as by ``compensate_weights``.
+    """
+    if num_processes() > 1:  # conjugate gradients would wait for each other at every step
+        whole = gathered(unlabeled(batches))
+        with alone():
+            fitted = reconstruct_blocks(
+                pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
+                iterations=iterations, stage_iterations=stage_iterations, damping=damping,
+                mirror=mirror, max_positions=max_positions, rows_per_input=rows_per_input,
+                min_rows=min_rows, max_bytes=max_bytes, seed=seed, used=used, progress=progress,
+            )  # fmt: skip
+        spread_weights(fitted)
+        return fitted
+    repaired = copy.deepcopy(pruned)
+    inputs = list(unlabeled(batches))
+    first = on_device(torch.cat([x[:2] for x in inputs[:2]])[:2], dense)
+    with evaluating(dense, repaired), torch.no_grad():
+        blocks, stages = find_blocks(dense, repaired, first, groups, kept)
+    copies = 2 if mirror and first.ndim == 4 else 1
+    view = _with_mirror_images if copies == 2 else _as_it_is
+    chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
+    num = copies * sum(map(len, chunks))
+    plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
+    plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
+    refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept)
+    fast = first.ndim == 4 and takes_channels_last(dense, first)
+    solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
+    walks = [(blocks, solver, refits)]
+    if stages and stage_iterations:
+        # What blocks have won stays; the layers before, between and behind the stages follow them.
+        others = partial(refits, without=[stage.name for stage in stages])
+        walks.append((stages, replace(solver, iterations=stage_iterations), others))
+    total = sum(len(found) for found, _, _ in walks)
+    done = itertools.count(1)
+    if used is not None:
+        used["layers"] = num // copies
+
+    def fit(
+        module: nn.Module,
+        call: BlockCall,
+        *,
+        block: Block,
+        how: GaussNewton,
+        targets: dict[str, Tensor],
+    ) -> None:
+        how.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
+        if used is not None:
+            used[block.name] = how.num_inputs // copies
+        if progress is not None:
+            progress("reconstruction", next(done), total)
+
+    with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
+        for found, how, run in walks:
+            wanted = _wanted(
+                found, num // copies, copies, max_positions=max_positions, max_inputs=max_inputs,
+                max_bytes=TARGET_BYTES, seed=seed,
+            )  # fmt: skip
+            targets = _dense_outputs(dense, found, map(view, chunks), wanted)
+            fits = [
+                BlockFit(
+                    b.name,
+                    wanted[b.name],
+                    partial(
+                        fit,
+                        block=b,
+                        how=replace(how, num_inputs=int(wanted[b.name].sum())),
+                        targets=targets,
+                    ),
+                )
+                for b in found
+            ]
+            Walk(
+                repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
+                blocks=fits, view=view, copies=copies,
+            ).run()  # fmt: skip
+    return repaired
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _with_mirror_images(x: Tensor) -> Tensor:
+    """Return images [B, C, H, W], each followed by its mirror image."""
+    return torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+
+
+def _wanted(
+    blocks: Sequence[Block],
+    num: int,
+    copies: int,
+    *,
+    max_positions: int,
+    max_inputs: int,
+    max_bytes: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Choose the inputs that each block is fitted on: others for each, all where there is room.
+
+    Returns:
+        Block -> BoolTensor [num * copies], all copies of an image together.
+    """
+    most = min(num, max_inputs // copies)
+    counts = {b.name: min(most, max(1, max_positions // (b.positions * copies))) for b in blocks}
+    taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
+    share = min(1.0, max_bytes / max(1, taken))
+    wanted = {}
+    for i, block in enumerate(blocks):
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1009 + i))
+        mask = torch.zeros(num, dtype=torch.bool)
+        mask[order[: max(1, int(counts[block.name] * share))]] = True
+        wanted[block.name] = mask.repeat_interleave(copies)
+    return wanted
+
+
+def _dense_outputs(
+    dense: nn.Module,
+    blocks: Sequence[Block],
+    chunks: Iterable[Tensor],
+    wanted: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return what the pruned blocks should give: the kept channels of the dense outputs."""
+    found: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
+    own = slice(0, 0)
+
+    def keep(block: Block, out: Tensor) -> None:
+        mask = wanted[block.name][own]
+        if bool(mask.any()):
+            chosen = out[mask.repeat_interleave(len(out) // len(mask))]
+            found[block.name].append(block.kept_of(chosen).clone())
+
+    handles = [
+        dense.get_submodule(block.name).register_forward_hook(
+            lambda _m, _a, out, block=block: keep(block, out)
+        )
+        for block in blocks
+    ]
+    try:
+        with torch.no_grad():
+            for x in chunks:
+                own = slice(own.stop, own.stop + len(x))
+                dense(fast_layout(on_device(x, dense), dense))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {block.name: torch.cat(found.pop(block.name)) for block in blocks}

@@ -1,0 +1,187 @@
+"""What compensation fits the layers of a pruned network to: values of the dense one, sampled."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.patches import count_positions, gather, window_of
+from tpvprune.passes.running import evaluating, fast_layout, on_device
+from tpvprune.repairs.branches import (
+    Branch,
+    BranchFollower,
+    Layer,
+    Plan,
+    layers_by_weight,
+    positions_first,
+)
+
+
+@dataclass
+class Targets:
+    """Sampled dense values by call: branch + shortcut sums, pre-activations where there is none.
+
+    ``normed`` names the calls that nothing but a BatchNorm reads.
+    """
+
+    outputs: dict[int, Tensor]
+    sums: dict[int, Tensor]
+    normed: set[int]
+
+
+def dense_targets(
+    dense: nn.Module, inputs: Iterable[Tensor], plan: Plan, *, without: Sequence[str] = ()
+) -> Targets:
+    """Run the dense network and keep what its layers should give.
+
+    Args:
+        dense: The network.
+        inputs: Batches, in the order in which the pruned model will see them.
+        plan: Sampled positions.
+        without: Modules whose layers do not matter.
+
+    Returns:
+        The targets.
+    """
+    run = _DenseRun(layers_by_weight(dense, without), plan)
+    with evaluating(dense), torch.no_grad():
+        for x in inputs:
+            run.start_batch(len(x))
+            moved = fast_layout(on_device(x, dense), dense)
+            with run:
+                dense(moved)
+    return run.finish()
+
+
+def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
+    """Return the plan that fits a network.
+
+    Calls that see no input are left out of it, and layers that run several times.
+
+    Args:
+        plan: What would be looked at.
+        dense: The network.
+        x: One input [1, ...].
+        max_bytes: Memory for the targets of all layers, in all processes together. If they would
+            take more there are fewer positions everywhere.
+
+    Returns:
+        The plan; with one position of every input, if that is still too much.
+    """
+    calls, common = _calls(dense, x, plan)
+    plan = plan.without(common | calls.repeated())
+    least = calls.target_bytes(plan.thinned(math.inf))
+    while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
+        plan = plan.thinned(max(taken / max_bytes, 1.01))
+    return plan
+
+
+def blind_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Find the layers that see no input, such as those that make a table of positions.
+
+    Args:
+        model: The network.
+        x: One input [1, ...].
+
+    Returns:
+        Their names.
+    """
+    calls, common = _calls(model, x, Plan(1, 0, 0, 0))
+    return list(dict.fromkeys(calls.seen[call][0].name for call in sorted(common)))
+
+
+def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[int]]:
+    """Return the calls on one input, and those that are the same on two."""
+    once, twice = (_Calls(layers_by_weight(model), plan) for _ in range(2))
+    with evaluating(model), torch.no_grad():
+        for run, inputs in ((once, x), (twice, torch.cat([x, x]))):
+            with run:
+                model(on_device(inputs, model))
+    known = {call: num for call, (_, num) in twice.seen.items()}
+    return once, frozenset(c for c, (_, num) in once.seen.items() if known.get(c) == num)
+
+
+class _DenseRun(BranchFollower):
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
+        super().__init__(layers, plan)
+        self._outputs: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._modules: dict[int, Any] = {}
+        self._normed: set[int] = set()
+        self._summed: set[int] = set()  # the calls whose target is a sum, as earlier batches showed
+        self._start = self._size = 0
+
+    def start_batch(self, size: int) -> None:
+        self._prefer_sums()
+        self._start, self._size = self._start + self._size, size
+        self.reset()
+
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        out = func(*args, **kwargs)
+        if self.call not in self._summed:
+            self._keep(self._outputs, out, self.call, layer.module)
+        self._modules[self.call] = layer.module
+        return out
+
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        out = func(*args)
+        # A batch of one image meets an embedding in its own shape, as no other batch does.
+        if branch.call in self._sums or not self._start:
+            self._keep(self._sums, out, branch.call, self._modules[branch.call])
+        return out
+
+    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
+        through = super().on_norm(branch, args, kwargs)
+        if through is not None:
+            self._normed.add(branch.call)
+        return through
+
+    def _keep(self, kept: dict[int, Tensor], out: Tensor, call: int, module: Any) -> None:
+        rows = positions_first(out, module, self._size)
+        picked = self.plan.positions(call, module, rows.shape[1])
+        if call not in kept:  # all at once: parts that are joined later need twice the memory
+            kept[call] = rows.new_empty(*picked.shape, rows.shape[2])
+        batch = slice(self._start, self._start + self._size)
+        kept[call][batch] = gather(rows, picked[batch])
+
+    def _prefer_sums(self) -> None:
+        self._summed |= self._sums.keys() - self.shared
+        for call in self._summed:
+            self._outputs.pop(call, None)
+
+    def finish(self) -> Targets:
+        self._prefer_sums()
+        for call in self.shared - self._summed:
+            self._sums.pop(call, None)
+        return Targets(self._outputs, self._sums, self._normed - self.shared)
+
+
+class _Calls(BranchFollower):
+    """Sees, on one input, the calls of layers and how many positions they have."""
+
+    def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
+        super().__init__(layers, plan)
+        self.seen: dict[int, tuple[Layer, int]] = {}
+
+    def repeated(self) -> frozenset[int]:
+        """Return the calls of layers that run several times: no one fit serves all of them."""
+        times = Counter(layer.name for layer, _ in self.seen.values())
+        return frozenset(call for call, (layer, _) in self.seen.items() if times[layer.name] > 1)
+
+    def target_bytes(self, plan: Plan) -> int:
+        """Return what the targets of all calls take on all inputs."""
+        seen = (found for call, found in self.seen.items() if call not in plan.common)
+        return sum(4 * len(r.module.weight) * plan.num_rows(r.module, num) for r, num in seen)
+
+    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
+        self.seen[self.call] = (layer, count_positions(args[0], window_of(args, kwargs), 1))
+        return func(*args, **kwargs)
+
+    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
+        return func(*args)

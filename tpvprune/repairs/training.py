@@ -1,0 +1,329 @@
+"""The training loop: timm's optimizers, schedules and averages, resumable at every epoch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+from torch import Tensor, nn
+
+from tpvprune.disk.digest import digest_of
+from tpvprune.disk.unfinished import load_state, read_facts, save_state
+from tpvprune.groups.shared_norms import shared_norms
+from tpvprune.passes.batches import private_randomness
+from tpvprune.passes.running import fast_layout, first_output
+from tpvprune.processes.membership import is_first
+from tpvprune.processes.shares import check_same, spread_weights, sum_gradients, total
+from tpvprune.repairs.batchnorm import batchnorms, rebase_batchnorm
+
+Loss = Callable[[nn.Module, Any, tuple[int, int]], Tensor]
+"""Of the model in training, a batch, and (view, position) that tell the batch apart.
+
+Of several processes each sees its part of the batch; their losses add up to that of the batch.
+"""
+
+_REBASED = 16  # batches: enough for a mean and a variance
+_SCHEDULES = ("cosine", "tanh", "poly")
+_MOST = 1e30  # tensors of 32 bits hold no numbers above 3e38
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; every number that decides the result besides model and images.
+
+    Attributes:
+        epochs: Passes over the images, >= 1.
+        lr: Peak learning rate.
+        opt: Name of a timm optimizer.
+        sched: timm's name of the way down to 0: cosine, tanh or poly.
+        weight_decay: Of weights; biases and norms have none.
+        warmup_epochs: Linear rise to the peak rate, may be a fraction.
+        clip_grad: Largest norm of the gradient; None for any.
+        ema_decay: Return the moving average of the weights instead of the last; None for no.
+        amp: bfloat16 or float16 (CUDA only) for mixed precision; None for none.
+        freeze_batchnorm: Keep the running statistics of BatchNorm and normalise by them.
+        num_views: So many epochs differ in order and augmentation, then they repeat; None: all.
+        seed: Of everything random.
+    """
+
+    epochs: int
+    lr: float = 0.01
+    opt: str = "sgd"
+    sched: str = "cosine"
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 0.2
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    amp: torch.dtype | None = None
+    freeze_batchnorm: bool = False
+    num_views: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("lr", 0 < self.lr <= _MOST, "a number above 0, at most 1e30"),
+            ("opt", _is_known(self.opt), "a name of timm.optim, of first order"),
+            ("sched", self.sched in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+            ("weight_decay", 0 <= self.weight_decay <= _MOST, "at least 0, at most 1e30"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to less than epochs"),
+            ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a number above 0"),
+            ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
+            ("amp", self.amp in (None, torch.bfloat16, torch.float16), "bfloat16 or float16"),
+            ("num_views", self.num_views is None or self.num_views >= 1, "at least 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+
+def _is_known(opt: str) -> bool:
+    known = opt in timm.optim.list_optimizers()
+    return known and not timm.optim.get_optimizer_info(opt).second_order
+
+
+def train(
+    student: nn.Module,
+    epoch_batches: Callable[[int], Iterable[Any]],
+    num_batches: int,
+    loss_of: Loss,
+    recipe: Recipe,
+    *,
+    state: str | Path | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    identity: Sequence[str | nn.Module] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+    watch: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train a copy of a model.
+
+    Every epoch has its own random state, so a run that goes on from a saved state is the
+    unbroken one, bit for bit, on one machine with the same number of threads.
+
+    Args:
+        student: Model; left as it is.
+        epoch_batches: Seed -> the batches of one epoch.
+        num_batches: Batches of an epoch.
+        loss_of: The loss of one batch.
+        recipe: How to train.
+        state: File for the state of the unfinished run, written after every epoch; if it is
+            there the run goes on from it. It stays when the run is done.
+        masks: Parameter name -> BoolTensor of its shape; where False the weight stays zero.
+        identity: What else decides the result; a state of another identity is refused.
+        progress: Called with ("epoch 2/10", updates done, all updates).
+        watch: Called with the model in training after every update, to look at it only.
+
+    Returns:
+        The trained copy, in the modes of the argument.
+
+    Raises:
+        ValueError: If there is no batch, nothing can be trained, the masks are not the model's,
+            the state is another run's, or the loss is not finite.
+    """
+    if num_batches < 1:
+        raise ValueError("batches: expected at least one batch, found none: pass images")
+    path = None if state is None else Path(state)
+    model = copy.deepcopy(student)
+    model.zero_grad(set_to_none=True)
+    device = _device_of(model, recipe)
+    model.train()
+    fixed = _fixed(model, masks or {})
+    given = (repr(asdict(recipe)), str(num_batches), model, *identity, *fixed.values())
+    own = "" if path is None else digest_of(*given).hex()
+    goes_on = path is not None and path.exists()
+    check_same("saved state", int(goes_on))
+    spread_weights(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if not (goes_on or recipe.freeze_batchnorm):
+            first = islice(epoch_batches(_seed_all(recipe.seed, 0, device)), _REBASED)
+            rebase_batchnorm(model, (b[0] if isinstance(b, (tuple, list)) else b for b in first))
+        if recipe.freeze_batchnorm:
+            for norm in batchnorms(model):
+                norm.eval()
+        run = _Run(model, recipe, num_batches, fixed)
+        done = run.resume(path, own) if path is not None and goes_on else 0
+        check_same("epochs done", done)
+        with torch.enable_grad(), shared_norms():
+            for epoch in range(done, recipe.epochs):
+                view = epoch % (recipe.num_views or recipe.epochs)
+                seed = _seed_all(recipe.seed, view, device)
+                title = f"epoch {epoch + 1}/{recipe.epochs}"
+                losses = torch.zeros((), device=device)
+                for position, batch in enumerate(islice(epoch_batches(seed), num_batches)):
+                    loss = loss_of(model, batch, (view, position))
+                    updates = epoch * num_batches + position
+                    run.update(loss, updates)
+                    if watch is not None:
+                        watch(model)
+                    losses += loss.detach()
+                    if progress is not None:
+                        progress(title, updates + 1, recipe.epochs * num_batches)
+                if not math.isfinite(found := total(float(losses))):
+                    raise ValueError(
+                        f"training: expected a finite loss, found {found} in {title}: "
+                        f"lower lr ({recipe.lr:g}) or set clip_grad"
+                    )
+                if path is not None and is_first():
+                    run.save(path, own, epoch + 1)
+    return _returned(run.result, student)
+
+
+class _Run:
+    """Model, optimizer, schedule, average and loss scale, which go together."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_batches: int, masks: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.masked = [(model.get_parameter(name), mask) for name, mask in masks.items()]
+        self.optimizer = timm.optim.create_optimizer_v2(
+            model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        self.schedule, _ = timm.scheduler.create_scheduler_v2(
+            self.optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]
+            warmup_lr=recipe.lr / 100,
+            step_on_epochs=False,
+            updates_per_epoch=num_batches,
+        )
+        decay = recipe.ema_decay
+        self.average = (
+            None if decay is None else timm.utils.ModelEmaV3(model, decay=decay, use_warmup=True)
+        )
+        # Disabled it passes everything through.
+        self.scaler = torch.amp.GradScaler(enabled=recipe.amp == torch.float16)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    @property
+    def result(self) -> nn.Module:
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        parts = {"model": self.model}
+        return parts if self.average is None else {**parts, "average": self.average.module}
+
+    def update(self, loss: Tensor, number: int) -> None:
+        self.schedule.step_update(number)
+        self.scaler.scale(loss).backward()
+        sum_gradients(self.trained)
+        if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.hold_zeros()
+        if self.average is not None:
+            self.average.update(self.model, step=number + 1)
+
+    @torch.no_grad()
+    def hold_zeros(self) -> None:
+        """Set to zero what a mask does not keep; no optimizer can be trusted to leave it so."""
+        for weight, mask in self.masked:
+            weight.mul_(mask)
+
+    def save(self, path: Path, identity: str, epochs: int) -> None:
+        facts = {"identity": identity, "epochs": epochs, "scaler": self.scaler.state_dict()}
+        save_state(path, self.modules, self.optimizer, facts)
+
+    def resume(self, path: Path, identity: str) -> int:
+        facts = read_facts(path)
+        if facts.get("identity") != identity:
+            raise ValueError(
+                f"{path}: expected the state of this run, found one with other settings, weights "
+                "or images: repeat its command, or remove it to start anew"
+            )
+        load_state(path, self.modules, self.optimizer)
+        if facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
+        return int(facts["epochs"])
+
+
+def outputs_of(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Tensor:
+    """Run a model on images in its fast layout, in mixed precision if asked.
+
+    Args:
+        model: Any model; its own mode and the present grad mode hold.
+        inputs: [B, ...].
+        amp: Type of the mixed precision, or None.
+
+    Returns:
+        Its first output, in float32 at least.
+    """
+    inputs = fast_layout(inputs, model)
+    with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
+        outputs = first_output(model(inputs))
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def count_batches(batches: Iterable[Any]) -> int:
+    """Return the number of batches: their length, or that of a pass where they have none."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in private_randomness(batches))
+
+
+def _fixed(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks on the device of their weights.
+
+    Raises:
+        ValueError: If they are not the model's, or weights are not zero where they are False.
+    """
+    weights = dict(model.named_parameters())
+    fixed = {}
+    for name, mask in masks.items():
+        shape = tuple(weights[name].shape) if name in weights else None
+        if shape != tuple(mask.shape):
+            raise ValueError(
+                f"masks: expected names and shapes of parameters, found {name!r} with "
+                f"{tuple(mask.shape)} where the model has {shape or 'none'}"
+            )
+        fixed[name] = mask.to(weights[name].device)
+        if bool(weights[name].detach().masked_fill(fixed[name], 0).count_nonzero()):
+            raise ValueError(
+                f"masks: expected zeros where they are False, found other weights in {name!r}: "
+                "multiply by the mask first"
+            )
+    return fixed
+
+
+def _device_of(model: nn.Module, recipe: Recipe) -> torch.device:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "expected a model with parameters to train, found none that requires a gradient: "
+            "call model.requires_grad_()"
+        )
+    device = trained[0].device
+    if recipe.amp == torch.float16 and device.type != "cuda":
+        raise ValueError(f"amp: expected bfloat16 on {device.type}, found float16")
+    return device
+
+
+def _seed_all(seed: int, view: int, device: torch.device) -> int:
+    mixed = random.Random(f"{seed}/{view}").getrandbits(32)
+    torch.default_generator.manual_seed(mixed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(mixed)
+    return mixed
+
+
+def _returned(model: nn.Module, student: nn.Module) -> nn.Module:
+    for module, original in zip(model.modules(), student.modules(), strict=True):
+        module.training = original.training
+    model.zero_grad(set_to_none=True)
+    return model

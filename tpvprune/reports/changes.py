@@ -1,0 +1,78 @@
+"""The report's account of what changed: agreement by class, and images of another class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tpvprune.reports.charts import percent, value_rows, whole
+from tpvprune.reports.tables import section
+from tpvprune.reports.text import cell
+
+_MOST_CLASSES = 24
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
+
+
+def classes(data: Mapping[str, Any]) -> str:
+    """Draw the agreement of every class, worst first.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    found = (data.get("disagreement") or {}).get("classes") or []
+    if len(found) < 2:
+        return ""
+    names = data.get("class_names")
+    ordered = sorted(found, key=lambda row: (row["agreement"], -row["num_images"]))
+    rows = [
+        (
+            _name(row["class"], names),
+            row["agreement"],
+            f'{percent(row["agreement"])}<span class="soft"> of {whole(row["num_images"])}</span>',
+        )
+        for row in ordered[:_MOST_CLASSES]
+    ]
+    about = "<p>Share of images with the same class as before, by the dense model\u2019s choice"
+    left = len(found) - len(rows)
+    about += f"; the {len(rows)} lowest of {len(found)} classes.</p>" if left else ".</p>"
+    return section("Agreement by class", about, f'<div class="wide">{value_rows(rows)}</div>')
+
+
+def samples(data: Mapping[str, Any]) -> str:
+    """Show images whose class changed.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    found = data.get("disagreement") or {}
+    names = data.get("class_names")
+    pictures = "".join(
+        f'<figure><img alt="" src="{sample["image"]}"><figcaption>'
+        f"<span>{cell(_name(sample['dense'], names))} "
+        f'<span class="soft">{percent(sample["dense_share"], 0)}</span></span>'
+        f'<span class="now">{cell(_name(sample["pruned"], names))} '
+        f'<span class="soft">{percent(sample["pruned_share"], 0)}</span></span>'
+        "</figcaption></figure>"
+        for sample in found.get("samples") or ()
+        if _PICTURE.fullmatch(str(sample.get("image")))
+    )
+    if not pictures:
+        return ""
+    about = (
+        f"<p>{whole(found['num_changed'])} of {whole(found['num_images'])} images have another "
+        "class than before; none of them served the repair. Shown are those of which the dense "
+        "model was most certain: its class above, the pruned model\u2019s below.</p>"
+    )
+    return section("Images that changed", about, f'<div class="pictures">{pictures}</div>')
+
+
+def _name(number: int, names: Sequence[str] | None) -> str:
+    known = names is not None and 0 <= number < len(names)
+    return str(names[number]) if known and names else f"class {number}"

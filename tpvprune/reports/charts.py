@@ -1,0 +1,284 @@
+"""Small charts as inline SVG and HTML, and the numbers beside them.
+
+Horizontal positions are percentages and vertical ones pixels, so that a chart takes the
+width it is given while its text keeps its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tpvprune.reports.text import cell
+
+MAX_DOTS = 48
+MAX_SPREAD = 8
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Write a fraction as a percentage.
+
+    Args:
+        fraction: 1 is the whole.
+        digits: After the decimal point.
+
+    Returns:
+        For example ``50.1 %``.
+    """
+    return f"{100 * fraction:.{digits}f}\u202f%".replace("-", "\u2212")
+
+
+def whole(number: float) -> str:
+    """Write a count in full, thousands set apart.
+
+    Args:
+        number: Any count.
+
+    Returns:
+        For example ``853 018``.
+    """
+    return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def short(number: float) -> str:
+    """Write a count with three or four digits and a unit prefix.
+
+    Args:
+        number: Any count >= 0.
+
+    Returns:
+        For example ``125.5 M``.
+    """
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = 4 if number / size >= 100 else 3
+            return f"{number / size:#.{digits}g}\u202f{prefix}"
+    return f"{number:.4g}"
+
+
+def significant(number: float, digits: int = 3) -> str:
+    """Write any number with a stated number of significant digits.
+
+    Args:
+        number: Finite.
+        digits: Significant ones, >= 1.
+
+    Returns:
+        For example ``0.0132``, ``1 480`` or ``3.1·10⁻⁶``.
+    """
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
+    exponent = math.floor(math.log10(abs(number)))
+    if -4 <= exponent < 6:
+        text = f"{number:,.{max(0, digits - 1 - exponent)}f}".replace(",", "\u202f")
+    else:
+        text = f"{number / 10.0**exponent:.{digits - 1}f}·{power_of_ten(exponent)}"
+    return text.replace("-", "\u2212")
+
+
+def power_of_ten(exponent: int) -> str:
+    """Write a power of ten with raised digits.
+
+    Args:
+        exponent: Whole number.
+
+    Returns:
+        For example ``10⁻³``.
+    """
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) -> str:
+    """Draw one bar per group: its dense width as an outline, the kept part filled.
+
+    Bars share one scale of channels; where widths differ more than 8-fold every outline
+    takes the full length and the fill shows the kept share.
+
+    Args:
+        groups: Name, dense channels, kept channels; in network order.
+        shares: Show shares in any case, and write them in the place of the numbers.
+
+    Returns:
+        An HTML list.
+    """
+    widest = max(dense for _, dense, _ in groups)
+    same_scale = not shares and widest <= MAX_SPREAD * min(dense for _, dense, _ in groups)
+    rows, stage = [], groups[0][0].split(".")[0]
+    for name, dense, kept in groups:
+        first = name.split(".")[0] != stage
+        stage = name.split(".")[0]
+        length = 100 * dense / widest if same_scale else 100
+        number = f'{kept}<span class="soft">\u202f/\u202f{dense}</span>'
+        if shares:
+            number = percent(kept / max(dense, 1))
+        rows.append(
+            f'<li{" class=gap" if first else ""} title="{cell(name)}: {kept} of {dense}">'
+            f'<span class="name">{cell(name)}</span>'
+            f'<span class="track"><span class="dense" style="width:{length:.2f}%">'
+            f'<span class="stays" style="width:{100 * kept / max(dense, 1):.2f}%">'
+            "</span></span></span>"
+            f'<span class="num">{number}</span></li>'
+        )
+    columns = " two" if len(groups) > 24 else ""
+    return f'<ol class="rows{columns}">{"".join(rows)}</ol>'
+
+
+def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None) -> str:
+    """Draw one bar per value, from zero.
+
+    Args:
+        rows: Name, value >= 0, its text.
+        chosen: Name of the row to stress.
+
+    Returns:
+        An HTML list.
+    """
+    largest = max(value for _, value, _ in rows) or 1.0
+    items = "".join(
+        f'<li{" class=chosen" if name == chosen else ""}><span class="name">{cell(name)}</span>'
+        f'<span class="track"><span class="stays" style="width:{100 * value / largest:.2f}%">'
+        f'</span></span><span class="num">{text}</span></li>'
+        for name, value, text in rows
+    )
+    return f'<ul class="rows plain">{items}</ul>'
+
+
+def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
+    """Draw fractions against the fraction of MACs, falling from left to right.
+
+    Args:
+        series: Label, colour class (``kept`` or ``gone``), points (MACs, value); in [0, 1].
+
+    Returns:
+        An SVG element.
+    """
+    points = [point for _, _, line in series for point in line]
+    left, right = max(x for x, _ in points), min(x for x, _ in points)
+    low, step = nice_floor(min(y for _, y in points))
+    top, bottom = 18.0, 208.0
+
+    def across(x: float) -> float:
+        return 12 + 74 * (left - x) / max(left - right, 1e-9)
+
+    def down(y: float) -> float:
+        return top + (bottom - top) * (1 - y) / (1 - low)
+
+    parts = []
+    for tick in range(round((1 - low) / step) + 1):
+        value, y = percent(1 - tick * step, 0), down(1 - tick * step)
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="0" y="{y - 4:.1f}">{value}</text>')
+    for x in spaced(sorted({x for x, _ in points}, reverse=True), (left - right) / 6):
+        place = f'x="{across(x):.2f}%" y="{bottom + 18}" text-anchor="middle"'
+        parts.append(f"<text {place}>{percent(x, 0)}</text>")
+    for label, colour, line in series:
+        at = [(f"{across(x):.2f}%", f"{down(y):.1f}") for x, y in line]
+        for (x1, y1), (x2, y2) in pairwise(at):
+            place = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
+            parts.append(f'<line class="{colour}-line" {place}/>')
+        parts += [f'<circle class="{colour}-dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in at]
+        place = f'x="{at[-1][0]}" y="{at[-1][1]}" dx="10" dy="4"'
+        text = f"{percent(line[-1][1])}<title>{cell(label)}</title>"
+        parts.append(f'<text class="value" {place}>{text}</text>')
+    about = 'role="img" aria-label="Fractions of images against MACs"'
+    return f'<svg height="{bottom + 26}" {about}>{"".join(parts)}</svg>'
+
+
+def score_panel(
+    values: Sequence[float],
+    stderr: Sequence[float] | None,
+    kept: Sequence[bool] | None,
+    scale: tuple[float, float],
+) -> str:
+    """Draw the scores of one group, sorted, with one standard error up and down, on a log scale.
+
+    At most 48 channels are drawn, evenly spaced over the ranks. Scores below the scale lie on
+    its lower end.
+
+    Args:
+        values: Scores [C].
+        stderr: Standard errors [C], if known.
+        kept: Which channels stay, if known.
+        scale: Logarithms to base ten of the two ends, shared by all panels.
+
+    Returns:
+        An SVG element.
+    """
+    low, high = scale
+    top, bottom = 3.0, 81.0
+
+    def down(value: float) -> float:
+        exponent = math.log10(value) if value > 0 else low
+        return bottom - (bottom - top) * (min(max(exponent, low), high) - low) / (high - low)
+
+    order = sorted(range(len(values)), key=lambda channel: values[channel])
+    num = min(len(order), MAX_DOTS)
+    shown = [order[round(i * (len(order) - 1) / max(num - 1, 1))] for i in range(num)]
+    lines = (down(10.0**exponent) for exponent in range(math.ceil(low), math.floor(high) + 1))
+    parts = [f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>' for y in lines]
+    dots = []
+    for rank, channel in enumerate(shown):
+        x, value = f"{3 + 94 * (rank + 0.5) / num:.1f}%", values[channel]
+        colour = "kept" if kept is None or kept[channel] else "gone"
+        if stderr is not None:
+            ends = down(value - stderr[channel]), down(value + stderr[channel])
+            parts.append(
+                f'<line class="{colour}-bar" x1="{x}" x2="{x}" '
+                f'y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+            )
+        dots.append(f'<circle class="{colour}-dot" cx="{x}" cy="{down(value):.1f}" r="1.6"/>')
+    return f'<svg height="84" aria-hidden="true">{"".join(parts + dots)}</svg>'
+
+
+def scale_of(values: Sequence[float]) -> tuple[float, float] | None:
+    """Choose a log scale that holds all but the lowest scores.
+
+    The lowest 2 % do not stretch it, and it spans six decades at most.
+
+    Args:
+        values: All values to be drawn.
+
+    Returns:
+        Logarithms to base ten of its ends, or ``None`` if no value is positive.
+    """
+    positive = sorted(value for value in values if value > 0)
+    if not positive:
+        return None
+    high = math.log10(positive[-1])
+    low = math.log10(positive[len(positive) // 50])
+    margin = max(0.04 * (high - low), 0.1)
+    return max(low - margin, high - 6), high + margin
+
+
+def nice_floor(lowest: float) -> tuple[float, float]:
+    """Choose a scale of fractions up to 1.
+
+    Args:
+        lowest: Smallest value to be drawn.
+
+    Returns:
+        Where the scale starts, and the distance of its lines.
+    """
+    for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25):
+        low = math.floor(lowest / step - 0.2) * step
+        if round((1 - low) / step) <= 5 and low >= 0:
+            return low, step
+    return 0.0, 0.25
+
+
+def spaced(ticks: Sequence[float], distance: float) -> list[float]:
+    """Leave out ticks that would touch others.
+
+    Args:
+        ticks: Falling.
+        distance: Least distance of two.
+
+    Returns:
+        Those that stay, the first and the last among them.
+    """
+    chosen = list(ticks[:1])
+    for tick in ticks[1:-1]:
+        if min(chosen[-1] - tick, tick - ticks[-1]) >= distance:
+            chosen.append(tick)
+    return chosen + list(ticks[1:][-1:])

@@ -1,0 +1,309 @@
+"""The page of several runs: what each cost, what it kept, and how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tpvprune.reports.charts import percent, short, significant, whole
+from tpvprune.reports.costs import cost_labels
+from tpvprune.reports.curves import Curve, curve_chart
+from tpvprune.reports.page import page
+from tpvprune.reports.style import hues
+from tpvprune.reports.tables import both, command_lines, section
+from tpvprune.reports.text import cell
+
+Run = tuple[str, Mapping[str, Any]]
+"""The name of a run and its ``report.json``."""
+
+_SETTINGS = (
+    ("model", "Model"),
+    ("weights", "Weights"),
+    ("keep", "Keep"),
+    ("of", "Of"),
+    ("criterion", "Criterion"),
+    ("allocation", "Allocation"),
+    ("repair", "Repair"),
+    ("num_images", "Images"),
+    ("used_labels", "Labels used"),
+    ("seed", "Seed"),
+)
+_STYLE = """
+header { margin-bottom: 3rem; }
+.legend { list-style: none; margin: 0; padding: 0; font-size: .8125rem; }
+.legend li::before, .dot::before { content: ""; display: inline-block; width: .65em;
+  height: .65em; border-radius: 50%; margin-right: .6em; background: var(--c); }
+svg g circle { fill: var(--c); } .curve { stroke: var(--c); stroke-width: 1.75; opacity: .45; }
+svg g circle { r: 4px; }
+.cells td { min-width: 6.5rem; } .cells th { font-weight: 400; }
+.cells .share { display: block; height: .3rem; margin-top: .2rem; border-radius: 2px;
+  background: var(--fill); box-shadow: inset 0 0 0 1px var(--edge); }
+.cells .share span { display: block; height: 100%; border-radius: 2px; background: var(--c); }
+td.best { color: var(--kept); font-weight: 600; }
+.runs th { white-space: normal; } .runs tbody th { overflow-wrap: anywhere; }
+.runs td { vertical-align: top; } .runs tbody th { vertical-align: top; min-width: 7rem; }
+.runs .on { display: block; color: var(--soft); font-weight: 400; font-size: .75rem;
+  line-height: 1.35; white-space: normal; }
+.wraps td, .wraps thead th { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
+.wraps tbody th { vertical-align: top; padding-right: .7rem; } .wraps td { vertical-align: top; }
+@media (max-width: 40rem) {
+  .runs thead { display: none; } .runs table, .runs tbody { display: block; }
+  .runs tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem 1rem;
+    border-top: 1px solid var(--line); padding: .7rem 0 1rem; }
+  .runs tbody th { grid-column: 1 / -1; border: 0; padding: 0; }
+  .runs td { display: block; text-align: left; border: 0; padding: 0; }
+  .runs td:empty { display: none; }
+  .runs td::before { content: attr(data-label); display: block; color: var(--soft);
+    font-weight: 400; font-size: .75rem; white-space: normal; }
+  .cells td { min-width: 4.5rem; } .cells .name { overflow-wrap: anywhere; }
+}
+"""
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of one run that runs are compared by.
+
+    Args:
+        report: Its ``report.json``.
+
+    Returns:
+        ``macs``, ``params``, ``nonzero_params`` (None where no parameter is zero) and ``latency``
+        as fractions of the dense model's, ``top1``, ``top1_change``, ``agreement``; None where one
+        was not measured.
+    """
+    dense, pruned = both(report)
+
+    def share(key: str) -> float | None:
+        if not dense.get(key) or pruned.get(key) is None:
+            return None
+        return float(pruned[key] / dense[key])
+
+    top1, before = pruned.get("top1"), dense.get("top1")
+    return {
+        "macs": share("macs"),
+        "params": share("params"),
+        "nonzero_params": share("nonzero_params")
+        if "nonzero_params" in cost_labels(dense, pruned)
+        else None,
+        "latency": share("latency_ms"),
+        "top1": top1,
+        "top1_change": None if top1 is None or before is None else top1 - before,
+        "agreement": pruned.get("agreement"),
+    }
+
+
+def figures_of_all(runs: Sequence[Run]) -> list[dict[str, float | None]]:
+    """Return what :func:`figures_of` does of each run, non-zero parameters for all or for none.
+
+    Args:
+        runs: Names and reports.
+
+    Returns:
+        A dict per run. Where one run has zeros among its parameters, the non-zero parameters of
+        those that have none are all of them.
+    """
+    found = [figures_of(report) for _, report in runs]
+    if any(row["nonzero_params"] is not None for row in found):
+        for row in found:
+            if row["nonzero_params"] is None:
+                row["nonzero_params"] = row["params"]
+    return found
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """Render several runs as one HTML page, without any outside resource.
+
+    Args:
+        runs: At least one; each part of a report may be missing.
+
+    Returns:
+        The page.
+    """
+    models = list(dict.fromkeys(str(report.get("model") or "a model") for _, report in runs))
+    title = f"{len(runs)} runs of {', '.join(models[:3])}" + (" \u2026" if models[3:] else "")
+    lead = (
+        "Costs are fractions of each run\u2019s own dense model."
+        if len(models) > 1
+        else "Costs are fractions of the dense model."
+    )
+    head = f'<header><h1>{cell(title)}</h1><p class="lead">{lead}</p></header>'
+    parts = [head, _numbers(runs), _chart(runs), _settings(runs), _widths(runs), _commands(runs)]
+    return page(title, parts, style=_STYLE + hues(len(runs)))
+
+
+def measured_on(report: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return which images accuracy and agreement of one run were measured on.
+
+    Args:
+        report: Its ``report.json``.
+
+    Returns:
+        ``top1``, ``top1_change`` and ``agreement``: number and kind, as ``512 other images``; None
+        where it is not known, or nothing was measured.
+    """
+    pruned, on = both(report)[1], (report.get("images") or {}).get("agreement_on")
+    agreed = None if on is None or pruned.get("agreement") is None else str(on)
+    labelled = agreed if str(agreed).endswith("labelled images") else None
+    if pruned.get("num_images"):
+        labelled = f"{int(pruned['num_images'])} labelled images"
+    top1 = None if pruned.get("top1") is None else labelled
+    return {"top1": top1, "top1_change": top1, "agreement": agreed}
+
+
+def _numbers(runs: Sequence[Run]) -> str:
+    columns: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
+        ("macs", "MACs", percent, False),
+        ("params", "Parameters", percent, False),
+        ("nonzero_params", "Non-zero parameters", percent, False),
+        ("latency", "Latency", percent, False),
+        ("top1", "Top-1", lambda x: percent(x, 2), True),
+        ("top1_change", "Change", lambda x: f"{100 * x:+.2f}".replace("-", "\u2212"), True),
+        ("agreement", "Agreement", lambda x: percent(x, 2), True),
+    )
+    found = figures_of_all(runs)
+    images = [measured_on(report) for _, report in runs]
+    shown = [c for c in columns if any(row[c[0]] is not None for row in found)]
+    best = {key: _best(key, found, images, more=more) for key, _, _, more in shown}
+    body = ""
+    for i, ((name, _), row, on) in enumerate(zip(runs, found, images, strict=True)):
+        cells = "".join(
+            _number(label, row[key], write, "" if key == "top1_change" else on.get(key), best[key])
+            for key, label, write, _ in shown
+        )
+        body += f'<tr><th class="dot c{i}">{cell(name)}</th>{cells}</tr>'
+    head = "".join(f"<th>{label}</th>" for _, label, _, _ in shown)
+    about = "<p>The best of each column stands out"
+    unlike = [label for key, label, _, _ in shown if _is_unlike(key, found, images)]
+    if unlike:
+        about += (
+            f", but not of {cell(' and '.join(unlike).lower())}: it was not measured on equally "
+            "many images of the same kind, or that is not known"
+        )
+    table = f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return section("Numbers", f"{about}.</p>", f'<div class="runs">{table}</div>', style="across")
+
+
+def _number(
+    label: str, value: float | None, write: Callable[[float], str], on: str | None, best: Any
+) -> str:
+    if value is None:
+        return "<td></td>"
+    below = f'<span class="on">{cell(_counted(on))}</span>' if on else ""
+    mark = " class=best" if value == best else ""
+    return f'<td data-label="{label}"{mark}>{write(value)}{below}</td>'
+
+
+def _counted(on: str) -> str:
+    num, space, kind = on.partition(" ")
+    return f"{whole(int(num))}{space}{kind}" if num.isdecimal() else on
+
+
+def _best(key: str, found: Sequence[Any], images: Sequence[Any], *, more: bool) -> float | None:
+    values = [row[key] for row in found if row[key] is not None]
+    if len(found) < 2 or _is_unlike(key, found, images):
+        return None
+    return (max if more else min)(values)
+
+
+def _is_unlike(key: str, found: Sequence[Any], images: Sequence[Any]) -> bool:
+    # True as well where it is not known which images the numbers of the column come from.
+    if key not in images[0]:
+        return False
+    on = {where[key] for row, where in zip(found, images, strict=True) if row[key] is not None}
+    return len(on) > 1 or None in on
+
+
+def _chart(runs: Sequence[Run]) -> str:
+    found = [figures_of(report) for _, report in runs]
+    key = "top1" if all(row["top1"] is not None for row in found) else "agreement"
+    label = "Top-1" if key == "top1" else "Agreement with the dense model"
+    curves = []
+    for i, ((name, report), row) in enumerate(zip(runs, found, strict=True)):
+        macs, value = row["macs"], row[key]
+        if macs is None or value is None:
+            continue
+        before = both(report)[0].get("top1") if key == "top1" else 1.0
+        start = [] if before is None else [(1.0, float(before), None)]
+        curves.append(Curve(name, f"c{i}", [*start, (macs, value, None)]))
+    if not curves:
+        return ""
+    keys = "".join(f'<li class="{c.style}">{cell(c.label)}</li>' for c in curves)
+    about = (
+        f"<p>{label}, against the share of MACs that is left; each line starts at the dense "
+        f'model.</p><ul class="legend">{keys}</ul>'
+    )
+    chart = curve_chart(curves, f"{label} against MACs")
+    return section("Top-1 against MACs" if key == "top1" else "Agreement", about, chart)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    reports = [report for _, report in runs]
+    rows = [(label, [report.get(key) for report in reports]) for key, label in _SETTINGS]
+    packages = sorted({name for report in reports for name in report.get("versions") or {}})
+    rows += [(name, [(r.get("versions") or {}).get(name) for r in reports]) for name in packages]
+    shown = [(label, values) for label, values in rows if len(set(map(str, values))) > 1]
+    if not shown:
+        same = "<p>Model, images and settings are the same in all runs.</p>"
+        return section("What differs", same, "") if len(runs) > 1 else ""
+    head = "".join(f'<th class="dot c{i}">{cell(name)}</th>' for i, (name, _) in enumerate(runs))
+    body = "".join(
+        f"<tr><th>{cell(label)}</th>"
+        + "".join(f"<td>{cell(_text(value))}</td>" for value in values)
+        + "</tr>"
+        for label, values in shown
+    )
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    about = "<p>Settings and versions that are not the same in all runs.</p>"
+    return section("What differs", about, f'<div class="scroll wraps">{table}</div>')
+
+
+def _widths(runs: Sequence[Run]) -> str:
+    # Runs that only set single weights to zero have no widths.
+    kept = {
+        i: {str(g["name"]): g for g in report["groups"]}
+        for i, (_, report) in enumerate(runs)
+        if report.get("groups")
+    }
+    names = list(dict.fromkeys(name for groups in kept.values() for name in groups))
+    if not names:
+        return ""
+    head = "".join(f'<th class="dot c{i}">{cell(runs[i][0])}</th>' for i in kept)
+    body = ""
+    for name in names:
+        cells = "".join(_width(groups.get(name), i) for i, groups in kept.items())
+        body += f'<tr><th><span class="name">{cell(name)}</span></th>{cells}</tr>'
+    table = (
+        f'<table class="cells"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
+    about = "<p>Channels that stay, of those that the dense model has.</p>"
+    return section("Kept width", about, f'<div class="scroll wraps">{table}</div>')
+
+
+def _width(group: Mapping[str, Any] | None, i: int) -> str:
+    if group is None:
+        return "<td></td>"
+    kept, dense = int(group["kept"]), int(group["num_channels"])
+    share = f"{100 * kept / max(dense, 1):.1f}"
+    return (
+        f'<td>{kept}<span class="soft">\u202f/\u202f{dense}</span>'
+        f'<span class="share c{i}"><span style="width:{share}%"></span></span></td>'
+    )
+
+
+def _commands(runs: Sequence[Run]) -> str:
+    items = "".join(
+        f'<p class="dot c{i}">{cell(name)}</p><pre>{cell(command_lines(report["command"]))}</pre>'
+        for i, (name, report) in enumerate(runs)
+        if report.get("command")
+    )
+    return section("Commands", "", items) if items else ""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return significant(value)
+    return short(value) if isinstance(value, int) and value >= 10_000 else str(value)

@@ -1,0 +1,133 @@
+"""The report of one pruning run: ``report.json``, and the same as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tpvprune.reports.changes import classes, samples
+from tpvprune.reports.page import page
+from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
+from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
+from tpvprune.reports.training import training
+
+DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What comes of a page that is made of data of the wrong kind."""
+_MAX_BYTES = 256 * 2**20
+_SECTIONS = (
+    before_after, comparison, training, widths, weights, steps, classes, samples, scores, repairs,
+    blocked, making,
+)  # fmt: skip
+
+
+def report_data(result: Any) -> dict[str, Any]:
+    """Return a ``PruningResult`` as the data of a report, scores included.
+
+    Args:
+        result: What ``prune`` returned.
+
+    Returns:
+        The result's own ``report`` with ``scores``: group -> values, stderr, kept.
+    """
+    data = dict(result.report)
+    if result.scores is not None:
+        stderr = getattr(result.scores, "stderr", None) or {}
+        data["scores"] = {
+            name: {
+                "values": values,
+                "stderr": stderr.get(name),
+                "kept": _matching(result.kept.get(name), values),
+            }
+            for name, values in result.scores.items()
+        }
+    return data
+
+
+def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.html``, a page without any outside resource.
+
+    Every part may be missing; its section is then left out. Known keys are those of
+    ``PruningResult.report``, and ``model``, ``command``, ``versions``, ``preprocessing``,
+    ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``,
+    ``disagreement`` (of ``disagreement.disagreement``) and ``class_names``.
+
+    Args:
+        data: Numbers, strings, tensors, dataclasses, and containers of them. What is not
+            finite becomes null.
+        folder: An existing folder.
+
+    Returns:
+        The two files.
+    """
+    plain = _plain(data)
+    folder = Path(folder)
+    files = folder / "report.json", folder / "report.html"
+    files[0].write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files[1].write_text(render(plain), encoding="utf-8")
+    return files
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """Read the ``report.json`` of a saved run, and see that a page can be made of it.
+
+    Args:
+        folder: What ``save_pruned`` wrote.
+
+    Returns:
+        Its data; empty where there is no report.
+
+    Raises:
+        ValueError: If it is too large, no JSON, or holds something else.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, found more")
+    try:
+        report = dict(json.loads(path.read_text(encoding="utf-8")))
+        render(report)
+    except DAMAGE as error:
+        raise ValueError(f"{path}: expected the report of a run, found damage") from error
+    return report
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """Render the report's data as one HTML page.
+
+    Args:
+        data: As JSON holds it; see ``write_report``.
+
+    Returns:
+        The page.
+    """
+    parts = [header(data), figures(data), *(section(data) for section in _SECTIONS)]
+    return page(title_of(data), parts)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON holds it: tensors as lists, what is not finite as null."""
+    if isinstance(value, Tensor):
+        return _plain(value.detach().cpu().tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(
+            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        )
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _matching(kept: Tensor | None, values: Tensor) -> Tensor | None:
+    """Return the mask if it speaks of the same channels as the scores."""
+    return kept if kept is not None and len(kept) == len(values) else None

@@ -1,0 +1,360 @@
+"""The report's sentences and tables; each is left out where its data is missing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tpvprune.reports.charts import percent, short, significant, whole
+from tpvprune.reports.costs import cost_labels
+from tpvprune.reports.text import cell
+
+_COLUMNS = {
+    "criterion": "Criterion",
+    "repair": "Repair",
+    "labels": "Labels",
+    "macs": "MACs",
+    "params": "Parameters",
+    "output_variance": "Output variance",
+    "agreement": "Agreement",
+    "top1": "Top-1",
+}
+_USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
+_WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+
+
+def title_of(data: Mapping[str, Any]) -> str:
+    """Name the model and what was asked for.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A line of text.
+    """
+    model = data.get("model") or "Model"
+    keep = data.get("keep")
+    if keep is None:
+        return f"{model}, pruned"
+    return (
+        f"{model}, pruned to {percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)} of its {_of(data)}"
+    )
+
+
+def header(data: Mapping[str, Any]) -> str:
+    """Say in a sentence what was won, and whether the budget was reached.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        The page header.
+    """
+    dense, pruned = both(data)
+    sentences = []
+    agreement = pruned.get("agreement")
+    if agreement is not None:
+        seen_on = str((data.get("images") or {}).get("agreement_on", "the images"))
+        sentences.append(
+            f"It chooses the same class as the dense model on "
+            f"<strong>{percent(agreement)}</strong> of {cell(seen_on)}."
+        )
+    if data.get("used_labels") is False:
+        sentences.append("<strong>No label was used</strong> to score, cut or repair it.")
+    elif (data.get("training") or {}).get("used_labels"):
+        sentences.append("It was trained with labels after the cut.")
+    elif data.get("used_labels"):
+        sentences.append(f"The criterion {cell(data.get('criterion'))} used labels.")
+    lead = f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
+    warnings = "".join(f'<p class="warn">{cell(line)}</p>' for line in data.get("warnings") or ())
+    if data.get("reached") is False:
+        share = _ratio(pruned, dense, str(data.get("of") or "macs"))
+        found = f": it stopped at {percent(share)}" if share is not None else ""
+        warnings += (
+            f'<p class="warn"><strong>The budget was not reached</strong>{found}. '
+            "What is left is protected or blocked; see the layers left whole below.</p>"
+        )
+    return f"<header><h1>{cell(title_of(data))}</h1>{warnings}{lead}</header>"
+
+
+def figures(data: Mapping[str, Any]) -> str:
+    """Show the numbers that matter most.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A list, or nothing.
+    """
+    dense, pruned = both(data)
+    found = []
+    for key, label in cost_labels(dense, pruned).items():
+        share = _ratio(pruned, dense, key)
+        if share is not None:
+            found.append(
+                (capitalised(label), percent(share), f"{short(pruned[key])} of {short(dense[key])}")
+            )
+    if pruned.get("top1") is not None:
+        sub = ""
+        if dense.get("top1") is not None:
+            change = f"{100 * (pruned['top1'] - dense['top1']):+.1f}".replace("-", "\u2212")
+            sub = f"{percent(dense['top1'])} dense ({change})"
+        found.append(("Top-1", percent(pruned["top1"]), sub))
+    if pruned.get("agreement") is not None:
+        found.append(("Agreement", percent(pruned["agreement"]), "with the dense model"))
+    if pruned.get("latency_ms") is not None:
+        sub = ""
+        if dense.get("latency_ms"):
+            faster = dense["latency_ms"] / max(pruned["latency_ms"], 1e-9)
+            sub = f"{significant(dense['latency_ms'])}\u202fms dense ({faster:.2f}\u00d7)"
+        found.append(("Latency", f"{significant(pruned['latency_ms'])}\u202fms", sub))
+    items = "".join(
+        f'<div><dt>{label}</dt><dd class="big">{_small_unit(value)}</dd>'
+        f'<dd class="sub">{sub}</dd></div>'
+        for label, value, sub in found
+    )
+    return f'<dl class="figures">{items}</dl>' if items else ""
+
+
+def before_after(data: Mapping[str, Any]) -> str:
+    """Tabulate every measured number of both models.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    dense, pruned = both(data)
+    share = "output_variance_share"
+    if pruned.get("output_variance") is not None and data.get("output_second_moment"):
+        pruned[share] = pruned["output_variance"] / data["output_second_moment"]
+    costs = {key: (capitalised(name), whole) for key, name in cost_labels(dense, pruned).items()}
+    writers: dict[str, tuple[str, Callable[[Any], str]]] = {
+        **costs,
+        "macs": ("MACs of one input", whole),
+        "top1": ("Top-1", lambda x: percent(x, 2)),
+        "top5": ("Top-5", lambda x: percent(x, 2)),
+        "agreement": ("Agreement with dense", lambda x: percent(x, 2)),
+        "output_variance": ("Output variance E\u2016\u0394f\u2016\u00b2", significant),
+        share: ("\u2026 as a share of E\u2016f\u2016\u00b2", lambda x: percent(x, 2)),
+        "latency_ms": ("Latency, median", lambda x: f"{significant(x)}\u202fms"),
+        "latency_sd_ms": ("\u2026 standard deviation", lambda x: f"{significant(x)}\u202fms"),
+        "latency_range_ms": (
+            "\u2026 fastest to slowest round",
+            lambda x: f"{significant(x[0])} \u2013 {significant(x[1])}\u202fms",
+        ),
+    }
+    body = ""
+    for key, (label, write) in writers.items():
+        cells = [write(side[key]) if side.get(key) is not None else "" for side in (dense, pruned)]
+        if any(cells):
+            body += f"<tr><th>{label}</th><td>{cells[0]}</td><td>{cells[1]}</td></tr>"
+    if not body:
+        return ""
+    count = next((s["num_images"] for s in (pruned, dense) if s.get("num_images")), None)
+    about = f"<p>Accuracy on {whole(count)} labelled images.</p>" if count else ""
+    batch = pruned.get("latency_batch_size")
+    about += f"<p>Latency of one call with a batch of {cell(batch)}.</p>" if batch else ""
+    about += _held_back(data.get("held_back") or {})
+    head = "<tr><th></th><th>Dense</th><th>Pruned</th></tr>"
+    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return section("Before and after", about, table)
+
+
+def _held_back(facts: Mapping[str, Any]) -> str:
+    """Return how far the model is from the dense one on images that nothing was fitted to."""
+    if facts.get("agreement") is None:
+        return ""
+    text = f"On {whole(facts['num_images'])} images held back: agreement "
+    text += percent(facts["agreement"])
+    if facts.get("chance_agreement") is not None:
+        text += f" (by chance {percent(facts['chance_agreement'])})"
+    if facts.get("variance_share") is not None:
+        share = significant(facts["variance_share"], 2)
+        text += f", output variance {share} of the dense model\u2019s own"
+    return f"<p>{text}.</p>"
+
+
+def comparison(data: Mapping[str, Any]) -> str:
+    """Tabulate criteria side by side.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    rows = data.get("comparison")
+    if not rows:
+        return ""
+    keys = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    others = dict.fromkeys(key for row in rows for key in row)
+    keys += [key for key in others if key not in (*_COLUMNS, "saved")]
+    dense_macs = both(data)[0].get("macs")
+    head = "".join(f"<th>{cell(_COLUMNS.get(key, key))}</th>" for key in keys)
+    body = ""
+    for row in rows:
+        ours = row.get("saved") is True
+        cells = "".join(f"<td>{_cell(key, row.get(key), dense_macs)}</td>" for key in keys)
+        body += f"<tr{' class=ours' if ours else ''}>{cells}</tr>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    about = "<p>Same budget, same repair, same images. The saved model stands out.</p>"
+    if data.get("comparison_note"):
+        about += f"<p>{cell(data['comparison_note'])}</p>"
+    return section(
+        "Criteria compared",
+        about,
+        f'<div class="scroll">{table}</div>',
+    )
+
+
+def making(data: Mapping[str, Any]) -> str:
+    """State command, settings, times and versions.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    command = command_lines(data.get("command"))
+    body = f"<pre>{cell(command)}</pre>" if command else ""
+    settings = {
+        label: data.get(key)
+        for key, label in (
+            ("weights", "Weights"),
+            ("criterion", "Criterion"),
+            ("repair", "Repair"),
+            ("repair_chosen", "Repair chosen"),
+            ("num_images", "Images"),
+            ("num_held_back", "Images held back"),
+            ("seed", "Seed"),
+        )
+    }
+    used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
+    timings = {k: f"{significant(v)}\u202fs" for k, v in (data.get("timings") or {}).items() if v}
+    lists = (
+        ("Settings", settings),
+        ("Images used", used),
+        ("Preprocessing", data.get("preprocessing") or {}),
+        ("Time", timings),
+        ("Versions", data.get("versions") or {}),
+    )
+    facts = "".join(_facts(title, entries) for title, entries in lists)
+    if not body and not facts:
+        return ""
+    about = ""
+    if data.get("used_labels") is False:
+        about = (
+            "<p>Scoring, cutting and repair saw inputs only; labels are dropped from every batch."
+        )
+        if both(data)[1].get("top1") is not None:
+            about += " Labels were read afterwards, to measure the accuracy above."
+        about += "</p>"
+    elif data.get("used_labels"):
+        about = "<p>Labels were used.</p>"
+    return section("How it was made", about, f'{body}<div class="facts">{facts}</div>')
+
+
+def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the two evaluations, the agreement among them.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        Dense and pruned, as dicts that may be changed.
+    """
+    dense, pruned = dict(data.get("dense") or {}), dict(data.get("pruned") or {})
+    if pruned.get("agreement") is None and data.get("agreement") is not None:
+        pruned["agreement"] = data["agreement"]
+    return dense, pruned
+
+
+def section(title: str, about: str, body: str, *, style: str = "") -> str:
+    """Set a heading and a few words beside a table or picture.
+
+    Args:
+        title: Heading.
+        about: HTML paragraphs.
+        body: HTML.
+        style: Class of the whole; ``across`` sets the words above, for what needs the width.
+
+    Returns:
+        HTML.
+    """
+    text = f'<div class="about"><h2>{title}</h2>{about}</div>'
+    mark = f' class="{style}"' if style else ""
+    return f"<section{mark}>{text}<div>{body}</div></section>"
+
+
+def capitalised(label: str) -> str:
+    """Return a label as a heading: its first letter large, the others as they are."""
+    return label[:1].upper() + label[1:]
+
+
+def _of(data: Mapping[str, Any]) -> str:
+    return _WHAT.get(str(data.get("of")), str(data.get("of") or "MACs"))
+
+
+def _small_unit(text: str) -> str:
+    number, _, unit = text.partition("\u202f")
+    return f"{number}<small>{unit}</small>"
+
+
+def _cell(key: str, value: Any, dense_macs: Any) -> str:
+    if value is None:
+        return '<span class="soft">\u2013</span>'
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "macs" and value > 1 and dense_macs:
+        return percent(value / dense_macs)
+    if key in ("top1", "top5", "agreement") or (key == "macs" and value <= 1):
+        return percent(value)
+    if isinstance(value, (int, float)):
+        return short(value) if key in ("macs", "params") else significant(value)
+    return cell(value)
+
+
+def command_lines(command: Any) -> str:
+    """Write a command with one flag a line where it is long.
+
+    Args:
+        command: A shell's line, a list of words, or None.
+
+    Returns:
+        Text for a shell.
+    """
+    try:
+        words = shlex.split(command) if isinstance(command, str) else list(map(str, command or ()))
+    except ValueError:  # not a shell's line: as it is
+        return str(command)
+    line = shlex.join(words)
+    if len(line) <= 76:
+        return line
+    return " ".join(
+        ("\\\n  " if word.startswith("--") else "") + shlex.quote(word) for word in words
+    )
+
+
+def _facts(title: str, entries: Mapping[str, Any]) -> str:
+    items = "".join(
+        f"<dt>{cell(key)}</dt><dd>{cell(_fact(value))}</dd>"
+        for key, value in entries.items()
+        if value is not None
+    )
+    return f"<div><h3>{title}</h3><dl>{items}</dl></div>" if items else ""
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_fact, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ratio(pruned: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
+    if not dense.get(key) or pruned.get(key) is None:
+        return None
+    return float(pruned[key] / dense[key])

@@ -1,0 +1,49 @@
+"""The report's account of a training that followed the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpvprune.reports.charts import percent, significant, whole
+from tpvprune.reports.tables import section
+
+
+def training(data: Mapping[str, Any]) -> str:
+    """State how the model was trained, and how much closer to the dense one that brought it.
+
+    Args:
+        data: The report's data.
+
+    Returns:
+        A section, or nothing.
+    """
+    facts = data.get("training")
+    if not facts:
+        return ""
+    rows = [
+        ("Epochs", whole(facts["epochs"])),
+        ("Peak learning rate", significant(facts["lr"])),
+        ("Images", whole(facts["num_images"]) if facts.get("num_images") else "a stream"),
+        ("Images per batch", whole(facts["batch_size"])),
+    ]
+    if facts.get("seconds") is not None:
+        rows.append(("Time", f"{significant(facts['seconds'])}\u202fs"))
+    before, after = facts["before"], facts["after"]
+    for key, label, write in (
+        ("output_variance", "Output variance E\u2016\u0394f\u2016\u00b2", significant),
+        ("agreement", "Agreement with dense", lambda x: percent(x, 2)),
+    ):
+        cells = ("" if side.get(key) is None else write(side[key]) for side in (before, after))
+        rows.append((label, " \u2192 ".join(cells)))
+    body = "".join(f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in rows)
+    teacher = (
+        "With labels and cross-entropy."
+        if facts.get("used_labels")
+        else "Towards the dense model\u2019s outputs on the same augmented images, without labels."
+    )
+    about = (
+        f"<p>{teacher} Output variance and agreement on {whole(facts['num_held_back'])} images "
+        "held back from training.</p>"
+    )
+    return section("Training", about, f"<table><tbody>{body}</tbody></table>")

@@ -1,0 +1,309 @@
+"""timm models by name, with weights from a file, the hub or chance."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
+from tpvprune.disk.file_kinds import found_instead
+from tpvprune.disk.places import check_checkpoint
+from tpvprune.saved.downloads import HUB, go_offline_if_unreachable, is_unreachable
+
+_MAX_NAMED = 3
+_FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How a model was made, enough to make its architecture again.
+
+    Attributes:
+        name: timm's name of the architecture, or package.module:factory.
+        kwargs: Keyword arguments of `timm.create_model`, or of the factory.
+        weights: "random", "pretrained" or the path of the checkpoint.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: str = "random"
+
+
+def load_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    input_size: Sequence[int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    allow_import: bool = False,
+) -> tuple[nn.Module, ModelSource]:
+    """Make a timm model, or one of the user's own, in evaluation mode, on the CPU.
+
+    Args:
+        name: timm's name, with or without a tag, or hf-hub:... or local-dir:..., or
+            package.module:factory, a function of the user's own that returns a module.
+        pretrained: Load timm's pretrained weights.
+        checkpoint: Safetensors file, or torch file that loads as weights only.
+        num_classes: Size of the classifier; read from the checkpoint if None.
+        input_size: (channels, height, width), for models that are built for a size.
+        model_kwargs: Further keyword arguments of the model.
+        seed: Of the random weights.
+        allow_import: Take package.module:factory, which runs code: only for a name that the
+            user has typed, never for one that was read from a file.
+
+    Returns:
+        The model and how it was made.
+
+    Raises:
+        ValueError: If the model is unknown, cannot be built, or the checkpoint is
+            missing, unreadable or of other keys or shapes.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError("expected one of pretrained and a checkpoint, found both")
+    if allow_import and is_factory(name):
+        if pretrained:
+            raise ValueError(f"{name}: expected a model of timm's for --pretrained")
+        return _own_model(name, checkpoint, num_classes, model_kwargs or {}, seed)
+    _check_name(name)
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    kwargs = _input_kwargs(name, input_size) | dict(model_kwargs or {})
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    if pretrained or name.startswith(HUB):
+        go_offline_if_unreachable()
+    try:
+        model = build()
+        if state is not None and num_classes is None:
+            found = _classes_of(model, state)
+            if found not in (None, getattr(model, "num_classes", None)):
+                kwargs["num_classes"] = found
+                model = build()
+    except Exception as error:
+        raise ValueError(f"model {name!r}: {_reason(error)}") from error
+    if state is not None:
+        _load(model, state, str(checkpoint))
+    weights = str(checkpoint) if checkpoint else "pretrained" if pretrained else "random"
+    if name.startswith("hf-hub:") and pretrained:
+        weights = name
+    architecture = str(pretrained_config(model).get("architecture") or name)
+    return model.eval(), ModelSource(architecture, kwargs, weights)
+
+
+def is_factory(name: str) -> bool:
+    """Tell whether a model's name is that of a function of the user's own.
+
+    Args:
+        name: As the user has given it.
+
+    Returns:
+        True for package.module:factory.
+    """
+    return _FACTORY.fullmatch(name) is not None
+
+
+def _own_model(
+    name: str,
+    checkpoint: str | Path | None,
+    num_classes: int | None,
+    model_kwargs: Mapping[str, Any],
+    seed: int,
+) -> tuple[nn.Module, ModelSource]:
+    kwargs = dict(model_kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    factory = _imported(name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = factory(**kwargs)
+    except Exception as error:
+        raise ValueError(f"model {name!r}: cannot be built ({_first_line(error)})") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model {name!r}: expected a function that returns a torch.nn.Module, found one that "
+            f"returns {type(model).__name__}"
+        )
+    if state is not None:
+        _load(model, state, str(checkpoint))
+    weights = str(checkpoint) if checkpoint else "random"
+    return model.eval(), ModelSource(name, kwargs, weights)
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        with _working_folder_importable():
+            found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"model {name!r}: cannot be imported ({_first_line(error)})") from error
+    if not callable(found) or (inspect.isclass(found) and not issubclass(found, nn.Module)):
+        raise ValueError(f"model {name!r}: {module} has no function or module class {attribute!r}")
+    return found
+
+
+@contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    # At the end: nothing that lies in the working folder can stand in for an installed package.
+    folder = str(Path.cwd())
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict without ever running pickled code.
+
+    Args:
+        path: Safetensors file, or a torch file that loads with `weights_only=True`.
+            A training checkpoint's EMA weights are taken where it has some.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        ValueError: If the file is missing, not a checkpoint, or holds no tensors.
+    """
+    check_checkpoint(path)
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    except Exception as error:
+        found = found_instead(path, _first_line(error))
+        raise ValueError(
+            f"{path}: expected a safetensors file or a torch checkpoint of weights, found {found}"
+        ) from error
+    if not tensors:
+        raise ValueError(f"{path}: expected tensors, found none")
+    return tensors
+
+
+def pretrained_config(model: nn.Module) -> dict[str, Any]:
+    """Return a timm model's `pretrained_cfg`, empty for any other model."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return dict(config) if config else {}
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("local-dir:"):
+        _check_local(name)
+    if name.startswith((*HUB, "local-dir:")):
+        return
+    if Path(name).is_dir():
+        raise ValueError(
+            f"unknown model {name!r}, it is a folder: a saved pruned model is named without "
+            "--model, a folder of timm's as local-dir:..."
+        )
+    base = name.split(".", 1)[0]
+    if timm.is_model(base):
+        return
+    close = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.6)
+    hint = f": did you mean {', '.join(close)}?" if close else ""
+    raise ValueError(f"unknown model {name!r}{hint}")
+
+
+def _check_local(name: str) -> None:
+    path = Path(name.partition(":")[2]) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r}: expected {path} of timm, found none") from error
+    if isinstance(config, dict) and "format_version" in config:
+        raise ValueError(
+            f"model {name!r}: this is a saved pruned model: name the folder {path.parent} "
+            "instead of --model (evaluate, groups, distill, export)"
+        )
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"model {name!r}: expected 'architecture' in {path}, found none")
+
+
+def _input_kwargs(name: str, input_size: Sequence[int] | None) -> dict[str, Any]:
+    if input_size is None:
+        return {}
+    kwargs: dict[str, Any] = {}
+    if input_size[0] != 3:
+        kwargs["in_chans"] = input_size[0]
+    config = None if ":" in name else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is not None and config.fixed_input_size:
+        kwargs["img_size"] = tuple(input_size[1:])
+    return kwargs
+
+
+def _classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of rows of the classifier in `state`, if it is there."""
+    names = pretrained_config(model).get("classifier") or ()
+    if isinstance(names, str):
+        names = (names,)
+    for name in names:
+        weight = state.get(f"{name}.weight")
+        if weight is not None:
+            return int(weight.shape[0])
+    return None
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    own = model.state_dict()
+    # Checkpoints from before PyTorch 0.4.1, and many since, lack these counters.
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    state = {**counters, **state}
+    missing = [key for key in own if key not in state]
+    surplus = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    differing = [
+        f"{what} {', '.join(keys[:_MAX_NAMED])}"
+        + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
+        for what, keys in (
+            ("lacks", missing),
+            ("has unknown", surplus),
+            ("has shape", shapes),
+        )
+        if keys
+    ]
+    if differing:
+        raise ValueError(f"{path}: does not fit the model: {'; '.join(differing)}")
+    model.load_state_dict(state, strict=True)
+
+
+def _reason(error: Exception) -> str:
+    if is_unreachable(error):
+        return (
+            "its weights are not in the local cache, and the hub cannot be reached: check the "
+            "network, or pass --checkpoint F with a file that you have"
+        )
+    if isinstance(error, FileNotFoundError):
+        return f"cannot be found ({_first_line(error)})"
+    return f"cannot be built ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0][:120] if lines else type(error).__name__

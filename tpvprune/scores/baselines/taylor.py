@@ -1,0 +1,86 @@
+"""First-order change of the labelled loss, to compare against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroups
+from tpvprune.passes.running import evaluating
+from tpvprune.scores.baselines.gradients import (
+    labelled_pairs,
+    loss_gradients,
+    per_channel,
+    scored_by_torch_pruning,
+)
+from tpvprune.scores.tpv import Scores
+
+
+def taylor_scores(
+    model: nn.Module,
+    groups: ChannelGroups,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    variant: Literal["fixed", "torch_pruning"] = "fixed",
+    seed: int = 0,
+) -> Scores:
+    """Score channels by the first-order change of the labelled loss. Needs labels.
+
+    `fixed`: S_c = |Σ w·∂L/∂w| over the weights that read channel c, L the mean
+    cross-entropy over all images. This is |∂L/∂gate_c|, each channel counted once.
+
+    `torch_pruning`: S_c = Σ |w·g| over the weights of convolutions, linear layers and
+    LayerNorms on both sides, g the sum over batches of the gradient of the batch-mean
+    loss: `GroupTaylorImportance(group_reduction="sum", normalizer=None)` of version
+    1.6.1, which by a mix-up of handlers never scores BatchNorm and leaves out
+    depthwise convolutions.
+
+    Batches without labels, or none at all, are a ValueError.
+
+    Args:
+        model: Classifier with outputs [N, K].
+        groups: Channel groups to score.
+        batches: Labelled batches: pairs of inputs and class indices [N].
+        variant: Which formula.
+        seed: Ignored; the criterion is deterministic.
+
+    Returns:
+        Scores, float64 [C] per group, in units of the loss.
+
+    Reference:
+        Molchanov et al. 2019, "Importance estimation for neural network pruning",
+        https://arxiv.org/abs/1906.10771
+    """
+    fixed = variant == "fixed"
+    scored = scored_by_torch_pruning(model, (nn.LayerNorm,))
+    parts = {
+        group.name: [
+            part
+            for part in group.slices
+            if (part.side == "consumer" if fixed else part.param in scored)
+        ]
+        for group in groups
+    }
+    names = {part.param for owned in parts.values() for part in owned}
+    gradients: dict[str, Tensor] = {}
+    num_samples = 0
+    with evaluating(model):
+        for inputs, targets in labelled_pairs("taylor", model, batches):
+            weight = len(inputs) if fixed else 1
+            for name, gradient in loss_gradients(model, names, inputs, targets).items():
+                step = gradient.double() * weight
+                gradients[name] = gradients[name] + step if name in gradients else step
+            num_samples += len(inputs)
+
+    parameters = dict(model.named_parameters())
+    changes = {name: parameters[name].detach() * g for name, g in gradients.items()}
+    changes = {name: c / num_samples if fixed else c.abs() for name, c in changes.items()}
+    sums = per_channel(groups, parts, changes)
+    return Scores(
+        {name: total.abs() for name, total in sums.items()},
+        num_samples=num_samples,
+        criterion="taylor" if fixed else "taylor_torch_pruning",
+        used_labels=True,
+    )

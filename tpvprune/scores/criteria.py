@@ -1,0 +1,75 @@
+"""Every criterion by the name that users type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+from torch import nn
+
+from tpvprune.groups import ChannelGroups
+from tpvprune.processes.membership import alone, num_processes
+from tpvprune.processes.shares import gathered
+from tpvprune.scores.baselines.activations import activation_variance_scores
+from tpvprune.scores.baselines.filters import fpgm_scores, whc_scores
+from tpvprune.scores.baselines.hessian import hessian_scores, lfh_scores
+from tpvprune.scores.baselines.jacobian import jacobian_scores, jbr_scores
+from tpvprune.scores.baselines.taylor import taylor_scores
+from tpvprune.scores.baselines.weights import (
+    bn_scale_scores,
+    lamp_scores,
+    magnitude_scores,
+    random_scores,
+)
+from tpvprune.scores.criterion_names import NEEDS_LABELS
+from tpvprune.scores.tpv import Scores, tpv_scores
+
+__all__ = ["NEEDS_LABELS", "SCORERS", "scorer"]
+
+SCORERS: dict[str, Callable[..., Scores]] = {
+    "tpv": tpv_scores,
+    "jbr": jbr_scores,
+    "lfh": lfh_scores,
+    "magnitude": magnitude_scores,
+    "magnitude_l1": partial(magnitude_scores, p=1),
+    "lamp": lamp_scores,
+    "bn_scale": bn_scale_scores,
+    "fpgm": fpgm_scores,
+    "whc": whc_scores,
+    "random": random_scores,
+    "activation_variance": activation_variance_scores,
+    "taylor": taylor_scores,
+    "taylor_torch_pruning": partial(taylor_scores, variant="torch_pruning"),
+    "hessian": hessian_scores,
+    "hessian_torch_pruning": partial(hessian_scores, variant="torch_pruning"),
+    "obdc_torch_pruning": partial(hessian_scores, variant="obdc_torch_pruning"),
+    "jacobian": jacobian_scores,
+}
+"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``."""
+
+_SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
+
+
+def scorer(criterion: str) -> Callable[..., Scores]:
+    """Return a criterion for processes that each have a share of the images.
+
+    Args:
+        criterion: A key of ``SCORERS``.
+
+    Returns:
+        The scorer. Criteria other than ``"tpv"`` see the images of all processes, in each of them.
+    """
+    found = SCORERS[criterion]
+    if num_processes() == 1 or criterion in _SHARED:
+        return found
+
+    @wraps(found)
+    def on_all_images(
+        model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], **options: Any
+    ) -> Scores:
+        whole = gathered(batches)
+        with alone():
+            return found(model, groups, whole, **options)
+
+    return on_all_images

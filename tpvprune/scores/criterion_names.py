@@ -1,0 +1,53 @@
+"""What criteria are called and which of them read labels, known without importing any."""
+
+from __future__ import annotations
+
+import difflib
+
+NEEDS_LABELS: frozenset[str] = frozenset(
+    {
+        "taylor",
+        "taylor_torch_pruning",
+        "hessian",
+        "hessian_torch_pruning",
+        "obdc_torch_pruning",
+        "jacobian",
+    }
+)
+"""Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""
+
+NAMES: tuple[str, ...] = (
+    "tpv",
+    "jbr",
+    "lfh",
+    "magnitude",
+    "magnitude_l1",
+    "lamp",
+    "bn_scale",
+    "fpgm",
+    "whc",
+    "random",
+    "activation_variance",
+    *("taylor", "taylor_torch_pruning", "hessian", "hessian_torch_pruning"),
+    *("obdc_torch_pruning", "jacobian"),
+)
+"""The keys of ``tpvprune.scores.criteria.SCORERS``, in their order."""
+
+
+def is_labelled(name: str) -> bool:
+    """Tell whether a criterion reads labels.
+
+    Args:
+        name: Name of the criterion.
+
+    Returns:
+        True if it needs labelled images.
+
+    Raises:
+        ValueError: If there is no such criterion, with close matches.
+    """
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(NAMES)}"
+        raise ValueError(f"unknown criterion {name!r}: {hint}")
+    return name in NEEDS_LABELS

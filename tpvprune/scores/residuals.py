@@ -1,0 +1,303 @@
+"""What the other inputs of a layer cannot predict: covariances and residual maps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroups
+from tpvprune.passes.moments import Moments, in_single
+from tpvprune.passes.observer import Observer
+from tpvprune.passes.positions import by_channel, sampled_rows
+from tpvprune.passes.running import evaluating, fast_layout, on_device
+from tpvprune.processes.shares import places, share, total
+from tpvprune.scores.taps import reader_plan
+
+_FLOOR = 1e-10
+_HELD_EVERY = 4
+SHRINKAGES = (1e-3, 0.01, 0.04, 0.1, 0.25, 0.5, 0.8)
+_LARGEST_DOUBLE = 1024  # inputs up to which shrinkages are compared in float64
+
+
+def residual_maps(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    ridge: float,
+    max_samples: int | None = None,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Fit what the other inputs of a reader cannot predict linearly: r = (a - mean) M.
+
+    Column c of M is P[:, c] / P_cc for single channels; the inputs of one unit of several
+    channels (a head) leave together, so M there is P[:, R] P_RR^-1.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...].
+        ridge: See :func:`ridge_inverse`; of readers with more inputs than there are samples the
+            covariance is shrunk instead (:func:`shrunk_precision`).
+        max_samples: Only so many samples, the first, are read; None for all.
+
+    Returns:
+        Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at
+        least.
+    """
+    plan = reader_plan(groups)
+    dtype = in_single(next(model.parameters())[:0]).dtype
+    num, fit, held = folded_covariances(model, groups, inputs, max_samples=max_samples)
+    num = int(total(num))
+    both, maps = merged(fit, held), {}
+    for call in list(both):
+        mean, covariance = both.pop(call)  # one matrix in float64 at a time
+        readers = [(reader.index, reader.channel) for _, reader in plan[call]]
+        if len(mean) <= num:
+            precision = ridge_inverse(covariance, ridge)
+        else:
+            precision = shrunk_precision(fit[call][:2], held.get(call, fit[call])[:2])
+        matrix = residual_map(precision, readers)
+        maps[call] = (mean.to(dtype), matrix.to(dtype))
+    return maps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of one reader vary: mean [n], and inverse covariance [n, n], float64."""
+
+    mean: Tensor
+    precision: Tensor
+
+
+def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> Tensor:
+    r"""Return the inverse of a covariance, shrunk towards its diagonal.
+
+    .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
+
+    with the rho of :data:`SHRINKAGES` with which each input is predicted best from the others on
+    rows that took no part: of few rows the sample covariance promises predictions that hold on
+    these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+    matrices, J. Multivariate Analysis 2004).
+
+    Args:
+        fit: Mean [n] and covariance [n, n], float64.
+        held: Likewise of other rows.
+
+    Returns:
+        [n, n]; NaN if a covariance is not finite.
+    """
+    mean, covariance = fit
+    moved = held[0] - mean
+    spread = held[1] + torch.outer(moved, moved)
+    variance = covariance.diagonal().clamp_min(0)
+    variance = variance + 1e-6 * variance.mean() + 1e-30
+    wide = len(covariance) > _LARGEST_DOUBLE
+    parts = [t.float() if wide else t for t in (covariance, spread, variance)]
+    chosen, least = None, float("inf")
+    for rho in SHRINKAGES:
+        precision = _shrunk_inverse(parts[0], parts[2], rho)
+        if precision is None:
+            continue
+        alone = precision / precision.diagonal()
+        errors = (alone * (parts[1] @ alone)).sum(0) / parts[2]
+        loss = float(errors.mean())
+        if not loss < least:
+            break  # the error falls, then rises
+        chosen, least, best = rho, loss, precision
+    if chosen is None:
+        return torch.full_like(covariance, torch.nan)
+    if not wide:
+        return best
+    precision = _shrunk_inverse(covariance, variance, chosen)
+    return best.double() if precision is None else precision
+
+
+def _shrunk_inverse(covariance: Tensor, variance: Tensor, rho: float) -> Tensor | None:
+    """Return the inverse of the shrunk covariance; None if it is singular to rounding."""
+    damped = (1 - rho) * covariance
+    damped.diagonal().add_(rho * variance)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if bool(failed.any()) else torch.cholesky_inverse(factor)
+
+
+def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return M with (a - mean) M the part of each unit that the other inputs cannot predict.
+
+    Args:
+        precision: Inverse covariance [n, n] of the inputs.
+        readers: The ``index`` and ``channel`` of each :class:`tpvprune.groups.Reader`.
+
+    Returns:
+        [n, n]; columns that nobody reads are zero.
+    """
+    matrix = torch.zeros_like(precision)
+    for index, channel in readers:
+        order = channel.argsort(stable=True)
+        inputs = index[order]
+        counts = channel[order].unique_consecutive(return_counts=True)[1]
+        alone = (counts == 1).repeat_interleave(counts)
+        single, several = inputs[alone], inputs[~alone]
+        matrix[:, single] = precision[:, single] / precision[single, single]
+        for unit in several.split(counts[counts > 1].tolist()):
+            p = precision[:, unit]
+            matrix[:, unit] = torch.linalg.solve(p[unit], p.T).T
+    return matrix
+
+
+def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
+    """Return (covariance + ridge * mean variance * I)^-1.
+
+    Args:
+        covariance: Symmetric [n, n], float64.
+        ridge: Relative to the mean variance.
+
+    Returns:
+        The inverse [n, n]; NaN if the covariance is not finite. Of a matrix that is singular to
+        rounding the small eigenvalues are raised first, and a warning says so.
+    """
+    if not bool(covariance.isfinite().all()):  # which the scores report
+        return torch.full_like(covariance, torch.nan)
+    scale = covariance.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * eye)
+    if not bool(failed.any()):
+        return torch.cholesky_inverse(factor)
+    warnings.warn(
+        f"the covariance of {len(covariance)} inputs is singular at a ridge of {ridge:g}: its "
+        f"eigenvalues below {_FLOOR:g} of the mean variance were raised to that",
+        stacklevel=2,
+    )
+    values, vectors = torch.linalg.eigh(covariance + ridge * scale * eye)
+    return vectors / values.clamp_min(_FLOOR * scale) @ vectors.T
+
+
+Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
+"""Reader call -> (mean [n], covariance [n, n], number of rows that they are of)."""
+
+
+def is_held(first: int, num: int) -> Tensor:
+    """Return which of some inputs of here take no part in a fit, but judge it.
+
+    Args:
+        first: How many came before them here.
+        num: How many.
+
+    Returns:
+        BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four processes
+        draw the same directions for it as one.
+    """
+    return places(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
+
+
+def input_covariances(
+    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], **limits: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Measure how the inputs of every reader vary together over samples and positions.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...]; how the samples are split into them does not matter.
+        **limits: See :func:`folded_covariances`.
+
+    Returns:
+        Reader call -> (mean [n], covariance [n, n]), float64.
+    """
+    _, fit, held = folded_covariances(model, groups, inputs, **limits)
+    return merged(fit, held)
+
+
+def folded_covariances(
+    model: nn.Module,
+    groups: ChannelGroups,
+    inputs: Iterable[Tensor],
+    *,
+    max_inputs: int = 4096,
+    max_positions: int = 64,
+    max_samples: int | None = None,
+) -> tuple[int, Covariances, Covariances]:
+    """Measure the covariances of three quarters of the samples, and of the last quarter.
+
+    Args:
+        model: The network.
+        groups: Its channel groups.
+        inputs: Batches [B, ...].
+        max_inputs: Calls with more inputs (a flattened feature map) are left out.
+        max_positions: At most so many positions of a sample are read, spread evenly.
+        max_samples: Only so many samples, the first, are read; None for all.
+
+    Returns:
+        How many samples of here were read; the covariances of those that :func:`is_held` leaves,
+        and of those that it holds back, if there are any. Products are formed in float32 at least,
+        whatever the model computes in (:mod:`tpvprune.passes.moments`).
+    """
+    plan = reader_plan(groups)
+    moments: dict[int, tuple[Moments, Moments]] = {}
+    seen = num = 0
+    mask = torch.zeros(0, dtype=torch.bool)
+
+    def observe(call: int, a: Tensor) -> None:
+        dim = plan[call][0][1].channel_dim
+        if a.shape[dim] > max_inputs:
+            return
+        rows = sampled_rows(by_channel(a, dim, num), places(seen, num), max_positions)
+        if call not in moments:
+            fit, held = (Moments(a.shape[dim], joint=True, device=a.device) for _ in range(2))
+            moments[call] = fit, held
+        of_held = mask.repeat_interleave(len(rows) // num).to(rows.device)
+        moments[call][0].add(rows[~of_held])
+        moments[call][1].add(rows[of_held])
+
+    with evaluating(model), torch.no_grad():
+        for batch in inputs:
+            x = batch if max_samples is None else batch[: share(max_samples) - seen]
+            num = len(x)
+            if not num:
+                break
+            mask = is_held(seen, num)
+            moved = fast_layout(on_device(x, model), model)
+            with Observer(set(plan), observe):
+                model(moved)
+            seen += num
+    found: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+    for call in list(moments):
+        for fold, part in zip(found, moments.pop(call), strict=True):
+            count, mean, covariance = part.over_processes()
+            if count:
+                fold[call] = mean, covariance, count
+    return seen, *found
+
+
+def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return mean and covariance of both parts together.
+
+    Args:
+        fit: As :func:`folded_covariances` returns them.
+        held: Likewise.
+
+    Returns:
+        Reader call -> (mean, covariance).
+    """
+    both = {}
+    for call, (mean, covariance, num) in fit.items():
+        if call not in held:
+            both[call] = mean, covariance
+            continue
+        other, spread, more = held[call]
+        part, moved = more / (num + more), other - mean
+        joined = (1 - part) * covariance + part * spread
+        joined.addr_(moved, moved, alpha=part * (1 - part))
+        both[call] = mean + part * moved, joined
+    return both
+
+
+def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
+    """Return (a - mean) M along ``dim``."""
+    mean, matrix = mean.to(a), matrix.to(a)
+    flat = (a.movedim(dim, -1) - mean) @ matrix
+    return flat.movedim(-1, dim)

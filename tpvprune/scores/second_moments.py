@@ -1,0 +1,431 @@
+r"""Curves of wide groups: the order from second moments, the variance from other images.
+
+With fewer rows (images times directions) than channels, joint output changes say little: signs that
+cancel on these rows are found among so many channels whether they cancel elsewhere or not. Second
+moments are sums over all positions, one pass and C^2 numbers, however many images there are:
+
+- P, the inverse covariance of a reader's inputs, shrunk towards its diagonal by as much as
+  predicts best on images held back;
+- G = E sum_p d d^T, the gradients there.
+
+In sequence, what the inputs that stay cannot predict of a channel has variance 1 / P_cc, and the
+output feels it by G_cc, its own gradient and what it carries for those that left before:
+
+.. math:: E[u_R^2] \approx \sum_{\text{steps}} \mathrm{tr}(G_{BB} P_{BB}^{-1}), \quad
+    P \leftarrow P - P_{:B} P_{BB}^{-1} P_{B:}, \quad
+    G \leftarrow (I + \beta)^T G (I + \beta), \quad \beta = -P_{BB}^{-1} P_{B:},
+
+for a block B that leaves at each step. That sum takes residuals and gradients for independent, of
+each other and between positions, so it gives the order and the shape alone: how much it is at a few
+widths is measured, on images that neither the maps nor the order were fitted to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroup, Reader
+from tpvprune.passes.finite import NotFiniteError
+from tpvprune.passes.positions import by_channel
+from tpvprune.processes.shares import summed, total
+from tpvprune.scores.residuals import Inputs
+from tpvprune.scores.taps import Probing, passes, reader_plan
+
+MEASURED = (0.125, 0.25, 0.5, 0.75, 0.9375)  # fractions gone at which the variance is measured
+
+_MAX_STEPS = 96  # channels leave in so many blocks
+_MAX_IMAGES = 683  # for the gradients, of which a quarter is held back: they settle early
+_MAX_POSITIONS = 64  # of an image, for the gradients
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reader of a group: P [n, n] and G [own, own], or only E u_c^2 [own] without a map."""
+
+    reader: Reader
+    inputs: Inputs | None
+    moments: Tensor
+
+
+class GradientMoments:
+    """Sums up, on the way of passes over the inputs, what :func:`leaving_order` goes by.
+
+    Args:
+        model: The network.
+        groups: Wide groups.
+        probing: How the passes are run.
+        mapped: Calls whose other inputs stand in for those that leave: G is measured.
+        means: By call, of readers whose inputs leave their means behind: E u_c^2 is measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        probing: Probing,
+        *,
+        mapped: Set[int],
+        means: Mapping[int, Tensor],
+    ) -> None:
+        self._white = probing.metric in {"logits", "features"}  # E v v^T = I
+        self._num_probes = probing.num_probes
+        self.groups, self.plan = groups, reader_plan(groups)
+        self._modules = dict(model.named_modules())
+        self._mapped, self._means = mapped, means
+        self._sums = {
+            (g.name, r.call): torch.zeros(
+                [len(r.index)] * (2 if r.call in mapped else 1), dtype=torch.float64
+            )
+            for g in groups
+            for r in g.readers
+        }
+        self._count = self._next = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more images would change little."""
+        return self._next >= _MAX_IMAGES
+
+    def begin(self, at: Tensor, mask: Tensor) -> None:
+        """Announce a pass over images at these places of the whole set [B]; ``mask`` [B] count."""
+        self._at, self._mask = at, mask & (at < _MAX_IMAGES)
+        self._next = int(at[-1]) + 1
+        self._count += int(self._mask.sum())
+
+    def add(self, call: int, a: Tensor, grad: Tensor, v: Tensor) -> None:
+        """Take in what a reader reads, and the gradient there, for directions v [B, K]."""
+        mask = self._mask.to(a.device)
+        if not bool(mask.any()):
+            return
+        for group, reader in self.plan[call]:
+            if call in self._mapped:
+                layer = self._modules[reader.module]
+                exact = _exact_gram(layer, reader, grad, v) if self._white else None
+                found = _gram(reader, grad, self._at, mask) if exact is None else exact * mask.sum()
+            else:
+                u = _changes(reader, a, grad, len(mask), self._means.get(call))
+                found = u[mask].square().sum(0)
+            self._sums[group.name, call] += found.double().cpu()
+
+    def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
+        """Return the parts of every group's readers.
+
+        Args:
+            inputs: By call, of readers with a map.
+
+        Returns:
+            Group name -> parts.
+
+        Raises:
+            NotFiniteError: If a gradient is not finite.
+        """
+        pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
+        count = max(1.0, total(self._count * self._num_probes))
+        parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
+        for group in self.groups:
+            for reader in group.readers:
+                moments = pooled[group.name, reader.call] / count
+                if not bool(moments.isfinite().all()):
+                    raise NotFiniteError(
+                        f"group {group.name!r}: expected finite gradients, found NaN or infinity: "
+                        "check the inputs and the weights for non-finite values"
+                    )
+                parts[group.name].append(Part(reader, inputs.get(reader.call), moments))
+        return parts
+
+
+def _exact_gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor) -> Tensor | None:
+    """Return E d d^T = W^T W of a linear layer whose output is the network's.
+
+    Exact however few the images, for directions with E v v^T = I; None for other layers.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or weight is None or grad.ndim != 2:
+        return None
+    own = weight.detach()[:, reader.index].float()
+    if len(own) != v.shape[1] or len(grad) != len(v):
+        return None
+    seen = grad[:, reader.index].float()
+    same = torch.allclose(seen, v.float() @ own, rtol=1e-2, atol=1e-4)
+    return own.T @ own if same else None
+
+
+def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over the images of ``mask`` and their positions of d d^T, own inputs only.
+
+    ``at`` is where in the whole set each image stands [B]: of large maps every so manieth position
+    is read, from one that varies from image to image.
+    """
+    d = by_channel(grad, reader.channel_dim, len(mask))
+    windows, positions = len(d) // len(mask), d.shape[2]
+    chosen = mask.repeat_interleave(windows)
+    starts = at[mask.cpu()].repeat_interleave(windows).tolist()
+    d = d[chosen][:, reader.index].float()
+    step = max(1, min(positions, positions * windows // _MAX_POSITIONS))
+    if step == 1:
+        flat = d.transpose(0, 1).flatten(1)
+    else:
+        images = zip(d, starts, strict=True)
+        flat = torch.cat([image[:, i % step :: step] for image, i in images], 1)
+    return flat @ flat.T * (len(d) * positions / flat.shape[1])
+
+
+def _changes(reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor | None) -> Tensor:
+    """Return u_c [B, own] of a reader that gets a mean, or nothing, in the place of each input."""
+    a, grad = (by_channel(t, reader.channel_dim, num)[:, reader.index] for t in (a, grad))
+    if mean is not None:
+        a = a - mean.to(a)[reader.index][:, None]
+    return (a * grad).sum(2).reshape(num, -1, len(reader.index)).sum(1).float()
+
+
+# ---- the order ------------------------------------------------------------------------------
+
+
+class _Left:
+    """What is left of one reader with a map: P and G of the inputs that have not left."""
+
+    def __init__(self, part: Part) -> None:
+        assert part.inputs is not None
+        self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
+        self._index, self._channel = part.reader.index, part.reader.channel
+
+    def costs(self, num_channels: int) -> Tensor:
+        """Return tr(G_cc P_cc^-1) of every unit [C]."""
+        costs = torch.zeros(num_channels, dtype=torch.float64)
+        for unit, own in _by_unit(self._channel):
+            g = self._g[own[:, :, None], own[:, None, :]]
+            at = self._index[own]
+            p = self._p[at[:, :, None], at[:, None, :]]
+            costs[unit] += (
+                (g * torch.linalg.inv(p)).sum((1, 2)) if p.shape[1] > 1 else ((g / p)[:, 0, 0])
+            )
+        return costs
+
+    def remove(self, gone: Tensor) -> float:
+        """Let units [C] (BoolTensor) leave.
+
+        Returns:
+            What the output loses by it.
+        """
+        own = gone[self._channel]
+        if not bool(own.any()):
+            return 0.0
+        at = self._index[own]
+        residual = torch.linalg.inv(self._p[at][:, at])
+        taken = self._p[:, at] @ residual  # [n, |R|]
+        g_gone = self._g[own]
+        lost = float((g_gone[:, own] * residual).sum())
+        share = -taken[self._index[~own]].T  # [|R|, own that stay]
+        cross = share.T @ g_gone[:, ~own]
+        g = self._g[~own][:, ~own]
+        g += cross
+        g += cross.T
+        g += share.T @ g_gone[:, own] @ share
+        stay = torch.ones(len(self._p), dtype=torch.bool)
+        stay[at] = False
+        self._p = self._p[stay][:, stay].addmm_(taken[stay], self._p[at][:, stay], alpha=-1)
+        self._g = g
+        place = stay.cumsum(0) - 1
+        self._index, self._channel = place[self._index[~own]], self._channel[~own]
+        return lost
+
+
+class _Static:
+    """A reader without a map: what a channel costs does not depend on the others."""
+
+    def __init__(self, part: Part, num_channels: int) -> None:
+        zero = torch.zeros(num_channels, dtype=torch.float64)
+        self._costs = zero.index_add_(0, part.reader.channel, part.moments)
+
+    def costs(self, num_channels: int) -> Tensor:
+        """Return the cost of every unit [C]."""
+        return self._costs[:num_channels]
+
+    def remove(self, gone: Tensor) -> float:
+        """Return what the output loses by these units [C]."""
+        return float(self._costs[gone].sum())
+
+
+def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (units [U], their own inputs [U, k]) for every number k of inputs of a unit."""
+    order = channel.argsort(stable=True)
+    units, counts = channel[order].unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    for k in counts.unique().tolist():
+        of_size = counts == k
+        yield units[of_size], order[starts[of_size][:, None] + torch.arange(k)]
+
+
+def leaving_order(
+    parts: Sequence[Part], num_channels: int, savings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Let the cheapest channels leave, block after block.
+
+    Args:
+        parts: Of the group's readers.
+        num_channels: C.
+        savings: What each channel's removal saves [C].
+
+    Returns:
+        The order in which channels leave [C], and the shape of the curve [C]: what was lost once k
+        have left, up to a factor.
+
+    Raises:
+        NotFiniteError: If what is lost is not finite.
+    """
+    left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
+    block = -(-num_channels // _MAX_STEPS)
+    stays = torch.ones(num_channels, dtype=torch.bool)
+    order: list[Tensor] = []
+    shape = [0.0]
+    while (num_left := int(stays.sum())) > 1:
+        costs = sum((p.costs(num_channels) for p in left), torch.zeros(()))
+        # Ranked are those that are left, and no others: every step makes progress.
+        candidates = stays.nonzero().squeeze(1)
+        ranks = (costs / savings.clamp_min(1e-12))[candidates]
+        chosen = candidates[ranks.argsort(stable=True)[: min(block, num_left - 1)]]
+        gone = torch.zeros(num_channels, dtype=torch.bool)
+        gone[chosen] = True
+        lost = sum(p.remove(gone) for p in left)
+        if not math.isfinite(lost):
+            raise NotFiniteError(
+                f"expected a finite curve, found {lost} with {num_left} of {num_channels} channels "
+                "left: the inputs of its readers are collinear or not finite, ignore the layer"
+            )
+        lost = max(0.0, lost)
+        # Within a block by what each costs alone, so that the curve rises from cheap to dear.
+        alone = costs[chosen].clamp_min(0)
+        alone = alone / alone.sum() if float(alone.sum()) > 0 else alone + 1 / len(chosen)
+        shape += (shape[-1] + lost * alone.cumsum(0)).tolist()
+        order.append(chosen)
+        stays[chosen] = False
+    return torch.cat([*order, stays.nonzero().squeeze(1)]), torch.tensor(shape, dtype=torch.float64)
+
+
+# ---- the variance ---------------------------------------------------------------------------
+
+
+def measured_at(num_channels: int) -> list[int]:
+    """Return how many channels have gone where the variance is measured."""
+    counts = {min(num_channels - 1, max(1, round(f * num_channels))) for f in MEASURED}
+    return sorted(counts)
+
+
+def measured_variance(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Tensor],
+    probing: Probing,
+    *,
+    orders: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[Part]],
+    means: Mapping[int, Tensor],
+) -> dict[str, Tensor]:
+    """Measure E[u_R^2] where some of the channels of a group have left in the given order.
+
+    Args:
+        model: The network.
+        groups: Wide groups.
+        batches: Inputs that the parts were not made from.
+        probing: How the passes are run.
+        orders: Group name -> order in which channels leave [C].
+        parts: Group name -> what its readers' inputs predict of each other.
+        means: See :class:`GradientMoments`.
+
+    Returns:
+        Group name -> the variance at :func:`measured_at`, float64.
+    """
+    plan = reader_plan(groups)
+    gone = {g.name: _gone(orders[g.name], measured_at(g.num_channels)) for g in groups}
+    maps = {
+        (name, part.reader.call): _maps(part, gone[name]) for name in gone for part in parts[name]
+    }
+    sums = {name: torch.zeros(len(g), dtype=torch.float64) for name, g in gone.items()}
+    seen = 0
+    for x, directions, tap in passes(model, groups, batches, probing):
+        for i, v in enumerate(directions, 1):
+            changes = {name: torch.zeros(len(g), len(x)) for name, g in gone.items()}
+
+            def collect(
+                call: int,
+                a: Tensor,
+                grad: Tensor,
+                num: int = len(x),
+                changes: dict[str, Tensor] = changes,
+            ) -> None:
+                for group, reader in plan[call]:
+                    m = maps[group.name, call]
+                    if m is None:
+                        u = _changes(reader, a, grad, num, means.get(call))
+                        found = gone[group.name][:, reader.channel].to(u) @ u.T
+                    else:
+                        found = _joint(reader, a, grad, num, mean=means[call], maps=m)
+                    changes[group.name] += found.cpu()
+
+            tap.backward(v, collect, last=i == len(directions))
+            for name, u in changes.items():
+                sums[name] += u.double().square().sum(1)
+        seen += len(x)
+    count = max(1.0, total(seen)) * probing.num_probes
+    pooled = summed(*sums.values())
+    return {name: value / count for name, value in zip(sums, pooled, strict=True)}
+
+
+def _gone(order: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return which channels have left [counts, C]."""
+    rank = order.argsort()
+    return rank < torch.tensor(counts)[:, None]
+
+
+def _maps(part: Part, gone: Tensor) -> Tensor | None:
+    """Return P_:R P_RR^-1 for every set R of channels that have left: [sets, n, own]."""
+    if part.inputs is None:
+        return None
+    p, index = part.inputs.precision, part.reader.index
+    maps = torch.zeros(len(gone), len(p), len(index))
+    for m, left in zip(maps, gone[:, part.reader.channel], strict=True):
+        if bool(left.any()):
+            at = index[left]
+            m[:, left] = torch.linalg.solve(p[at][:, at], p[at]).T.float()
+    return maps
+
+
+def _joint(
+    reader: Reader, a: Tensor, grad: Tensor, num: int, *, mean: Tensor, maps: Tensor
+) -> Tensor:
+    """Return u_R [sets, B] = sum_p (a - mean) M d."""
+    a = by_channel(a, reader.channel_dim, num).float()
+    d = by_channel(grad, reader.channel_dim, num)[:, reader.index].float()
+    s = torch.bmm(a - mean.to(a)[:, None], d.transpose(1, 2))  # [L, n, own]
+    u = s.flatten(1) @ maps.to(s).flatten(1).T
+    return u.reshape(num, -1, len(maps)).sum(1).T
+
+
+def fitted_curve(shape: Tensor, counts: Sequence[int], measured: Tensor) -> Tensor:
+    """Return a curve through what was measured at some counts, of a shape, and never falling.
+
+    Args:
+        shape: From 0, never falling [C].
+        counts: How many channels have gone where it was measured, rising.
+        measured: The variance there.
+
+    Returns:
+        [C]; between two counts it rises as the shape does, beyond the last in proportion to it.
+    """
+    at = torch.tensor([0, *counts])
+    known = torch.cat([measured.new_zeros(1), measured]).cummax(0).values
+    k = torch.arange(len(shape))
+    hi = torch.searchsorted(at, k).clamp(1, len(at) - 1)
+    lo = hi - 1
+    rise = shape[at[hi]] - shape[at[lo]]
+    part = (shape - shape[at[lo]]) / rise
+    part = torch.where(rise > 0, part, (k - at[lo]) / (at[hi] - at[lo]))
+    curve = known[lo] + part * (known[hi] - known[lo])
+    last = shape[at[-1]]
+    tail = known[-1] * (shape / last if last > 0 else torch.ones_like(shape))
+    return torch.where(k > at[-1], tail, curve).cummax(0).values

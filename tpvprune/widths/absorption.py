@@ -1,0 +1,140 @@
+"""What the repair behind a cut makes up for: early errors are corrected more often than late ones.
+
+A curve (:mod:`tpvprune.scores.curves`) says what a cut does to the outputs when the layers that
+read it stand in. Compensation does more: every later layer is refitted to the *dense* activations
+on the inputs that it really gets, and so removes part of the error that arrives. How much depends
+on how many layers are still to come. A dynamic programme over unscaled curves therefore spares
+early layers too much; measuring a few factors puts that right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroup, ChannelGroups, Kept
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Progress
+from tpvprune.passes.evaluation import output_variance
+from tpvprune.processes.membership import alone, num_processes
+from tpvprune.processes.shares import gathered
+from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.scores.curves import Curve
+
+_RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
+_MAX_BYTES = 2 << 30  # of one compensation: half of what the repair itself takes, four times over
+
+
+def absorption(
+    model: nn.Module,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    curves: Mapping[str, Curve],
+    inputs: Sequence[Tensor],
+    *,
+    num_segments: int = 3,
+    max_inputs: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Measure, for early, middle and late groups, how much variance is left after the repair.
+
+    The groups are split by depth into segments of about equal predicted damage; those that are
+    read all over the network (residual streams) are a segment of their own. Each segment is cut
+    alone as in ``kept``, the model is compensated, and the output variance on inputs that it was
+    not fitted to is compared with the sum of the segment's curves.
+
+    Args:
+        model: The network that the groups were found in.
+        groups: Its channel groups.
+        kept: A first choice of what stays, near the budget.
+        curves: As :func:`tpvprune.scores.curves.variance_curves` returns them.
+        inputs: Batches of unlabeled inputs; a quarter of those used measures.
+        num_segments: Segments besides the streams; each costs a compensation.
+        max_inputs: At most so many inputs are used.
+        seed: Of the sampled positions.
+        progress: Called with ("absorption", done, total) after every segment.
+
+    Returns:
+        Group name -> measured / predicted variance. Groups of which nothing was cut get the
+        average.
+    """
+    if num_processes() > 1:  # a few factors: all processes measure them on all inputs
+        whole = list(gathered(inputs))
+        with alone():
+            return absorption(
+                model, groups, kept, curves, whole,
+                num_segments=num_segments, max_inputs=max_inputs, seed=seed, progress=progress,
+            )  # fmt: skip
+    fit, held = _split(inputs, max_inputs)
+    predicted, measured = 0.0, 0.0
+    segment_of: dict[str, float] = {}
+    segments = _segments(groups, kept, curves, num_segments)
+    for number, segment in enumerate(segments, 1):
+        expected = sum(_damage(g, kept, curves) for g in segment)
+        if expected <= 0:
+            continue
+        cut: Kept = {g.name: kept[g.name] for g in segment if g.name in kept}
+        smaller = remove_channels(model, groups, cut)
+        repaired = compensate_weights(
+            smaller, model, fit, groups=groups, kept=cut, max_bytes=_MAX_BYTES, seed=seed
+        )
+        found = output_variance(repaired, model, held)
+        predicted, measured = predicted + expected, measured + found
+        segment_of |= {g.name: found / expected for g in segment}
+        if progress is not None:
+            progress("absorption", number, len(segments))
+    average = measured / predicted if predicted else 1.0
+    least, most = _RANGE
+    return {g.name: min(most, max(least, segment_of.get(g.name, average))) for g in groups}
+
+
+def scaled(curves: Mapping[str, Curve], factors: Mapping[str, float]) -> dict[str, Curve]:
+    """Return the curves with every variance times the factor of its group."""
+    return {n: replace(c, variance=c.variance * factors.get(n, 1.0)) for n, c in curves.items()}
+
+
+def _split(inputs: Sequence[Tensor], max_inputs: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return inputs to fit with and inputs to measure on; the same where there is only one."""
+    whole = torch.cat(list(inputs))[:max_inputs]
+    size = max(1, len(inputs[0]))
+    num = len(whole) - len(whole) // 4
+    fit, held = whole[:num], whole[num:]
+    return list(fit.split(size)), list((held if len(held) else fit).split(size))
+
+
+def _segments(
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    curves: Mapping[str, Curve],
+    num_segments: int,
+) -> list[list[ChannelGroup]]:
+    calls = {g.name: [reader.call for reader in g.readers] for g in groups}
+    num_calls = 1 + max((c for found in calls.values() for c in found), default=0)
+
+    def is_stream(group: ChannelGroup) -> bool:
+        found = calls[group.name]
+        return bool(found) and max(found) - min(found) >= num_calls / num_segments
+
+    streams = [g for g in groups if is_stream(g)]
+    rest = [g for g in groups if not is_stream(g)]
+    rest.sort(key=lambda g: min(calls[g.name], default=0))
+    total = sum(_damage(g, kept, curves) for g in rest)
+    segments: list[list[ChannelGroup]] = [[] for _ in range(num_segments)]
+    so_far = 0.0
+    for group in rest:
+        damage = _damage(group, kept, curves)
+        middle = (so_far + damage / 2) / total if total > 0 else 0.0
+        segments[min(num_segments - 1, int(middle * num_segments))].append(group)
+        so_far += damage
+    return [segment for segment in (streams, *segments) if segment]
+
+
+def _damage(group: ChannelGroup, kept: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> float:
+    mask = kept.get(group.name)
+    gone = 0 if mask is None else int((~mask).sum())
+    variance = curves[group.name].variance
+    return float(variance[min(gone, len(variance) - 1)])

@@ -1,0 +1,64 @@
+"""The cheapest selection that leaves every layer a channel: what a budget cannot go below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.groups.budget import Budget, unit_costs
+from tpvprune.groups.removal import restore_empty
+from tpvprune.widths.selection import floor_of
+
+
+def narrowest(
+    groups: ChannelGroups,
+    of: Budget = "macs",
+    *,
+    ranks: Mapping[str, Tensor] | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_removed: float = 1.0,
+) -> Kept:
+    """Return the selection of least cost that the floors and every layer's need allow.
+
+    Channels of one group need not run through the same layers. The few that run through most serve
+    all of them; what a floor asks for beyond those are the cheapest.
+
+    Args:
+        groups: Channel groups.
+        of: What is counted.
+        ranks: Group name -> Tensor [C], bigger = keep, where channels cost the same; by default
+            the first.
+        round_to: See :func:`tpvprune.widths.selection.select_channels`.
+        min_channels: Likewise.
+        max_removed: Likewise.
+
+    Returns:
+        Group name -> BoolTensor [C], which :func:`tpvprune.groups.removal.remove_channels` accepts.
+    """
+    costs = unit_costs(groups, of)
+    none = {g.name: torch.zeros(g.num_channels, dtype=torch.bool) for g in groups}
+    by_rank = {
+        g.name: -torch.arange(g.num_channels) if ranks is None else ranks[g.name].cpu()
+        for g in groups
+    }
+    shared = {name: _positions(by_rank[name], cost) for name, cost in costs.items()}
+    kept = restore_empty(groups, none, shared)
+    for group in groups:
+        mask = kept[group.name]
+        if not mask.any():
+            mask[shared[group.name].argmax()] = True
+        missing = floor_of(group, round_to, min_channels, max_removed) - int(mask.sum())
+        cheap = _positions(by_rank[group.name], -costs[group.name]).masked_fill(mask, -1)
+        mask[cheap.topk(max(0, missing)).indices] = True
+    return kept
+
+
+def _positions(ties: Tensor, values: Tensor) -> Tensor:
+    """Return the place of each entry in the ascending order of values, then of ties."""
+    order = ties.argsort(stable=True)
+    order = order[values[order].argsort(stable=True)]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))

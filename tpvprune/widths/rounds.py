@@ -1,0 +1,129 @@
+"""How far a pruning run is: its rounds, and the file from which one that was stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tpvprune.disk.digest import digest_of
+from tpvprune.disk.unfinished import read_facts, read_tensors, save_tensors
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.groups.removal import remove_channels
+from tpvprune.processes.membership import num_processes
+from tpvprune.scores.curves import Curve
+from tpvprune.scores.tpv import Scores
+from tpvprune.widths.latency import Speed
+
+_PARTS = ("model", "kept", "scores", "stderr")
+
+
+@dataclass
+class Rounds:
+    """What the rounds so far have led to.
+
+    Of round number ``chosen``, counted from 1, the channels have left but nothing is repaired yet,
+    or all is done; ``history`` has one entry for every round that is done. ``predicted`` is the
+    output variance that the curves, if any, promised so far.
+    """
+
+    model: nn.Module
+    kept: Kept
+    chosen: int = 0
+    scores: Scores | None = None
+    factors: Mapping[str, float] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    speed: Speed | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    predicted: float = 0.0
+    curves: Mapping[str, Curve] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file in which a run notes where it stands, if it does."""
+
+    path: Path | None
+    key: str
+
+    @classmethod
+    def of(cls, path: str | Path | None, *parts: Any) -> Record:
+        """Return that of a run; several processes have none.
+
+        Args:
+            path: The file, or None.
+            *parts: What tells one run from another; see :func:`tpvprune.disk.digest.digest_of`.
+
+        Returns:
+            The record.
+        """
+        if path is None or num_processes() > 1:
+            return cls(None, "")
+        return cls(Path(path), digest_of(*parts).hex())
+
+    def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
+        """Return where this run stopped.
+
+        Args:
+            model: The dense model.
+            groups: Its channel groups.
+
+        Returns:
+            The rounds; None without a file, or with that of another run.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        facts: dict[str, Any] = read_facts(self.path)
+        if facts.get("key") != self.key:
+            return None
+        parts = read_tensors(self.path, _PARTS)
+        kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
+        pruned = remove_channels(model, groups, kept)
+        pruned.load_state_dict(parts["model"])
+        num_samples, criterion, used_labels, has_errors = facts["scores"]
+        stderr = parts["stderr"] if has_errors else None
+        scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
+        speed = None if facts["speed"] is None else Speed(**facts["speed"])
+        return Rounds(
+            pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
+            facts["seconds"], facts["predicted"],
+        )  # fmt: skip
+
+    def save(self, rounds: Rounds) -> None:
+        """Write where the run stands, in the place of what was there.
+
+        Args:
+            rounds: After the channels of a round have left.
+        """
+        if self.path is None:
+            return
+        scores = rounds.scores
+        assert scores is not None
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": rounds.model.state_dict(),
+            "kept": rounds.kept,
+            "scores": scores,
+            "stderr": scores.stderr or {},
+        }
+        facts = {
+            "key": self.key,
+            "chosen": rounds.chosen,
+            "factors": None if rounds.factors is None else dict(rounds.factors),
+            "history": rounds.history,
+            "speed": None if rounds.speed is None else asdict(rounds.speed),
+            "seconds": rounds.seconds,
+            "predicted": rounds.predicted,
+            "scores": [
+                scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)
+            ],
+        }  # fmt: skip
+        tensors = {
+            f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()
+        }
+        save_tensors(self.path, tensors, facts)
