@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev
 from tpvprune import compensate_weights, find_groups, remove_channels
 from tpvprune.groups.removal import restore_empty
 from tpvprune.passes.evaluation import output_variance
+from tpvprune.repairs import reconstruction
 from tpvprune.repairs.blocks import BlockCall, find_blocks
 from tpvprune.repairs.gauss_newton import GaussNewton, Linearised, loss_of
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
@@ -332,6 +333,32 @@ def test_every_image_serves_and_it_is_said_how_many_each_step_used():
     assert few[found[0].name] == 5
     assert few[found[-1].name] == min(24, 5 * found[0].positions // found[-1].positions)
     assert all(num == 24 for num in many.values())
+
+
+def test_large_blocks_look_at_fewer_images(monkeypatch):
+    monkeypatch.setattr(reconstruction, "_FEWEST", 3)
+    x = pictures(24, (3, 32))
+    model = make("resnet10t")
+    pruned, groups, kept = halved(model, x)
+    given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
+    blocks, stages = find_blocks(model, pruned, x[:2], groups, kept)
+    assert sum(b.macs for b in blocks) < groups.macs()
+    assert all(
+        s.macs >= sum(b.macs for b in blocks if b.name.startswith(f"{s.name}.")) for s in stages
+    )
+    used, few = {}, 7
+    dearest = max(b.macs for b in blocks)
+    reconstruct_blocks(pruned, model, [x], used=used, max_macs=few * dearest, mirror=False, **given)
+    assert used == {
+        "layers": 24, **{b.name: min(24, int(few * dearest / b.macs)) for b in blocks},
+        **{s.name: used[s.name] for s in stages},
+    }  # fmt: skip
+    assert all(3 <= num < 24 for num in used.values() if num != 24)
+    # None can be fitted on all images and their mirror images: each is shown as it is.
+    shown = []
+    monkeypatch.setattr(reconstruction, "_with_mirror_images", lambda v: shown.append(v) or v)
+    reconstruct_blocks(pruned, model, [x], max_macs=0, **given)
+    assert not shown
 
 
 def test_less_memory_gives_the_same():

@@ -23,7 +23,8 @@ class Block:
     """A module that runs once and returns one tensor, of which the pruned one has ``kept``.
 
     ``dim`` is the channel dimension of its output; None: all of it stays. ``depth`` counts the
-    blocks that a stage holds; ``positions`` are those of the output of one input.
+    blocks that a stage holds; ``positions`` are those of the output of one input, ``macs`` what the
+    dense block takes for it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Block:
     dim: int | None = None
     kept: Tensor | None = None
     depth: int = 1
+    macs: float = 0.0
 
     def kept_of(self, dense_output: Tensor) -> Tensor:
         """Return the part of the dense block's output that the pruned block still makes."""
@@ -88,7 +90,12 @@ def find_blocks(
     blocks = [block for name, block in found.items() if name not in parents]
     depths = Counter(block.name.rpartition(".")[0] for block in blocks)
     stages = [replace(b, depth=depths[name]) for name, b in found.items() if depths[name] > 1]
-    return blocks, stages
+
+    def with_macs(block: Block) -> Block:
+        inside = (c.macs for c in groups.costs if f"{c.module}.".startswith(f"{block.name}."))
+        return replace(block, macs=sum(inside))
+
+    return [with_macs(b) for b in blocks], [with_macs(s) for s in stages]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,8 @@ from tpvprune.repairs.compensation import (
 from tpvprune.repairs.gauss_newton import GaussNewton
 from tpvprune.repairs.targets import plan_for
 
+_FEWEST = 128  # inputs that a block sees however large it is
+_LARGEST = 2e11  # MACs of a stage's forward for all of its inputs
 _MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
 
 
@@ -54,9 +56,9 @@ def reconstruct_blocks(
     iterations: int = 5,
     stage_iterations: int = 12,
     damping: float = 1e-3,
-    mirror: bool = True,
+    mirror: bool | None = None,
     max_positions: int = 1 << 18,
-    max_inputs: int = 1 << 30,
+    max_macs: float = 1e10,
     rows_per_input: int = 12,
     min_rows: int = 16384,
     max_bytes: int = 2 << 30,
@@ -87,9 +89,13 @@ def reconstruct_blocks(
             which the error on held-back samples is least are taken.
         stage_iterations: Likewise of a stage; 0 leaves blocks as they are.
         damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
-        mirror: Show image batches [B, C, H, W] also mirrored left to right.
+        mirror: Show image batches [B, C, H, W] also mirrored left to right; None: where some block
+            can be fitted on all images and their mirror images.
         max_positions: Positions (pixels, tokens) of a block's output that are matched: blocks
             with large maps look at fewer inputs, each at others.
+        max_macs: What one forward of a block may take for all of its inputs; large blocks look at
+            fewer of them, but at 128. Of a stage each block may take as much; stages that take more
+            than 2e11 are left as their blocks are.
         rows_per_input: See :func:`tpvprune.compensate_weights`, which refits each layer first.
         min_rows: Likewise.
         max_bytes: Memory for the activations of waiting inputs, and as much again for graphs; what
@@ -108,8 +114,9 @@ def reconstruct_blocks(
             fitted = reconstruct_blocks(
                 pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
                 iterations=iterations, stage_iterations=stage_iterations, damping=damping,
-                mirror=mirror, max_positions=max_positions, rows_per_input=rows_per_input,
-                min_rows=min_rows, max_bytes=max_bytes, seed=seed, used=used, progress=progress,
+                mirror=mirror, max_positions=max_positions, max_macs=max_macs,
+                rows_per_input=rows_per_input, min_rows=min_rows, max_bytes=max_bytes, seed=seed,
+                used=used, progress=progress,
             )  # fmt: skip
         spread_weights(fitted)
         return fitted
@@ -118,10 +125,12 @@ def reconstruct_blocks(
     first = on_device(torch.cat([x[:2] for x in inputs[:2]])[:2], dense)
     with evaluating(dense, repaired), torch.no_grad():
         blocks, stages = find_blocks(dense, repaired, first, groups, kept)
-    copies = 2 if mirror and first.ndim == 4 else 1
+    limits = _Limits(max_positions, max_macs)
+    copies = _num_views(blocks, limits, sum(map(len, inputs)), mirror) if first.ndim == 4 else 1
     view = _with_mirror_images if copies == 2 else _as_it_is
     chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
     num = copies * sum(map(len, chunks))
+    stages = [s for s in stages if s.macs * limits.num_inputs(s, num) <= _LARGEST]
     plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
     plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
     refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept)
@@ -130,8 +139,13 @@ def reconstruct_blocks(
     walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
         # What blocks have won stays; the layers before, between and behind the stages follow them.
-        others = partial(refits, without=[stage.name for stage in stages])
-        walks.append((stages, replace(solver, iterations=stage_iterations), others))
+        walks.append(
+            (
+                stages,
+                replace(solver, iterations=stage_iterations),
+                partial(refits, without=[stage.name for stage in stages]),
+            )
+        )
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
     if used is not None:
@@ -153,10 +167,7 @@ def reconstruct_blocks(
 
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
         for found, how, run in walks:
-            wanted = _wanted(
-                found, num // copies, copies, max_positions=max_positions, max_inputs=max_inputs,
-                max_bytes=TARGET_BYTES, seed=seed,
-            )  # fmt: skip
+            wanted = _wanted(found, num // copies, copies, limits, seed=seed)
             targets = _dense_outputs(dense, found, map(view, chunks), wanted)
             fits = [
                 BlockFit(
@@ -187,25 +198,39 @@ def _with_mirror_images(x: Tensor) -> Tensor:
     return torch.stack([x, x.flip(3)], 1).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """How many inputs a block is fitted on; see :func:`reconstruct_blocks`."""
+
+    max_positions: int
+    max_macs: float
+
+    def num_inputs(self, block: Block, most: int = 1 << 62) -> int:
+        """Return how many inputs a block may see: at least one, at most ``most``."""
+        by_macs = max(_FEWEST, int(self.max_macs * block.depth / max(block.macs, 1.0)))
+        return max(1, min(most, self.max_positions // block.positions, by_macs))
+
+
+def _num_views(
+    blocks: Iterable[Block], limits: _Limits, num_images: int, mirror: bool | None
+) -> int:
+    """Return how many views of an image are shown: itself, or its mirror image, too."""
+    if mirror is None:
+        mirror = any(limits.num_inputs(block) >= 2 * num_images for block in blocks)
+    return 2 if mirror else 1
+
+
 def _wanted(
-    blocks: Sequence[Block],
-    num: int,
-    copies: int,
-    *,
-    max_positions: int,
-    max_inputs: int,
-    max_bytes: int,
-    seed: int,
+    blocks: Sequence[Block], num: int, copies: int, limits: _Limits, *, seed: int
 ) -> dict[str, Tensor]:
     """Choose the inputs that each block is fitted on: others for each, all where there is room.
 
     Returns:
         Block -> BoolTensor [num * copies], all copies of an image together.
     """
-    most = min(num, max_inputs // copies)
-    counts = {b.name: min(most, max(1, max_positions // (b.positions * copies))) for b in blocks}
+    counts = {b.name: max(1, limits.num_inputs(b, copies * num) // copies) for b in blocks}
     taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
-    share = min(1.0, max_bytes / max(1, taken))
+    share = min(1.0, TARGET_BYTES / max(1, taken))
     wanted = {}
     for i, block in enumerate(blocks):
         order = torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1009 + i))
