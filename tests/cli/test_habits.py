@@ -371,7 +371,7 @@ def test_unknown_devices_are_answered_in_whole_words(tmp_path, capsys):
     argv = ["score", "--model", "test_resnet", "--data-dir", tmp_path, "--output", tmp_path / "o"]
     assert main([*map(str, argv), "--device", "foo"]) == 2
     err = capsys.readouterr().err
-    assert "--device foo: cannot be used here: expected cpu, cuda, cuda:1 or mps (" in err
+    assert "--device foo: cannot be used here: expected cpu, cuda or cuda:1 (" in err
     assert err.endswith(" ...)\n")
 
 

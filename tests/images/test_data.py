@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 from urllib.error import URLError
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -408,6 +409,8 @@ class TestModels:
             monkeypatch.delenv(proxy, raising=False)
         with pytest.raises(ValueError, match=r"not in the local cache, and the hub cannot be"):
             load_model(name, pretrained=True)
+        # Nothing of it stays for other libraries, or for when the network is back.
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
     def test_mismatch_names_keys_and_shapes(self, tmp_path, model):
         state = dict(model.state_dict())

@@ -265,7 +265,7 @@ def add_ignore(group: Any) -> None:
 def add_device(sub: Parser) -> None:
     """Add where the model runs."""
     sub.section("run").add_argument(
-        "--device", default="cpu", metavar="DEV", help="cpu, cuda, cuda:1, mps (cpu)"
+        "--device", default="cpu", metavar="DEV", help="cpu, cuda, cuda:1 (cpu)"
     )
 
 

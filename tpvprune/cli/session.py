@@ -194,11 +194,11 @@ def _checked_subject(
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without memory has no answer
-    except (RuntimeError, AssertionError) as error:
+        # Sums are formed in float64, which mps lacks; a device without memory has no answer.
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
-            f"--device {name}: cannot be used here: expected cpu, cuda, cuda:1 or mps "
-            f"({_reason(error)})"
+            f"--device {name}: cannot be used here: expected cpu, cuda or cuda:1 ({_reason(error)})"
         ) from error
     return device
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.running import evaluating
+from tpvprune.processes.membership import num_processes
 
 Result = TypeVar("Result")
 
@@ -74,6 +75,9 @@ def _first(model: nn.Module, inputs: Tensor) -> tuple[str, str, int]:
 def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) -> Result:
     """Compute with a model; if its float16 numbers overflow, with a float32 copy of it.
 
+    Several processes compute with the copy from the start: an image of one may overflow, and what
+    they add up must be of the same kind.
+
     Args:
         model: The model; untouched.
         compute: What to compute; NotFiniteError says that a number is not finite.
@@ -84,10 +88,13 @@ def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) 
     Raises:
         NotFiniteError: If there is no such copy, or its numbers are not finite either.
     """
+    is_half = any(p.dtype == torch.float16 for p in model.parameters())
+    if is_half and num_processes() > 1:
+        return compute(copy.deepcopy(model).float())
     try:
         return compute(model)
     except NotFiniteError as error:
-        if all(p.dtype != torch.float16 for p in model.parameters()):
+        if not is_half:
             raise
         warnings.warn(f"float16 overflows ({error}): computed in float32", stacklevel=3)
     return compute(copy.deepcopy(model).float())

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.operations import CONTRACTIONS, function_name
 from tpvprune.processes.membership import num_processes
-from tpvprune.processes.shares import own, total
+from tpvprune.processes.shares import own
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
 FEWER_ROWS = 8  # so many times, at most, for layers of several groups that are refitted
@@ -58,6 +58,7 @@ def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int,
 class Plan:
     """Which positions of this process's inputs are looked at: the same in both runs.
 
+    ``all_inputs`` are those of all processes, by default these.
     ``common`` are the calls that see no input, such as those that make a table of positions: their
     layers stay as they are.
     """
@@ -70,22 +71,27 @@ class Plan:
         seed: int,
         common: frozenset[int] = frozenset(),
         *,
+        all_inputs: int | None = None,
         fewer: int = 1,
     ) -> None:
         self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
-        self.all_inputs = int(total(num_inputs))
+        self.all_inputs = num_inputs if all_inputs is None else all_inputs
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._positions: dict[int, Tensor] = {}
 
     def thinned(self, factor: float) -> Plan:
         """Return a plan with so many times fewer positions."""
-        fewer = (self._rows_per_input / factor, self._min_rows / factor)
-        return Plan(self.num_inputs, *fewer, self._seed, self.common, fewer=self._fewer)
+        return self._with(self._rows_per_input / factor, self._min_rows / factor, self.common)
 
     def without(self, common: frozenset[int]) -> Plan:
         """Return a plan that leaves out calls that see no input."""
-        given = (self._rows_per_input, self._min_rows, self._seed)
-        return Plan(self.num_inputs, *given, common, fewer=self._fewer)
+        return self._with(self._rows_per_input, self._min_rows, common)
+
+    def _with(self, rows_per_input: float, min_rows: float, common: frozenset[int]) -> Plan:
+        return Plan(
+            self.num_inputs, rows_per_input, min_rows, self._seed, common,
+            all_inputs=self.all_inputs, fewer=self._fewer,
+        )  # fmt: skip
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""

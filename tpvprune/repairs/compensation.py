@@ -36,7 +36,7 @@ from tpvprune.passes.patches import count_positions, gather, patches_of, window_
 from tpvprune.passes.recomputation import segments_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.processes.membership import num_processes
-from tpvprune.processes.shares import places, spread_weights
+from tpvprune.processes.shares import places, spread_weights, total
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.branches import (
     FEWER_ROWS,
@@ -143,7 +143,10 @@ def refitted(
     def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         chunks = rechunked(inputs, chunk)
-        plan = Plan(sum(map(len, inputs)), rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
+        num = sum(map(len, inputs))
+        plan = Plan(
+            num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS
+        )
         plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
         fits = refits_towards(
             dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -38,9 +40,10 @@ def local_folder(folder: str | Path) -> Path:
     if not str(folder).startswith(HUB):
         return Path(folder)
     repo_id, _, revision = str(folder).partition(":")[2].partition("@")
-    go_offline_if_unreachable()
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_FILES))
+        with offline_if_unreachable():
+            found = snapshot_download(repo_id, revision=revision or None, allow_patterns=_FILES)
+        return Path(found)
     except HFValidationError as error:
         raise ValueError(f"{folder}: expected hf-hub:org/name, found another name") from error
     except RevisionNotFoundError as error:
@@ -75,12 +78,30 @@ def is_unreachable(error: Exception) -> bool:
     )
 
 
-def go_offline_if_unreachable() -> None:
-    """Spare the user a minute of retries where the hub's name does not resolve."""
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Spare the user a minute of retries where the hub's name does not resolve.
+
+    Only for as long: other libraries of the process, and later downloads, may find it again.
+
+    Yields:
+        Nothing.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _is_known()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_known() -> bool:
+    """Return whether the hub's name resolves here, or a proxy is asked for it."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return
+        return True
     endpoint = urlsplit(constants.ENDPOINT)
     try:
         socket.getaddrinfo(endpoint.hostname, endpoint.port or 443)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
+        return False
+    return True

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.places import check_checkpoint
-from tpvprune.saved.downloads import HUB, go_offline_if_unreachable, is_unreachable
+from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 
 _MAX_NAMED = 3
 _FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -88,12 +88,11 @@ def load_model(
         kwargs["num_classes"] = num_classes
 
     def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        asks = pretrained or name.startswith(HUB)
+        with torch.random.fork_rng(devices=[]), offline_if_unreachable() if asks else nullcontext():
             torch.manual_seed(seed)
             return timm.create_model(name, pretrained=pretrained, **kwargs)
 
-    if pretrained or name.startswith(HUB):
-        go_offline_if_unreachable()
     try:
         model = build()
         if state is not None and num_classes is None:
