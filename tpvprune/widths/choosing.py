@@ -27,7 +27,7 @@ from tpvprune.widths.selection import Floors, select_channels
 
 Of = Literal["macs", "params", "latency"]
 
-_REPORTED = 256  # images that scores come from where they do not choose
+_REPORTED = 128  # images that scores come from where they do not choose
 _MOST_AIMS = 100  # each is lower than the one before; a handful is what it takes
 
 
@@ -135,7 +135,8 @@ class Selector:
         if rounds.scores is not None and self.use_curves and not always:
             return None
         with self.clock("scores", step, steps):
-            found = self._score(rounds.model, groups)
+            few = self.use_curves and not always
+            found = self._score(rounds.model, groups, _few(self.source) if few else self.source)
         rounds.scores = rounds.scores or found
         return found
 
@@ -170,8 +171,7 @@ class Selector:
             if name in chosen
         )
 
-    def _score(self, model: nn.Module, groups: ChannelGroups) -> Scores:
-        source = _few(self.source) if self.use_curves else self.source
+    def _score(self, model: nn.Module, groups: ChannelGroups, source: Any) -> Scores:
         seen = Counted(source, "scoring", self.clock.progress)
         options: Mapping[str, Any] = {"seed": self.probing["seed"]}
         if self.criterion == "tpv":
