@@ -29,15 +29,7 @@ _RANKED = {
 
 
 def render_benchmark(data: Mapping[str, Any]) -> str:
-    """Render the results of a benchmark as one HTML page.
-
-    Args:
-        data: ``rows`` of the benchmark, ``left_out`` (what -> reason), and what is known of how
-            they came about: ``command``, ``weights``, ``preprocessing``, ``versions``.
-
-    Returns:
-        The page.
-    """
+    """Render the results of a benchmark as one HTML page."""
     found = summarise(data["rows"])
     names = list(dict.fromkeys(s.criterion for s in found))
     parts = [_header(found)]

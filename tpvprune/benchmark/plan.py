@@ -54,11 +54,7 @@ class Plan:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        """Check that every row can be made.
-
-        Raises:
-            ValueError: If a name is unknown, or nothing is asked for.
-        """
+        """Check that every row can be made."""
         for what, names, known in (
             ("criteria", self.criteria, (*SCORERS, *STOCK)),
             ("repair", self.repairs, REPAIRS),
@@ -126,12 +122,5 @@ class Plan:
 
 
 def needs_labels(criterion: str) -> bool:
-    """Tell whether a criterion reads labels.
-
-    Args:
-        criterion: A key of ``SCORERS`` or ``STOCK``.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether a criterion reads labels."""
     return criterion in NEEDS_LABELS or criterion in STOCK_NEEDS_LABELS

@@ -29,17 +29,7 @@ def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the finished rows of a file.
-
-    Args:
-        path: CSV file; older ones lack the column ``ranking``, which their allocation tells.
-
-    Returns:
-        The rows in the file's order; none if there is no file.
-
-    Raises:
-        ValueError: If it is not a file of benchmark rows.
-    """
+    """Read the finished rows of a file."""
     if not path.exists():
         return []
     try:
@@ -101,14 +91,7 @@ class Summary:
 
 
 def summarise(rows: Iterable[Mapping[str, str]]) -> list[Summary]:
-    """Take the mean and the standard deviation over seeds.
-
-    Args:
-        rows: Rows in any order.
-
-    Returns:
-        One summary per kind of row, in the order of first appearance.
-    """
+    """Take the mean and the standard deviation over seeds."""
     groups: dict[tuple[str, ...], list[Mapping[str, str]]] = defaultdict(list)
     for row in rows:
         groups[key_of(row)[:-1]].append(row)
@@ -139,12 +122,6 @@ def markdown(rows: Iterable[Mapping[str, str]]) -> str:
     """Return a table of top-1, mean ± standard deviation over seeds, with its caption.
 
     What is the same in all rows is said in the caption and left out of the table.
-
-    Args:
-        rows: Rows of one or several models.
-
-    Returns:
-        Markdown; one line per model, criterion, ranking and repair, one column per budget.
     """
     found = summarise(rows)
     heads = ("model", "criterion", "labels", "ranking", "repair", "images")

@@ -100,21 +100,6 @@ def run_benchmark(
 
     All criteria and repairs see the same inputs: all but those that ``tpvprune.prune`` holds
     back, so that its rows are what it returns.
-
-    Args:
-        plan: Which rows.
-        model: The dense model; untouched.
-        images: Seed -> batches to score and repair with: inputs, or pairs with class indices if
-            the plan needs labels. Only criteria that need labels see those.
-        test: Re-iterable of labelled batches that accuracy is measured on.
-        path: CSV file of the rows; those it holds are not measured again.
-        report: Called with (row, number of rows finished, number of all rows).
-
-    Returns:
-        All rows in the plan's order, and what was left out: criterion -> reason.
-
-    Raises:
-        ValueError: If the file holds rows that the plan has not, or nothing could be measured.
     """
     wanted = plan.keys()
     rows = {key_of(row): row for row in by_first(read_rows, path)}

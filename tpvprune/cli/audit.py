@@ -42,17 +42,7 @@ _NOISY_IMAGES, _DRAWS = 256, 4  # of the Monte-Carlo forms, whose cost is their 
 
 
 def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Measure the model, change what should not matter, measure again, and show what moved.
-
-    Args:
-        args: Parsed flags of `tpvprune audit`.
-
-    Returns:
-        Exit code and JSON document.
-
-    Raises:
-        ValueError: If a name is unknown, the folder holds other files, or images are too few.
-    """
+    """Measure the model, change what should not matter, measure again, and show what moved."""
     criteria = args.criteria or DEFAULT_CRITERIA
     _known("--criteria", criteria, CRITERIA)
     measures = args.measures or list(MEASURES)
@@ -127,11 +117,7 @@ def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 def _read(
     args: argparse.Namespace, subject: Subject, images: ImageSource
 ) -> tuple[Tensor, Tensor | None]:
-    """Return all images and, with `--labels`, their labels.
-
-    Raises:
-        ValueError: If there are too few.
-    """
+    """Return all images and, with `--labels`, their labels."""
     batches, _ = calibration(args, subject, images, labelled=args.labels, held_out=0)
     pairs = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
     x = torch.cat([pair[0] for pair in pairs])

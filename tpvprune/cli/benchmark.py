@@ -30,18 +30,7 @@ _BROKEN = 50.0  # % agreement: below it, most images have another class
 
 
 def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Measure what is missing, and write the table and the page.
-
-    Args:
-        args: Parsed flags of `tpvprune benchmark`.
-
-    Returns:
-        Exit code (3: a budget was missed) and JSON document.
-
-    Raises:
-        ValueError: If there are no labelled images to measure on, or the folder holds something
-            else.
-    """
+    """Measure what is missing, and write the table and the page."""
     if args.eval_dir is None:
         raise ValueError("--eval-dir: expected labelled images to measure top-1 on, found none")
     subject = open_subject(args)
@@ -115,11 +104,7 @@ def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -
 
 
 def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Find out whether the folder is new, or an unfinished run of the same settings.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Find out whether the folder is new, or an unfinished run of the same settings."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
     found = folder.iterdir() if folder.is_dir() else ()
@@ -153,14 +138,7 @@ def _earlier_settings(path: Path) -> dict[str, Any]:
 
 
 def broken_rows(rows: Sequence[Row]) -> str | None:
-    """Return which rows are of models that are no longer the same function, and what to try.
-
-    Args:
-        rows: Of the benchmark.
-
-    Returns:
-        A line; None if there are none.
-    """
+    """Return which rows are of models that are no longer the same function, and what to try."""
     found = [row for row in rows if _is_broken(row)]
     if not found:
         return None

@@ -64,14 +64,7 @@ _FEWEST = 512  # images for a repair, where the scores would do with less
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
-    """Prune, save, measure, and show what it cost.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Prune, save, measure, and show what it cost."""
     if single_weights.asked_for(args):
         return single_weights.run(args)
     used_labels = is_labelled(args.criterion)
@@ -134,14 +127,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
 
 
 def run_score(args: argparse.Namespace) -> Outcome:
-    """Score every channel and write the scores.
-
-    Args:
-        args: Parsed flags of `tpvprune score`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Score every channel and write the scores."""
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
     layers = ignored(args, subject)
@@ -178,14 +164,7 @@ def run_score(args: argparse.Namespace) -> Outcome:
 
 
 def run_groups(args: argparse.Namespace) -> Outcome:
-    """Show what can be pruned, what not and why.
-
-    Args:
-        args: Parsed flags of `tpvprune groups`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Show what can be pruned, what not and why."""
     args.device, args.dense = "cpu", None
     subject, _ = open_evaluated(args)
     groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
@@ -226,14 +205,7 @@ def run_groups(args: argparse.Namespace) -> Outcome:
 
 
 def run_evaluate(args: argparse.Namespace) -> Outcome:
-    """Measure a model or a saved pruned model.
-
-    Args:
-        args: Parsed flags of `tpvprune evaluate`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Measure a model or a saved pruned model."""
     subject, dense = open_evaluated(args)
     images = open_data(args, labelled=False)
     labelled = has_labels(images, subject.model, explicit=bool(args.class_map or args.dataset))
@@ -273,14 +245,7 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
 
 
 def run_demo(args: argparse.Namespace) -> Outcome:
-    """Run the offline demonstration.
-
-    Args:
-        args: Parsed flags of `tpvprune demo`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Run the offline demonstration."""
     demo = importlib.import_module("tpvprune.cli.demo")
     outcome: Outcome = demo.main_demo(args)
     return outcome

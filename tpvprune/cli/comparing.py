@@ -23,14 +23,7 @@ _WIDTH, _SHORTEST_NAME = 80, 10
 
 
 def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Tabulate the runs, and write the page if one is asked for.
-
-    Args:
-        args: Parsed flags of `tpvprune compare`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Tabulate the runs, and write the page if one is asked for."""
     runs = [
         (name, _report(folder))
         for name, folder in zip(_names(args.folders), args.folders, strict=True)

@@ -25,14 +25,7 @@ class PrintCompletion(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Print.
-
-        Args:
-            parser: Of the command.
-            namespace: Not used.
-            values: Name of the shell.
-            option_string: Not used.
-        """
+        """Print."""
         try:
             shtab = importlib.import_module("shtab")
         except ImportError:

@@ -32,16 +32,7 @@ def say(text: str = "", *, indent: str = "") -> None:
 def bar(
     title: str, *, total: int | None = None, unit: str = "batch"
 ) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Return a wrapper that shows the progress of an iteration where stderr is a terminal.
-
-    Args:
-        title: What is going on.
-        total: Number of items; None asks the iterable.
-        unit: What is counted.
-
-    Returns:
-        Function from an iterable to one of the same items.
-    """
+    """Return a wrapper that shows the progress of an iteration where stderr is a terminal."""
 
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
         shown: Iterable[Any] = tqdm(
@@ -61,11 +52,7 @@ def bar(
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Show which stage is running, and how long it will take, where stderr is a terminal.
-
-    Yields:
-        Function of (stage, parts done, all parts).
-    """
+    """Show which stage is running, and how long it will take, where stderr is a terminal."""
     shown = Stages()
     if not sys.stderr.isatty():
         yield shown.update
@@ -115,11 +102,7 @@ class Stages:
 
 @contextmanager
 def updates() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far a training is and how long it will take: a bar, or a line per stage.
-
-    Yields:
-        Function of (stage, updates done, all updates).
-    """
+    """Show how far a training is and how long it will take: a bar, or a line per stage."""
     shown = tqdm(
         unit="update", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
         dynamic_ncols=True,
@@ -163,12 +146,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
-    """Print costs and quality of two models side by side; what is None is left out.
-
-    Args:
-        dense: macs, params, nonzero_params, latency_ms, latency_range_ms, top1, top5, agreement.
-        pruned: The same.
-    """
+    """Print costs and quality of two models side by side; what is None is left out."""
     rows = [("", "dense", "pruned", "ratio")]
     for key, name in cost_labels(dense, pruned).items():
         before, after = dense[key], pruned[key]
@@ -209,11 +187,7 @@ def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_pruned(document: Mapping[str, Any]) -> None:
-    """Print what pruning did and what it cost.
-
-    Args:
-        document: The JSON document of `tpvprune prune`.
-    """
+    """Print what pruning did and what it cost."""
     _say_outcome(
         document,
         f"{document['model']}: keep {document['keep']:g} of {document['of']}, criterion "
@@ -237,11 +211,7 @@ def show_pruned(document: Mapping[str, Any]) -> None:
 
 
 def show_trained(document: Mapping[str, Any]) -> None:
-    """Print what training a pruned model did.
-
-    Args:
-        document: The JSON document of `tpvprune distill`.
-    """
+    """Print what training a pruned model did."""
     training = document["training"]
     epochs = counted(training["epochs"], "epoch")
     _say_outcome(
@@ -266,11 +236,7 @@ def _say_outcome(document: Mapping[str, Any], head: str) -> None:
 
 
 def speed_line(speed: Mapping[str, Any]) -> None:
-    """Print what the clock says of both models.
-
-    Args:
-        speed: Of :class:`tpvprune.widths.latency.Speed`, as a mapping.
-    """
+    """Print what the clock says of both models."""
     say(
         f"timed by turns, {speed['batch_size']} images a call: {speed['dense_ms']:.2f} ms dense, "
         f"{speed['pruned_ms']:.2f} ms pruned, ratio {speed['ratio']:.3f} (quartiles "
@@ -279,11 +245,7 @@ def speed_line(speed: Mapping[str, Any]) -> None:
 
 
 def trained_line(training: Mapping[str, Any]) -> None:
-    """Print how much closer training brought the outputs, and whether labels were used.
-
-    Args:
-        training: The facts of the training.
-    """
+    """Print how much closer training brought the outputs, and whether labels were used."""
     used = "LABELS WERE USED to train" if training["used_labels"] else "no label was used to train"
     before, after = training["before"], training["after"]
     say(
@@ -301,11 +263,7 @@ def trained_line(training: Mapping[str, Any]) -> None:
 
 
 def show_evaluated(document: Mapping[str, Any]) -> None:
-    """Print the costs and the quality of one model, beside those of the dense one if known.
-
-    Args:
-        document: The JSON document of `tpvprune evaluate`.
-    """
+    """Print the costs and the quality of one model, beside those of the dense one if known."""
     if document["dense"] is not None:
         before_after(document["dense"], document)
         return

@@ -45,15 +45,6 @@ def main_demo(
     """Prune a small model on handwritten digits, compare criteria, and write the report.
 
     A ValueError tells if the output folder cannot be written.
-
-    Args:
-        args: ``output``, ``overwrite``, ``seed`` and ``command_line`` of ``tpvprune demo``.
-        num_images: Training images, 64 to 900; with labels they train the dense model, without
-            they prune it.
-        num_epochs: Passes over them that make the dense model, >= 1.
-
-    Returns:
-        Exit code (3: budget not reached) and JSON document.
     """
     (images, labels), held_out = _digits(args.seed)
     training = images[:num_images], labels[:num_images]
@@ -202,17 +193,7 @@ def _right(model: nn.Module, held_out: Labelled) -> Tensor:
 
 
 def _why_saved(saved: str, best: str, best_right: Tensor, saved_right: Tensor) -> str:
-    """Say which row is saved though labels may favour another, and what that difference is worth.
-
-    Args:
-        saved: Name of the row that is saved.
-        best: Name of the one with the highest top-1.
-        best_right: Which images [N] the latter names right.
-        saved_right: The same of the former.
-
-    Returns:
-        Sentences.
-    """
+    """Say which row is saved though labels may favour another, and what that is worth."""
     why = f"Saved is {saved!r}, chosen beforehand and without labels"
     difference = best_right.double() - saved_right.double()
     points = 100 * float(difference.mean())

@@ -46,15 +46,7 @@ _AFTER = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Arguments after the program's name; None takes those of the process.
-
-    Returns:
-        The exit code: 0 done, 2 bad input, 3 budget not reachable, 1 bug, 4 another process of
-        the same run ended.
-    """
+    """Run one command."""
     command = ""
     try:
         argv = sys.argv[1:] if argv is None else argv
@@ -86,9 +78,6 @@ def _ask_for_large_pages(args: Any) -> None:
     mapping each anew in pages of 4 KiB may take a third of the time. What states milliseconds as
     its result does without (``--of latency``, ``evaluate``, ``export``): they are to be those of a
     plain process, as the model will run in. A value that the user has set stays.
-
-    Args:
-        args: Parsed flags.
     """
     timed = getattr(args, "of", None) == "latency"
     wanted = args.command in _IN_LARGE_PAGES and not timed
@@ -98,18 +87,7 @@ def _ask_for_large_pages(args: Any) -> None:
 
 @contextlib.contextmanager
 def _processes(args: Any) -> Iterator[bool]:
-    """Join the other processes of torchrun, if there are any.
-
-    Args:
-        args: Parsed flags; the device becomes that of this process.
-
-    Yields:
-        Whether this is the process that speaks.
-
-    Raises:
-        ValueError: If the command is not one for several processes, or its flags ask for what is
-            not there.
-    """
+    """Join the other processes of torchrun, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         check_first(args)  # before anything heavy is imported
         yield True

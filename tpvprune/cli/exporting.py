@@ -15,17 +15,7 @@ from tpvprune.saved.export import Exported, export_model
 
 
 def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Export, compare, and say how close the file's outputs are.
-
-    Args:
-        args: Parsed flags of `tpvprune export`.
-
-    Returns:
-        Exit code and JSON document.
-
-    Raises:
-        ValueError: If it is not said where a model that is not a saved folder goes to.
-    """
+    """Export, compare, and say how close the file's outputs are."""
     if args.output is None and args.folder is None:
         raise ValueError("--output F: expected the name of the file to write")
     file = args.output or Path(args.folder) / f"model.{args.format}"

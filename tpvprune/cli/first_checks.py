@@ -27,11 +27,7 @@ _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 
 
 def check_first(args: argparse.Namespace) -> None:
-    """Find what is missing, unknown or in the way; a ValueError tells what it is.
-
-    Args:
-        args: Parsed flags of any command.
-    """
+    """Find what is missing, unknown or in the way; a ValueError tells what it is."""
     _check_output(args)
     if getattr(args, "granularity", None) in {"channel", "head"} or args.command == "score":
         is_labelled(args.criterion)

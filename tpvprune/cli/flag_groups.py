@@ -26,14 +26,7 @@ class Parser(argparse.ArgumentParser):
         return titled[0] if titled else self.add_argument_group(title)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print and exit with.
-
-        Args:
-            message: What is wrong.
-
-        Raises:
-            _UsageError: Always.
-        """
+        """Raise what argparse would print and exit with."""
         raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -320,14 +313,7 @@ word = _checked(str.strip, bool, "a name")
 
 
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Read several values with commas between, each once.
-
-    Args:
-        convert: Reads one of them.
-
-    Returns:
-        What argparse calls with the text.
-    """
+    """Read several values with commas between, each once."""
     return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
 
 

@@ -43,15 +43,7 @@ class _Command(Parser):
     """The parser of one command, which says what it does not know before what it misses."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse what is left over here, where the help is that of the command.
-
-        Args:
-            args: Words after the command's name.
-            namespace: As in argparse.
-
-        Returns:
-            The namespace, and an empty list.
-        """
+        """Parse, and refuse what is left over here, where the help is that of the command."""
         given = list(args or ())
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for name in (text.partition("=")[0] for text in takewhile("--".__ne__, given)):

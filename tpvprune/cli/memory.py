@@ -21,17 +21,6 @@ def within_memory(
 
     A command starts anew; finished rows of a benchmark are on the disk. How images are split into
     batches decides the result of training, and a little that of BatchNorm recalibration.
-
-    Args:
-        run: The command.
-        args: Its flags; left as they are.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        Exception: What the command raised, if it is no lack of memory, or batches are of one
-            image or shared with other processes.
     """
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     while True:

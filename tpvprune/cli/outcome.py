@@ -9,40 +9,19 @@ _NOT_BLOCKS = ("selection", "repair", "layers")
 
 
 def broken(document: Mapping[str, Any]) -> str | None:
-    """Return that a model is broken and what to try; None if it is not.
-
-    Args:
-        document: The JSON document of a command.
-
-    Returns:
-        The first of its warnings.
-    """
+    """Return that a model is broken and what to try; None if it is not."""
     lines = document.get("warnings") or [None]
     return lines[0] if (document.get("held_back") or {}).get("broken") else None
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
-    """Return what else to know.
-
-    Args:
-        document: See :func:`broken`.
-
-    Returns:
-        Lines.
-    """
+    """Return what else to know."""
     lines = list(document.get("warnings") or ())
     return [f"warning: {line}" for line in lines[broken(document) is not None :]]
 
 
 def held_back(document: Mapping[str, Any]) -> str | None:
-    """Return what was measured on images that nothing was fitted to.
-
-    Args:
-        document: See :func:`broken`.
-
-    Returns:
-        A line, or None where nothing was.
-    """
+    """Return what was measured on images that nothing was fitted to."""
     facts = document.get("held_back")
     if not facts:
         return None
@@ -54,14 +33,7 @@ def held_back(document: Mapping[str, Any]) -> str | None:
 
 
 def images_used(document: Mapping[str, Any]) -> str | None:
-    """Return how many images each step used.
-
-    Args:
-        document: See :func:`broken`.
-
-    Returns:
-        A line, or None where it is not known.
-    """
+    """Return how many images each step used."""
     used = document.get("images_used")
     if not used:
         return None

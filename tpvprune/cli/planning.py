@@ -47,14 +47,7 @@ _MORE = {"reconstruct": "block reconstruction (minutes), ", "distill": ""}
 
 
 def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say what `prune` would cut down to, with which images, and about how long it would take.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-
-    Returns:
-        Exit code (3: the budget cannot be reached) and JSON document.
-    """
+    """Say what `prune` would cut down to, with which images, and about how long it would take."""
     if asked_for(args):
         return _plan_weights(args)
     recipe_of(args)
@@ -152,26 +145,12 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def plan_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say how `distill` would train, and about how long it would take.
-
-    Args:
-        args: Parsed flags of `tpvprune distill`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Say how `distill` would train, and about how long it would take."""
     return _plan_training(args, labelled=False)
 
 
 def plan_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say how `finetune` would train, and about how long it would take.
-
-    Args:
-        args: Parsed flags of `tpvprune finetune`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Say how `finetune` would train, and about how long it would take."""
     return _plan_training(args, labelled=True)
 
 
@@ -202,14 +181,7 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
 
 
 def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say which rows `benchmark` would measure, and about how long it would take.
-
-    Args:
-        args: Parsed flags of `tpvprune benchmark`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Say which rows `benchmark` would measure, and about how long it would take."""
     subject = open_subject(args)
     plan = plan_of(args, subject)
     images = open_data(args, labelled=plan.labelled)

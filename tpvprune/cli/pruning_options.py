@@ -22,28 +22,14 @@ _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen the
 
 
 def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say to :func:`tpvprune.pipeline.prune`.
-
-    Args:
-        args: Parsed flags.
-
-    Returns:
-        Keyword arguments; a network that is distilled afterwards is first compensated.
-    """
+    """Return what the flags say to :func:`tpvprune.pipeline.prune`."""
     repair = "compensate" if args.repair == "distill" else args.repair
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
     return {**named, **probing_options(args), "repair": repair, **_ALL_IMAGES}
 
 
 def probing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say of probing to :func:`tpvprune.scores.tpv.tpv_scores` and the like.
-
-    Args:
-        args: Parsed flags.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Return what the flags say of probing, for :func:`tpvprune.tpv_scores` and the like."""
     # float16, which training may use, is too narrow to score in.
     amp = torch.bfloat16 if args.amp and args.criterion == "tpv" else None
     return {
@@ -55,14 +41,7 @@ def probing_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def weight_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say to :func:`tpvprune.weights.pruning.prune_weights`.
-
-    Args:
-        args: Parsed flags.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Return what the flags say to :func:`tpvprune.weights.pruning.prune_weights`."""
     named = {name: getattr(args, name) for name in ("keep", "criterion", "repair", "num_probes")}
     pattern = None if args.granularity == "weight" else args.granularity
     return {**named, "pattern": pattern, "seed": args.seed, **_ALL_IMAGES}

@@ -49,17 +49,7 @@ class Subject:
 
 
 def open_subject(args: argparse.Namespace) -> Subject:
-    """Load the model that the flags name and see that it runs on its input size.
-
-    Args:
-        args: Parsed flags; with a `folder`, what that holds is pruned further.
-
-    Returns:
-        The model, ready on its device.
-
-    Raises:
-        ValueError: If the folder's model has single weights that are zero.
-    """
+    """Load the model that the flags name and see that it runs on its input size."""
     if getattr(args, "folder", None) is not None:
         return _open_prunable(args)
     device = _device(args.device)
@@ -96,18 +86,7 @@ def _open_prunable(args: argparse.Namespace) -> Subject:
 
 
 def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
-    """Load what `evaluate` measures, and the dense model to compare it with.
-
-    Args:
-        args: Parsed flags of `tpvprune evaluate`.
-
-    Returns:
-        The model, and the dense one or None.
-
-    Raises:
-        ValueError: If neither or both of a folder and a model are given; a folder of the
-            user's own model needs both.
-    """
+    """Load what `evaluate` measures, and the dense model to compare it with."""
     both = args.folder is not None and args.model is not None
     if (args.folder or args.model) is None or (both and not is_factory(args.model)):
         raise ValueError(NEITHER)
@@ -119,19 +98,7 @@ def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]
 
 
 def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
-    """Load a saved pruned model and, where `--dense` says its weights, the dense one.
-
-    Args:
-        args: Parsed flags with `folder`, `dense` and `model`, the function that makes the dense
-            model where the saved one is the user's own.
-
-    Returns:
-        The pruned model, and the dense one or None.
-
-    Raises:
-        ValueError: If the saved model is the user's own and `model` does not make it, or the
-            other way round.
-    """
+    """Load a saved pruned model and, where `--dense` says its weights, the dense one."""
     device = _device(args.device)
     args.folder = local_folder(args.folder)
     config = read_config(args.folder)
@@ -215,18 +182,7 @@ def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:
 
 
 def ignored(args: argparse.Namespace, subject: Subject) -> tuple[str, ...]:
-    """Return the layers of `--ignore`.
-
-    Args:
-        args: Parsed flags.
-        subject: The model.
-
-    Returns:
-        Their qualified names.
-
-    Raises:
-        ValueError: If the model has no such layer, with close matches.
-    """
+    """Return the layers of `--ignore`."""
     names = dict(subject.model.named_modules())
     for name in args.ignore:
         if name not in names:

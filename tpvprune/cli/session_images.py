@@ -50,19 +50,7 @@ class Shown:
 
 
 def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
-    """Open the images that the flags name.
-
-    Args:
-        args: Parsed flags.
-        labelled: Whether labels will be read.
-        again: What there is to note of them has been said.
-
-    Returns:
-        The source.
-
-    Raises:
-        ValueError: If no source is given, or one without labels where they are needed.
-    """
+    """Open the images that the flags name."""
     data_list = getattr(args, "data_list", None)
     is_array = not args.dataset and str(args.data_dir).endswith(".npy")
     if labelled and (is_array or data_list is not None):
@@ -98,19 +86,7 @@ def choose(
     skip: int = 0,
     labelled: bool = False,
 ) -> ImageBatches:
-    """Choose images by the flags' seed; see `loading.choose_images`.
-
-    Args:
-        args: Parsed flags.
-        subject: The model and its preprocessing.
-        images: Where from.
-        num_images: How many; None for all.
-        skip: How many of the seed's permutation to leave out first.
-        labelled: Whether to yield labels too.
-
-    Returns:
-        Re-iterable batches.
-    """
+    """Choose images by the flags' seed; see `loading.choose_images`."""
     args.images_per_batch = args.batch_size or _images_per_batch(subject)
     return choose_images(
         images,
@@ -139,17 +115,7 @@ def _images_per_batch(subject: Subject) -> int:
 def scored_until_known(
     args: argparse.Namespace, subject: Subject, images: ImageSource, groups: ChannelGroups
 ) -> Scores:
-    """Score with ``--num-images auto``: until half of the scores are known well enough.
-
-    Args:
-        args: Parsed flags.
-        subject: The model and its preprocessing.
-        images: Where from.
-        groups: Its channel groups.
-
-    Returns:
-        The scores, which tell how many images they saw.
-    """
+    """Score with ``--num-images auto``: until half of the scores are known well enough."""
     chosen = choose(args, subject, images, images.count)
     scores = tpv_scores(
         subject.model,
@@ -175,20 +141,6 @@ def calibration(
 
     The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
     they are what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
-
-    Args:
-        args: Parsed flags.
-        subject: The model and its preprocessing.
-        images: Where from.
-        labelled: Whether the first of the two also yields labels.
-        held_out: How many images at most to measure on; 0: none are needed.
-        apart: How many images to set apart before; if any, they are the ones to measure on.
-
-    Returns:
-        Batches to prune with, and what to measure agreement on.
-
-    Raises:
-        ValueError: If no image can be read, or the classes are not the model's.
     """
     num, skip = all_but(apart, images, args.num_images)
     chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
@@ -227,14 +179,7 @@ def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
 
 
 def num_witnesses(subject: Subject) -> int:
-    """Return how many images agreement is measured on, of what pruning does not use.
-
-    Args:
-        subject: The dense model, and its input size.
-
-    Returns:
-        64 to 512: as many as 10^12 MACs of the model allow. They are passed through two models.
-    """
+    """Return how many images agreement is measured on, of what pruning does not use."""
     macs = count_macs(subject.model, subject.example[:1])
     return max(_ENOUGH, min(_MOST_WITNESSES, int(_WITNESS_MACS / max(macs, 1))))
 
@@ -246,31 +191,13 @@ def choose_apart(
 
     An earlier `prune` with this seed has fitted its repair to the first ones: on them the model
     looks better before training than it is.
-
-    Args:
-        args: Parsed flags.
-        subject: The model and its preprocessing.
-        images: Where from.
-        num: How many.
-
-    Returns:
-        Re-iterable batches without labels.
     """
     skip = 0 if images.count is None else images.count - num
     return choose(args, subject, images, num, skip=skip)
 
 
 def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[int | None, int]:
-    """Return how many images to take after how many others, without those set apart.
-
-    Args:
-        apart: How many :func:`choose_apart` takes.
-        images: Where from.
-        num_images: How many are wanted; None for all.
-
-    Returns:
-        (num_images, skip) of :func:`choose`.
-    """
+    """Return how many images to take after how many others, without those set apart."""
     if images.count is None:
         return num_images, apart
     rest = images.count - apart
@@ -285,20 +212,7 @@ def images_to_prune_with(
     labelled: bool = False,
     apart: int = 0,
 ) -> tuple[Any, Any, Witnesses]:
-    """Return what `prune` sees, and what it is measured on.
-
-    Args:
-        args: Parsed flags.
-        subject: The model and its preprocessing.
-        images: Where from.
-        labelled: Whether the first also yields labels.
-        apart: As for :func:`calibration`.
-
-    Returns:
-        Batches to prune with, the labelled ones of `--eval-dir` or None, and what to measure
-        agreement on: those of `--eval-dir`, which are new to the model, or else others of the
-        calibration source, which may not be.
-    """
+    """Return what `prune` sees, and what it is measured on."""
     evaluated = labelled_images(args, subject)
     held_out = num_witnesses(subject) if evaluated is None else 0
     batches, witnesses = calibration(
@@ -329,16 +243,7 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
 
 
 def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
-    """Check that the classes of a source are those of the model.
-
-    Args:
-        images: The source.
-        model: The model, with `num_classes`.
-        class_map: The user's own map of classes, which may leave some out.
-
-    Raises:
-        ValueError: If their numbers differ.
-    """
+    """Check that the classes of a source are those of the model."""
     expected, found = getattr(model, "num_classes", None), images.num_classes
     if expected is None or found is None:
         return
@@ -350,16 +255,7 @@ def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | Non
 
 
 def has_labels(images: ImageSource, model: nn.Module, *, explicit: bool) -> bool:
-    """Tell whether the subfolders of a source are the classes of the model.
-
-    Args:
-        images: The source.
-        model: The model, with `num_classes`.
-        explicit: The user has said that there are labels.
-
-    Returns:
-        True if top-1 can be measured.
-    """
+    """Tell whether the subfolders of a source are the classes of the model."""
     if explicit:
         return True
     expected = getattr(model, "num_classes", None)
@@ -374,14 +270,7 @@ def has_labels(images: ImageSource, model: nn.Module, *, explicit: bool) -> bool
 
 
 def num_images(batches: Any) -> int | None:
-    """Count the images of batches.
-
-    Args:
-        batches: Images as `calibration` returns them.
-
-    Returns:
-        Their number; None for a stream of unknown length.
-    """
+    """Count the images of batches."""
     if isinstance(batches, ImageBatches):
         return batches.total
     return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))

@@ -40,21 +40,7 @@ def pruned_document(
     labelled: Any,
     clock: Clock,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure the pruned model beside the dense one, and return all that is known of it.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-        subject: The dense model.
-        result: The pruned one, and the report of its making.
-        images: Where the images came from.
-        batches: Those that it was pruned with.
-        witnesses: Those that the agreement is measured on.
-        labelled: Labelled batches for the accuracy, or None.
-        clock: What has been timed besides the pruning; the measuring is added.
-
-    Returns:
-        The JSON document, and what the saved report has besides (:func:`shown_changes`).
-    """
+    """Measure the pruned model beside the dense one, and return all that is known of it."""
     dense, pruned = measured(args, subject, result.model, labelled, clock)
     dense["agreement"] = 1.0
     with clock("agreement"):
@@ -76,16 +62,7 @@ def pruned_document(
 
 
 def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict[str, Any]:
-    """Return what :func:`tpvprune.save_pruned` is told about the dense model and the command.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-        subject: The dense model.
-        **facts: What else the provenance holds.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Return what :func:`tpvprune.save_pruned` is told about the dense model and the command."""
     weights: dict[str, Any] = {}
     if subject.folder is None:  # else those of what the folder came from
         digest = file_digest(args.checkpoint) if args.checkpoint else None
@@ -117,19 +94,7 @@ def measured(
     labelled: Any,
     clock: Clock | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model.
-
-    Args:
-        args: Parsed flags.
-        subject: The dense model.
-        pruned: The pruned one.
-        labelled: Labelled batches, or None.
-        clock: Times what is measured.
-
-    Returns:
-        For each of the two: nonzero_params, and latency_ms, latency_range_ms, top1, top5, None
-        where not measured; num_images, how many labelled ones, where top1 was.
-    """
+    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model."""
     models, clock = (subject.model, pruned), clock or Clock(None)
     with clock("latency"):
         timings = latencies(args, subject, models)
@@ -149,17 +114,7 @@ def measured(
 def latencies(
     args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
 ) -> list[dict[str, Any]]:
-    """Time several models by turns on one image.
-
-    Args:
-        args: Parsed flags.
-        subject: Says the input size and the device.
-        models: What to time.
-
-    Returns:
-        Of each, in milliseconds: latency_ms, the median of five rounds, and latency_range_ms,
-        the fastest and the slowest round; None where `--latency-repeats` is 0.
-    """
+    """Time several models by turns on one image."""
     if args.latency_repeats <= 0:
         return [{"latency_ms": None, "latency_range_ms": None} for _ in models]
     # By one process: they would slow each other.
@@ -184,18 +139,7 @@ def _timed(
 def shown_changes(
     args: argparse.Namespace, subject: Subject, model: nn.Module, dense: nn.Module, batches: Any
 ) -> dict[str, Any]:
-    """Return what the report shows of images whose class changed; not for stdout.
-
-    Args:
-        args: Parsed flags.
-        subject: Says the preprocessing.
-        model: The pruned model.
-        dense: The dense one.
-        batches: Images to compare them on.
-
-    Returns:
-        Entries of the report.
-    """
+    """Return what the report shows of images whose class changed; not for stdout."""
     if getattr(model, "num_classes", 1) == 0:  # features, not classes
         return {}
     config = subject.preprocessing.config

@@ -29,17 +29,7 @@ _OTHERS_ONLY = {
 
 
 def asked_for(args: argparse.Namespace) -> bool:
-    """Tell whether single weights are to be removed; check the flag, and those that go with it.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-
-    Returns:
-        True for `weight` and patterns such as `2:4`.
-
-    Raises:
-        ValueError: If the pattern is none, or a flag does not apply to the granularity.
-    """
+    """Tell whether single weights are to be removed; check the flag, and those that go with it."""
     if args.granularity in {"channel", "head"}:
         return False
     if args.granularity != "weight":
@@ -56,14 +46,7 @@ def asked_for(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Remove single weights, save, measure, and show what it cost.
-
-    Args:
-        args: Parsed flags of `tpvprune prune`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Remove single weights, save, measure, and show what it cost."""
     subject = open_subject(args)
     layers = ignored(args, subject)
     images = open_data(args, labelled=False)
@@ -100,18 +83,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def all_but_heads(subject: Subject, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the layers that produce what is no attention head.
-
-    Args:
-        subject: The model.
-        layers: Those that stay whole anyway.
-
-    Returns:
-        Their names.
-
-    Raises:
-        ValueError: If the model has no heads that can be pruned.
-    """
+    """Return the layers that produce what is no attention head."""
     groups = find_groups(subject.model, subject.example, ignore=layers)
     heads: set[str] = set()
     others: set[str] = set()

@@ -50,26 +50,12 @@ _AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model towards the dense one, without labels.
-
-    Args:
-        args: Parsed flags of `tpvprune distill`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Train a saved pruned model towards the dense one, without labels."""
     return _run(args, labelled=False)
 
 
 def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model with labels.
-
-    Args:
-        args: Parsed flags of `tpvprune finetune`.
-
-    Returns:
-        Exit code and JSON document.
-    """
+    """Train a saved pruned model with labels."""
     return _run(args, labelled=True)
 
 
@@ -111,17 +97,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def num_held_back(images: ImageSource) -> int:
-    """Return how many images measure what training does and take no part in it.
-
-    Args:
-        images: The source.
-
-    Returns:
-        A tenth, 1 to 512.
-
-    Raises:
-        ValueError: If there are too few images to train.
-    """
+    """Return how many images measure what training does and take no part in it."""
     if images.count is None:
         return _MOST_HELD_BACK
     if images.count < 3:
@@ -141,23 +117,7 @@ def trained(
     labelled: bool = False,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Trained:
-    """Train a pruned model, and measure it before and after on images held back.
-
-    Args:
-        args: Parsed flags.
-        subject: The pruned model.
-        dense: The dense one.
-        images: Where from.
-        num_images: How many to train on; None for all.
-        labelled: Train with labels instead of the dense model.
-        masks: Of single weights; those that are zero stay zero.
-
-    Returns:
-        The trained model, or the one before where that is closer, and how it came about.
-
-    Raises:
-        ValueError: If the outputs of the trained model are not finite.
-    """
+    """Train a pruned model, and measure it before and after on images held back."""
     recipe, held = recipe_of(args), num_held_back(images)
     mixed = not (labelled or args.no_mix)
     witnesses = in_memory(choose_apart(args, subject, images, held), progress=bar("reading images"))
@@ -298,16 +258,6 @@ def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
 
     The folder may be a stranger's: of the file that it names nothing is used, unless its contents
     are what the folder says they are.
-
-    Args:
-        config: The folder's ``config.json``.
-        folder: For messages.
-
-    Returns:
-        ``"pretrained"``, or the path of the checkpoint.
-
-    Raises:
-        ValueError: If the file is gone, another one, or was saved without its digest.
     """
     weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
     found = repr(weights)

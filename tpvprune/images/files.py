@@ -16,18 +16,7 @@ _MAX_LIST_BYTES = 2**30
 
 
 def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageSource:
-    """Open the images that a text file names, one path a line.
-
-    Args:
-        path: The list; empty lines are passed over.
-        root: What relative paths start from; by default the folder of the list.
-
-    Returns:
-        The source, without labels.
-
-    Raises:
-        ValueError: If there is no such list, or it names no file that is there.
-    """
+    """Open the images that a text file names, one path a line."""
     path = Path(path)
     check_list(path)
     if path.stat().st_size > _MAX_LIST_BYTES:
@@ -57,17 +46,7 @@ def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageS
 
 
 def array_images(path: str | Path) -> ImageSource:
-    """Open a NumPy array of images, mapped from the disk and not loaded as a whole.
-
-    Args:
-        path: A ``.npy`` file: uint8, [N, H, W, 3], [N, H, W, 1] or [N, H, W].
-
-    Returns:
-        The source, without labels.
-
-    Raises:
-        ValueError: If it is not such an array; pickled objects are never read.
-    """
+    """Open a NumPy array of images, mapped from the disk and not loaded as a whole."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:

@@ -26,14 +26,7 @@ svg[width] { width: auto; max-width: 100%; }
 
 
 def render_audit(data: Mapping[str, Any]) -> str:
-    """Render an audit as one HTML page.
-
-    Args:
-        data: The JSON document of `tpvprune audit`.
-
-    Returns:
-        The page.
-    """
+    """Render an audit as one HTML page."""
     shown = [change for change in data["changes"] if change["neutral"]]
     parts = [
         _header(data),

@@ -22,17 +22,7 @@ _WEIGHTS = "single weights were set to zero and the others refitted; shapes and 
 def card(
     repo_id: str, config: Mapping[str, Any], report: Mapping[str, Any], *, license: str | None
 ) -> str:
-    """Write what a stranger needs to know about a pruned model.
-
-    Args:
-        repo_id: Its name on the hub, ``org/name``.
-        config: The ``config.json`` of the saved model.
-        report: Its ``report.json``; empty where there is none.
-        license: As the hub names it; None where it is not known.
-
-    Returns:
-        Markdown, from the title on.
-    """
+    """Write what a stranger needs to know about a pruned model."""
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
         _caveats(report),

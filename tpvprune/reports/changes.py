@@ -15,14 +15,7 @@ _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 
 
 def classes(data: Mapping[str, Any]) -> str:
-    """Draw the agreement of every class, worst first.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Draw the agreement of every class, worst first."""
     found = (data.get("disagreement") or {}).get("classes") or []
     if len(found) < 2:
         return ""
@@ -43,14 +36,7 @@ def classes(data: Mapping[str, Any]) -> str:
 
 
 def samples(data: Mapping[str, Any]) -> str:
-    """Show images whose class changed.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Show images whose class changed."""
     found = data.get("disagreement") or {}
     names = data.get("class_names")
     pictures = "".join(

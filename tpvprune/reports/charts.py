@@ -17,39 +17,17 @@ MAX_SPREAD = 8
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage.
-
-    Args:
-        fraction: 1 is the whole.
-        digits: After the decimal point.
-
-    Returns:
-        For example ``50.1 %``.
-    """
+    """Write a fraction as a percentage."""
     return f"{100 * fraction:.{digits}f}\u202f%".replace("-", "\u2212")
 
 
 def whole(number: float) -> str:
-    """Write a count in full, thousands set apart.
-
-    Args:
-        number: Any count.
-
-    Returns:
-        For example ``853 018``.
-    """
+    """Write a count in full, thousands set apart."""
     return f"{number:,.0f}".replace(",", "\u202f")
 
 
 def short(number: float) -> str:
-    """Write a count with three or four digits and a unit prefix.
-
-    Args:
-        number: Any count >= 0.
-
-    Returns:
-        For example ``125.5 M``.
-    """
+    """Write a count with three or four digits and a unit prefix."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             digits = 4 if number / size >= 100 else 3
@@ -58,15 +36,7 @@ def short(number: float) -> str:
 
 
 def significant(number: float, digits: int = 3) -> str:
-    """Write any number with a stated number of significant digits.
-
-    Args:
-        number: Finite.
-        digits: Significant ones, >= 1.
-
-    Returns:
-        For example ``0.0132``, ``1 480`` or ``3.1·10⁻⁶``.
-    """
+    """Write any number with a stated number of significant digits."""
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     exponent = math.floor(math.log10(abs(number)))
@@ -78,14 +48,7 @@ def significant(number: float, digits: int = 3) -> str:
 
 
 def power_of_ten(exponent: int) -> str:
-    """Write a power of ten with raised digits.
-
-    Args:
-        exponent: Whole number.
-
-    Returns:
-        For example ``10⁻³``.
-    """
+    """Write a power of ten with raised digits."""
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
@@ -94,13 +57,6 @@ def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) 
 
     Bars share one scale of channels; where widths differ more than 8-fold every outline
     takes the full length and the fill shows the kept share.
-
-    Args:
-        groups: Name, dense channels, kept channels; in network order.
-        shares: Show shares in any case, and write them in the place of the numbers.
-
-    Returns:
-        An HTML list.
     """
     widest = max(dense for _, dense, _ in groups)
     same_scale = not shares and widest <= MAX_SPREAD * min(dense for _, dense, _ in groups)
@@ -125,15 +81,7 @@ def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) 
 
 
 def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None) -> str:
-    """Draw one bar per value, from zero.
-
-    Args:
-        rows: Name, value >= 0, its text.
-        chosen: Name of the row to stress.
-
-    Returns:
-        An HTML list.
-    """
+    """Draw one bar per value, from zero."""
     largest = max(value for _, value, _ in rows) or 1.0
     items = "".join(
         f'<li{" class=chosen" if name == chosen else ""}><span class="name">{cell(name)}</span>'
@@ -145,14 +93,7 @@ def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None
 
 
 def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
-    """Draw fractions against the fraction of MACs, falling from left to right.
-
-    Args:
-        series: Label, colour class (``kept`` or ``gone``), points (MACs, value); in [0, 1].
-
-    Returns:
-        An SVG element.
-    """
+    """Draw fractions against the fraction of MACs, falling from left to right."""
     points = [point for _, _, line in series for point in line]
     left, right = max(x for x, _ in points), min(x for x, _ in points)
     low, step = nice_floor(min(y for _, y in points))
@@ -195,15 +136,6 @@ def score_panel(
 
     At most 48 channels are drawn, evenly spaced over the ranks. Scores below the scale lie on
     its lower end.
-
-    Args:
-        values: Scores [C].
-        stderr: Standard errors [C], if known.
-        kept: Which channels stay, if known.
-        scale: Logarithms to base ten of the two ends, shared by all panels.
-
-    Returns:
-        An SVG element.
     """
     low, high = scale
     top, bottom = 3.0, 81.0
@@ -235,12 +167,6 @@ def scale_of(values: Sequence[float]) -> tuple[float, float] | None:
     """Choose a log scale that holds all but the lowest scores.
 
     The lowest 2 % do not stretch it, and it spans six decades at most.
-
-    Args:
-        values: All values to be drawn.
-
-    Returns:
-        Logarithms to base ten of its ends, or ``None`` if no value is positive.
     """
     positive = sorted(value for value in values if value > 0)
     if not positive:
@@ -252,14 +178,7 @@ def scale_of(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def nice_floor(lowest: float) -> tuple[float, float]:
-    """Choose a scale of fractions up to 1.
-
-    Args:
-        lowest: Smallest value to be drawn.
-
-    Returns:
-        Where the scale starts, and the distance of its lines.
-    """
+    """Choose a scale of fractions up to 1."""
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25):
         low = math.floor(lowest / step - 0.2) * step
         if round((1 - low) / step) <= 5 and low >= 0:
@@ -268,15 +187,7 @@ def nice_floor(lowest: float) -> tuple[float, float]:
 
 
 def spaced(ticks: Sequence[float], distance: float) -> list[float]:
-    """Leave out ticks that would touch others.
-
-    Args:
-        ticks: Falling.
-        distance: Least distance of two.
-
-    Returns:
-        Those that stay, the first and the last among them.
-    """
+    """Leave out ticks that would touch others."""
     chosen = list(ticks[:1])
     for tick in ticks[1:-1]:
         if min(chosen[-1] - tick, tick - ticks[-1]) >= distance:

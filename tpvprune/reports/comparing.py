@@ -61,16 +61,7 @@ td.best { color: var(--kept); font-weight: 600; }
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of one run that runs are compared by.
-
-    Args:
-        report: Its ``report.json``.
-
-    Returns:
-        ``macs``, ``params``, ``nonzero_params`` (None where no parameter is zero) and ``latency``
-        as fractions of the dense model's, ``top1``, ``top1_change``, ``agreement``; None where one
-        was not measured.
-    """
+    """Return the numbers of one run that runs are compared by."""
     dense, pruned = both(report)
 
     def share(key: str) -> float | None:
@@ -93,15 +84,7 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def figures_of_all(runs: Sequence[Run]) -> list[dict[str, float | None]]:
-    """Return what :func:`figures_of` does of each run, non-zero parameters for all or for none.
-
-    Args:
-        runs: Names and reports.
-
-    Returns:
-        A dict per run. Where one run has zeros among its parameters, the non-zero parameters of
-        those that have none are all of them.
-    """
+    """Return what :func:`figures_of` does of each run, non-zero parameters for all or for none."""
     found = [figures_of(report) for _, report in runs]
     if any(row["nonzero_params"] is not None for row in found):
         for row in found:
@@ -111,14 +94,7 @@ def figures_of_all(runs: Sequence[Run]) -> list[dict[str, float | None]]:
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
-    """Render several runs as one HTML page, without any outside resource.
-
-    Args:
-        runs: At least one; each part of a report may be missing.
-
-    Returns:
-        The page.
-    """
+    """Render several runs as one HTML page, without any outside resource."""
     models = list(dict.fromkeys(str(report.get("model") or "a model") for _, report in runs))
     title = f"{len(runs)} runs of {', '.join(models[:3])}" + (" \u2026" if models[3:] else "")
     lead = (
@@ -132,15 +108,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
 
 
 def measured_on(report: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return which images accuracy and agreement of one run were measured on.
-
-    Args:
-        report: Its ``report.json``.
-
-    Returns:
-        ``top1``, ``top1_change`` and ``agreement``: number and kind, as ``512 other images``; None
-        where it is not known, or nothing was measured.
-    """
+    """Return which images accuracy and agreement of one run were measured on."""
     pruned, on = both(report)[1], (report.get("images") or {}).get("agreement_on")
     agreed = None if on is None or pruned.get("agreement") is None else str(on)
     labelled = agreed if str(agreed).endswith("labelled images") else None

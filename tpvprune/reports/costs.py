@@ -13,14 +13,7 @@ _LABELS = {
 
 
 def cost_labels(*sides: Mapping[str, Any]) -> dict[str, str]:
-    """Return what to show of some models; non-zero parameters only where some are zero.
-
-    Args:
-        *sides: Numbers of each model: macs, params, nonzero_params, of which any may be missing.
-
-    Returns:
-        Key -> label.
-    """
+    """Return what to show of some models; non-zero parameters only where some are zero."""
     masked = any(
         side.get("nonzero_params") is not None and side["nonzero_params"] != side.get("params")
         for side in sides

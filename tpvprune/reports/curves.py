@@ -22,15 +22,7 @@ class Curve:
 
 
 def curve_chart(curves: Sequence[Curve], about: str) -> str:
-    """Draw fractions against the fraction of MACs, falling from left to right.
-
-    Args:
-        curves: At least one point together.
-        about: What the chart shows, for those who cannot see it.
-
-    Returns:
-        An SVG element; a curve's numbers are its tooltip.
-    """
+    """Draw fractions against the fraction of MACs, falling from left to right."""
     points = [point for curve in curves for point in curve.points]
     left, right = max(x for x, _, _ in points), min(x for x, _, _ in points)
     low, step = nice_floor(max(0.0, min(y - (error or 0.0) for _, y, error in points)))

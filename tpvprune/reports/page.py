@@ -9,16 +9,7 @@ from tpvprune.reports.text import cell
 
 
 def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
-    """Set a page.
-
-    Args:
-        title: Text for the browser's tab.
-        parts: HTML of header and sections; empty ones are left out.
-        style: CSS besides that of all pages.
-
-    Returns:
-        The page.
-    """
+    """Set a page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -25,14 +25,7 @@ from tpvprune.reports.text import cell
 
 
 def widths(data: Mapping[str, Any]) -> str:
-    """Picture how much of each layer is left.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Picture how much of each layer is left."""
     groups = data.get("groups")
     if not groups:
         return ""
@@ -50,14 +43,7 @@ def widths(data: Mapping[str, Any]) -> str:
 
 
 def weights(data: Mapping[str, Any]) -> str:
-    """Picture which share of the weights of each layer is left, where single ones went.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Picture which share of the weights of each layer is left, where single ones went."""
     layers = data.get("layers")
     if not layers:
         return ""
@@ -72,14 +58,7 @@ def weights(data: Mapping[str, Any]) -> str:
 
 
 def steps(data: Mapping[str, Any]) -> str:
-    """Draw agreement and accuracy against MACs.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Draw agreement and accuracy against MACs."""
     dense, pruned = both(data)
     taken = [step for step in data.get("steps") or () if step.get("agreement") is not None]
     # One step has nothing between start and end, which are shown above.
@@ -103,14 +82,7 @@ def steps(data: Mapping[str, Any]) -> str:
 
 
 def scores(data: Mapping[str, Any]) -> str:
-    """Draw the scores of every group.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Draw the scores of every group."""
     known = {name: s for name, s in (data.get("scores") or {}).items() if s.get("values")}
     found = [v for s in known.values() for v in s["values"] if v is not None]
     scale = scale_of(found)
@@ -136,14 +108,7 @@ def scores(data: Mapping[str, Any]) -> str:
 
 
 def repairs(data: Mapping[str, Any]) -> str:
-    """Show what each repair left of the output variance.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Show what each repair left of the output variance."""
     shares = {k: v for k, v in (data.get("variance_share") or {}).items() if v is not None}
     found = {k: v for k, v in (data.get("output_variance") or {}).items() if v is not None}
     found, second = (shares, 1.0) if shares else (found, data.get("output_second_moment"))
@@ -163,14 +128,7 @@ def repairs(data: Mapping[str, Any]) -> str:
 
 
 def blocked(data: Mapping[str, Any]) -> str:
-    """List the groups that were left whole, by reason.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """List the groups that were left whole, by reason."""
     left = data.get("blocked")
     if not left:
         return ""

@@ -27,14 +27,7 @@ _SECTIONS = (
 
 
 def report_data(result: Any) -> dict[str, Any]:
-    """Return a ``PruningResult`` as the data of a report, scores included.
-
-    Args:
-        result: What ``prune`` returned.
-
-    Returns:
-        The result's own ``report`` with ``scores``: group -> values, stderr, kept.
-    """
+    """Return a ``PruningResult`` as the data of a report, scores included."""
     data = dict(result.report)
     if result.scores is not None:
         stderr = getattr(result.scores, "stderr", None) or {}
@@ -56,14 +49,6 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Pat
     ``PruningResult.report``, and ``model``, ``command``, ``versions``, ``preprocessing``,
     ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``,
     ``disagreement`` (of ``disagreement.disagreement``) and ``class_names``.
-
-    Args:
-        data: Numbers, strings, tensors, dataclasses, and containers of them. What is not
-            finite becomes null.
-        folder: An existing folder.
-
-    Returns:
-        The two files.
     """
     plain = _plain(data)
     folder = Path(folder)
@@ -74,17 +59,7 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Pat
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """Read the ``report.json`` of a saved run, and see that a page can be made of it.
-
-    Args:
-        folder: What ``save_pruned`` wrote.
-
-    Returns:
-        Its data; empty where there is no report.
-
-    Raises:
-        ValueError: If it is too large, no JSON, or holds something else.
-    """
+    """Read the ``report.json`` of a saved run, and see that a page can be made of it."""
     path = Path(folder) / "report.json"
     if not path.is_file():
         return {}
@@ -99,14 +74,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """Render the report's data as one HTML page.
-
-    Args:
-        data: As JSON holds it; see ``write_report``.
-
-    Returns:
-        The page.
-    """
+    """Render the report's data as one HTML page."""
     parts = [header(data), figures(data), *(section(data) for section in _SECTIONS)]
     return page(title_of(data), parts)
 

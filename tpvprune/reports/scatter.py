@@ -17,17 +17,6 @@ def scatter_chart(
     """Draw points with their standard errors and the diagonal, as inline SVG.
 
     Points with a value that is not positive have no place on a log scale and are left out.
-
-    Args:
-        points: (name, (value, standard error) across, the same up).
-        across: What is across.
-        up: What is up.
-
-    Returns:
-        An SVG element; a point's name and values show when it is pointed at.
-
-    Raises:
-        ValueError: If no point can be drawn.
     """
     shown = [p for p in points if p[1][0] > 0 and p[2][0] > 0]
     if not shown:

@@ -139,14 +139,7 @@ _HUES = (174, 28, 212, 330, 48, 264, 96, 8, 190, 300)
 
 
 def hues(num: int) -> str:
-    """Return CSS that gives the classes ``c0``, ``c1``, ... a colour ``--c``, light and dark.
-
-    Args:
-        num: How many classes.
-
-    Returns:
-        Rules.
-    """
+    """Return CSS that gives the classes ``c0``, ``c1``, ... a colour ``--c``, light and dark."""
     light, dark = [], []
     for i in range(num):
         # Past ten hues come again, darker.

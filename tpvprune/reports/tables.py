@@ -25,14 +25,7 @@ _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def title_of(data: Mapping[str, Any]) -> str:
-    """Name the model and what was asked for.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A line of text.
-    """
+    """Name the model and what was asked for."""
     model = data.get("model") or "Model"
     keep = data.get("keep")
     if keep is None:
@@ -43,14 +36,7 @@ def title_of(data: Mapping[str, Any]) -> str:
 
 
 def header(data: Mapping[str, Any]) -> str:
-    """Say in a sentence what was won, and whether the budget was reached.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        The page header.
-    """
+    """Say in a sentence what was won, and whether the budget was reached."""
     dense, pruned = both(data)
     sentences = []
     agreement = pruned.get("agreement")
@@ -79,14 +65,7 @@ def header(data: Mapping[str, Any]) -> str:
 
 
 def figures(data: Mapping[str, Any]) -> str:
-    """Show the numbers that matter most.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A list, or nothing.
-    """
+    """Show the numbers that matter most."""
     dense, pruned = both(data)
     found = []
     for key, label in cost_labels(dense, pruned).items():
@@ -118,14 +97,7 @@ def figures(data: Mapping[str, Any]) -> str:
 
 
 def before_after(data: Mapping[str, Any]) -> str:
-    """Tabulate every measured number of both models.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Tabulate every measured number of both models."""
     dense, pruned = both(data)
     share = "output_variance_share"
     if pruned.get("output_variance") is not None and data.get("output_second_moment"):
@@ -178,14 +150,7 @@ def _held_back(facts: Mapping[str, Any]) -> str:
 
 
 def comparison(data: Mapping[str, Any]) -> str:
-    """Tabulate criteria side by side.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """Tabulate criteria side by side."""
     rows = data.get("comparison")
     if not rows:
         return ""
@@ -211,14 +176,7 @@ def comparison(data: Mapping[str, Any]) -> str:
 
 
 def making(data: Mapping[str, Any]) -> str:
-    """State command, settings, times and versions.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """State command, settings, times and versions."""
     command = command_lines(data.get("command"))
     body = f"<pre>{cell(command)}</pre>" if command else ""
     settings = {
@@ -259,14 +217,7 @@ def making(data: Mapping[str, Any]) -> str:
 
 
 def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the two evaluations, the agreement among them.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        Dense and pruned, as dicts that may be changed.
-    """
+    """Return the two evaluations, the agreement among them."""
     dense, pruned = dict(data.get("dense") or {}), dict(data.get("pruned") or {})
     if pruned.get("agreement") is None and data.get("agreement") is not None:
         pruned["agreement"] = data["agreement"]
@@ -274,17 +225,7 @@ def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def section(title: str, about: str, body: str, *, style: str = "") -> str:
-    """Set a heading and a few words beside a table or picture.
-
-    Args:
-        title: Heading.
-        about: HTML paragraphs.
-        body: HTML.
-        style: Class of the whole; ``across`` sets the words above, for what needs the width.
-
-    Returns:
-        HTML.
-    """
+    """Set a heading and a few words beside a table or picture."""
     text = f'<div class="about"><h2>{title}</h2>{about}</div>'
     mark = f' class="{style}"' if style else ""
     return f"<section{mark}>{text}<div>{body}</div></section>"
@@ -319,14 +260,7 @@ def _cell(key: str, value: Any, dense_macs: Any) -> str:
 
 
 def command_lines(command: Any) -> str:
-    """Write a command with one flag a line where it is long.
-
-    Args:
-        command: A shell's line, a list of words, or None.
-
-    Returns:
-        Text for a shell.
-    """
+    """Write a command with one flag a line where it is long."""
     try:
         words = shlex.split(command) if isinstance(command, str) else list(map(str, command or ()))
     except ValueError:  # not a shell's line: as it is

@@ -11,11 +11,5 @@ def cell(value: Any) -> str:
 
     A report may be a stranger's, with strings where numbers belong. Every value of it comes to a
     page through this, or through what writes numbers alone (:mod:`tpvprune.reports.charts`).
-
-    Args:
-        value: Of any kind.
-
-    Returns:
-        HTML, also for the value of an attribute.
     """
     return escape(str(value))

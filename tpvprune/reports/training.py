@@ -10,14 +10,7 @@ from tpvprune.reports.tables import section
 
 
 def training(data: Mapping[str, Any]) -> str:
-    """State how the model was trained, and how much closer to the dense one that brought it.
-
-    Args:
-        data: The report's data.
-
-    Returns:
-        A section, or nothing.
-    """
+    """State how the model was trained, and how much closer to the dense one that brought it."""
     facts = data.get("training")
     if not facts:
         return ""

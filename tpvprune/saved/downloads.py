@@ -25,18 +25,7 @@ _FILES = ["config.json", "model.safetensors", MASK_FILE]
 
 
 def local_folder(folder: str | Path) -> Path:
-    """Return a folder as it lies on this machine; ``hf-hub:org/name[@revision]`` is fetched.
-
-    Args:
-        folder: A path, or a name on the hub.
-
-    Returns:
-        The path; of a name on the hub, that in its local cache.
-
-    Raises:
-        ValueError: If the hub cannot be reached and the cache does not hold it, or the hub has
-            no such repository or revision.
-    """
+    """Return a folder as it lies on this machine; ``hf-hub:org/name[@revision]`` is fetched."""
     if not str(folder).startswith(HUB):
         return Path(folder)
     repo_id, _, revision = str(folder).partition(":")[2].partition("@")
@@ -63,14 +52,7 @@ def local_folder(folder: str | Path) -> Path:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Tell whether an error of huggingface_hub means that there is no connection.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        True if so, or if the hub was not asked and the cache does not hold the files.
-    """
+    """Tell whether an error of huggingface_hub means that there is no connection."""
     # huggingface_hub has changed its HTTP library, and passes that one's errors on.
     no_answer = isinstance(error, OSError) or "httpx" in type(error).__module__
     return isinstance(error, LocalEntryNotFoundError) or (
@@ -83,9 +65,6 @@ def offline_if_unreachable() -> Iterator[None]:
     """Spare the user a minute of retries where the hub's name does not resolve.
 
     Only for as long: other libraries of the process, and later downloads, may find it again.
-
-    Yields:
-        Nothing.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not _is_known()

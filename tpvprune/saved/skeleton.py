@@ -35,19 +35,7 @@ _MAX_NUMBER = 2**53
 
 
 def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Module:
-    """Build a registered timm model without weights and without touching the random state.
-
-    Args:
-        name: timm's name, with or without a tag; no hub or folder name.
-        kwargs: Plain JSON values for ``timm.create_model``.
-        max_elements: Tensor elements that it may allocate.
-
-    Returns:
-        The model, on the CPU.
-
-    Raises:
-        ValueError: If timm has no such model, an argument is refused, or it cannot be built.
-    """
+    """Build a registered timm model without weights and without touching the random state."""
     timm = import_module("timm")
     import_module("tpvprune.cifar_resnet")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", name) or not timm.is_model(name):
@@ -76,18 +64,7 @@ def check_fits(
     types: Mapping[str, torch.dtype] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a dense model can be shrunk to what was saved.
-
-    Args:
-        model: The dense model.
-        shapes: Saved shape of every parameter and buffer.
-        types: Saved type of each.
-        attributes: Saved plain attributes by module path.
-
-    Raises:
-        ValueError: If a name is missing or unknown, a shape has another rank or is larger
-            than the dense one, or a type or attribute does not match.
-    """
+    """Check that a dense model can be shrunk to what was saved."""
     tensors = tensors_of(model)
     strange = sorted(tensors.keys() ^ shapes.keys())
     if strange:
@@ -134,28 +111,14 @@ def _check_attribute(name: str, dense: Any, saved: Any) -> None:
 
 
 def set_types(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
-    """Give every parameter and buffer its saved type, in place, shared ones staying shared.
-
-    Args:
-        model: Model whose values do not matter yet.
-        types: Type by name.
-    """
+    """Give every parameter and buffer its saved type, in place, shared ones staying shared."""
     for name, tensor in tensors_of(model).items():
         if tensor.dtype != types[name]:
             tensor.data = tensor.data.to(types[name])
 
 
 def put_preprocessing(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Let a timm model's ``pretrained_cfg`` name the saved preprocessing, and only that.
-
-    Args:
-        model: A rebuilt model; one without ``pretrained_cfg`` is left alone.
-        saved: The saved record; what is not preprocessing is passed over.
-
-    Raises:
-        ValueError: If an entry is not one that images can be prepared with: the outputs would
-            be others than those that were measured.
-    """
+    """Let a timm model's ``pretrained_cfg`` name the saved preprocessing, and only that."""
     own = getattr(model, "pretrained_cfg", None)
     if not isinstance(own, dict):
         return
@@ -192,18 +155,7 @@ _PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def tensors_of(model: nn.Module, *, persistent: bool = True) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, shared ones under each of their names.
-
-    Args:
-        model: Any module.
-        persistent: Only what ``state_dict`` holds.
-
-    Returns:
-        Name -> tensor, sharing memory with the model.
-
-    Raises:
-        ValueError: If a module keeps state that is not a tensor.
-    """
+    """Return parameters and buffers by name, shared ones under each of their names."""
     tensors = dict(model.state_dict(keep_vars=True))
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -216,33 +168,14 @@ def tensors_of(model: nn.Module, *, persistent: bool = True) -> dict[str, Tensor
 
 
 def is_sizes(value: Any) -> bool:
-    """Tell whether a value read from JSON is a list of whole numbers >= 0.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        ``True`` if it is.
-    """
+    """Tell whether a value read from JSON is a list of whole numbers >= 0."""
     return isinstance(value, list) and all(
         type(part) is int and 0 <= part <= _MAX_NUMBER for part in value
     )
 
 
 def plain(value: Any, name: Any, *, depth: int = 0) -> Any:
-    """Return a value as JSON can hold it, tuples as lists.
-
-    Args:
-        value: Numbers, strings, ``None``, and lists, tuples and mappings of them.
-        name: What to call it in the error.
-        depth: How deep it is nested already.
-
-    Returns:
-        The same of dicts and lists.
-
-    Raises:
-        ValueError: If it holds anything else, a number that is not finite, or too many levels.
-    """
+    """Return a value as JSON can hold it, tuples as lists."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name!s:.80}: expected at most {_MAX_DEPTH} levels, found more")
     if value is None or isinstance(value, (bool, str)):

@@ -51,32 +51,13 @@ class Record:
 
     @classmethod
     def of(cls, path: str | Path | None, *parts: Any) -> Record:
-        """Return that of a run; several processes have none.
-
-        Args:
-            path: The file, or None.
-            *parts: What tells one run from another; see :func:`tpvprune.disk.digest.digest_of`.
-
-        Returns:
-            The record.
-        """
+        """Return that of a run; several processes have none."""
         if path is None or num_processes() > 1:
             return cls(None, "")
         return cls(Path(path), digest_of(*parts).hex())
 
     def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
-        """Return where this run stopped.
-
-        Args:
-            model: The dense model.
-            groups: Its channel groups.
-
-        Returns:
-            The rounds; None without a file, or with that of another run.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
+        """Return where this run stopped."""
         if self.path is None or not self.path.exists():
             return None
         facts: dict[str, Any] = read_facts(self.path)
@@ -96,11 +77,7 @@ class Record:
         )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
-        """Write where the run stands, in the place of what was there.
-
-        Args:
-            rounds: After the channels of a round have left.
-        """
+        """Write where the run stands, in the place of what was there."""
         if self.path is None:
             return
         scores = rounds.scores
