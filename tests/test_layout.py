@@ -1,47 +1,30 @@
 """The folders of the package: one line of dependencies, and no circle of modules."""
 
 import ast
+import importlib
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import tpvprune
 
 ROOT = Path(tpvprune.__file__).parent
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+layout = importlib.import_module("layout")
+sys.path.remove(BENCHMARKS)
+
 # Each may import those before it.
 LINE = [
     *("disk", "processes", "passes", "images", "groups", "scores", "repairs", "widths", "pipeline"),
     *("weights", "diagnostics", "reports", "saved", "benchmark", "cli"),
 ]
 SURROUNDINGS = {"__init__", "__main__", "cifar_resnet"}
-
-
-def name_of(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
-
-
-MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
-
-
-def imported_by(path):
-    """Return the modules of the package that a module imports when it runs, anywhere in it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node in typing_only:
-            continue
-        package, _, home = (node.module or "").partition(".")
-        if package == "tpvprune":
-            inside = [f"{home}.{alias.name}".strip(".") for alias in node.names]
-            yield from (m if m in MODULES else home for m in inside if m in MODULES or home)
-
-
-EDGES = {name: set(imported_by(path)) - {name} for name, path in MODULES.items()}
+TEXTS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in ROOT.rglob("*.py")
+}
+IMPORTS = {name: set(layout.imported(text, TEXTS)) - {name} for name, text in TEXTS.items()}
 
 
 def folder(module):
@@ -49,10 +32,10 @@ def folder(module):
 
 
 def test_folders_import_only_those_before_them():
-    assert {folder(m) for m in MODULES} == {*LINE, *SURROUNDINGS}
+    assert {folder(m) for m in TEXTS} == {*LINE, *SURROUNDINGS}
     wrong = [
         f"{a} imports {b}"
-        for a, found in EDGES.items()
+        for a, found in IMPORTS.items()
         for b in found
         if folder(a) in LINE and LINE.index(folder(a)) < LINE.index(folder(b))
     ]
@@ -60,7 +43,22 @@ def test_folders_import_only_those_before_them():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert len(list(TopologicalSorter(EDGES).static_order())) == len(MODULES)
+    assert len(list(TopologicalSorter(IMPORTS).static_order())) == len(TEXTS)
+    assert not any(name in layout.reached(name, IMPORTS) for name in IMPORTS)
+
+
+def test_imports_are_seen_wherever_they_stand():
+    text = """
+from typing import TYPE_CHECKING
+from tpvprune import pipeline
+from tpvprune.groups import records, find_groups
+if TYPE_CHECKING:
+    from tpvprune.scores.tpv import Scores
+def late():
+    from tpvprune.cli.entry import main
+"""
+    seen = set(layout.imported(text, TEXTS))
+    assert seen == {"pipeline", "groups.records", "groups.__init__", "cli.entry"}
 
 
 def test_few_modules_lie_at_the_top():
