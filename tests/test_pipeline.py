@@ -11,6 +11,7 @@ from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.passes.drawing import drawn_places, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.widths import choosing
 from tpvprune.widths.allocation import allocate
 
 
@@ -262,3 +263,22 @@ def test_models_with_nothing_to_prune_are_rejected():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).double()
     with pytest.raises(ValueError, match="found none"):
         prune(model, data())
+
+
+@pytest.mark.parametrize(("allocation", "macs", "num"), [("curves", 1e12, 128), ("rank", 0, 180)])
+def test_scores_that_are_only_reported_come_from_few_images(allocation, macs, num, monkeypatch):
+    seen = []
+    found = choosing.scorer("tpv")
+
+    def counting(model, groups, batches, **options):
+        seen.append(sum(map(len, batches)))
+        return found(model, groups, batches, **options)
+
+    monkeypatch.setattr(choosing, "scorer", lambda _: counting)
+    monkeypatch.setattr(choosing, "_MACS", macs)
+    prune(build("chain"), batches(200, 4), keep=0.7, allocation=allocation, repair="none")
+    assert seen == [num]
+    if allocation == "curves":  # of a large model fewer
+        monkeypatch.setattr(choosing, "_MACS", 0)
+        prune(build("chain"), batches(200, 4), keep=0.7, repair="none")
+        assert seen[1:] == [32]

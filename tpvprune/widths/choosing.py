@@ -27,7 +27,8 @@ from tpvprune.widths.selection import Floors, select_channels
 
 Of = Literal["macs", "params", "latency"]
 
-_REPORTED = 128  # images that scores come from where they do not choose
+# Where scores do not choose but are reported: so many images, fewer of a large model.
+_FEWEST, _MOST, _MACS = 32, 128, 1e12
 _MOST_AIMS = 100  # each is lower than the one before; a handful is what it takes
 
 
@@ -136,7 +137,9 @@ class Selector:
             return None
         with self.clock("scores", step, steps):
             few = self.use_curves and not always
-            found = self._score(rounds.model, groups, _few(self.source) if few else self.source)
+            num = max(_FEWEST, min(_MOST, int(_MACS / max(groups.macs(), 1.0))))
+            source = _first(self.source, num) if few else self.source
+            found = self._score(rounds.model, groups, source)
         rounds.scores = rounds.scores or found
         return found
 
@@ -204,10 +207,10 @@ class Selector:
         return partial(choose, rounds.curves), ranks
 
 
-def _few(batches: list[Tensor]) -> list[Tensor]:
-    """Return the first batches: where curves choose, scores only go into the report."""
+def _first(batches: list[Tensor], num: int) -> list[Tensor]:
+    """Return the first batches, of so many images or a few more."""
     starts = accumulate((len(x) for x in batches), initial=0)
-    return [x for x, start in zip(batches, starts, strict=False) if start < _REPORTED]
+    return [x for x, start in zip(batches, starts, strict=False) if start < num]
 
 
 def _feasible(
