@@ -17,7 +17,7 @@ from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.passes.running import by_image, evaluating, first_output, on_device
 from tpvprune.processes.shares import check_same, from_first, total
 from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
@@ -306,10 +306,11 @@ def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module
 
 @torch.no_grad()
 def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
-    """Return the first input, which the model gives finite outputs for."""
+    """Return the first input, which the model gives finite outputs for, one row an image."""
     example = on_device(from_first(fit[0][:1]), model)
     with evaluating(model):
         check_outputs(model, example, first_output(model(example)), batch=0)
+        by_image(first_output(model(torch.cat([example, example]))), 2)
     return example
 
 

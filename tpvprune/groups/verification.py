@@ -11,6 +11,7 @@ must depend neither on how busy a machine is nor on which of several processes a
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tpvprune.groups.records import ChannelGroups, with_blocked
 from tpvprune.groups.removal import MaskedChannels, removed_view, restore_empty
 from tpvprune.passes.finite import NotFiniteError
+from tpvprune.passes.running import tensors_of
 
 TOLERANCE = 1e-10  # relative, float64: rounding is below 1e-12 here, a misaligned cut above 1e-6
 # Comparisons after the first. Of 200 groups, three families and three pairs that fail take 126.
@@ -172,7 +174,7 @@ class _Checker:
         self.trials = [restore_empty(groups, first), restore_empty(groups, second)]
         with torch.no_grad():
             self.dense = _outputs(self.model(*self.inputs))
-        if not bool(self.dense.isfinite().all()):
+        if not all(bool(t.isfinite().all()) for t in self.dense):
             raise NotFiniteError(
                 "expected finite outputs to verify the groups on, found NaN or infinity (in "
                 "float64, weights and buffers moved by a tenth): check the inputs, the weights and "
@@ -203,15 +205,18 @@ class _Checker:
             first = text[0][:120] if text else ""
             self.error = f"removal breaks the forward: {type(error).__name__}: {first}"
             return False
-        if removed.shape != masked.shape:
-            self.error = f"removal changes the output shape to {tuple(removed.shape)}"
+        shapes = [t.shape for t in removed]
+        if shapes != [t.shape for t in masked]:
+            found = ", ".join(str(tuple(shape)) for shape in shapes)
+            self.error = f"removal changes the output shape to {found}"
             return False
-        scale = masked.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        gap = float((removed - masked).abs().max() / scale)
-        if not gap <= TOLERANCE:
-            self.error = f"masking and removal differ by {gap:.1e} (relative, float64)"
+        # Each by its own scale: a small output must not hide beside a large one.
+        gaps = [_gap(r, m) for r, m in zip(removed, masked, strict=True) if m.numel()]
+        if not all(gap <= TOLERANCE for gap in gaps):
+            worst = next((gap for gap in gaps if math.isnan(gap)), max(gaps))
+            self.error = f"masking and removal differ by {worst:.1e} (relative, float64)"
             return False
-        if torch.equal(masked, self.dense):
+        if all(torch.equal(m, d) for m, d in zip(masked, self.dense, strict=False)):
             self.error = "has no effect on the outputs, so its cut cannot be verified"
             return False
         self.error = ""
@@ -231,10 +236,12 @@ def _jitter(tensor: Tensor, generator: torch.Generator, *, signed: bool = True) 
     tensor.copy_(torch.where(tensor == 0, 0.1 * scale * new, tensor * (1 + 0.1 * noise.tanh())))
 
 
-def _outputs(value: Any) -> Tensor:
-    """Return everything that a model returns as one vector."""
-    if isinstance(value, Tensor):
-        return value.double().reshape(len(value) if value.ndim else 1, -1)
-    if isinstance(value, dict):
-        value = list(value.values())
-    return torch.cat([_outputs(v) for v in value if isinstance(v, Tensor | tuple | list | dict)], 1)
+def _outputs(value: Any) -> list[Tensor]:
+    """Return every tensor of real numbers that a model returns."""
+    return [t.double() for t in tensors_of(value) if t.is_floating_point()]
+
+
+def _gap(removed: Tensor, masked: Tensor) -> float:
+    """Return the largest difference of two outputs, relative to the larger of their values."""
+    scale = masked.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((removed - masked).abs().max() / scale)

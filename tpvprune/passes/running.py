@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -128,10 +129,11 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Take the first tensor of what a model returns.
+    """Take the first tensor of real numbers of what a model returns.
 
     Args:
-        outputs: A tensor, or a tuple, list or mapping that begins with one.
+        outputs: A tensor, or a tuple, list, mapping or dataclass that holds one, however deep;
+            whole numbers, such as classes or indices, are passed over.
 
     Returns:
         That tensor.
@@ -139,13 +141,51 @@ def first_output(outputs: Any) -> Tensor:
     Raises:
         ValueError: If there is none.
     """
+    for tensor in tensors_of(outputs):
+        if tensor.is_floating_point():
+            return tensor
+    raise ValueError(
+        f"expected a model that returns a tensor of real numbers, found {type(outputs).__name__}: "
+        "wrap the model so that it returns its logits"
+    )
+
+
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
+    """Yield every tensor of what a model returns, in order.
+
+    Args:
+        outputs: See :func:`first_output`.
+
+    Yields:
+        The tensors.
+    """
     if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if not isinstance(outputs, (tuple, list)) or not outputs:
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        yield from tensors_of(list(outputs.values()))
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(outputs):
+        yield from tensors_of([getattr(outputs, f.name) for f in dataclasses.fields(outputs)])
+
+
+def by_image(outputs: Tensor, num: int) -> Tensor:
+    """Return a model's outputs as one row for every image.
+
+    Args:
+        outputs: What it returned for a batch.
+        num: Images of the batch.
+
+    Returns:
+        [num, K].
+
+    Raises:
+        ValueError: If the first dimension is not that of the images.
+    """
+    if not outputs.ndim or len(outputs) != num:
         raise ValueError(
-            f"expected a model that returns a tensor, found {type(outputs).__name__}: "
-            "wrap the model so that it returns its logits"
+            f"expected outputs with one entry per image along dimension 0, found shape "
+            f"{list(outputs.shape)} for {num} images: wrap the model so that it returns its logits"
         )
-    return first_output(outputs[0])
+    return outputs.reshape(num, -1)

@@ -15,7 +15,14 @@ from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.recomputation import recomputed, segments_of
-from tpvprune.passes.running import evaluating, fast_layout, first_output, frozen, on_device
+from tpvprune.passes.running import (
+    by_image,
+    evaluating,
+    fast_layout,
+    first_output,
+    frozen,
+    on_device,
+)
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import own
 
@@ -135,7 +142,7 @@ class InputTap:
         mixed = torch.autocast(self._x.device.type, self._amp, enabled=self._amp is not None)
         observer = Observer(self._calls, self._inputs.copy)
         with mixed, observer, recomputed(self._segments, observer, self._inputs):
-            outputs = first_output(self._model(self._x)).flatten(1)
+            outputs = by_image(first_output(self._model(self._x)), len(self._x))
         self.outputs = outputs if self._amp is None else outputs.float()
 
     def backward(

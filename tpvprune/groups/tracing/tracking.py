@@ -173,7 +173,7 @@ class Tracker(TorchFunctionMode):
             return out
         try:
             self._propagate(name, func, args, kwargs, out)
-        except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AssertionError) as error:
+        except Exception as error:  # whatever it is, the model itself runs
             tensors = list(flatten((args, kwargs, out)))
             self.pin(tensors, f"passes through {name}, which could not be followed ({error})")
             for o in flatten(out):
@@ -242,6 +242,9 @@ class Tracker(TorchFunctionMode):
 
     def pointwise(self, name: str, tensors: list[Tensor], out: Any) -> None:
         """Unite what meets in an element-wise operation."""
+        if not isinstance(out, Tensor):  # where(condition) asks for places
+            self.pin(tensors, f"passes through {name} with several results, which is not followed")
+            return
         ndim = out.ndim
         operands = [
             ([1] * (ndim - t.ndim) + list(t.shape), [right_align(f, ndim) for f in self.labels(t)])
