@@ -62,7 +62,12 @@ def test_places_of_what_is_true_are_not_followed_but_do_not_break():
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda y: [{"scores": row} for row in y], lambda y: y.reshape(-1, 1), lambda y: y.sum()],
+    [
+        lambda y: [{"scores": row} for row in y],
+        lambda y: y.reshape(-1, 1),
+        lambda y: y.sum(),
+        lambda y: y[:, 0],
+    ],
 )
 def test_outputs_that_are_not_one_for_each_image_are_said(wrap):
     model = Net(wrap).eval().double()

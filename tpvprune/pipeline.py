@@ -308,9 +308,11 @@ def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module
 def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
     """Return the first input, which the model gives finite outputs for, one row an image."""
     example = on_device(from_first(fit[0][:1]), model)
+    twice = torch.cat([example, example])  # of one image any first dimension could be the batch's
     with evaluating(model):
-        check_outputs(model, example, first_output(model(example)), batch=0)
-        by_image(first_output(model(torch.cat([example, example]))), 2)
+        outputs = first_output(model(twice))
+    by_image(outputs, len(twice))
+    check_outputs(model, twice, outputs, batch=0)
     return example
 
 

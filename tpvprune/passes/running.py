@@ -171,7 +171,7 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
 
 
 def by_image(outputs: Tensor, num: int) -> Tensor:
-    """Return a model's outputs as one row for every image.
+    """Return a model's outputs [B, ...] as one row for every image.
 
     Args:
         outputs: What it returned for a batch.
@@ -181,9 +181,9 @@ def by_image(outputs: Tensor, num: int) -> Tensor:
         [num, K].
 
     Raises:
-        ValueError: If the first dimension is not that of the images.
+        ValueError: If the first dimension is not that of the images, or the only one.
     """
-    if not outputs.ndim or len(outputs) != num:
+    if outputs.ndim < 2 or len(outputs) != num:
         raise ValueError(
             f"expected outputs with one entry per image along dimension 0, found shape "
             f"{list(outputs.shape)} for {num} images: wrap the model so that it returns its logits"

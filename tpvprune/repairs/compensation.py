@@ -427,6 +427,7 @@ class Walk:
         self._model(self._input(i))
 
     def _input(self, i: int) -> Tensor:
+        # Made in a call of its own: while a chunk waits, nothing but the network holds it.
         moved = fast_layout(on_device(self._view(self._chunks[i]), self._model), self._model)
         return moved.clone() if moved is self._chunks[i] else moved
 
