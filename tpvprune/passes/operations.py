@@ -23,13 +23,17 @@ MIXERS = words(
     "einsum batch_norm"
 )
 MATMULS = frozenset({"matmul", "bmm", "mm", "einsum"})
-POINTWISE = words(
+# Functions of one number, with the same parameters for all channels.
+ACTIVATIONS = words(
+    "relu relu6 gelu silu sigmoid logsigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu "
+    "celu selu mish softplus softsign clamp clamp_min clamp_max clip threshold"
+)
+POINTWISE = ACTIVATIONS | words(
     "add sub rsub mul div truediv true_divide maximum minimum where masked_fill addcmul addcdiv "
-    "lerp pow rpow relu relu6 gelu silu sigmoid logsigmoid tanh hardswish hardsigmoid hardtanh "
-    "leaky_relu elu celu selu mish softplus softsign exp expm1 log log1p sqrt rsqrt abs neg "
-    "clamp clamp_min clamp_max clip square reciprocal erf sin cos sign clone contiguous to "
-    "float double half bfloat16 type type_as detach dropout dropout1d dropout2d alpha_dropout "
-    "feature_dropout softmax log_softmax normalize nan_to_num prelu threshold identity alias "
+    "lerp pow rpow exp expm1 log log1p sqrt rsqrt abs neg square reciprocal erf sin cos sign "
+    "clone contiguous to float double half bfloat16 type type_as detach dropout dropout1d "
+    "dropout2d alpha_dropout feature_dropout softmax log_softmax normalize nan_to_num prelu "
+    "identity alias "
     "requires_grad copy gt lt ge le eq ne logical_not logical_and logical_or"
 )
 POOLS = words(

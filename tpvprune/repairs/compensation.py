@@ -37,6 +37,7 @@ from tpvprune.passes.recomputation import segments_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import places, spread_weights, total
+from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.branches import (
     FEWER_ROWS,
@@ -67,8 +68,8 @@ def compensate_weights(
     groups: ChannelGroups,
     kept: Mapping[str, Tensor],
     ridge: float | None = None,
-    rows_per_input: int = 12,
-    min_rows: int = 16384,
+    rows_per_input: int = 24,
+    min_rows: int = 32768,
     max_bytes: int = 1 << 30,
     seed: int = 0,
 ) -> nn.Module:
@@ -277,6 +278,17 @@ class _Pending:
 
 
 @dataclass
+class _Fed:
+    """The problem of a call: linear, and through the activation at some positions of each input."""
+
+    pending: _Pending
+    branch: Branch
+    linear: LeastSquares
+    through: ActivationFit | None = None
+    positions: int = 0
+
+
+@dataclass
 class Refits:
     """What all chunks share: targets, the problem that is being fed, and what was solved.
 
@@ -291,9 +303,11 @@ class Refits:
     without: tuple[str, ...] = ()
     solved: set[int] = field(default_factory=set)
     moved: dict[int, Tensor] = field(default_factory=dict)
-    _fed: dict[int, tuple[_Pending, Branch, LeastSquares]] = field(default_factory=dict)
+    _fed: dict[int, _Fed] = field(default_factory=dict)
 
-    def feed(self, pending: _Pending, target: Tensor, branch: Branch, held: Tensor) -> None:
+    def feed(
+        self, pending: _Pending, target: Tensor, branch: Branch, held: Tensor, offset: Tensor
+    ) -> None:
         """Add the rows of one chunk to the problem of a call.
 
         Args:
@@ -301,35 +315,63 @@ class Refits:
             target: Pre-activations wanted [inputs, positions, outputs].
             branch: Where its pre-activation goes.
             held: Which of the inputs judge the ridge [inputs].
+            offset: What is added to the pre-activation, after the branch's scale, before it is
+                read: a shortcut, or the shift of a BatchNorm [inputs, positions, outputs] or less.
         """
         module, patches = pending.layer.module, in_single(pending.patches)
         target, bias = in_single(target), pending.args[2]
         if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
             target = target - bias
-        groups, num_rows, unknowns = patches.shape
+            offset = offset + (bias if branch.scale is None else bias * branch.scale)
+        groups, num_rows, _ = patches.shape
         target = target.reshape(num_rows, -1)
-        error = (target - _outputs(patches, module)).reshape(num_rows, groups, -1).transpose(0, 1)
+        present, per_input = _outputs(patches, module), num_rows // len(held)
         if branch.call not in self._fed:
-            num = self.plan.all_inputs * (num_rows // len(held))
-            problem = LeastSquares(
-                free=module.bias is not None or branch.norm is not None,
-                few_rows=num <= unknowns and self.constrain is None,
-            )
-            self._fed[branch.call] = pending, branch, problem
-        rows_held = held.repeat_interleave(num_rows // len(held))
-        self._fed[branch.call][2].add(patches, error, rows_held)
+            self._fed[branch.call] = self._problem(pending, branch, per_input)
+        fed = self._fed[branch.call]
+
+        def by_group(rows: Tensor) -> Tensor:
+            return rows.reshape(len(rows), groups, -1).transpose(0, 1)
+
+        rows_held = held.repeat_interleave(per_input)
+        fed.linear.add(patches, by_group(target - present), rows_held)
+        if fed.through is None:
+            return
+        some = torch.arange(num_rows) % per_input < fed.positions
+        scale = 1.0 if branch.scale is None else in_single(branch.scale)
+        offset = in_single(offset).expand(len(held), per_input, -1).reshape(num_rows, -1)[some]
+        now, wanted = (by_group(scale * y[some] + offset) for y in (present, target))
+        fed.through.add(patches[:, some], now, wanted, rows_held[some])
+
+    def _problem(self, pending: _Pending, branch: Branch, per_input: int) -> _Fed:
+        module, num = pending.layer.module, self.plan.all_inputs * per_input
+        groups, _, unknowns = pending.patches.shape
+        free = module.bias is not None or branch.norm is not None
+        few = num <= unknowns and self.constrain is None
+        fed = _Fed(pending, branch, LeastSquares(free=free, few_rows=few))
+        activation = self.targets.activations.get(branch.call)
+        num_outputs = len(module.weight) // groups
+        most = rows_to_hold(num, groups, unknowns, num_outputs)
+        fed.positions = most // self.plan.all_inputs
+        if activation is not None and self.constrain is None and fed.positions:
+            slope = module.weight.new_ones(len(module.weight))
+            slope = in_single(slope if branch.scale is None else branch.scale)
+            fed.through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)
+        return fed
 
     @torch.no_grad()
     def solve(self, call: Hashable) -> None:
         """Refit the layer of a call with the rows of all chunks."""
         assert isinstance(call, int)
-        pending, branch, problem = self._fed.pop(call)
-        module = pending.layer.module
+        fed = self._fed.pop(call)
+        module, branch, problem = fed.pending.layer.module, fed.branch, fed.linear
         if self.constrain is None:
             fit = problem.solve(self.ridge)
+            if fed.through is not None:
+                fit = fed.through.improved(fit)
             change, intercept = fit.change, fit.intercept
         else:
-            change, intercept = self._constrained(pending.layer, problem)
+            change, intercept = self._constrained(fed.pending.layer, problem)
         module.weight.add_(change.mT.reshape(module.weight.shape).to(module.weight))
         shift = intercept.reshape(-1).to(module.weight)
         if module.bias is not None:
@@ -594,7 +636,7 @@ class _RefitRun(BranchFollower):
         positions = self._positions(call, module, count_positions(x, window, self.num_inputs))
         patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)
-        if call in targets.sums or (call in targets.normed and module.bias is None):
+        if call in targets.sums or call in targets.normed:
             self._pending[call] = pending
         else:
             self._refit(pending, self._wanted(targets.outputs, call, layer), Branch(call))
@@ -618,7 +660,8 @@ class _RefitRun(BranchFollower):
             target = (target - branch.shift) / torch.where(dead, 1.0, branch.scale)
             if bool(dead.any()):  # what nobody sees stays as it is
                 target[..., dead] = _outputs(pending.patches, module).view_as(target)[..., dead]
-        self._refit(pending, target, branch, tensor, other)
+        offset = shortcut if branch.shift is None else shortcut + branch.shift
+        self._refit(pending, target, branch, tensor, other, offset=offset)
         value = pending.func(*pending.args, **pending.kwargs)
         if branch.scale is not None:
             shape = [-1] + [1] * (value.ndim - 2) if not isinstance(module, nn.Linear) else [-1]
@@ -628,7 +671,7 @@ class _RefitRun(BranchFollower):
         return func(*args)
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-        """Refit a layer without a bias: the mean of its norm takes up the intercept.
+        """Refit a layer that a norm reads: without a bias, the mean of it takes up the intercept.
 
         Returns:
             The branch behind the norm, if it goes on there.
@@ -639,9 +682,8 @@ class _RefitRun(BranchFollower):
         if through is None or not waits:
             return through
         pending = self._pending.pop(branch.call)
-        self._refit(
-            pending, self._wanted(targets.outputs, branch.call, pending.layer), through, args[0]
-        )
+        wanted = self._wanted(targets.outputs, branch.call, pending.layer)
+        self._refit(pending, wanted, through, args[0], offset=through.shift)
         args[0].copy_(pending.func(*pending.args, **pending.kwargs))
         return super().on_norm(branch, args, kwargs)
 
@@ -659,8 +701,16 @@ class _RefitRun(BranchFollower):
         moved = self._fits.moved.get(branch.call)
         return branch.shift if moved is None else branch.shift + moved * branch.scale
 
-    def _refit(self, pending: _Pending, target: Tensor, branch: Branch, *alive: Tensor) -> None:
-        self._fits.feed(pending, target, branch, self._held)
+    def _refit(
+        self,
+        pending: _Pending,
+        target: Tensor,
+        branch: Branch,
+        *alive: Tensor,
+        offset: Tensor | None = None,
+    ) -> None:
+        offset = target.new_zeros(1) if offset is None else offset
+        self._fits.feed(pending, target, branch, self._held, offset)
         pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
         self._stop(branch.call, (pending.args[0], *alive), self.num_inputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.groups.tracing.fields import flatten
+from tpvprune.passes.operations import ACTIVATIONS, function_name
 from tpvprune.passes.patches import count_positions, gather, window_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
+from tpvprune.repairs.activation_fit import Activation
 from tpvprune.repairs.branches import (
     Branch,
     BranchFollower,
@@ -27,12 +31,14 @@ from tpvprune.repairs.branches import (
 class Targets:
     """Sampled dense values by call: branch + shortcut sums, pre-activations where there is none.
 
-    ``normed`` names the calls that nothing but a BatchNorm reads.
+    ``normed`` names the calls that nothing but a BatchNorm reads; ``activations`` what alone reads
+    the value that a call ends in (output, BatchNorm of it, or sum with a shortcut).
     """
 
     outputs: dict[int, Tensor]
     sums: dict[int, Tensor]
     normed: set[int]
+    activations: dict[int, Activation]
 
 
 def dense_targets(
@@ -107,6 +113,18 @@ def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[i
     return once, frozenset(c for c, (_, num) in once.seen.items() if known.get(c) == num)
 
 
+@dataclass(frozen=True)
+class _Elementwise:
+    """A call of an activation, with its other arguments."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.func(x, *self.args, **self.kwargs)
+
+
 class _DenseRun(BranchFollower):
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
@@ -116,11 +134,44 @@ class _DenseRun(BranchFollower):
         self._normed: set[int] = set()
         self._summed: set[int] = set()  # the calls whose target is a sum, as earlier batches showed
         self._start = self._size = 0
+        self._ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._read: set[int] = set()
+        self._activations: dict[int, Activation | None] = {}
 
     def start_batch(self, size: int) -> None:
         self._prefer_sums()
         self._start, self._size = self._start + self._size, size
+        self._ends.clear()
+        self._read.clear()
         self.reset()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if out is None or any(isinstance(o, Tensor) for o in flatten(out)):
+            self._note_readers(func, args, kwargs or {}, out)
+        return out
+
+    def _note_readers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what reads the value that a call ends in: an activation alone, or anything else."""
+        for tensor in flatten((args, kwargs)):
+            reference, call = self._ends.get(id(tensor), (None, -1))
+            if reference is None or reference() is not tensor:
+                continue
+            is_only = call not in self._read and tensor is args[0]
+            self._read.add(call)
+            if is_only and function_name(func) in ACTIVATIONS:
+                self._activations.setdefault(call, _Elementwise(func, args[1:], kwargs))
+            else:
+                self._activations[call] = None
+            if out is tensor:  # overwritten
+                del self._ends[id(tensor)]
+
+    def _follow(self, out: Tensor, branch: Branch) -> None:
+        super()._follow(out, branch)
+        if branch.passed:
+            self._ends.pop(id(out), None)
+        else:
+            self._ends[id(out)] = (weakref.ref(out), branch.call)
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         out = func(*args, **kwargs)
@@ -134,6 +185,8 @@ class _DenseRun(BranchFollower):
         # A batch of one image meets an embedding in its own shape, as no other batch does.
         if branch.call in self._sums or not self._start:
             self._keep(self._sums, out, branch.call, self._modules[branch.call])
+        self._ends.pop(id(tensor), None)
+        self._ends[id(out)] = (weakref.ref(out), branch.call)
         return out
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
@@ -159,7 +212,12 @@ class _DenseRun(BranchFollower):
         self._prefer_sums()
         for call in self.shared - self._summed:
             self._sums.pop(call, None)
-        return Targets(self._outputs, self._sums, self._normed - self.shared)
+        activations = {
+            call: func
+            for call, func in self._activations.items()
+            if func is not None and call not in self.shared
+        }
+        return Targets(self._outputs, self._sums, self._normed - self.shared, activations)
 
 
 class _Calls(BranchFollower):
