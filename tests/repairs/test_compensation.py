@@ -47,11 +47,12 @@ def cut_everywhere(model, seed=0):
     return remove_channels(model, groups, kept), groups, kept
 
 
-def repair(dense, pruned, groups, kept, *, ridge=1e-12, data=None):
+def repair(dense, pruned, groups, kept, *, ridge=1e-12, data=None, nonlinear=False):
     data = batches(NUM, 20) if data is None else data
     return compensate_weights(
-        pruned, dense, data, groups=groups, kept=kept, ridge=ridge, min_rows=1 << 20
-    )
+        pruned, dense, data,
+        groups=groups, kept=kept, ridge=ridge, min_rows=1 << 20, nonlinear=nonlinear,
+    )  # fmt: skip
 
 
 def seen(model, x):

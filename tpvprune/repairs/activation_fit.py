@@ -10,8 +10,8 @@ and z* the dense one,
 The linear fit of z* is the start; then what the activations still lack,
 :math:`\phi(z^*) - \phi(z)`, is regressed on the inputs, a few times (for a ReLU the targets are
 those of the alternation of Zhang et al., Accelerating Very Deep Convolutional Networks, 2016,
-section 3.3). Of all steps, among them no change at all, the one with the least error on inputs that are
-held back is taken, and the path up to it repeated with all of them.
+section 3.3). Of all steps, among them no change at all, the one with the least error on inputs
+that are held back is taken, and the path up to it repeated with all of them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tpvprune.processes.shares import own
 
 _REFITTED = frozenset({"linear", "conv1d", "conv2d"})
 FEWER_ROWS = 8  # so many times, at most, for layers of several groups that are refitted
-_PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
+PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class BranchFollower(TorchFunctionMode):
                 return out
         elif name == "add" and len(args) == 2 and not kwargs:
             return self._on_add(func, args)
-        before = branch = self._branch(args[0]) if name in _PASSING and args else None
+        before = branch = self._branch(args[0]) if name in PASSING and args else None
         if before is not None and name == "batch_norm":
             branch = self.on_norm(before, args, kwargs)
         out = func(*args, **kwargs)

@@ -70,6 +70,7 @@ def compensate_weights(
     ridge: float | None = None,
     rows_per_input: int = 24,
     min_rows: int = 32768,
+    nonlinear: bool = True,
     max_bytes: int = 1 << 30,
     seed: int = 0,
 ) -> nn.Module:
@@ -95,6 +96,9 @@ def compensate_weights(
             (:mod:`tpvprune.repairs.least_squares`).
         rows_per_input: Sampled positions per unknown of a row of W ...
         min_rows: ... but at least so many, where the inputs have them.
+        nonlinear: Where nothing but an activation phi reads y, or y behind its BatchNorm and a
+            shortcut, go on from there towards min E || phi(.) - phi(.*) ||^2, as far as that holds
+            on the inputs held back (:mod:`tpvprune.repairs.activation_fit`).
         max_bytes: Memory for the activations of waiting inputs. With less of it more is computed
             again; the result stays. The dense values that are fitted to may take 2 GiB besides:
             large models look at fewer positions of every input.
@@ -112,6 +116,7 @@ def compensate_weights(
         ridge=ridge,
         rows_per_input=rows_per_input,
         min_rows=min_rows,
+        nonlinear=nonlinear,
         max_bytes=max_bytes,
         seed=seed,
     )
@@ -129,6 +134,7 @@ def refitted(
     min_rows: int,
     max_bytes: int,
     seed: int,
+    nonlinear: bool = False,
     constrain: Constrain | None = None,
 ) -> nn.Module:
     """Return a copy of the pruned model, every layer refitted in one pass over the inputs.
@@ -150,8 +156,9 @@ def refitted(
         )
         plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
         fits = refits_towards(
-            dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain
-        )
+            dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
+            nonlinear=nonlinear,
+        )  # fmt: skip
         Walk(repaired, fits, chunks, max_bytes).run()
         spread_weights(repaired)
         return repaired
@@ -181,6 +188,7 @@ def refits_towards(
     kept: Mapping[str, Tensor],
     ridge: float | None = None,
     constrain: Constrain | None = None,
+    nonlinear: bool = True,
     without: Sequence[str] = (),
 ) -> Refits:
     """Run the dense network, and return what the layers of the pruned one are fitted to.
@@ -193,6 +201,7 @@ def refits_towards(
         kept: What stayed.
         ridge: See :func:`compensate_weights`.
         constrain: See :func:`refitted`.
+        nonlinear: See :func:`compensate_weights`; not where weights are constrained.
         without: Modules whose layers stay as they are.
 
     Returns:
@@ -201,6 +210,8 @@ def refits_towards(
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
     targets = dense_targets(dense, chunks, plan, without=without)
+    if constrain is not None or not nonlinear:
+        targets.activations.clear()
     return Refits(plan, targets, rows, ridge, constrain, without=tuple(without))
 
 
@@ -353,7 +364,7 @@ class Refits:
         num_outputs = len(module.weight) // groups
         most = rows_to_hold(num, groups, unknowns, num_outputs)
         fed.positions = most // self.plan.all_inputs
-        if activation is not None and self.constrain is None and fed.positions:
+        if activation is not None and fed.positions:
             slope = module.weight.new_ones(len(module.weight))
             slope = in_single(slope if branch.scale is None else branch.scale)
             fed.through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)

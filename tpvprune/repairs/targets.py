@@ -18,6 +18,7 @@ from tpvprune.passes.patches import count_positions, gather, window_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.repairs.activation_fit import Activation
 from tpvprune.repairs.branches import (
+    PASSING,
     Branch,
     BranchFollower,
     Layer,
@@ -157,6 +158,8 @@ class _DenseRun(BranchFollower):
             reference, call = self._ends.get(id(tensor), (None, -1))
             if reference is None or reference() is not tensor:
                 continue
+            if out is tensor and function_name(func) in PASSING:
+                continue
             is_only = call not in self._read and tensor is args[0]
             self._read.add(call)
             if is_only and function_name(func) in ACTIVATIONS:
@@ -210,12 +213,13 @@ class _DenseRun(BranchFollower):
 
     def finish(self) -> Targets:
         self._prefer_sums()
-        for call in self.shared - self._summed:
-            self._sums.pop(call, None)
+        no_target = (self.shared - self._summed) & self._sums.keys()
+        for call in no_target:
+            self._sums.pop(call)
         activations = {
             call: func
             for call, func in self._activations.items()
-            if func is not None and call not in self.shared
+            if func is not None and call not in no_target
         }
         return Targets(self._outputs, self._sums, self._normed - self.shared, activations)
 

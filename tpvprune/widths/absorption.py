@@ -80,8 +80,9 @@ def absorption(
         cut: Kept = {g.name: kept[g.name] for g in segment if g.name in kept}
         smaller = remove_channels(model, groups, cut)
         repaired = compensate_weights(
-            smaller, model, fit, groups=groups, kept=cut, max_bytes=_MAX_BYTES, seed=seed
-        )
+            smaller, model, fit, groups=groups, kept=cut, nonlinear=False,
+            max_bytes=_MAX_BYTES, seed=seed,
+        )  # fmt: skip
         found = output_variance(repaired, model, held)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
