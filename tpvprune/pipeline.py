@@ -364,7 +364,9 @@ def _prunable(groups: ChannelGroups) -> ChannelGroups:
     """
     if len(groups):
         return groups
-    reasons = "; ".join(f"{b.name}: {b.blocked}" for b in groups.blocked[:3])
+    # The head is blocked in every network: what else is says more.
+    blocked = sorted(groups.blocked, key=lambda b: b.blocked == "is an output of the network")
+    reasons = "; ".join(f"{b.name}: {b.blocked}" for b in blocked[:3])
     raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
 
 

@@ -43,7 +43,16 @@ def test_factors_are_measured_over_predicted_variance(num_segments, untouched):
         if not predicted:
             continue
         smaller = remove_channels(model, groups, cut)
-        repaired = compensate_weights(smaller, model, fit, groups=groups, kept=cut, nonlinear=False)
+        repaired = compensate_weights(
+            smaller,
+            model,
+            fit,
+            groups=groups,
+            kept=cut,
+            nonlinear=False,
+            rows_per_input=12,
+            min_rows=16384,
+        )
         exact = output_variance(repaired, model, held) / predicted
         for name in cut:
             assert factors[name] == pytest.approx(min(20, max(0.05, exact)), rel=1e-6)

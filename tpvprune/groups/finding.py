@@ -10,10 +10,14 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.records import (
@@ -56,9 +60,10 @@ def find_groups(
 
     Raises:
         ValueError: If ``ignore`` names no module, the model is compiled, it does not run on the
-            inputs, or its outputs are not finite.
+            inputs, its outputs are not finite, or old hooks compute its weights.
     """
     check_not_compiled(model)
+    computed = _computed_weights(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     known = dict(model.named_modules())
     for name in ignore:
@@ -82,7 +87,33 @@ def find_groups(
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
     groups = _assemble(private, tracker, frozenset(ignore))
     groups = with_blocked(groups, _unscored(private, groups, inputs))
+    groups = replace(groups, blocked=(*groups.blocked, *computed))
     return verify_groups(model, groups, inputs) if verify else groups
+
+
+def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
+    """Return the layers whose weight is computed from others, as groups that stay whole.
+
+    Raises:
+        ValueError: If hooks compute it: such modules cannot be copied.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                kind = "weight" if isinstance(hook, WeightNorm) else "spectral"
+                raise ValueError(
+                    f"{name}.{hook.name}: expected a parameter, found one that a hook computes: "
+                    f"call torch.nn.utils.remove_{kind}_norm on the layer first"
+                )
+        weight = getattr(module, "weight", None)
+        if parametrize.is_parametrized(module) and isinstance(weight, Tensor) and weight.ndim:
+            reason = (
+                "its weight is computed: call torch.nn.utils.parametrize.remove_parametrizations("
+                "layer, 'weight') first"
+            )
+            found.append(ChannelGroup(name, len(weight), (), (), blocked=reason))
+    return found
 
 
 @torch.no_grad()

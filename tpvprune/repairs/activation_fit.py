@@ -10,13 +10,14 @@ and z* the dense one,
 The linear fit of z* is the start; then what the activations still lack,
 :math:`\phi(z^*) - \phi(z)`, is regressed on the inputs, a few times (for a ReLU the targets are
 those of the alternation of Zhang et al., Accelerating Very Deep Convolutional Networks, 2016,
-section 3.3). Of all steps, among them no change at all, the one with the least error on inputs
-that are held back is taken, and the path up to it repeated with all of them.
+section 3.3). Of all steps and three ridges, among them no change at all, those with the least error
+on inputs that are held back are taken, and the path up to there is repeated with all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from tpvprune.repairs.least_squares import Fit, factorised
 
 Activation = Callable[[Tensor], Tensor]
 
-_STEPS = 5  # the linear fit, and so many less one through the activation
+_STEPS = 6  # the linear fit, and so many less one through the activation
+_FIRST_STEPS = 2  # with three ridges; the rest with the best of them
 _LARGEST_RIDGE = 10.0  # where the linear fit would rather leave the weights
 _MOST_MACS = 4e10  # of one step over all rows
 _MOST_BYTES = 1 << 29  # of the rows that are held
@@ -49,6 +51,24 @@ class _Rows:
 
     def at(self, index: Any) -> _Rows:
         return _Rows(self.x[:, index], self.present[:, index], self.wanted[:, index])
+
+
+@dataclass(frozen=True)
+class _System:
+    """Rows, how many in all processes, their mean [g, 1, u] and their Gram matrix [g, u, u]."""
+
+    rows: list[_Rows]
+    num: float
+    mean: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, rows: list[_Rows], *, free: bool) -> _System:
+        num = total(sum(r.x.shape[1] for r in rows))
+        mean = _summed(r.x.sum(1, keepdim=True, dtype=torch.float64) for r in rows) / num
+        mean = mean if free else torch.zeros_like(mean)
+        gram = _summed(_cross(x, x, mean) for r in rows for x in r.x.split(_ROWS_AT_ONCE, 1))
+        return cls(rows, num, mean, gram)
 
 
 def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int:
@@ -110,33 +130,39 @@ class ActivationFit:
         if not total(sum(r.x.shape[1] for r in self._held)):
             return linear
         ridge = min(linear.ridge, _LARGEST_RIDGE)
-        steps = list(self._path(self._fit, ridge, _STEPS))
-        zero = torch.zeros_like(steps[0][0]), torch.zeros_like(steps[0][1])
-        losses = [self._loss(*step) for step in (zero, *steps)]
-        best = min(range(len(losses)), key=lambda k: losses[k])
-        whole = self._path([*self._fit, *self._held], ridge, best)
-        return Fit(*functools.reduce(lambda _, step: step, whole, zero), ridge)
+        problem = _System.of(self._fit, free=self.free)
+        paths = {r: self._path(problem, r) for r in (ridge, 10 * ridge, ridge / 10)}
+        tried = {r: self._judged(path, _FIRST_STEPS) for r, path in paths.items()}
+        ridge = min(tried, key=lambda r: min(tried[r]))
+        losses = [*tried[ridge], *self._judged(paths[ridge], _STEPS - _FIRST_STEPS)]
+        best = min(range(len(losses)), key=losses.__getitem__)
+        groups, _, unknowns = self._fit[0].x.shape
+        zero = linear.change.new_zeros(groups, unknowns, self.slope.shape[2])
+        if self._loss(zero, zero[:, :1]) <= losses[best]:
+            return Fit(zero, zero[:, :1].clone(), ridge)
+        whole = self._path(_System.of([*self._fit, *self._held], free=self.free), ridge)
+        return Fit(*next(itertools.islice(whole, best, None)), ridge)
 
-    def _path(self, rows: list[_Rows], ridge: float, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _judged(self, path: Iterator[tuple[Tensor, Tensor]], steps: int) -> list[float]:
+        """Return the errors after the next steps of a path, on the rows held back."""
+        return [self._loss(*step) for step in itertools.islice(path, steps)]
+
+    def _path(self, problem: _System, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (D [g, u, o], b [g, 1, o]) after each step."""
-        num = total(sum(r.x.shape[1] for r in rows))
-        x_sum = _summed(r.x.sum(1, keepdim=True, dtype=torch.float64) for r in rows)
-        mean = x_sum / num if self.free else torch.zeros_like(x_sum)
-        gram = _summed(_cross(x, x, mean) for r in rows for x in r.x.split(_ROWS_AT_ONCE, 1))
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * num)
-        factor = factorised(gram, ridge * scale)
+        scale = problem.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * problem.num)
+        factor = factorised(problem.gram, ridge * scale)
         change: Tensor | None = None
         intercept: Tensor | None = None
-        for _ in range(steps):
-            cross, error_sum = self._sums(rows, mean, change, intercept)
+        while True:
+            cross, error_sum = self._sums(problem, change, intercept)
             change = torch.cholesky_solve(cross, factor)
             intercept = torch.zeros_like(error_sum)
             if self.free:
-                intercept = error_sum / num - mean @ change
+                intercept = error_sum / problem.num - problem.mean @ change
             yield change, intercept
 
     def _sums(
-        self, rows: list[_Rows], mean: Tensor, change: Tensor | None, intercept: Tensor | None
+        self, problem: _System, change: Tensor | None, intercept: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Return the sums of x^T e [g, u, o] and of e [g, 1, o].
 
@@ -145,13 +171,13 @@ class ActivationFit:
         phi, dead = self.activation, self.slope.abs() < _DEAD
         slope = torch.where(dead, 1.0, self.slope)
         sums: list[Any] = [0.0, 0.0]
-        for r in (part for whole in rows for part in _parts(whole)):
+        for r in (part for whole in problem.rows for part in _parts(whole)):
             wanted = r.wanted
             if change is not None and intercept is not None:
                 now = self._moved(r, change, intercept)
                 wanted = now + phi(wanted.clone()) - phi(now.clone())
             error = ((wanted - r.present) / slope).masked_fill_(dead, 0.0)
-            sums[0] = sums[0] + _cross(r.x, error, mean)
+            sums[0] = sums[0] + _cross(r.x, error, problem.mean)
             sums[1] = sums[1] + error.sum(1, keepdim=True, dtype=torch.float64)
         return summed(*sums)
 

@@ -81,7 +81,7 @@ def absorption(
         smaller = remove_channels(model, groups, cut)
         repaired = compensate_weights(
             smaller, model, fit, groups=groups, kept=cut, nonlinear=False,
-            max_bytes=_MAX_BYTES, seed=seed,
+            rows_per_input=12, min_rows=16384, max_bytes=_MAX_BYTES, seed=seed,
         )  # fmt: skip
         found = output_variance(repaired, model, held)
         predicted, measured = predicted + expected, measured + found

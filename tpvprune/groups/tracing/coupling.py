@@ -283,7 +283,12 @@ class Coupling:
                 continue
             follow = [d for d in dims if isinstance(sizes[d], TracedInt) or sizes[d] == -1]
             free = max(follow or dims, key=lambda d: simple.shape[d])
+            before = self._atoms.num_unions
             unite_all_but(self._atoms, simple, [free], "is reshaped beside fixed inputs")
+            if self._atoms.num_unions == before:  # one along no single dimension: it stays
+                self._atoms.unite(simple, FIXED, "varies over several dimensions at once")
+            if self._atoms.num_unions == before:
+                continue
             del self._joint[:i]
             return True
         return False

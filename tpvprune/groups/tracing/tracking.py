@@ -219,6 +219,8 @@ class Tracker(TorchFunctionMode):
             movements.pad(self, args, kwargs, out)
         elif name == "setitem":
             movements.set_item(self, args)
+        elif name == "prelu":
+            self._prelu(args[0], args[1], out)
         elif name in POINTWISE:
             self.pointwise(name, tensors, out)
             if name in MIXERS:
@@ -322,6 +324,13 @@ class Tracker(TorchFunctionMode):
                     rest = rest if o.ndim == x.ndim else rest.squeeze(d)
                 fields.append(rest)
             self.set_labels(o, fields)
+
+    def _prelu(self, x: Tensor, slopes: Tensor, out: Tensor) -> None:
+        """Label what has one slope, or one for each channel along dimension 1."""
+        if slopes.numel() > 1:
+            atoms = self.axis(x, 1, "has one slope for several channels")
+            self.unite(self.axis(slopes, 0, ""), atoms, "has a slope of its own that must stay")
+        self.set_labels(out, self.labels(x))
 
     # ---- normalisation ----------------------------------------------------------------------
 

@@ -1,0 +1,146 @@
+"""Layers that people use and that were once blocked, refused by an accident, or never ended."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations
+
+import tpvprune
+
+
+def small(first, second):
+    """Return two layers that are pruned, and a head."""
+    return nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+    ).eval()
+
+
+# ---- one slope a channel ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [12, 16])
+def test_slopes_leave_with_their_channels(size):
+    """At a height of 16 a slope of 16 channels would fit the last dimension, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.PReLU(16), nn.Conv2d(16, 32, 3, padding=1), nn.PReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[1].weight.uniform_(-1, 1)
+    x = torch.randn(12, 3, size, size)
+    groups = tpvprune.find_groups(model, x[:2])
+    assert [(g.name, g.num_channels) for g in groups] == [("0", 16), ("2", 32)]
+    result = tpvprune.prune(model, x.split(4), keep=0.5)
+    assert result.report["reached"]
+    assert len(result.model[1].weight) == int(result.kept["0"].sum())
+    kept = {"0": torch.arange(16) % 3 == 0}
+    smaller = tpvprune.remove_channels(model, groups, kept)
+    torch.testing.assert_close(smaller[1].weight, model[1].weight[kept["0"]])
+    assert len(result.model[3].weight) == 1
+
+
+# ---- computed weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_computed_weight_is_listed_with_the_remedy(wrap):
+    model = small(wrap(nn.Conv2d(3, 16, 3)), nn.Conv2d(16, 32, 3))
+    x = torch.randn(8, 3, 12, 12)
+    groups = tpvprune.find_groups(model, x)
+    assert [g.name for g in groups] == ["2"]
+    assert "remove_parametrizations" in {g.name: g.blocked for g in groups.blocked}["0"]
+    utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert [g.name for g in tpvprune.find_groups(model, x)] == ["0", "2"]
+    wrap(model[2])
+    wrap(model[0])
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        tpvprune.prune(model, x.split(4))
+
+
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_a_weight_that_a_hook_computes_is_refused_with_the_remedy(kind):
+    wrap = getattr(utils, f"{kind}_norm")
+    model = small(nn.Conv2d(3, 16, 3), wrap(nn.Conv2d(16, 32, 3)))
+    x = torch.randn(8, 3, 12, 12)
+    with pytest.raises(ValueError, match=rf"^2\.weight: .*remove_{kind}_norm"):
+        tpvprune.prune(model, x.split(4))
+    getattr(utils, f"remove_{kind}_norm")(model[2])
+    assert len(tpvprune.find_groups(model, x)) == 2
+
+
+# ---- a forward that fixes its precision ---------------------------------------------------------
+
+
+class FixedNorm(nn.LayerNorm):
+    """As in CLIP: float32 whatever comes in."""
+
+    def forward(self, x):
+        return super().forward(x.type(torch.float32)).type(x.dtype)
+
+
+class Normed(nn.Module):
+    """``wrong`` mixes its channels up as soon as there are fewer."""
+
+    def __init__(self, *, wrong=False):
+        super().__init__()
+        self.stem, self.mix, self.wrong = nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 8, 1), wrong
+        self.norm, self.fc = FixedNorm(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.wrong and x.shape[1] != 32:
+            x = x.roll(1, 1)
+        return self.fc(self.norm(self.mix(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_what_runs_in_float32_only_is_verified_in_it():
+    torch.manual_seed(0)
+    found = tpvprune.find_groups(Normed().eval(), torch.randn(2, 3, 16, 16))
+    assert [g.name for g in found] == ["stem", "mix"]
+
+
+def test_a_wrong_cut_is_seen_in_float32_too():
+    torch.manual_seed(0)
+    found = tpvprune.find_groups(Normed(wrong=True).eval(), torch.randn(2, 3, 16, 16))
+    assert [g.name for g in found] == ["mix"]
+    assert any("differ by" in g.blocked and "float32" in g.blocked for g in found.blocked)
+
+
+# ---- tables of positions ------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """A table of positions in two parts, one of them resized, read by an index (as in BEiT)."""
+
+    def __init__(self, side=2, heads=4, width=32):
+        super().__init__()
+        self.side, self.heads, self.rows = side, heads, (2 * side - 1) ** 2 + 3
+        self.stem, self.fc = nn.Conv2d(3, width, 8, 8), nn.Linear(width, 5)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn(self.rows, heads))
+
+    def bias(self):
+        num, r = self.side**2 + 1, 2 * self.side - 1
+        grid = self.table[: self.rows - 3].reshape(1, r, r, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(r, r), mode="bilinear").permute(0, 2, 3, 1)
+        table = torch.cat([grid.reshape(r * r, -1), self.table[self.rows - 3 :]])
+        index = torch.arange(num * num).view(num, num) % (r * r)
+        index[0, :], index[:, 0], index[0, 0] = r * r, r * r + 1, r * r + 2
+        return table[index.view(-1)].view(num, num, -1).permute(2, 0, 1)[None]
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([x[:, :1], x], 1)
+        num, length, width = x.shape
+        qkv = self.qkv(x).view(num, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=self.bias())
+        return self.fc(self.out(out.transpose(1, 2).reshape(num, length, width)).mean(1))
+
+
+def test_a_table_that_varies_over_several_dimensions_ends():
+    torch.manual_seed(0)
+    groups = tpvprune.find_groups(Attention().eval(), torch.randn(2, 3, 16, 16))
+    assert len(groups) >= 1
