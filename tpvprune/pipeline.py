@@ -196,7 +196,7 @@ def prune(
         "num_held_back": int(total(_num(held))),
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": aim.reached(groups, rounds.kept),
-        "warnings": [*guard.warnings_of(measured, repair, best), *run.notes],
+        "warnings": [*guard.warnings_of(measured, repair, best), *run.notes, *groups.notes],
         "held_back": guard.facts(measured[best]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},

@@ -144,3 +144,64 @@ def test_a_table_that_varies_over_several_dimensions_ends():
     torch.manual_seed(0)
     groups = tpvprune.find_groups(Attention().eval(), torch.randn(2, 3, 16, 16))
     assert len(groups) >= 1
+
+
+# ---- what is not followed is counted ------------------------------------------------------------
+
+
+class Recognizer(nn.Module):
+    """Convolutions, and a recurrent layer or attention of torch's own on their columns."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
+        if kind == "attention":
+            self.mix = nn.MultiheadAttention(16, 4, batch_first=True)
+        else:
+            self.mix = getattr(nn, kind)(16, 16, batch_first=True)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.wide(self.conv(x).relu()).mean(2).transpose(1, 2)
+        x = self.mix(x, x, x)[0] if isinstance(self.mix, nn.MultiheadAttention) else self.mix(x)[0]
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["attention", "LSTM", "GRU"])
+def test_macs_are_those_of_an_independent_counter(kind):
+    torch.manual_seed(0)
+    model, x = Recognizer(kind).eval(), torch.randn(24, 3, 12, 12)
+    groups = tpvprune.find_groups(model, x[:2])
+    assert groups.macs() == pytest.approx(tpvprune.count_macs(model, x[:2]), rel=0.01)
+    (note,) = groups.notes
+    assert "not followed" in note
+    result = tpvprune.prune(model, x.split(6), keep=0.7)
+    real = tpvprune.count_macs(result.model, x[:2]) / tpvprune.count_macs(model, x[:2])
+    assert result.report["reached"] == (real <= 0.7)
+    assert result.report["pruned"]["macs"] == pytest.approx(
+        tpvprune.count_macs(result.model, x[:2]), rel=0.01
+    )
+    assert note in result.report["warnings"]
+
+
+def test_followed_networks_have_no_note():
+    model = small(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3))
+    assert not tpvprune.find_groups(model, torch.randn(2, 3, 12, 12)).notes
+
+
+def test_parameters_among_the_arguments_of_a_block_can_be_counted():
+    """As in CaiT, whose class token is one: hooks of torch's counter fell over it."""
+
+    class Block(nn.Linear):
+        def forward(self, token, x):
+            return super().forward(token + x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.block = nn.Parameter(torch.zeros(1, 6)), Block(6, 4)
+
+        def forward(self, x):
+            return self.block(self.token, x)
+
+    assert tpvprune.count_macs(Model(), torch.randn(2, 6)) == 24

@@ -33,8 +33,11 @@ from tpvprune.groups.tracing.fields import varying
 from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import verify_groups
+from tpvprune.passes.costs import count_macs
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.running import check_not_compiled, evaluating
+
+_UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
 
 
 def find_groups(
@@ -88,6 +91,7 @@ def find_groups(
     groups = _assemble(private, tracker, frozenset(ignore))
     groups = with_blocked(groups, _unscored(private, groups, inputs))
     groups = replace(groups, blocked=(*groups.blocked, *computed))
+    groups = _with_all_costs(private, groups, inputs)
     return verify_groups(model, groups, inputs) if verify else groups
 
 
@@ -114,6 +118,30 @@ def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
             )
             found.append(ChannelGroup(name, len(weight), (), (), blocked=reason))
     return found
+
+
+def _with_all_costs(
+    model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]
+) -> ChannelGroups:
+    """Return the groups, what runs beside the calls that are followed counted as a fixed cost.
+
+    ``nn.MultiheadAttention`` and recurrent layers, say: a budget that left them out would be met on
+    paper only.
+    """
+    try:
+        counted = float(count_macs(model, inputs))
+    except Exception as error:  # whatever a stranger's operator does under the counter
+        note = f"MACs: only those of followed layers are counted ({type(error).__name__}: {error})"
+        return replace(groups, notes=(*groups.notes, note))
+    rest = counted - groups.macs()
+    if rest <= _UNCOUNTED * counted:
+        return groups
+    note = (
+        f"{rest / counted:.0%} of the MACs run in operators that are not followed, such as fused "
+        "attention or recurrent layers: they stay, and the budget counts them"
+    )
+    cost = CallCost("", rest, ())
+    return replace(groups, costs=(*groups.costs, cost), notes=(*groups.notes, note))
 
 
 @torch.no_grad()

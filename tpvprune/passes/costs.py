@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tpvprune.passes.running import evaluating
+from tpvprune.passes.running import evaluating, frozen
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Nor does it know every fused attention kernel of every torch.
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+        with evaluating(model), frozen(model), sdpa_kernel(SDPBackend.MATH), counter:
             model(*_one_input(model, example_inputs))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
