@@ -103,3 +103,32 @@ def test_a_small_output_does_not_hide_beside_a_large_one():
     assert not len(groups)
     (why,) = [g.blocked for g in groups.blocked if g.name == "a"]
     assert "differ by" in why
+
+
+class TwoHeads(nn.Module):
+    """Each head has layers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Conv2d(3, 16, 3)
+        self.a, self.b = nn.Conv2d(16, 32, 3), nn.Conv2d(16, 32, 3)
+        self.classes, self.map = nn.Linear(32, 10), nn.Conv2d(32, 2, 1)
+
+    def forward(self, x):
+        h = self.trunk(x).relu()
+        return self.classes(self.a(h).relu().mean((2, 3))), self.map(self.b(h).relu())
+
+
+@pytest.mark.parametrize("criterion", ["tpv", "magnitude", "activation_variance"])
+def test_what_serves_further_outputs_only_stays_and_it_is_said(criterion):
+    result = prune(TwoHeads().eval().double(), batches(24), keep=0.8, criterion=criterion)
+    assert {g.name for g in result.groups} == {"trunk", "a"}
+    assert "only the first" in {g.name: g.blocked for g in result.groups.blocked}["b"]
+    assert any("returns 2 outputs" in w for w in result.report["warnings"])
+    assert result.report["reached"]
+
+
+def test_one_output_needs_no_word():
+    result = prune(Net(lambda y: y).eval().double(), batches(24), keep=0.8)
+    assert not any("outputs" in w for w in result.report["warnings"])

@@ -17,7 +17,7 @@ from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.running import by_image, evaluating, first_output, on_device
+from tpvprune.passes.running import by_image, evaluating, first_output, on_device, tensors_of
 from tpvprune.processes.shares import check_same, from_first, total
 from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
@@ -137,7 +137,7 @@ def prune(
     clock = Clock(progress)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
-        example = _example(model, fit)
+        example, notes = _example(model, fit)
         groups = _prunable(_agreed(find_groups(model, example, ignore=ignore)))
         aim = aim_at(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
     use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
@@ -166,8 +166,9 @@ def prune(
     )
     aim.speed, clock.seconds = rounds.speed, {**clock.seconds, **rounds.seconds}
     run = _Run(
-        model, fit, held, groups, example, aim, selector, record, repair, keep, steps, seed, clock
-    )
+        model, fit, held, groups, example, aim, selector, record, repair, keep, steps, seed, clock,
+        notes=notes,
+    )  # fmt: skip
     refits: dict[str, nn.Module] = {}
     outcome: Difference | None = None
     for step in range(max(1, rounds.chosen), steps + 1):
@@ -305,15 +306,24 @@ def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module
 
 
 @torch.no_grad()
-def _example(model: nn.Module, fit: list[Tensor]) -> Tensor:
-    """Return the first input, which the model gives finite outputs for, one row an image."""
+def _example(model: nn.Module, fit: list[Tensor]) -> tuple[Tensor, list[str]]:
+    """Return the first input, and what is to be said of the model's outputs for it.
+
+    They are finite, with one row an image.
+    """
     example = on_device(from_first(fit[0][:1]), model)
     twice = torch.cat([example, example])  # of one image any first dimension could be the batch's
     with evaluating(model):
-        outputs = first_output(model(twice))
+        returned = model(twice)
+    outputs = first_output(returned)
     by_image(outputs, len(twice))
     check_outputs(model, twice, outputs, batch=0)
-    return example
+    others = [t for t in tensors_of(returned) if t.is_floating_point() and t.ndim][1:]
+    note = (
+        f"the model returns {1 + len(others)} outputs of real numbers: scores, output variance and "
+        f"agreement are those of the first, of shape {list(outputs.shape[1:])} an image"
+    )
+    return example, [note] if others else []
 
 
 def _check(

@@ -167,7 +167,7 @@ def test_less_memory_gives_the_same_weights(net, monkeypatch):
     assert len(again) == 3 * len(set(again))
     assert len(set(again)) >= 3
     assert_same(plenty, none, **ROUNDING)
-    assert len(differ(pruned, plenty)) >= 3
+    assert len(differ(pruned, plenty)) >= 2
 
 
 @pytest.mark.parametrize("net", ["residual", "grouped", "flatten", "attention", "unet"])

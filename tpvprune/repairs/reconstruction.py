@@ -133,7 +133,8 @@ def reconstruct_blocks(
     stages = [s for s in stages if s.macs * limits.num_inputs(s, num) <= _LARGEST]
     plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
     plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
-    refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept)
+    # The fit of the block sees the activations itself, and comes further from the linear fits.
+    refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept, nonlinear=False)
     fast = first.ndim == 4 and takes_channels_last(dense, first)
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]

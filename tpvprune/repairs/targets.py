@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -116,14 +116,27 @@ def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[i
 
 @dataclass(frozen=True)
 class _Elementwise:
-    """A call of an activation, with its other arguments."""
+    """An activation, with the arguments it is called with; the same ones are equal."""
 
-    func: Any
-    args: Any
-    kwargs: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    func: Any = field(compare=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.func(x, *self.args, **self.kwargs)
+        return self.func(x, *self.args, **dict(self.kwargs))
+
+
+def _activation(func: Any, args: Any, kwargs: Any) -> _Elementwise | None:
+    """Return the activation that is called, if it is one of plain numbers."""
+    name = function_name(func)
+    others = [*args[1:], *kwargs.values()]
+    if name not in ACTIVATIONS or any(isinstance(a, Tensor) for a in others):
+        return None
+    # Whether it overwrites its input is all that is told by a truth value.
+    given = tuple(a for a in args[1:] if not isinstance(a, bool))
+    named = tuple((k, v) for k, v in sorted(kwargs.items()) if k not in {"input", "inplace"})
+    return _Elementwise(name, given, named, func)
 
 
 class _DenseRun(BranchFollower):
@@ -136,20 +149,22 @@ class _DenseRun(BranchFollower):
         self._summed: set[int] = set()  # the calls whose target is a sum, as earlier batches showed
         self._start = self._size = 0
         self._ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._read: set[int] = set()
+        self._sum: tuple[Tensor, int] | None = None
         self._activations: dict[int, Activation | None] = {}
 
     def start_batch(self, size: int) -> None:
         self._prefer_sums()
         self._start, self._size = self._start + self._size, size
         self._ends.clear()
-        self._read.clear()
         self.reset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
         if out is None or any(isinstance(o, Tensor) for o in flatten(out)):
             self._note_readers(func, args, kwargs or {}, out)
+        if self._sum is not None:  # only now: it may have been written into what was read
+            total, call = self._sum
+            self._ends[id(total)], self._sum = (weakref.ref(total), call), None
         return out
 
     def _note_readers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -160,11 +175,9 @@ class _DenseRun(BranchFollower):
                 continue
             if out is tensor and function_name(func) in PASSING:
                 continue
-            is_only = call not in self._read and tensor is args[0]
-            self._read.add(call)
-            if is_only and function_name(func) in ACTIVATIONS:
-                self._activations.setdefault(call, _Elementwise(func, args[1:], kwargs))
-            else:
+            found = _activation(func, args, kwargs) if tensor is args[0] else None
+            # Two readers that do the same are as good as one.
+            if self._activations.setdefault(call, found) != found:
                 self._activations[call] = None
             if out is tensor:  # overwritten
                 del self._ends[id(tensor)]
@@ -189,7 +202,7 @@ class _DenseRun(BranchFollower):
         if branch.call in self._sums or not self._start:
             self._keep(self._sums, out, branch.call, self._modules[branch.call])
         self._ends.pop(id(tensor), None)
-        self._ends[id(out)] = (weakref.ref(out), branch.call)
+        self._sum = out, branch.call
         return out
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
