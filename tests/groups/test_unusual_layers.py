@@ -205,3 +205,49 @@ def test_parameters_among_the_arguments_of_a_block_can_be_counted():
             return self.block(self.token, x)
 
     assert tpvprune.count_macs(Model(), torch.randn(2, 6)) == 24
+
+
+# ---- what runs in training mode only ------------------------------------------------------------
+
+
+class Supervised(nn.Module):
+    """An auxiliary head reads the middle in training mode."""
+
+    def __init__(self, *, breaks=False):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)
+        self.last, self.fc, self.breaks = nn.Conv2d(24, 32, 3), nn.Linear(32, 5), breaks
+        self.aux_conv, self.aux_norm = nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8)
+        self.aux_fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        middle = self.second(self.first(x).relu()).relu()
+        out = self.fc(self.last(middle).relu().mean((2, 3)))
+        if not self.training:
+            return out
+        if self.breaks:
+            raise RuntimeError("no labels given")
+        return out, self.aux_fc(self.aux_norm(self.aux_conv(middle)).mean((2, 3)))
+
+
+def test_channels_that_an_auxiliary_head_reads_stay_and_the_model_trains():
+    torch.manual_seed(0)
+    model, x = Supervised().eval(), torch.randn(32, 3, 12, 12)
+    state = torch.get_rng_state()
+    groups = tpvprune.find_groups(model, x[:1])
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training
+    assert model.aux_norm.num_batches_tracked == 0
+    assert [g.name for g in groups] == ["first", "last"]
+    reasons = {g.name: g.blocked for g in groups.blocked}
+    assert reasons["second"] == "is read by aux_conv, which runs in training mode only"
+    result = tpvprune.prune(model, x.split(8), keep=0.6)
+    sum(out.sum() for out in result.model.train()(x)).backward()
+    tpvprune.distill(result.model.eval(), model, x.split(8), epochs=1)
+
+
+def test_a_training_mode_that_cannot_run_is_said():
+    groups = tpvprune.find_groups(Supervised(breaks=True).eval(), torch.randn(2, 3, 12, 12))
+    assert [g.name for g in groups] == ["first", "second", "last"]
+    (note,) = groups.notes
+    assert "RuntimeError: no labels given" in note

@@ -37,6 +37,7 @@ from tpvprune.passes.costs import count_macs
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.running import check_not_compiled, evaluating, frozen, tensors_of
 
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
 
 
@@ -91,6 +92,7 @@ def find_groups(
     groups = _assemble(private, tracker, frozenset(ignore))
     groups = with_blocked(groups, _unscored(private, groups, inputs))
     groups = with_blocked(groups, _unseen(private, groups, inputs))
+    groups = _fit_for_training(model, groups, tracker, inputs)
     groups = replace(groups, blocked=(*groups.blocked, *computed))
     groups = _with_all_costs(private, groups, inputs)
     return verify_groups(model, groups, inputs) if verify else groups
@@ -119,6 +121,52 @@ def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
             )
             found.append(ChannelGroup(name, len(weight), (), (), blocked=reason))
     return found
+
+
+def _fit_for_training(
+    model: nn.Module, groups: ChannelGroups, tracker: Tracker, inputs: tuple[Any, ...]
+) -> ChannelGroups:
+    """Return the groups, those that layers read in training mode only (auxiliary heads) blocked."""
+    ran = {call.module for call in tracker.calls}
+    idle = {
+        name
+        for name, module in model.named_modules()
+        if name not in ran and isinstance(module, _LAYERS)
+    }
+    if not idle:
+        return groups
+    twice = tuple(  # BatchNorm wants several values a channel
+        torch.cat([i, i]) if isinstance(i, Tensor) and i.ndim and len(i) == 1 else i for i in inputs
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            training = track(copy.deepcopy(model).cpu().float().train(), twice)
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        note = (
+            f"{min(idle)} does not run in evaluation mode, and the forward of training mode fails "
+            f"on the example inputs ({type(error).__name__}: {first[0] if first else ''}): the "
+            "pruned model may not train"
+        )
+        return replace(groups, notes=(*groups.notes, note))
+    read = {
+        root: call.module
+        for call in training.calls
+        if call.module in idle and call.read is not None
+        for root in training.find_all(call.read).tolist()
+        if root
+    }
+    reasons = {}
+    for group in groups:
+        roots = (
+            training.find_all(training.param_atoms[part.param, part.dim]).tolist()
+            for part in group.slices
+            if part.side == "producer" and (part.param, part.dim) in training.param_atoms
+        )
+        readers = {read[root] for found in roots for root in found if root in read}
+        if readers:
+            reasons[group.name] = f"is read by {min(readers)}, which runs in training mode only"
+    return with_blocked(groups, reasons)
 
 
 def _with_all_costs(
