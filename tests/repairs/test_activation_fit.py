@@ -96,6 +96,15 @@ def test_an_output_that_is_scaled_to_nothing_stays():
     assert not change[..., 2].any()
 
 
+def test_a_ridge_that_is_given_is_kept():
+    problem = Problem(F.relu)
+    fit = Fit(torch.zeros(1, 6, 5).double(), torch.zeros(1, 1, 5).double(), 0.3)
+    rows = [t[:, NUM:] for t in (problem.x, problem.present, problem.wanted)]
+    through = ActivationFit(problem.phi, problem.slope, free=True)
+    through.add(*rows, problem.is_held)
+    assert through.improved(fit, given=True).ridge == 0.3
+
+
 def test_rows_to_hold_are_bounded():
     assert rows_to_hold(10_000, 1, 64, 64) == 10_000
     assert 0 < rows_to_hold(10**7, 1, 64, 64) < 10**6
@@ -130,6 +139,7 @@ READ = {
     "sum in place": (lambda z: z.add_(torch.ones(6, 8, 8, 8).double()[: len(z)]).relu(), True),
     "twice the same": (lambda z: F.relu(z) + F.relu_(z), True),
     "two activations": (lambda z: F.relu(z) + F.relu6(z), False),
+    "by keyword": (lambda z: torch.relu(input=z), False),
     "two readers": (lambda z: z * torch.sigmoid(z), False),
     "read again": (lambda z: F.relu(z) + z.mean(), False),
     "a view": (lambda z: F.relu(z.flatten(2)).unflatten(2, (8, 8)), False),

@@ -151,8 +151,9 @@ def differ(a, b, least=1e-6):
 # ---- memory and chunks ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nonlinear", [False, True])
 @pytest.mark.parametrize("net", NETS)
-def test_less_memory_gives_the_same_weights(net, monkeypatch):
+def test_less_memory_gives_the_same_weights(net, nonlinear, monkeypatch):
     monkeypatch.setattr(compensation, "chunk_size", lambda *_: 10)
     dense, pruned, groups, kept = made(net)
     again = []
@@ -160,14 +161,15 @@ def test_less_memory_gives_the_same_weights(net, monkeypatch):
     monkeypatch.setattr(
         compensation._AgainError, "__init__", lambda e, call: (again.append(call), init(e, call))[0]
     )
-    plenty = repaired(dense, pruned, groups, kept, max_bytes=1 << 30)
+    plenty = repaired(dense, pruned, groups, kept, max_bytes=1 << 30, nonlinear=nonlinear)
     assert not again
-    none = repaired(dense, pruned, groups, kept, max_bytes=0)
+    none = repaired(dense, pruned, groups, kept, max_bytes=0, nonlinear=nonlinear)
     # Every chunk has left at every layer.
     assert len(again) == 3 * len(set(again))
     assert len(set(again)) >= 3
     assert_same(plenty, none, **ROUNDING)
-    assert len(differ(pruned, plenty)) >= 2
+    # Through an activation, a layer that gains nothing on images held back stays as it is.
+    assert len(differ(pruned, plenty)) >= (2 if nonlinear else 3)
 
 
 @pytest.mark.parametrize("net", ["residual", "grouped", "flatten", "attention", "unet"])

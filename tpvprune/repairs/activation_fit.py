@@ -118,11 +118,12 @@ class ActivationFit:
         self._fit.append(rows.at(~held))
         self._held.append(rows.at(held))
 
-    def improved(self, linear: Fit) -> Fit:
+    def improved(self, linear: Fit, *, given: bool = False) -> Fit:
         """Return the fit through the activation, from the ridge of the linear one.
 
         Args:
             linear: Of the same layer.
+            given: Whether its ridge was asked for: then no other is tried.
 
         Returns:
             The step that is best on the rows held back; the linear fit where none are.
@@ -131,7 +132,8 @@ class ActivationFit:
             return linear
         ridge = min(linear.ridge, _LARGEST_RIDGE)
         problem = _System.of(self._fit, free=self.free)
-        paths = {r: self._path(problem, r) for r in (ridge, 10 * ridge, ridge / 10)}
+        ridges = (ridge,) if given else (ridge, 10 * ridge, ridge / 10)
+        paths = {r: self._path(problem, r) for r in ridges}
         tried = {r: self._judged(path, _FIRST_STEPS) for r, path in paths.items()}
         ridge = min(tried, key=lambda r: min(tried[r]))
         losses = [*tried[ridge], *self._judged(paths[ridge], _STEPS - _FIRST_STEPS)]

@@ -379,7 +379,7 @@ class Refits:
         if self.constrain is None:
             fit = problem.solve(self.ridge)
             if fed.through is not None:
-                fit = fed.through.improved(fit)
+                fit = fed.through.improved(fit, given=self.ridge is not None)
             change, intercept = fit.change, fit.intercept
         else:
             change, intercept = self._constrained(fed.pending.layer, problem)

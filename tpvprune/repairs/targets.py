@@ -175,7 +175,8 @@ class _DenseRun(BranchFollower):
                 continue
             if out is tensor and function_name(func) in PASSING:
                 continue
-            found = _activation(func, args, kwargs) if tensor is args[0] else None
+            is_first = bool(args) and tensor is args[0]  # by keyword it counts as another reader
+            found = _activation(func, args, kwargs) if is_first else None
             # Two readers that do the same are as good as one.
             if self._activations.setdefault(call, found) != found:
                 self._activations[call] = None
