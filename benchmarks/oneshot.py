@@ -32,7 +32,7 @@ from tpvprune.images.sources import open_images
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.pipeline import prune
 from tpvprune.saved.models import load_model
-from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
 
 KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "calibration"]
 KEY += ["keep", "seed"]
@@ -175,12 +175,11 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
         model,
         train,
         keep=key["keep"],
-        criterion=key["criterion"],
+        criterion=with_labels(key["criterion"], train),
         allocation=key["allocation"],
         repair=key["repair"],
         steps=key["steps"],
         seed=key["seed"],
-        labelled_batches=train if key["criterion"] in NEEDS_LABELS else None,
     )
     seconds = time.perf_counter() - start
     found = evaluate(result.model, test, dense=answers)

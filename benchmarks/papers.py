@@ -183,7 +183,12 @@ def distilled(images: Images) -> list[Row]:
     rows = [{"keep": 1.0, "lipschitz": input_lipschitz(dense, batches[:4]).value}]
     for keep in (0.8, 0.6, 0.4, 0.2):
         small = prune(
-            dense, batches, keep=keep, repair="none", foresee="compensate", absorb=False
+            dense,
+            batches,
+            keep=keep,
+            repair="none",
+            planned_repair="compensate",
+            repair_factors=False,
         ).model
         watch = Trajectory(small, x[:2])
         student = distill(small, dense, batches, epochs=20, lr=0.02, watch=watch)

@@ -19,8 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -53,12 +52,14 @@ from tpvprune.passes.costs import count_macs, count_params
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.passes.running import on_device
+from tpvprune.pipeline import stand_in
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import STOCK, stock_prune
-from tpvprune.widths import choosing
+from tpvprune.scores.criteria import with_labels
+from tpvprune.widths.ranking import Ranking
 
 UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
 LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")
@@ -66,7 +67,7 @@ SETTINGS = ("weights", "calibration", "test_sets", "arguments")
 """Columns in which all rows of a file must agree."""
 COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "repair_used", "images_used",
-    "warnings", *SETTINGS, "versions", "hardware",
+    "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
@@ -85,10 +86,11 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Subject:
-    """The dense model and all that it is measured on."""
+    """The dense model and all that it is measured on; what is known of the seed's images."""
 
     model: nn.Module
     tests: list[TestSet]
+    rankings: dict[Any, Ranking] = field(default_factory=dict)
 
     @cached_property
     def dense_variance(self) -> float:
@@ -104,6 +106,7 @@ class Cut(NamedTuple):
     repair: str
     images: Mapping[str, Any]
     warnings: Sequence[str]
+    timings: Mapping[str, float] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,16 +229,15 @@ def measured(
     drawn: tuple[int, list[Any]] | None = None
     left_out: dict[str, str] = {}
     num_measured = 0
-    remembered: dict[Any, Any] = {}
     for series, stop, repair in missing:
         if drawn is None or drawn[0] != series.seed:
             drawn = series.seed, calibration(args, subject.model, series.seed, plan.labelled)
+            subject.rankings.clear()
         what = f"{series.criterion}, {series.ranking}, {repair}"
         if what in left_out:
             continue
         try:
-            with curves_once(subject.model, remembered):
-                found = measure(subject, drawn[1], series, stop, repair)
+            found = measure(subject, drawn[1], series, stop, repair)
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
             left_out[what] = " ".join(str(error).split())
@@ -245,30 +247,6 @@ def measured(
         yield plan.row(series, stop, repair) | found | settings | surroundings(args)
     if not num_measured and not done:
         raise ValueError(f"nothing could be measured: {next(iter(left_out.values()))}")
-
-
-@contextmanager
-def curves_once(model: nn.Module, known: dict[Any, Any]) -> Iterator[None]:
-    """Let ``prune`` measure the curves of the dense model once for all budgets of a seed.
-
-    They do not depend on the budget; ``seconds`` of the first row of a seed has their time.
-    """
-    plain = choosing.variance_curves
-
-    def remembered(subject: nn.Module, *given: Any, **options: Any) -> Any:
-        if subject is not model:
-            return plain(subject, *given, **options)
-        key = tuple(str(options.get(name)) for name in ("seed", "stand_in", "of", "num_probes"))
-        if key not in known:
-            known.clear()
-            known[key] = plain(subject, *given, **options)
-        return known[key]
-
-    choosing.variance_curves = remembered
-    try:
-        yield
-    finally:
-        choosing.variance_curves = plain
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -376,7 +354,7 @@ def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled:
     elif args.calib_labels is None:
         source = open_images(args.calib_dir, class_map=args.class_map, labelled=True)
     else:
-        source = with_labels(open_images(args.calib_dir), args.calib_labels)
+        source = labelled_by(open_images(args.calib_dir), args.calib_labels)
     drawn = images(args, model, source, num=args.num_images, seed=seed, labelled=labelled)
     return list(drawn)
 
@@ -412,7 +390,7 @@ def images(
     return in_memory(chosen)
 
 
-def with_labels(source: ImageSource, path: Path) -> ImageSource:
+def labelled_by(source: ImageSource, path: Path) -> ImageSource:
     """Return a source whose images have the classes that a file gives to their names.
 
     Args:
@@ -441,17 +419,25 @@ def with_labels(source: ImageSource, path: Path) -> ImageSource:
 
 
 def measure(
-    subject: Subject, batches: Sequence[Any], series: Series, stop: Stop, repair: str
+    subject: Subject,
+    batches: Sequence[Any],
+    series: Series,
+    stop: Stop,
+    repair: str,
 ) -> Row:
     """Prune once and return what came of it.
+
+    Rankings do not depend on the budget: ``seconds`` and ``timings`` of the first row of a series
+    have their time.
 
     Raises:
         ValueError: If the criterion does not fit the model.
     """
     start = time.perf_counter()
-    cut = (_stock if series.criterion in STOCK else _ours)(
-        subject.model, batches, series, stop.keep, repair
-    )
+    if series.criterion in STOCK:
+        cut = _stock(subject.model, batches, series, stop.keep, repair)
+    else:
+        cut = _ours(subject, batches, series, stop.keep, repair)
     seconds = time.perf_counter() - start
     return quality(subject, cut) | {"seconds": f"{seconds:.1f}"}
 
@@ -478,6 +464,7 @@ def quality(subject: Subject, cut: Cut) -> Row:
         "dense_by_set": _by_set(subject, [test.top1 for test in subject.tests]),
         "repair_used": cut.repair,
         "images_used": "; ".join(f"{stage} {num}" for stage, num in cut.images.items()),
+        "timings": "; ".join(f"{stage} {time:.1f}" for stage, time in cut.timings.items()),
         "warnings": " ".join("; ".join(map(str, cut.warnings)).split()),
     }
 
@@ -488,25 +475,27 @@ def _by_set(subject: Subject, fractions: Sequence[float]) -> str:
 
 
 def _ours(
-    model: nn.Module, batches: Sequence[Any], series: Series, keep: float, repair: Any
+    subject: Subject, batches: Sequence[Any], series: Series, keep: float, repair: Any
 ) -> Cut:
     """Prune by one of our scorers."""
+    key = series, stand_in(repair)
     allocation: Any = RANKINGS[series.ranking]
     result = prune(
-        model,
+        subject.model,
         batches,
         keep=keep,
-        criterion=series.criterion,
+        criterion=with_labels(series.criterion, batches),
+        ranking=subject.rankings.get(key),
         allocation=allocation,
         repair=repair,
-        labelled_batches=batches if needs_labels(series.criterion) else None,
         seed=series.seed,
     )
+    subject.rankings[key] = result.ranking
     report = result.report
     fit, held = report.get("num_images", ""), report.get("num_held_back", "")
     used = report.get("images_used") or {"fit": fit, "held back": held}
     chosen = str(report.get("repair_chosen", repair))
-    return Cut(result.model, chosen, used, report.get("warnings") or ())
+    return Cut(result.model, chosen, used, report["warnings"], report["timings"])
 
 
 def _stock(

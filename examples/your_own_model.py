@@ -32,7 +32,7 @@ groups = tpvprune.find_groups(dense, batches[0])
 print([f"{group.name}: {group.num_channels}" for group in groups])
 
 scores = tpvprune.tpv_scores(dense, groups, batches)  # or tpvprune.SCORERS["magnitude"], ...
-kept = tpvprune.select_channels(dense, groups, scores, keep=0.6)
+kept = tpvprune.select_channels(groups, scores, keep=0.6)
 cut = tpvprune.remove_channels(dense, groups, kept)
 pruned = tpvprune.compensate_weights(cut, dense, batches, groups=groups, kept=kept)
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune
 import tpvprune.pipeline
-import tpvprune.widths.choosing
+import tpvprune.widths.ranking
 from tpvprune.cli.entry import main
 from tpvprune.groups import with_blocked
 from tpvprune.images.augmentation import HeldImages
@@ -216,7 +216,7 @@ def lost(how, *argv):
         return tpvprune.variance_curves(*args, **kwargs)
 
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    tpvprune.widths.choosing.variance_curves = fail if last else impatient
+    tpvprune.widths.ranking.variance_curves = fail if last else impatient
     membership._BEAT, membership._GRACE = 0.2, 2.0
     return main(argv)
 

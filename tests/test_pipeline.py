@@ -10,9 +10,11 @@ from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curve
 from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.passes.drawing import drawn_places, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
-from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
-from tpvprune.widths import choosing
+from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
+from tpvprune.scores.taps import Probing
+from tpvprune.widths import ranking
 from tpvprune.widths.allocation import allocate
+from tpvprune.widths.limits import Limits
 
 
 def data(num=40, size=16):
@@ -99,13 +101,16 @@ def test_steps_go_down_to_the_budget(steps, allocation):
 
 def test_floors_and_ignored_modules_hold():
     result = prune(
-        build("residual"), data(), keep=0.5, min_channels=2, max_removed=0.5, ignore=["stem"]
+        build("residual"),
+        data(),
+        keep=0.5,
+        limits=Limits(min_channels=2, max_removed=0.5, ignore=("stem",)),
     )
     assert "stem" not in {g["name"] for g in result.report["groups"]}
     assert any("ignored" in b["reason"] for b in result.report["blocked"])
     for mask in result.kept.values():
         assert mask.sum() >= max(2, 0.5 * len(mask))
-    rounded = prune(build("attention"), data(), keep=0.7, round_to=4)
+    rounded = prune(build("attention"), data(), keep=0.7, limits=Limits(round_to=4))
     for group in rounded.report["groups"]:
         assert group["unit"] == "head" or group["kept"] in {group["num_channels"], 4}
 
@@ -117,8 +122,7 @@ def test_floors_and_ignored_modules_hold():
 def test_every_criterion_meets_the_budget(criterion):
     needs = criterion in NEEDS_LABELS
     result = prune(
-        confident(build("chain")), data(), keep=0.6, criterion=criterion,
-        labelled_batches=labelled() if needs else None,
+        confident(build("chain")), data(), keep=0.6, criterion=with_labels(criterion, labelled()),
     )  # fmt: skip
     assert result.report["reached"]
     assert result.report["criterion"] == criterion
@@ -228,7 +232,7 @@ def test_same_seed_gives_the_same_bits():
 
 @pytest.mark.parametrize("criterion", sorted(NEEDS_LABELS))
 def test_criteria_that_need_labels_say_so(criterion):
-    with pytest.raises(ValueError, match="needs labels: pass labelled_batches"):
+    with pytest.raises(ValueError, match="needs labels: pass "):
         prune(build("chain"), data(), criterion=criterion)
 
 
@@ -244,8 +248,8 @@ def test_criteria_that_need_labels_say_so(criterion):
         ({"repair": "prayer"}, "repair: expected one of none"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
-        ({"ignore": ["nobody"]}, "ignore: expected the name of a module"),
-        ({"num_probes": 0}, "num_probes"),
+        ({"limits": Limits(ignore=("nobody",))}, "ignore: expected the name of a module"),
+        ({"probing": Probing(num_probes=0)}, "num_probes"),
     ],
 )
 def test_bad_arguments_are_rejected(arguments, message, untouched):
@@ -268,17 +272,17 @@ def test_models_with_nothing_to_prune_are_rejected():
 @pytest.mark.parametrize(("allocation", "macs", "num"), [("curves", 1e12, 128), ("rank", 0, 180)])
 def test_scores_that_are_only_reported_come_from_few_images(allocation, macs, num, monkeypatch):
     seen = []
-    found = choosing.scorer("tpv")
+    found = ranking.scorer("tpv")
 
     def counting(model, groups, batches, **options):
         seen.append(sum(map(len, batches)))
         return found(model, groups, batches, **options)
 
-    monkeypatch.setattr(choosing, "scorer", lambda _: counting)
-    monkeypatch.setattr(choosing, "_MACS", macs)
+    monkeypatch.setattr(ranking, "scorer", lambda _: counting)
+    monkeypatch.setattr(ranking, "_MACS", macs)
     prune(build("chain"), batches(200, 4), keep=0.7, allocation=allocation, repair="none")
     assert seen == [num]
     if allocation == "curves":  # of a large model fewer
-        monkeypatch.setattr(choosing, "_MACS", 0)
+        monkeypatch.setattr(ranking, "_MACS", 0)
         prune(build("chain"), batches(200, 4), keep=0.7, repair="none")
         assert seen[1:] == [32]

@@ -110,7 +110,7 @@ def calls(model):
         "variance_curves": lambda: tpvprune.variance_curves(model, groups, data),
         "allocate": lambda: tpvprune.allocate(groups, curves, keep=0.5),
         "select_channels": lambda: tpvprune.select_channels(
-            model, groups, {n: c.order.argsort() for n, c in curves.items()}, keep=0.5
+            groups, {n: c.order.argsort() for n, c in curves.items()}, keep=0.5
         ),
         "remove_channels": lambda: tpvprune.remove_channels(model, groups, kept),
         "compensate_weights": lambda: tpvprune.compensate_weights(

@@ -1,9 +1,10 @@
-"""The whole method: groups -> scores -> selection -> removal -> repair -> proof."""
+"""The whole method: groups -> ranking -> widths -> removal -> repair -> measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,67 +12,86 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
-from tpvprune.groups.budget import check_budget
+from tpvprune.groups.budget import Budget, LatencyTable, check_budget, cost, reaches
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.running import by_image, evaluating, first_output, on_device, tensors_of
-from tpvprune.processes.shares import check_same, from_first, total
+from tpvprune.processes.shares import by_first, check_same, from_first, total
 from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
-from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
+from tpvprune.scores.criteria import Scorer
+from tpvprune.scores.curves import StandIn
+from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
-from tpvprune.widths.choosing import Aim, Of, Selector, aim_at, stand_in
+from tpvprune.widths.latency import Speed, as_fast_as, compare_latency, latency_table
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.ranking import Allocation, RankBy, Ranking
+from tpvprune.widths.repair_factors import repair_factors as measured_factors
+from tpvprune.widths.repair_factors import scaled
 from tpvprune.widths.rounds import Record, Rounds
-from tpvprune.widths.selection import Floors
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
-Allocation = Literal["curves", "rank", "plain"]
+Of = Literal["macs", "params", "latency"]
 
-_ABSORBABLE = 2e11  # MACs of all images' forwards: four compensations more take minutes at most
+# Repair factors take four compensations more, minutes at most: on so many MACs of forwards, unless
+# that leaves too few images to fit and to measure with; more would tell nothing new.
+_FACTOR_MACS, _FACTOR_IMAGES = 2e11, (256, 1024)
 
 
 @dataclass(frozen=True)
 class PruningResult:
     """What :func:`prune` returns: the smaller model and how it came about.
 
-    ``report`` is plain data (JSON-ready): budget, cost before and after, output variance of the
-    repairs on held-back images, steps, widths, blocked groups with reasons, timings in seconds.
+    ``kept`` says which channels stayed, ``ranking`` what they were worth: another budget needs no
+    new one (``prune(..., ranking=result.ranking)``). ``report`` is plain data (JSON-ready): budget,
+    cost before and after, output variance of the repairs on held-back images, steps, widths,
+    blocked groups with reasons, timings in seconds.
     """
 
     model: nn.Module
     groups: ChannelGroups
-    scores: Scores
+    ranking: Ranking
     kept: Kept
     report: dict[str, Any]
+
+    @property
+    def scores(self) -> Scores:
+        """What each channel is worth by itself."""
+        return self.ranking.scores
+
+    @property
+    def reached(self) -> bool:
+        """Whether the budget was met."""
+        return bool(self.report["reached"])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user must know, a line each; the worst first."""
+        return list(self.report["warnings"])
 
 
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    num_images: int | None = NUM_IMAGES,
     keep: float = 0.5,
     of: Of = "macs",
-    criterion: str = "tpv",
+    criterion: str | Scorer = "tpv",
     repair: Repair = "compensate",
-    foresee: Repair | None = None,
-    steps: int = 1,
     allocation: Allocation | None = None,
-    round_to: int = 1,
-    min_channels: int = 1,
-    max_removed: float = 1.0,
-    num_probes: int = 1,
-    amp: torch.dtype | None = None,
-    grad_checkpointing: bool = False,
-    absorb: bool | None = None,
-    ignore: Iterable[str] = (),
+    limits: Limits | None = None,
+    ranking: Ranking | None = None,
+    planned_repair: Repair | None = None,
+    repair_factors: bool | None = None,
+    steps: int = 1,
+    num_images: int | None = NUM_IMAGES,
     latency_batch_size: int = 1,
-    labelled_batches: Iterable[Any] | None = None,
+    probing: Probing | None = None,
     state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -82,42 +102,37 @@ def prune(
         model: Any vision model; untouched.
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
             its labels are dropped before anything sees them. Order does not matter.
-        num_images: So many images are drawn at random from it, or all where there are no more, or
-            with None; a random tenth of them, at most 128, is held back to measure repairs. The
-            loader is never held whole in memory, and of a DataLoader over a larger dataset only
-            what is drawn is loaded.
         keep: Fraction of the dense cost that stays, in (0, 1].
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
-        criterion: A key of ``tpvprune.scores.criteria.SCORERS``.
+        criterion: A key of ``tpvprune.SCORERS``, or a scorer ``(model, groups, batches, seed=0) ->
+            Scores``; one that needs labels brings them
+            (:class:`tpvprune.scores.criteria.Labelled`).
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
             compensation), ``"reconstruct"`` (block reconstruction: minutes where compensation
             takes seconds, and mostly better), or ``"auto"``: of none, bn and compensate the one
             closest to the dense model on the held-back inputs. A repair that is further from it
             there than a cheaper one is not returned: ``report["repair_chosen"]`` and
             ``report["warnings"]`` say so.
-        foresee: The repair that ``"tpv"`` counts on: only where weights are refitted will other
-            channels stand in for those that leave. None: ``repair``; another where you repair
-            the result yourself.
-        steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
             ``"plain"``: by score alone.
-        round_to: Kept widths are multiples of this, in groups of more than that many single
-            channels; at most the width of the widest.
-        min_channels: Units every group keeps.
-        max_removed: Largest fraction of a group that may go.
-        num_probes: Random output directions per input.
-        amp: ``torch.bfloat16`` scores in mixed precision (``"tpv"`` only).
-        grad_checkpointing: Score with less memory in more time (``"tpv"`` only).
-        absorb: Scale the curves by how much of an early, middle or late cut the repair makes up
-            for (:func:`tpvprune.widths.absorption.absorption`), at four compensations more; None:
-            where the foreseen repair refits weights and that is cheap (images times MACs up to
-            2e11).
-        ignore: Modules whose outputs stay whole.
+        limits: How far groups may shrink, and what stays whole.
+        ranking: Of an earlier result on the same model, images and criterion, for another budget.
+        planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
+            other channels stand in for those that leave. None: ``repair``; another where you
+            repair the result yourself.
+        repair_factors: Scale the curves by how much of an early, middle or late cut the repair
+            makes up for (:mod:`tpvprune.widths.repair_factors`), at four compensations more; None:
+            where the planned repair refits weights and that is cheap (256 of the images, or all,
+            at 2e11 MACs of forwards at most).
+        steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
+        num_images: So many images are drawn at random from ``batches``, or all where there are no
+            more, or with None; a random tenth of them, at most 128, is held back to measure
+            repairs. The loader is never held whole in memory, and of a DataLoader over a larger
+            dataset only what is drawn is loaded.
         latency_batch_size: Inputs of one call, where latency is the budget.
-        labelled_batches: Re-iterable of (inputs, class indices); only criteria that need labels
-            read it.
+        probing: How the passes of ``"tpv"`` are run (its seed is ``seed``).
         state: File for the state of the unfinished run, written whenever channels have left; if
             it is that of the same model, inputs and arguments, the run goes on from there to the
             same result. The caller removes it. Among several processes it is not used.
@@ -125,79 +140,64 @@ def prune(
         progress: Called with (stage, done, total).
 
     Returns:
-        The result; ``report["reached"]`` tells whether the budget was met.
+        The result; ``reached`` tells whether the budget was met.
 
     Raises:
         ValueError: If an argument is out of range, the criterion needs labels and has none, or
             the state is damaged.
     """
-    check_budget(keep, "macs" if of == "latency" else of, round_to, min_channels, max_removed)
-    foresee = foresee or repair
-    _check(criterion, (repair, foresee), steps, allocation, labelled_batches)
+    check_budget(keep, "macs" if of == "latency" else of)
+    _check_repairs(steps, repair, planned_repair)
+    limits, probing = limits or Limits(), replace(probing or Probing(), seed=seed)
+    by = RankBy(
+        criterion,
+        allocation,
+        "macs",
+        stand_in(planned_repair or repair),
+        replace(probing, seed=seed),
+    )
     clock = Clock(progress)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
         example, notes = _example(model, fit)
-        groups = _prunable(_agreed(find_groups(model, example, ignore=ignore)))
-        aim = aim_at(of, keep, model, groups, example.repeat_interleave(latency_batch_size, 0))
-    use_curves = (allocation or ("curves" if criterion == "tpv" else "rank")) == "curves"
-    floors = Floors(
-        round_to=aim.round_to(round_to), min_channels=min_channels, max_removed=max_removed
-    )
-    _check_rounding(round_to, groups)
-    probing: dict[str, Any] = {
-        "num_probes": num_probes, "amp": amp, "grad_checkpointing": grad_checkpointing,
-        "seed": seed,
-    }  # fmt: skip
-    if absorb is None:
-        absorb = stand_in(foresee) == "map" and groups.macs() * total(_num(fit)) <= _ABSORBABLE
-    selector = Selector(
-        criterion, use_curves, stand_in(foresee), allocation != "plain", fit,
-        labelled_batches if criterion in NEEDS_LABELS else fit,
-        aim.budget, floors, probing, clock,
+        groups = _prunable(_agreed(find_groups(model, example, ignore=limits.ignore)))
+        batch = example.repeat_interleave(latency_batch_size, 0)
+        budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
+    _check_rounding(limits, groups)
+    run = _Run(
+        model, groups, fit, held, batch, budget, _rounded(limits, budget), replace(by, of=budget),
+        repair, keep, steps, _images_for_factors(repair_factors, by, groups, fit), clock, notes,
     )  # fmt: skip
     record = Record.of(
-        state, model, dict(enumerate(fit)), keep, of, criterion, repair, foresee, steps, allocation,
-        absorb, latency_batch_size, list(floors.items()), list(probing.items()),
+        state, model, dict(enumerate(fit)), keep, of, by.name, repair, steps, latency_batch_size,
+        run.by.how, run.by.stand_in, run.by.probing, run.limits, run.images_for_factors,
         [g.name for g in groups],
     )  # fmt: skip
-    rounds = record.load(model, groups) or Rounds(
-        model, _whole(groups), factors=None if absorb else {}
-    )
-    aim.speed, clock.seconds = rounds.speed, {**clock.seconds, **rounds.seconds}
-    run = _Run(
-        model, fit, held, groups, example, aim, selector, record, repair, keep, steps, seed, clock,
-        notes=notes,
-    )  # fmt: skip
-    refits: dict[str, nn.Module] = {}
-    outcome: Difference | None = None
+    rounds = record.load(model, groups) or Rounds(model, _whole(groups), ranking=ranking)
+    clock.seconds = {**clock.seconds, **rounds.seconds}
     for step in range(max(1, rounds.chosen), steps + 1):
-        refits, outcome = _round(run, rounds, step)
+        before = replace(rounds)
+        if step > rounds.chosen:
+            run.cut(rounds, step)
+            record.save(rounds)
+        refits, outcome = run.repaired(rounds, step)
+        if rounds.chosen > before.chosen and guard.cannot_be_true(outcome, rounds.predicted):
+            refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
+        costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
+        rounds.history.append({**costs, **guard.facts(outcome)})
     with clock("repair"):
-        candidates = _candidates(repair, remove_channels(model, groups, rounds.kept), refits, fit)
-        measured = {
-            n: outcome if c is rounds.model and outcome else difference(c, model, held)
-            for n, c in candidates.items()
-        }
-        if refits and guard.best_repair(measured, repair) == "none":
-            candidates["bn"] = recalibrate_batchnorm(candidates["none"], fit)
-            measured["bn"] = difference(candidates["bn"], model, held)
+        removed = remove_channels(model, groups, rounds.kept)
+        candidates, measured = run.compared(removed, refits, rounds.model, outcome)
     best = guard.best_repair(measured, repair)
-    num_fit = int(total(_num(fit)))
+    assert rounds.ranking is not None
     report = {
         "keep": keep,
         "of": of,
-        "criterion": criterion,
-        "used_labels": criterion in NEEDS_LABELS,
-        "allocation": "curves" if use_curves else allocation or "rank",
         "repair": repair,
         "repair_chosen": best,
+        "warnings": [*guard.warnings_of(measured, repair, best), *notes, *groups.notes],
         "seed": seed,
-        "num_images": num_fit,
-        "num_held_back": int(total(_num(held))),
-        "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
-        "reached": aim.reached(groups, rounds.kept),
-        "warnings": [*guard.warnings_of(measured, repair, best), *run.notes, *groups.notes],
+        **run.facts(rounds),
         "held_back": guard.facts(measured[best]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},
@@ -205,10 +205,22 @@ def prune(
         "steps": rounds.history,
         "timings": clock.seconds,
         **_widths(groups, rounds.kept),
-        **aim.facts(),
     }
-    assert rounds.scores is not None
-    return PruningResult(candidates[best], groups, rounds.scores, rounds.kept, report)
+    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report)
+
+
+def stand_in(repair: str) -> StandIn:
+    """Return what takes the place of a channel when this repair follows.
+
+    Args:
+        repair: See :func:`prune`.
+
+    Returns:
+        ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
+    """
+    # Recalibrating BatchNorm restores the means.
+    without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
+    return without_refit.get(repair, "map")
 
 
 # ---- rounds ---------------------------------------------------------------------------------
@@ -216,90 +228,170 @@ def prune(
 
 @dataclass(frozen=True)
 class _Run:
-    """What does not change between rounds; ``used`` and ``notes`` grow for the report."""
+    """What does not change between rounds; ``notes`` and ``used`` grow for the report."""
 
-    model: nn.Module
+    dense: nn.Module
+    groups: ChannelGroups
     fit: list[Tensor]
     held: list[Tensor]
-    groups: ChannelGroups
-    example: Tensor
-    aim: Aim
-    selector: Selector
-    record: Record
+    batch: Tensor
+    budget: Budget
+    limits: Limits
+    by: RankBy
     repair: Repair
     keep: float
     steps: int
-    seed: int
+    images_for_factors: int
     clock: Clock
+    notes: list[str]
     used: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
+    def cut(self, rounds: Rounds, step: int, *, by: RankBy | None = None) -> None:
+        """Rank the channels of the network as it is, choose widths, and remove what must go."""
+        model, by = rounds.model, by or self.by
+        groups = self.groups
+        if step > 1:
+            groups = _regrouped(model, self.groups, rounds.kept, self.batch[:1])
+        first = rounds.ranking if by is self.by else None
+        ranking = first if step == 1 else None
+        if ranking is None:
+            scores = None if first is None else first.scores
+            ranking = by.ranked(model, groups, self.fit, self.clock, scores=scores)
+        rounds.ranking = rounds.ranking or ranking
+        with self.clock("selection", step, self.steps):
+            target = self.keep ** (step / self.steps) * cost(self.groups, {}, self.budget)
+            target = min(1.0, target / cost(groups, {}, self.budget))
+            if self.images_for_factors and ranking.allocation == "curves":
+                ranking = self._with_factors(rounds, groups, ranking, target)
+            choose = partial(ranking.choose, groups, of=self.budget, limits=self.limits)
+            chosen, rounds.speed = self._chosen(rounds, groups, choose, target, step)
+            rounds.predicted += ranking.predicted(chosen)
+        with self.clock("removal", step, self.steps):
+            rounds.model = remove_channels(model, groups, chosen)
+            rounds.kept = compose(rounds.kept, chosen)
+        rounds.chosen, rounds.seconds = step, self.clock.seconds
 
-def _round(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
-    """Cut to the next target and repair.
+    def _with_factors(
+        self, rounds: Rounds, groups: ChannelGroups, ranking: Ranking, target: float
+    ) -> Ranking:
+        """Return the ranking scaled by what the repair makes up for, measured in round one."""
+        if rounds.factors is None:
+            draft = ranking.choose(groups, keep=target, of=self.budget, limits=self.limits)
+            rounds.factors = measured_factors(
+                rounds.model, groups, draft, ranking.curves, self.fit,
+                max_inputs=self.images_for_factors, seed=self.by.probing.seed,
+                progress=self.clock.progress,
+            )  # fmt: skip
+        return replace(ranking, curves=scaled(ranking.curves, rounds.factors))
 
-    Returns:
-        The repaired models by repair, cheapest first, and how far the last is from the dense one.
-    """
-    before = rounds.model, rounds.kept
-    is_new = step > rounds.chosen
-    if is_new:
-        _cut(run, rounds, step)
-    refits, outcome = _refitted(run, rounds, step)
-    if is_new and run.selector.use_curves and guard.cannot_be_true(outcome, rounds.predicted):
-        # The curves promised far less damage than there is: rank channel by channel instead.
-        ranked = replace(rounds, model=before[0], kept=before[1])
-        _cut(run, ranked, step, rank=True)
-        others, second = _refitted(run, ranked, step)
-        if second.share < outcome.share:
-            run.notes.append(
-                f"step {step}: widths by variance curves left {outcome.share:.2g} of the dense "
-                f"model's variance where ranked ones leave {second.share:.2g}: these were taken"
-            )
-            rounds.kept, refits, outcome = ranked.kept, others, second
-            rounds.model = ranked.model
-    costs = {"macs": run.groups.macs(rounds.kept), "params": run.groups.params(rounds.kept)}
-    rounds.history.append({**costs, **guard.facts(outcome)})
-    return refits, outcome
+    def _chosen(
+        self,
+        rounds: Rounds,
+        groups: ChannelGroups,
+        choose: Callable[..., Kept],
+        target: float,
+        step: int,
+    ) -> tuple[Kept, Speed | None]:
+        """Return what stays; the last choice is made by the clock where time is the budget."""
+        if step < self.steps or not isinstance(self.budget, LatencyTable):
+            return choose(keep=target), None
 
+        def measure(chosen: Kept) -> Speed:
+            smaller = remove_channels(rounds.model, groups, chosen)
+            return by_first(compare_latency, self.dense, smaller, self.batch)
 
-def _cut(run: _Run, rounds: Rounds, step: int, *, rank: bool = False) -> None:
-    """Let channels leave, and note where the run stands."""
-    groups, aim, clock = run.groups, run.aim, run.clock
-    now = groups if step == 1 else _regrouped(rounds.model, groups, rounds.kept, run.example)
-    target = min(1.0, run.keep ** (step / run.steps) * aim.cost(groups) / aim.cost(now))
-    found = run.selector.scored(rounds, now, step, run.steps, always=rank)
-    with clock("selection", step, run.steps):
-        choose = run.selector.prepared(rounds, now, target, found, rank=rank)
-        chosen = aim.choose(choose, rounds.model, now, target, last=step == run.steps)
-        rounds.predicted += run.selector.predicted(rounds, chosen)
-    with clock("removal", step, run.steps):
-        rounds.model = remove_channels(rounds.model, now, chosen)
-        rounds.kept = compose(rounds.kept, chosen)
-    rounds.chosen, rounds.speed, rounds.seconds = step, aim.speed, clock.seconds
-    run.record.save(rounds)
+        return as_fast_as(self.keep, target, lambda share: choose(keep=share), measure)
 
+    def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
+        """Repair the network, and measure how far it is from the dense one.
 
-def _refitted(run: _Run, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
-    """Repair ``rounds.model``.
+        Returns:
+            The repaired models by repair, cheapest first, and the difference of the last.
+        """
+        seed = self.by.probing.seed
+        given: dict[str, Any] = {"groups": self.groups, "kept": rounds.kept, "seed": seed}
+        cut, refits = rounds.model, {}
+        if self.repair in {"compensate", "reconstruct", "auto"}:
+            with self.clock("compensation", step, self.steps):
+                refits["compensate"] = compensate_weights(cut, self.dense, self.fit, **given)
+        if self.repair == "reconstruct" and step == self.steps:
+            with self.clock("reconstruction", step, self.steps):
+                refits["reconstruct"] = reconstruct_blocks(
+                    cut, self.dense, self.fit, **given, used=self.used,
+                    progress=self.clock.progress,
+                )  # fmt: skip
+        rounds.model = [cut, *refits.values()][-1]
+        with self.clock("measurement", step, self.steps):
+            return refits, difference(rounds.model, self.dense, self.held)
 
-    Returns:
-        As :func:`_round`.
-    """
-    last = step == run.steps
-    given: dict[str, Any] = {"groups": run.groups, "kept": rounds.kept, "seed": run.seed}
-    cut, refits = rounds.model, {}
-    if run.repair in {"compensate", "reconstruct", "auto"}:
-        with run.clock("compensation", step, run.steps):
-            refits["compensate"] = compensate_weights(cut, run.model, run.fit, **given)
-    if run.repair == "reconstruct" and last:
-        with run.clock("reconstruction", step, run.steps):
-            refits["reconstruct"] = reconstruct_blocks(
-                cut, run.model, run.fit, **given, used=run.used, progress=run.clock.progress
-            )
-    rounds.model = [cut, *refits.values()][-1]
-    with run.clock("measurement", step, run.steps):
-        return refits, difference(rounds.model, run.model, run.held)
+    def ranked_instead(
+        self,
+        before: Rounds,
+        rounds: Rounds,
+        step: int,
+        refits: dict[str, nn.Module],
+        outcome: Difference,
+    ) -> tuple[dict[str, nn.Module], Difference]:
+        """Rank single channels where curves promised far less damage than there is.
+
+        Returns:
+            Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
+        """
+        if self.by.how != "curves":
+            return refits, outcome
+        self.cut(before, step, by=replace(self.by, allocation="rank"))
+        others, second = self.repaired(before, step)
+        if second.share >= outcome.share:
+            return refits, outcome
+        self.notes.append(
+            f"step {step}: widths by variance curves left {outcome.share:.2g} of the dense "
+            f"model's variance where ranked ones leave {second.share:.2g}: these were taken"
+        )
+        rounds.kept, rounds.model, rounds.speed = before.kept, before.model, before.speed
+        return others, second
+
+    def compared(
+        self,
+        removed: nn.Module,
+        refits: Mapping[str, nn.Module],
+        last: nn.Module,
+        outcome: Difference,
+    ) -> tuple[dict[str, nn.Module], dict[str, Difference]]:
+        """Return the models to choose from by repair, and how far each is from the dense one.
+
+        Of the last of them this is known.
+        """
+        candidates = {"none": removed}
+        if self.repair in {"bn", "auto"}:
+            candidates["bn"] = recalibrate_batchnorm(removed, self.fit)
+        candidates |= refits
+        if self.repair == "auto":
+            candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], self.fit)
+        measured = {
+            name: outcome if found is last else difference(found, self.dense, self.held)
+            for name, found in candidates.items()
+        }
+        if refits and guard.best_repair(measured, self.repair) == "none":
+            candidates["bn"] = recalibrate_batchnorm(removed, self.fit)
+            measured["bn"] = difference(candidates["bn"], self.dense, self.held)
+        return candidates, measured
+
+    def facts(self, rounds: Rounds) -> dict[str, Any]:
+        """Return what the report says of the images, the choice and the budget."""
+        assert rounds.ranking is not None
+        num_fit = int(total(_num(self.fit)))
+        speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
+        reached = reaches(self.groups, rounds.kept, keep=self.keep, of=self.budget)
+        return {
+            "criterion": self.by.name,
+            "used_labels": rounds.ranking.scores.used_labels,
+            "allocation": self.by.how,
+            "num_images": num_fit,
+            "num_held_back": int(total(_num(self.held))),
+            "images_used": {"selection": num_fit, "repair": num_fit, **self.used},
+            "reached": reached if rounds.speed is None else rounds.speed.ratio <= self.keep,
+            **speed,
+        }
 
 
 # ---- pieces ---------------------------------------------------------------------------------
@@ -326,33 +418,13 @@ def _example(model: nn.Module, fit: list[Tensor]) -> tuple[Tensor, list[str]]:
     return example, [note] if others else []
 
 
-def _check(
-    criterion: str,
-    repairs: Iterable[str],
-    steps: int,
-    allocation: str | None,
-    labelled: Any,
-) -> None:
-    if criterion not in SCORERS:
-        raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
+def _check_repairs(steps: int, *repairs: str | None) -> None:
     for repair in repairs:
-        if repair not in get_args(Repair):
+        if repair not in {None, *get_args(Repair)}:
             known = ", ".join(get_args(Repair))
             raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
-    if allocation not in {None, *get_args(Allocation)} or (
-        allocation == "curves" and criterion != "tpv"
-    ):
-        raise ValueError(
-            "allocation: expected 'rank' or 'plain', or 'curves' with criterion 'tpv', found "
-            f"{allocation!r} with {criterion!r}."
-        )
-    if criterion in NEEDS_LABELS and labelled is None:
-        raise ValueError(
-            f"criterion {criterion!r} needs labels: pass labelled_batches, "
-            "or use 'tpv', which needs none."
-        )
 
 
 def _agreed(groups: ChannelGroups) -> ChannelGroups:
@@ -380,12 +452,32 @@ def _prunable(groups: ChannelGroups) -> ChannelGroups:
     raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
 
 
-def _check_rounding(round_to: int, groups: ChannelGroups) -> None:
+def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
-    if round_to > max(1, widest):
+    if limits.round_to > max(1, widest):
         raise ValueError(
-            f"round_to: expected at most {widest}, the width of the widest group, found {round_to}"
+            f"round_to: expected at most {widest}, the width of the widest group, found "
+            f"{limits.round_to}"
         )
+
+
+def _rounded(limits: Limits, budget: Budget) -> Limits:
+    """Return the limits; where milliseconds count, widths are multiples that run fast."""
+    if limits.round_to == 1 and isinstance(budget, LatencyTable):
+        return replace(limits, round_to=budget.step)
+    return limits
+
+
+def _images_for_factors(
+    wanted: bool | None, by: RankBy, groups: ChannelGroups, fit: list[Tensor]
+) -> int:
+    """Return on how many images repair factors are measured; 0: they are not."""
+    affordable = int(_FACTOR_MACS / max(groups.macs(), 1.0))
+    if wanted is None:
+        enough = affordable >= min(_FACTOR_IMAGES[0], total(_num(fit)))
+        wanted = by.stand_in == "map" and enough
+    least, most = _FACTOR_IMAGES
+    return min(most, max(least, affordable)) if wanted and by.how == "curves" else 0
 
 
 def _num(batches: Iterable[Tensor]) -> int:
@@ -414,19 +506,6 @@ def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     for name, mask in chosen.items():
         composed[name][kept[name].nonzero().squeeze(1)[~mask]] = False
     return composed
-
-
-def _candidates(
-    repair: Repair, removed: nn.Module, refits: Mapping[str, nn.Module], fit: list[Tensor]
-) -> dict[str, nn.Module]:
-    """Return the models to choose from: unrepaired, and by every repair that was made."""
-    candidates = {"none": removed}
-    if repair in {"bn", "auto"}:
-        candidates["bn"] = recalibrate_batchnorm(removed, fit)
-    candidates |= refits
-    if repair == "auto":
-        candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], fit)
-    return candidates
 
 
 def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tpvprune.benchmark.plan import Plan
 from tpvprune.benchmark.rows import RANKINGS, key_of
 from tpvprune.passes.drawing import drawn_places
 from tpvprune.passes.evaluation import evaluate
+from tpvprune.scores.criteria import with_labels
 
 REPAIRS = ("none", "bn", "compensate")
 
@@ -66,8 +67,8 @@ def test_every_row_is_what_prune_returns(order, tmp_path, monkeypatch):
     monkeypatch.setattr("tpvprune.repairs.guard.best_repair", lambda _, wanted: wanted)
     for row in rows:
         result = prune(
-            model, images(0), keep=0.6, criterion=row["criterion"], repair=row["repair"],
-            allocation=RANKINGS[row["ranking"]], labelled_batches=fitted(),
+            model, images(0), keep=0.6, criterion=with_labels(row["criterion"], fitted()),
+            repair=row["repair"], allocation=RANKINGS[row["ranking"]],
         )  # fmt: skip
         assert equal(models[key_of(row)], result.model), row
         assert row["labels"] == ("yes" if row["criterion"] == "taylor" else "no")
@@ -85,8 +86,8 @@ def test_iterative_rows_go_down_from_cut_to_cut(repair, tmp_path, monkeypatch):
     for row in rows:
         share = evaluate(pruned, images(1)).macs / dense_macs
         pruned = prune(
-            pruned, images(0), keep=float(row["keep"]) / share, repair="none", foresee=repair,
-            absorb=False,
+            pruned, images(0), keep=float(row["keep"]) / share, repair="none",
+            planned_repair=repair, repair_factors=False,
         ).model  # fmt: skip
         if repair == "none":
             assert equal(models[key_of(row)], pruned)

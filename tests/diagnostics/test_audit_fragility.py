@@ -62,7 +62,7 @@ def test_same_cut_counts_common_removals(setting):
     )
     gone = []
     for ranking in (scores, others):
-        kept = select_channels(None, setting.groups, ranking, keep=0.5)
+        kept = select_channels(setting.groups, ranking, keep=0.5)
         gone.append({(n, c) for n, k in kept.items() for c in (~k).nonzero().flatten().tolist()})
     wanted = len(gone[0] & gone[1]) / max(map(len, gone))
     assert 0 < wanted < 1

@@ -188,5 +188,5 @@ def test_models_in_half_precision_are_pruned_and_repaired(dtype):
     x = list(images(64).to(dtype).split(16))
     result = tpvprune.prune(model, x, keep=0.5)
     variance = result.report["output_variance"]["compensate"]
-    bare = tpvprune.prune(model, x, keep=0.5, repair="none", foresee="compensate")
+    bare = tpvprune.prune(model, x, keep=0.5, repair="none", planned_repair="compensate")
     assert variance < bare.report["output_variance"]["none"]

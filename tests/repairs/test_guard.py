@@ -12,7 +12,7 @@ from torch import nn
 from tpvprune import pipeline, prune, variance_curves
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.repairs.guard import best_repair, cannot_be_true, warnings_of
-from tpvprune.widths import choosing
+from tpvprune.widths import ranking
 
 
 def found(share, agreement=0.9, variance=1.0):
@@ -122,7 +122,7 @@ def test_a_repair_that_destroys_is_not_returned(monkeypatch):
         return noise
 
     monkeypatch.setattr(pipeline, "compensate_weights", destroyed)
-    result = prune(build("residual"), batches(60, 20), keep=0.8, absorb=False)
+    result = prune(build("residual"), batches(60, 20), keep=0.8, repair_factors=False)
     assert result.report["repair"] == "compensate"
     assert result.report["repair_chosen"] in {"none", "bn"}
     assert any("repair" in line for line in result.report["warnings"])
@@ -140,8 +140,8 @@ def lying(model, groups, *args, **kwargs):
 
 def test_curves_that_lie_are_found_out(monkeypatch):
     model, data = build(Chain, 12), batches(80, 20)
-    given = {"keep": 0.5, "repair": "none", "absorb": False}
-    monkeypatch.setattr(choosing, "variance_curves", lying)
+    given = {"keep": 0.5, "repair": "none", "repair_factors": False}
+    monkeypatch.setattr(ranking, "variance_curves", lying)
     report = prune(model, data, **given).report
     monkeypatch.setattr("tpvprune.repairs.guard.cannot_be_true", lambda *_: False)
     believed = prune(model, data, **given).report

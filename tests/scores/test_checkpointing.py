@@ -67,7 +67,8 @@ def test_scores_and_curves_are_the_same(name, untouched):
 def test_pruned_models_are_the_same():
     model, _, batches = subject("test_resnet")
     held, again = (
-        tpvprune.prune(model, batches, keep=0.6, grad_checkpointing=g).model for g in (False, True)
+        tpvprune.prune(model, batches, keep=0.6, probing=Probing(grad_checkpointing=g)).model
+        for g in (False, True)
     )
     for name, value in held.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])

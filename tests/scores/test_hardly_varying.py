@@ -8,11 +8,9 @@ from cases import batches, build, images
 from torch import nn
 
 import tpvprune
-from tpvprune.groups.removal import restore_empty
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.scores.curves import _eliminate
 from tpvprune.scores.residuals import input_covariances
-from tpvprune.widths import choosing
 
 
 class Squeezed(nn.Module):
@@ -76,26 +74,6 @@ def test_an_elimination_ranks_what_is_left_and_ends(values):
     assert curve.variance.isfinite().all()
     with pytest.raises(NotFiniteError, match=r"expected a finite curve, found nan .* raise ridge"):
         _eliminate(group, [Cut(values, math.nan)], torch.ones(4))
-
-
-@pytest.mark.parametrize("keep", [0.9, 0.3, 0.01])
-def test_a_choice_that_never_fits_ends_with_the_narrowest(keep, monkeypatch):
-    groups = tpvprune.find_groups(build("residual"), images(2))
-    floors = {"round_to": 1, "min_channels": 1, "max_removed": 1.0}
-    ranks = {g.name: torch.arange(g.num_channels) for g in groups}
-    asked = []
-
-    def choose(*, keep):
-        """Never the same twice in a row, and never small enough."""
-        asked.append(keep)
-        assert len(asked) <= 100
-        return {g.name: torch.arange(g.num_channels) > len(asked) % 2 for g in groups}
-
-    monkeypatch.setattr(choosing, "reaches", lambda *_, **__: False)
-    found = choosing._feasible(choose, groups, ranks, keep, of="macs", floors=floors)
-    assert asked == sorted(asked, reverse=True)
-    restored = restore_empty(groups, found, ranks)
-    assert all(torch.equal(found[name], restored[name]) for name in found)
 
 
 def test_constant_inputs_are_no_reason_to_stop():

@@ -367,7 +367,7 @@ class Neck(nn.Module):
 def test_widths_of_few_rows_do_not_look_free():
     model = build(Neck).float()
     data = images(110).float().split(50)
-    report = prune(model, data, keep=0.7, absorb=False).report
+    report = prune(model, data, keep=0.7, repair_factors=False).report
     kept = {g["name"]: g["kept"] for g in report["groups"]}
     assert report["reached"]
     assert kept["neck"] > 100

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpvprune
+from tpvprune import pipeline
 from tpvprune.groups.budget import CostModel, LatencyTable, LayerTime, cost, unit_costs
-from tpvprune.widths import choosing, latency
+from tpvprune.widths import latency
 from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
 
 LAYERS = ("stem", "conv1", "conv2", "conv3", "conv4", "fc")
@@ -77,7 +78,7 @@ def test_widths_fit_the_milliseconds(chain, keep):
     model_of = CostModel(groups, table, {n: c.order for n, c in curves.items()})
     assert model_of.total(widths) == pytest.approx(cost(groups, kept, table))
     scores = {g.name: torch.rand(g.num_channels) for g in groups}
-    ranked = tpvprune.select_channels(None, groups, scores, keep=keep, of=table)
+    ranked = tpvprune.select_channels(groups, scores, keep=keep, of=table)
     assert cost(groups, ranked, table) <= keep * cost(groups, {}, table) * (1 + 1e-9)
 
 
@@ -89,7 +90,7 @@ def test_a_layer_that_costs_most_shrinks_first(chain):
     )
     skewed = replace(even, layers={**even.layers, "conv3": slow})
     same = {g.name: torch.ones(g.num_channels) for g in groups}
-    kept = tpvprune.select_channels(None, groups, same, keep=0.9, of=skewed)
+    kept = tpvprune.select_channels(groups, same, keep=0.9, of=skewed)
     assert bool(kept["conv1"].all())  # nothing that conv3 reads or writes
     savings = unit_costs(groups, skewed)
     assert savings["conv3"].min() > 10 * unit_costs(groups, even)["conv3"].max()
@@ -131,13 +132,13 @@ def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path)
     model, groups = chain
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     table = table_of(groups, model, lambda i, o: i * o)
-    monkeypatch.setattr(choosing, "latency_table", lambda *_: table)
+    monkeypatch.setattr(pipeline, "latency_table", lambda *_: table)
 
     def by_params(dense, pruned, x):
         assert x.shape[0] == 3
         return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(dense))
 
-    monkeypatch.setattr(choosing, "compare_latency", by_params)
+    monkeypatch.setattr(pipeline, "compare_latency", by_params)
     result = tpvprune.prune(
         model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none"
     )

@@ -16,8 +16,8 @@ from tpvprune.groups.budget import cost
 from tpvprune.groups.removal import remove_channels, restore_empty
 from tpvprune.passes.evaluation import count_macs, count_params
 from tpvprune.pipeline import prune
+from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
-from tpvprune.widths.selection import floor_of
 
 MOST = 11  # channels of a model whose every selection is tried
 SIZE = ["--img-size", "16", "--crop-pct", "1"]
@@ -54,15 +54,12 @@ def test_it_can_be_cut_and_costs_what_is_said(case):
     assert count_params(smaller) == groups.params(kept)
 
 
-def test_floors_hold_and_what_they_ask_for_is_cheap():
+def test_limits_hold_and_what_they_ask_for_is_cheap():
     groups = padded_stream()[1]
-    for floors in ({"min_channels": 3}, {"max_removed": 0.5}, {"round_to": 4}):
-        kept = narrowest(groups, **floors)
+    for limits in (Limits(min_channels=3), Limits(max_removed=0.5), Limits(round_to=4)):
+        kept = narrowest(groups, limits=limits)
         for group in groups:
-            least = floor_of(
-                group, **{"round_to": 1, "min_channels": 1, "max_removed": 1, **floors}
-            )
-            assert kept[group.name].sum() == least
+            assert kept[group.name].sum() == limits.least(group)
         first = {g.name: torch.arange(g.num_channels) < kept[g.name].sum() for g in groups}
         assert groups.macs(kept) <= groups.macs(restore_empty(groups, first))
 

@@ -8,6 +8,8 @@ from cases import CASES, build, images
 
 from tpvprune import find_groups, select_channels
 from tpvprune.groups.budget import cost, reaches, unit_costs
+from tpvprune.groups.removal import check_kept, restore_empty
+from tpvprune.widths.limits import Limits
 
 
 def found(case):
@@ -23,6 +25,16 @@ def whole(groups):
     return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
 
 
+def kept_at_least(groups, kept):
+    """Tell whether nothing more can go: every channel is the only one of some layer."""
+    for name, mask in kept.items():
+        for channel in mask.nonzero().flatten().tolist():
+            trial = without(kept, name, channel)
+            with pytest.raises(ValueError, match=r"at least one must stay|fewer than"):
+                check_kept(groups, trial)
+    return True
+
+
 def without(kept, name, channel):
     kept = {n: mask.clone() for n, mask in kept.items()}
     kept[name][channel] = False
@@ -32,16 +44,18 @@ def without(kept, name, channel):
 def greedy(groups, scores, keep, of):
     """Return the selection by trying every next removal, one channel at a time."""
     kept, single = whole(groups), unit_costs(groups, of)
+    ranks = {n: (scores[n] / single[n]).argsort().argsort() for n in kept}
+    nothing = {n: torch.zeros_like(mask) for n, mask in kept.items()}
+    needed = restore_empty(groups, nothing, ranks)  # by some layer that would have no other
     budget = keep * cost(groups, {}, of)
     while cost(groups, kept, of) > budget:
         trials = []
         for group in groups:
-            if kept[group.name].sum() == 1:
+            free = kept[group.name] & ~needed[group.name]
+            if not free.any():
                 continue
-            ranks = (scores[group.name] / single[group.name]).masked_fill(
-                ~kept[group.name], torch.inf
-            )
-            channel = int(ranks.argmin())
+            rank = (scores[group.name] / single[group.name]).masked_fill(~free, torch.inf)
+            channel = int(rank.argmin())
             trial = without(kept, group.name, channel)
             saving = cost(groups, kept, of) - cost(groups, trial, of)
             trials.append((float(scores[group.name][channel]) / saving, trial))
@@ -57,7 +71,7 @@ def test_selection_equals_plain_greedy_loops(case, of):
     groups = found(case)
     scores = random_scores(groups)
     for keep in (0.8, 0.5, 0.3):
-        kept = select_channels(None, groups, scores, keep=keep, of=of, refill=False)
+        kept = select_channels(groups, scores, keep=keep, of=of, refill=False)
         expected = greedy(groups, scores, keep, of)
         assert all(torch.equal(kept[n], expected[n]) for n in expected)
 
@@ -67,7 +81,7 @@ def test_selection_in_one_group_is_the_best_subset():
     scores = random_scores(groups)
     values = scores["conv1"]
     for keep in (0.9, 0.7, 0.5, 0.3):
-        kept = select_channels(None, groups, scores, keep=keep)
+        kept = select_channels(groups, scores, keep=keep)
         subsets = [torch.tensor(bits) for bits in itertools.product([False, True], repeat=5)]
         fitting = [
             m for m in subsets if m.any() and reaches(groups, {"conv1": m}, keep=keep, of="macs")
@@ -80,15 +94,16 @@ def test_selection_in_one_group_is_the_best_subset():
 def test_budget_is_met_or_said_to_be_unreachable(case, of):
     groups = found(case)
     for keep in (0.99, 0.6, 0.3, 0.05, 0.001):
-        kept = select_channels(None, groups, random_scores(groups), keep=keep, of=of)
+        kept = select_channels(groups, random_scores(groups), keep=keep, of=of)
         fits = cost(groups, kept, of) <= keep * cost(groups, {}, of) * (1 + 1e-9)
         assert reaches(groups, kept, keep=keep, of=of) == fits
-        assert fits or all(mask.sum() == 1 for mask in kept.values())
+        check_kept(groups, kept)
+        assert fits or kept_at_least(groups, kept)
 
 
 def test_unreachable_budget_is_reported():
     groups = found("chain")
-    kept = select_channels(None, groups, random_scores(groups), keep=1e-6)
+    kept = select_channels(groups, random_scores(groups), keep=1e-6)
     assert not reaches(groups, kept, keep=1e-6, of="macs")
 
 
@@ -97,7 +112,7 @@ def test_smaller_budgets_keep_subsets(per_cost):
     groups = found("residual")
     scores, before = random_scores(groups), whole(groups)
     for keep in torch.linspace(1, 0.1, 19).tolist():
-        kept = select_channels(None, groups, scores, keep=keep, per_cost=per_cost, refill=False)
+        kept = select_channels(groups, scores, keep=keep, per_cost=per_cost, refill=False)
         assert all((kept[n] <= before[n]).all() for n in kept)
         before = kept
 
@@ -107,8 +122,8 @@ def test_refill_gives_back_only_what_fits(case):
     groups = found(case)
     scores = random_scores(groups)
     for keep in (0.8, 0.5, 0.3):
-        plain = select_channels(None, groups, scores, keep=keep, refill=False)
-        kept = select_channels(None, groups, scores, keep=keep)
+        plain = select_channels(groups, scores, keep=keep, refill=False)
+        kept = select_channels(groups, scores, keep=keep)
         assert all((plain[n] <= kept[n]).all() for n in plain)
         if reaches(groups, plain, keep=keep, of="macs"):
             assert reaches(groups, kept, keep=keep, of="macs")
@@ -117,7 +132,7 @@ def test_refill_gives_back_only_what_fits(case):
 @pytest.mark.parametrize("case", CASES)
 def test_keeping_everything_removes_nothing(case):
     groups = found(case)
-    kept = select_channels(None, groups, random_scores(groups), keep=1.0)
+    kept = select_channels(groups, random_scores(groups), keep=1.0)
     assert kept.keys() == whole(groups).keys()
     assert all(mask.all() for mask in kept.values())
 
@@ -125,7 +140,7 @@ def test_keeping_everything_removes_nothing(case):
 def test_among_equal_scores_the_later_channel_goes_first():
     groups = found("no_norm")
     scores = {g.name: torch.ones(g.num_channels) for g in groups}
-    kept = select_channels(None, groups, scores, keep=0.5)
+    kept = select_channels(groups, scores, keep=0.5)
     for mask in kept.values():
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
 
@@ -133,7 +148,7 @@ def test_among_equal_scores_the_later_channel_goes_first():
 def test_ranking_without_costs_goes_by_score_alone():
     groups = found("residual")
     scores = random_scores(groups)
-    kept = select_channels(None, groups, scores, keep=0.5, per_cost=False, refill=False)
+    kept = select_channels(groups, scores, keep=0.5, per_cost=False, refill=False)
     removed = torch.cat([scores[n][~kept[n]] for n in kept])
     stays = torch.cat([scores[n][kept[n]] for n in kept if kept[n].sum() > 1])
     assert removed.max() < stays.min()
@@ -142,27 +157,27 @@ def test_ranking_without_costs_goes_by_score_alone():
 @pytest.mark.parametrize("keep", [0.8, 0.4, 0.01])
 def test_every_group_keeps_min_channels(keep):
     groups = found("residual")
-    kept = select_channels(None, groups, random_scores(groups), keep=keep, min_channels=3)
+    kept = select_channels(groups, random_scores(groups), keep=keep, limits=Limits(min_channels=3))
     assert all(mask.sum() >= 3 for mask in kept.values())
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.4, 0.01])
 def test_groups_lose_at_most_max_removed(keep):
     groups = found("residual")
-    kept = select_channels(None, groups, random_scores(groups), keep=keep, max_removed=0.5)
+    kept = select_channels(groups, random_scores(groups), keep=keep, limits=Limits(max_removed=0.5))
     assert all((~mask).sum() <= 0.5 * len(mask) for mask in kept.values())
 
 
 def test_max_removed_zero_keeps_everything():
     groups = found("residual")
-    kept = select_channels(None, groups, random_scores(groups), keep=0.1, max_removed=0.0)
+    kept = select_channels(groups, random_scores(groups), keep=0.1, limits=Limits(max_removed=0.0))
     assert all(mask.all() for mask in kept.values())
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.5, 0.2, 0.01])
 def test_kept_widths_are_whole_or_rounded(keep):
     groups = found("attention")
-    kept = select_channels(None, groups, random_scores(groups), keep=keep, round_to=4)
+    kept = select_channels(groups, random_scores(groups), keep=keep, limits=Limits(round_to=4))
     for group in groups:
         width = int(kept[group.name].sum())
         assert width == group.num_channels or width % 4 == 0 or group.unit == "head"
@@ -176,23 +191,33 @@ def test_kept_widths_are_whole_or_rounded(keep):
         ({"keep": 1.1}, "keep: expected a fraction"),
         ({"keep": float("nan")}, "keep: expected a fraction"),
         ({"of": "latency"}, "of: expected"),
-        ({"round_to": 0}, "round_to"),
-        ({"min_channels": 0}, "min_channels"),
-        ({"max_removed": 1.5}, "max_removed"),
     ],
 )
 def test_bad_budgets_are_rejected(arguments, message):
     groups = found("chain")
     with pytest.raises(ValueError, match=message):
-        select_channels(None, groups, random_scores(groups), **{"keep": 0.5, **arguments})
+        select_channels(groups, random_scores(groups), **{"keep": 0.5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"round_to": 0}, "round_to"),
+        ({"min_channels": 0}, "min_channels"),
+        ({"max_removed": 1.5}, "max_removed"),
+    ],
+)
+def test_bad_limits_are_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**arguments)
 
 
 def test_scores_that_do_not_fit_are_rejected():
     groups = found("chain")
     scores = random_scores(groups)
     with pytest.raises(ValueError, match="expected an entry for group 'conv2'"):
-        select_channels(None, groups, {"conv1": scores["conv1"]}, keep=0.5)
+        select_channels(groups, {"conv1": scores["conv1"]}, keep=0.5)
     with pytest.raises(ValueError, match="expected 5 finite values"):
-        select_channels(None, groups, {**scores, "conv1": torch.ones(4)}, keep=0.5)
+        select_channels(groups, {**scores, "conv1": torch.ones(4)}, keep=0.5)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        select_channels(None, groups, {**scores, "conv1": torch.full((5,), torch.nan)}, keep=0.5)
+        select_channels(groups, {**scores, "conv1": torch.full((5,), torch.nan)}, keep=0.5)

@@ -19,13 +19,14 @@ from tpvprune.passes.costs import count_macs, count_params
 from tpvprune.passes.drawing import drawn_places, hold_back
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.passes.running import on_device
-from tpvprune.pipeline import Allocation, PruningResult, Repair, compose, prune
+from tpvprune.pipeline import PruningResult, Repair, compose, prune, stand_in
 from tpvprune.processes.shares import by_first, dealt
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.scores.baselines.stock import STOCK, stock_prune
-from tpvprune.widths.choosing import stand_in
+from tpvprune.scores.criteria import with_labels
+from tpvprune.widths.ranking import Allocation
 
 _WITHOUT_GROUPS = frozenset({"none", "bn"})
 
@@ -202,7 +203,7 @@ def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str],
         wanted = {stop: [r for r in found if r in repairs] for stop, found in missing.items()}
         wanted = {stop: found for stop, found in wanted.items() if found}
         if wanted:
-            cut = partial(_prune, series, material, foresee=repairs[0])
+            cut = partial(_prune, series, material, planned_repair=repairs[0])
             if plan.steps > 1:
                 made = _iterative_cuts(plan.stops(), material, cut)
             else:
@@ -234,7 +235,7 @@ def _iterative_cuts(
 ) -> Iterator[tuple[Stop, Cut]]:
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
     for stop in stops:
-        found = cut(pruned, min(1.0, stop.keep / material.share(pruned)), absorb=False)
+        found = cut(pruned, min(1.0, stop.keep / material.share(pruned)), repair_factors=False)
         groups = groups or found.groups
         pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
         yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
@@ -246,20 +247,20 @@ def _prune(
     model: nn.Module,
     keep: float,
     *,
-    foresee: str,
-    absorb: bool | None = None,
+    planned_repair: str,
+    repair_factors: bool | None = None,
 ) -> PruningResult:
+    labelled = material.labelled() if needs_labels(series.criterion) else ()
     return prune(
         model,
         material.batches,
         num_images=None,
         keep=keep,
-        criterion=series.criterion,
+        criterion=with_labels(series.criterion, labelled),
         allocation=cast(Allocation, RANKINGS[series.ranking]),
         repair="none",
-        foresee=cast(Repair, foresee),
-        absorb=absorb,
-        labelled_batches=material.labelled() if needs_labels(series.criterion) else None,
+        planned_repair=cast(Repair, planned_repair),
+        repair_factors=repair_factors,
         seed=series.seed,
     )
 

@@ -24,7 +24,7 @@ from tpvprune.cli.console import (
     table,
 )
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import probing_options, pruning_options
+from tpvprune.cli.pruning_options import probing_options, pruning_options, ranking_options
 from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
@@ -56,8 +56,8 @@ from tpvprune.reports.report import report_data
 from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
-from tpvprune.widths.selection import round_step
 
 Outcome = tuple[int, dict[str, Any]]
 _FEWEST = 512  # images for a repair, where the scores would do with less
@@ -94,8 +94,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
             subject.model,
             unlabeled(batches, device=subject.device),
             **pruning_options(args),
-            ignore=layers,
-            labelled_batches=batches if used_labels else None,
+            **ranking_options(args, batches, ignore=layers),
             state=state,
             progress=progress,
         )
@@ -265,7 +264,7 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
     narrow = [
         g.name
         for g in result.groups
-        if g.unit == "channel" and g.num_channels > 1 and round_step(g, args.round_to) == 1
+        if g.unit == "channel" and g.num_channels > 1 and Limits(args.round_to).step(g) == 1
     ]
     if args.round_to > 1 and narrow:
         say(

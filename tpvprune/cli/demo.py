@@ -23,6 +23,7 @@ from tpvprune.pipeline import PruningResult, prune
 from tpvprune.reports.report import report_data
 from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.saved.models import load_model
+from tpvprune.scores.criteria import with_labels
 
 _MODEL, _SIZE, _MEAN, _STD = "cifar_resnet20", (1, 16, 16), (0.305,), (0.35,)
 _KEEP = 0.4
@@ -160,10 +161,9 @@ def _compared(
                 batches,
                 num_images=None,
                 keep=_KEEP,
-                criterion=criterion,
+                criterion=with_labels(criterion, labelled),
                 allocation=allocation,
                 repair="compensate",
-                labelled_batches=labelled if criterion == "taylor" else None,
                 seed=seed,
             )
             cut = evaluate(remove_channels(dense, result.groups, result.kept), [held_out])

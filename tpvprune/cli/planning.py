@@ -14,7 +14,12 @@ from torch import nn
 from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, percent, say, short
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import pruning_options, weight_options
+from tpvprune.cli.pruning_options import (
+    limits_of,
+    pruning_options,
+    ranking_options,
+    weight_options,
+)
 from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts
@@ -65,12 +70,12 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         quicker["repair"] = "compensate"
 
     def whole(batches: list[torch.Tensor]) -> None:
+        labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches]
         prune(
             subject.model,
             batches,
             **{**pruning_options(args), **quicker},
-            ignore=layers,
-            labelled_batches=[(x, torch.zeros(len(x), dtype=torch.long)) for x in batches],
+            **ranking_options(args, labelled, ignore=layers),
         )
 
     # Scores and curves each take both passes; repair and measuring about four forward ones.
@@ -220,8 +225,7 @@ def _document(
     *,
     num_images: int,
 ) -> dict[str, Any]:
-    names = ("round_to", "min_channels", "max_removed")
-    floors = {name: getattr(args, name) for name in names if name in args}
+    limits = limits_of(args)
     return {
         **provenance(args, subject),
         "dry_run": True,
@@ -229,8 +233,8 @@ def _document(
         "num_images": num_images,
         "dense": {"macs": groups.macs(), "params": groups.params()},
         "smallest": {
-            "macs": groups.macs(narrowest(groups, "macs", **floors)),
-            "params": groups.params(narrowest(groups, "params", **floors)),
+            "macs": groups.macs(narrowest(groups, "macs", limits=limits)),
+            "params": groups.params(narrowest(groups, "params", limits=limits)),
         },
         "groups": [
             {"name": g.name, "unit": g.unit, "num_channels": g.num_channels} for g in groups

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-_FROM_FLAGS = (
-    "keep",
-    "of",
-    "latency_batch_size",
-    "criterion",
-    "steps",
-    "allocation",
-    "round_to",
-    "min_channels",
-    "max_removed",
-)
+from tpvprune.scores.criteria import with_labels
+from tpvprune.scores.taps import Probing
+from tpvprune.widths.limits import Limits
+
+_FROM_FLAGS = ("keep", "of", "latency_batch_size", "steps", "allocation")
 _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 
 
@@ -25,7 +20,33 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags say to :func:`tpvprune.pipeline.prune`."""
     repair = "compensate" if args.repair == "distill" else args.repair
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
-    return {**named, **probing_options(args), "repair": repair, **_ALL_IMAGES}
+    return {**named, "repair": repair, "seed": args.seed, **_ALL_IMAGES}
+
+
+def ranking_options(
+    args: argparse.Namespace, batches: Any, *, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """Return what the flags say of criterion and limits, for :func:`tpvprune.pipeline.prune`.
+
+    Args:
+        args: The flags.
+        batches: Labelled ones, where the criterion needs labels.
+        ignore: Layers that stay whole.
+
+    Returns:
+        Arguments.
+    """
+    return {
+        "criterion": with_labels(args.criterion, batches),
+        "limits": limits_of(args, ignore=ignore),
+        "probing": Probing(**probing_options(args)),
+    }
+
+
+def limits_of(args: argparse.Namespace, *, ignore: Sequence[str] = ()) -> Limits:
+    """Return how far groups may shrink by the flags, those that the command has."""
+    names = ("round_to", "min_channels", "max_removed")
+    return Limits(**{n: getattr(args, n) for n in names if n in args}, ignore=tuple(ignore))
 
 
 def probing_options(args: argparse.Namespace) -> dict[str, Any]:

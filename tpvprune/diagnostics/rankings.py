@@ -62,5 +62,5 @@ def same_cut(
 
 
 def _removed(groups: ChannelGroups, scores: Mapping[str, Tensor], keep: float) -> Tensor:
-    kept = select_channels(None, groups, scores, keep=keep)
+    kept = select_channels(groups, scores, keep=keep)
     return torch.cat([~kept[group.name] for group in groups])

@@ -147,24 +147,16 @@ def _product(amount: float, shares: Sequence[float]) -> float:
     return amount * math.prod(shares)
 
 
-def check_budget(
-    keep: float, of: object, round_to: int, min_channels: int, max_removed: float
-) -> None:
-    """Check the budget arguments.
+def check_budget(keep: float, of: object) -> None:
+    """Check a budget.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If it is out of range.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}; 0.5 keeps half.")
     if not isinstance(of, LatencyTable) and of not in {"macs", "params"}:
         raise ValueError(f"of: expected 'macs', 'params' or a latency table, found {of!r}.")
-    if round_to < 1 or min_channels < 1:
-        raise ValueError(
-            f"round_to, min_channels: expected at least 1, found {round_to}, {min_channels}."
-        )
-    if not 0 <= max_removed <= 1:
-        raise ValueError(f"max_removed: expected a fraction in [0, 1], found {max_removed}.")
 
 
 class CostModel:

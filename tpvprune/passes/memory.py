@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,41 @@ def is_lack_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Return how much memory may be filled to save time: a quarter of what is free, 1 GiB at least.
+
+    Args:
+        device: Where.
+
+    Returns:
+        Bytes; where the system does not tell what is free, 1 GiB.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(_available(), _below_limit())
+    return max(1 << 30, free // 4)
+
+
+def _available() -> int:
+    """Return what the system could give to new processes without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(li.split()[1]) * 1024 for li in lines if li.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
+def _below_limit() -> int:
+    """Return what the limit of a container leaves."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        most, now = ((folder / f"memory.{end}").read_text().strip() for end in ("max", "current"))
+        return sys.maxsize if most == "max" else int(most) - int(now)
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def release_memory() -> None:

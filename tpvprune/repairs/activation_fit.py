@@ -19,15 +19,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpvprune.processes.shares import summed, total
-from tpvprune.repairs.least_squares import Fit, factorised
+from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,7 @@ _DEAD = 1e-8
 
 @dataclass
 class _Rows:
-    """Inputs x [g, n, u], values now and wanted [g, n, o]."""
+    """Inputs x [g, n, u], values that phi reads now, and dense ones; at last phi of these."""
 
     x: Tensor
     present: Tensor
@@ -55,20 +56,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _System:
-    """Rows, how many in all processes, their mean [g, 1, u] and their Gram matrix [g, u, u]."""
+    """Rows of here; over those of all processes the moments of x and (z* - z) / s."""
 
     rows: list[_Rows]
-    num: float
-    mean: Tensor
-    gram: Tensor
+    moments: Moments
 
-    @classmethod
-    def of(cls, rows: list[_Rows], *, free: bool) -> _System:
-        num = total(sum(r.x.shape[1] for r in rows))
-        mean = _summed(r.x.sum(1, keepdim=True, dtype=torch.float64) for r in rows) / num
-        mean = mean if free else torch.zeros_like(mean)
-        gram = _summed(_cross(x, x, mean) for r in rows for x in r.x.split(_ROWS_AT_ONCE, 1))
-        return cls(rows, num, mean, gram)
+    def __add__(self, other: _System) -> _System:
+        return _System([*self.rows, *other.rows], self.moments + other.moments)
 
 
 def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int:
@@ -131,19 +125,50 @@ class ActivationFit:
         if not total(sum(r.x.shape[1] for r in self._held)):
             return linear
         ridge = min(linear.ridge, _LARGEST_RIDGE)
-        problem = _System.of(self._fit, free=self.free)
+        origin, problem, held = self._systems()
         ridges = (ridge,) if given else (ridge, 10 * ridge, ridge / 10)
         paths = {r: self._path(problem, r) for r in ridges}
         tried = {r: self._judged(path, _FIRST_STEPS) for r, path in paths.items()}
         ridge = min(tried, key=lambda r: min(tried[r]))
         losses = [*tried[ridge], *self._judged(paths[ridge], _STEPS - _FIRST_STEPS)]
         best = min(range(len(losses)), key=losses.__getitem__)
-        groups, _, unknowns = self._fit[0].x.shape
-        zero = linear.change.new_zeros(groups, unknowns, self.slope.shape[2])
+        zero = torch.zeros_like(problem.moments.cross)
         if self._loss(zero, zero[:, :1]) <= losses[best]:
             return Fit(zero, zero[:, :1].clone(), ridge)
-        whole = self._path(_System.of([*self._fit, *self._held], free=self.free), ridge)
-        return Fit(*next(itertools.islice(whole, best, None)), ridge)
+        change, intercept = next(itertools.islice(self._path(problem + held, ridge), best, None))
+        return Fit(change, intercept - origin @ change, ridge)
+
+    def _systems(self) -> tuple[Tensor, _System, _System]:
+        """Return where x is taken from [g, 1, u], and the rows to fit and those held back.
+
+        From now on x is what it is beyond there, and ``wanted`` phi of the dense values.
+        """
+        systems = []
+        for rows in (self._fit, self._held):
+            found = (
+                moments(r.x, self._per_slope(r.wanted - r.present))
+                for whole in rows
+                for r in _parts(whole)
+            )
+            systems.append(_System(rows, functools.reduce(operator.add, found).over_all()))
+        origin = systems[0].moments.x_mean
+        if not self.free:
+            systems = [_System(s.rows, s.moments.uncentred()) for s in systems]
+            origin = torch.zeros_like(origin)
+        for system in systems:
+            for r in system.rows:
+                r.x.sub_(origin)
+                r.wanted = self.activation(r.wanted)
+        fit, held = (
+            replace(s, moments=replace(s.moments, x_mean=s.moments.x_mean - origin))
+            for s in systems
+        )
+        return origin, fit, held
+
+    def _per_slope(self, values: Tensor) -> Tensor:
+        """Return changes of what is read as changes of the pre-activation."""
+        dead = self.slope.abs() < _DEAD
+        return (values / torch.where(dead, 1.0, self.slope)).masked_fill_(dead, 0.0)
 
     def _judged(self, path: Iterator[tuple[Tensor, Tensor]], steps: int) -> list[float]:
         """Return the errors after the next steps of a path, on the rows held back."""
@@ -151,43 +176,35 @@ class ActivationFit:
 
     def _path(self, problem: _System, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (D [g, u, o], b [g, 1, o]) after each step."""
-        scale = problem.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * problem.num)
-        factor = factorised(problem.gram, ridge * scale)
-        change: Tensor | None = None
-        intercept: Tensor | None = None
+        m = problem.moments
+        scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * m.count)
+        factor = factorised(m.gram, ridge * scale)
+        cross, mean = m.cross, m.e_mean
         while True:
-            cross, error_sum = self._sums(problem, change, intercept)
             change = torch.cholesky_solve(cross, factor)
-            intercept = torch.zeros_like(error_sum)
-            if self.free:
-                intercept = error_sum / problem.num - problem.mean @ change
+            intercept = mean - m.x_mean @ change
             yield change, intercept
+            # To be fitted next: what the present step gives, and what phi still lacks.
+            products, lacks = self._lacking(problem.rows, change, intercept)
+            cross = m.gram @ change + products - m.x_mean.mT @ lacks
+            mean = (m.x_mean @ change + intercept + lacks / m.count) if self.free else mean
 
-    def _sums(
-        self, problem: _System, change: Tensor | None, intercept: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Return the sums of x^T e [g, u, o] and of e [g, 1, o].
-
-        e is what the pre-activation should change by; x is taken from its mean.
-        """
-        phi, dead = self.activation, self.slope.abs() < _DEAD
-        slope = torch.where(dead, 1.0, self.slope)
+    def _lacking(
+        self, rows: Iterable[_Rows], change: Tensor, intercept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of x^T e [g, u, o] and of e [g, 1, o], e = (phi(z*) - phi(z)) / s."""
         sums: list[Any] = [0.0, 0.0]
-        for r in (part for whole in problem.rows for part in _parts(whole)):
-            wanted = r.wanted
-            if change is not None and intercept is not None:
-                now = self._moved(r, change, intercept)
-                wanted = now + phi(wanted.clone()) - phi(now.clone())
-            error = ((wanted - r.present) / slope).masked_fill_(dead, 0.0)
-            sums[0] = sums[0] + _cross(r.x, error, problem.mean)
+        for r in (part for whole in rows for part in _parts(whole)):
+            error = r.wanted - self.activation(self._moved(r, change, intercept))
+            sums[0] = sums[0] + (r.x.mT @ error).double()
             sums[1] = sums[1] + error.sum(1, keepdim=True, dtype=torch.float64)
-        return summed(*sums)
+        products, lacks = map(self._per_slope, summed(*sums))
+        return products, lacks
 
     def _loss(self, change: Tensor, intercept: Tensor) -> float:
         """Return the squared error on the rows held back; infinite where it is not finite."""
-        phi = self.activation
         errors = (
-            phi(self._moved(r, change, intercept)) - phi(r.wanted.clone())
+            self.activation(self._moved(r, change, intercept)) - r.wanted
             for rows in self._held
             for r in _parts(rows)
         )
@@ -196,13 +213,8 @@ class ActivationFit:
 
     def _moved(self, rows: _Rows, change: Tensor, intercept: Tensor) -> Tensor:
         """Return what the activation reads with changed weights."""
-        x = rows.x
-        return rows.present + self.slope * torch.baddbmm(intercept.to(x), x, change.to(x))
-
-
-def _cross(x: Tensor, error: Tensor, mean: Tensor) -> Tensor:
-    other = error - mean.to(error) if error is x else error
-    return ((x - mean.to(x)).mT @ other).double()
+        moved = torch.baddbmm(intercept.to(rows.x), rows.x, change.to(rows.x))
+        return torch.addcmul(rows.present, moved, self.slope.to(moved))
 
 
 def _summed(parts: Iterable[Tensor]) -> Tensor:

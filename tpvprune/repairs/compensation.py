@@ -15,6 +15,7 @@ and runs the block that it was in again.
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,12 @@ from torch.overrides import TorchFunctionMode
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.lockstep import Lockstep
-from tpvprune.passes.memory import is_lack_of_memory, release_memory, return_free_memory
+from tpvprune.passes.memory import (
+    is_lack_of_memory,
+    release_memory,
+    return_free_memory,
+    spare_bytes,
+)
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.patches import count_positions, gather, patches_of, window_of
 from tpvprune.passes.recomputation import segments_of
@@ -71,7 +77,7 @@ def compensate_weights(
     rows_per_input: int = 60,
     min_rows: int = 65536,
     nonlinear: bool = True,
-    max_bytes: int = 1 << 30,
+    max_bytes: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose layers are refitted to the dense one.
@@ -99,9 +105,10 @@ def compensate_weights(
         nonlinear: Where nothing but an activation phi reads y, or y behind its BatchNorm and a
             shortcut, go on from there towards min E || phi(.) - phi(.*) ||^2, as far as that holds
             on the inputs held back (:mod:`tpvprune.repairs.activation_fit`).
-        max_bytes: Memory for the activations of waiting inputs. With less of it more is computed
-            again; the result stays. The dense values that are fitted to may take 2 GiB besides:
-            large models look at fewer positions of every input.
+        max_bytes: Memory for the activations of waiting inputs; None: a quarter of what is free,
+            1 GiB at least. With less of it more is computed again; the result stays. The dense
+            values that are fitted to may take 2 GiB besides: large models look at fewer positions
+            of every input.
         seed: Of the sampled positions.
 
     Returns:
@@ -132,34 +139,33 @@ def refitted(
     ridge: float | None,
     rows_per_input: int,
     min_rows: int,
-    max_bytes: int,
     seed: int,
+    max_bytes: int | None = None,
     nonlinear: bool = False,
     constrain: Constrain | None = None,
+    wanted: Wanted | None = None,
 ) -> nn.Module:
     """Return a copy of the pruned model, every layer refitted in one pass over the inputs.
 
     The arguments are those of :func:`compensate_weights`. ``constrain`` is called with a layer's
     name, its refitted weights [groups, outputs, unknowns] and the curvature of the fit
     [groups, unknowns, unknowns]; it returns the weights to take. Without ``groups`` every width is
-    as it was.
+    as it was. ``wanted`` are the dense values, where they are known: :func:`wanted_of` of the same
+    inputs, positions and seed.
     """
     inputs = list(unlabeled(batches))
     chunk = chunk_size(dense, inputs)
+    room = spare_bytes(next(dense.parameters()).device) if max_bytes is None else max_bytes
 
     def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         chunks = rechunked(inputs, chunk)
-        num = sum(map(len, inputs))
-        plan = Plan(
-            num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS
-        )
-        plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
+        known = wanted or wanted_of(dense, chunks, rows_per_input, min_rows, seed=seed)
         fits = refits_towards(
-            dense, chunks, plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
-            nonlinear=nonlinear,
+            dense, chunks, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
+            nonlinear=nonlinear, targets=known.targets,
         )  # fmt: skip
-        Walk(repaired, fits, chunks, max_bytes).run()
+        Walk(repaired, fits, chunks, room).run()
         spread_weights(repaired)
         return repaired
 
@@ -175,8 +181,37 @@ def refitted(
             f"of {chunk}",
             stacklevel=3,
         )
-        chunk, max_bytes = chunk // 2, max_bytes // 2
+        chunk, room = chunk // 2, room // 2
         release_memory()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the dense network gives at the sampled positions; it may serve several refits."""
+
+    plan: Plan
+    targets: Targets
+
+
+def wanted_of(
+    dense: nn.Module, inputs: Sequence[Tensor], rows_per_input: int, min_rows: int, *, seed: int
+) -> Wanted:
+    """Run the dense network.
+
+    Args:
+        dense: The network.
+        inputs: Batches; how they are split does not matter.
+        rows_per_input: See :func:`compensate_weights`.
+        min_rows: Likewise.
+        seed: Of the sampled positions.
+
+    Returns:
+        Positions and values.
+    """
+    num = sum(map(len, inputs))
+    plan = Plan(num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS)
+    plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
+    return Wanted(plan, dense_targets(dense, inputs, plan))
 
 
 def refits_towards(
@@ -190,6 +225,7 @@ def refits_towards(
     constrain: Constrain | None = None,
     nonlinear: bool = True,
     without: Sequence[str] = (),
+    targets: Targets | None = None,
 ) -> Refits:
     """Run the dense network, and return what the layers of the pruned one are fitted to.
 
@@ -203,16 +239,24 @@ def refits_towards(
         constrain: See :func:`refitted`.
         nonlinear: See :func:`compensate_weights`; not where weights are constrained.
         without: Modules whose layers stay as they are.
+        targets: What the dense network gives, where it is known.
 
     Returns:
         The fits, none of them solved.
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
-    targets = dense_targets(dense, chunks, plan, without=without)
+    targets = targets or dense_targets(dense, chunks, plan, without=without)
     if constrain is not None or not nonlinear:
         targets.activations.clear()
-    return Refits(plan, targets, rows, ridge, constrain, without=tuple(without))
+    first = 0 if groups is None else _first_changed(groups, kept)
+    return Refits(plan, targets, rows, ridge, constrain, without=tuple(without), first=first)
+
+
+def _first_changed(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> int:
+    """Return the first call that sees fewer channels: all before it give what they gave."""
+    cut = (g for g in groups if g.name in kept and not bool(kept[g.name].all()))
+    return min((reader.call for g in cut for reader in g.readers), default=sys.maxsize)
 
 
 # ---- chunks ---------------------------------------------------------------------------------
@@ -303,7 +347,8 @@ class _Fed:
 class Refits:
     """What all chunks share: targets, the problem that is being fed, and what was solved.
 
-    ``rows`` says which outputs of each layer stayed; ``moved`` what the norm behind a call took up.
+    ``rows`` says which outputs of each layer stayed; ``moved`` what the norm behind a call took up;
+    calls before ``first`` need no fit.
     """
 
     plan: Plan
@@ -312,6 +357,7 @@ class Refits:
     ridge: float | None
     constrain: Constrain | None = None
     without: tuple[str, ...] = ()
+    first: int = 0
     solved: set[int] = field(default_factory=set)
     moved: dict[int, Tensor] = field(default_factory=dict)
     _fed: dict[int, _Fed] = field(default_factory=dict)
@@ -641,7 +687,7 @@ class _RefitRun(BranchFollower):
             Its output, refitted or not yet.
         """
         module, call, targets = layer.module, self.call, self._fits.targets
-        if call in self._fits.solved:
+        if call < self._fits.first or call in self._fits.solved:
             return func(*args, **kwargs)
         x, window = args[0], window_of(args, kwargs)
         positions = self._positions(call, module, count_positions(x, window, self.num_inputs))

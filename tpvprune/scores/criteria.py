@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -25,9 +26,12 @@ from tpvprune.scores.baselines.weights import (
 from tpvprune.scores.criterion_names import NEEDS_LABELS
 from tpvprune.scores.tpv import Scores, tpv_scores
 
-__all__ = ["NEEDS_LABELS", "SCORERS", "scorer"]
+__all__ = ["NEEDS_LABELS", "SCORERS", "Labelled", "Scorer", "scorer", "with_labels"]
 
-SCORERS: dict[str, Callable[..., Scores]] = {
+Scorer = Callable[..., Scores]
+"""Called as ``scorer(model, groups, batches, seed=0)``."""
+
+SCORERS: dict[str, Scorer] = {
     "tpv": tpv_scores,
     "jbr": jbr_scores,
     "lfh": lfh_scores,
@@ -51,7 +55,7 @@ SCORERS: dict[str, Callable[..., Scores]] = {
 _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
 
 
-def scorer(criterion: str) -> Callable[..., Scores]:
+def scorer(criterion: str) -> Scorer:
     """Return a criterion for processes that each have a share of the images.
 
     Args:
@@ -59,7 +63,12 @@ def scorer(criterion: str) -> Callable[..., Scores]:
 
     Returns:
         The scorer. Criteria other than ``"tpv"`` see the images of all processes, in each of them.
+
+    Raises:
+        ValueError: If there is no such criterion.
     """
+    if criterion not in SCORERS:
+        raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
     found = SCORERS[criterion]
     if num_processes() == 1 or criterion in _SHARED:
         return found
@@ -73,3 +82,46 @@ def scorer(criterion: str) -> Callable[..., Scores]:
             return found(model, groups, whole, **options)
 
     return on_all_images
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A criterion bound to labelled batches: :func:`tpvprune.prune` takes it, but sees no label.
+
+    Attributes:
+        name: A key of ``SCORERS``.
+        batches: Re-iterable of (inputs [B, ...], class indices [B]).
+    """
+
+    name: str
+    batches: Iterable[Any]
+
+    def __call__(
+        self, model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], **options: Any
+    ) -> Scores:
+        """Score with the labelled batches in the place of those given.
+
+        Args:
+            model: The network.
+            groups: Its channel groups.
+            batches: Not used.
+            **options: Of the scorer.
+
+        Returns:
+            The scores.
+        """
+        del batches
+        return scorer(self.name)(model, groups, self.batches, **options)
+
+
+def with_labels(criterion: str, batches: Iterable[Any]) -> str | Labelled:
+    """Return the criterion, bound to labelled batches if it needs labels.
+
+    Args:
+        criterion: A key of ``SCORERS``.
+        batches: Re-iterable of (inputs [B, ...], class indices [B]); others are not read.
+
+    Returns:
+        What :func:`tpvprune.prune` takes.
+    """
+    return Labelled(criterion, batches) if criterion in NEEDS_LABELS else criterion

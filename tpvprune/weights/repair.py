@@ -34,7 +34,7 @@ def compensate_masked(
     ridge: float = 1e-3,
     rows_per_input: int = 12,
     min_rows: int = 16384,
-    max_bytes: int = 4 << 30,
+    max_bytes: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a copy of the model with masked weights zero and all others refitted.
@@ -50,7 +50,7 @@ def compensate_masked(
         ridge: Relative to the mean square of a layer's inputs, towards the dense weights.
         rows_per_input: Sampled positions per unknown of a row ...
         min_rows: ... but at least so many.
-        max_bytes: Memory for the activations of all inputs together.
+        max_bytes: See :func:`tpvprune.compensate_weights`.
         seed: Of the sampled positions.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import Budget, unit_costs
 from tpvprune.groups.removal import restore_empty
-from tpvprune.widths.selection import floor_of
+from tpvprune.widths.limits import Limits
 
 
 def narrowest(
@@ -18,23 +18,19 @@ def narrowest(
     of: Budget = "macs",
     *,
     ranks: Mapping[str, Tensor] | None = None,
-    round_to: int = 1,
-    min_channels: int = 1,
-    max_removed: float = 1.0,
+    limits: Limits | None = None,
 ) -> Kept:
-    """Return the selection of least cost that the floors and every layer's need allow.
+    """Return the selection of least cost that the limits and every layer's need allow.
 
     Channels of one group need not run through the same layers. The few that run through most serve
-    all of them; what a floor asks for beyond those are the cheapest.
+    all of them; what a limit asks for beyond those are the cheapest.
 
     Args:
         groups: Channel groups.
         of: What is counted.
         ranks: Group name -> Tensor [C], bigger = keep, where channels cost the same; by default
             the first.
-        round_to: See :func:`tpvprune.widths.selection.select_channels`.
-        min_channels: Likewise.
-        max_removed: Likewise.
+        limits: How far groups may shrink.
 
     Returns:
         Group name -> BoolTensor [C], which :func:`tpvprune.groups.removal.remove_channels` accepts.
@@ -51,7 +47,7 @@ def narrowest(
         mask = kept[group.name]
         if not mask.any():
             mask[shared[group.name].argmax()] = True
-        missing = floor_of(group, round_to, min_channels, max_removed) - int(mask.sum())
+        missing = (limits or Limits()).least(group) - int(mask.sum())
         cheap = _positions(by_rank[group.name], -costs[group.name]).masked_fill(mask, -1)
         mask[cheap.topk(max(0, missing)).indices] = True
     return kept

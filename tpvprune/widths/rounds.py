@@ -17,29 +17,36 @@ from tpvprune.processes.membership import num_processes
 from tpvprune.scores.curves import Curve
 from tpvprune.scores.tpv import Scores
 from tpvprune.widths.latency import Speed
+from tpvprune.widths.ranking import Ranking
 
-_PARTS = ("model", "kept", "scores", "stderr")
+_PARTS = ("model", "kept", "scores", "stderr", "order", "variance")
 
 
 @dataclass
 class Rounds:
     """What the rounds so far have led to.
 
-    Of round number ``chosen``, counted from 1, the channels have left but nothing is repaired yet,
-    or all is done; ``history`` has one entry for every round that is done. ``predicted`` is the
-    output variance that the curves, if any, promised so far.
+    Attributes:
+        model: The network as it is; of round number ``chosen`` the channels have left.
+        kept: What stays of the dense channels.
+        chosen: Number of the round, from 1; 0: nothing has left.
+        ranking: Of the dense network.
+        factors: Of :func:`tpvprune.widths.repair_factors.repair_factors`, where they are used.
+        history: One entry for every round that is also repaired.
+        speed: As it was measured, where milliseconds are the budget.
+        seconds: By stage.
+        predicted: The output variance that curves promised so far.
     """
 
     model: nn.Module
     kept: Kept
     chosen: int = 0
-    scores: Scores | None = None
+    ranking: Ranking | None = None
     factors: Mapping[str, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     speed: Speed | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     predicted: float = 0.0
-    curves: Mapping[str, Curve] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,26 +74,28 @@ class Record:
         kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
         pruned = remove_channels(model, groups, kept)
         pruned.load_state_dict(parts["model"])
-        num_samples, criterion, used_labels, has_errors = facts["scores"]
+        num_samples, criterion, used_labels, has_errors, allocation = facts["scores"]
         stderr = parts["stderr"] if has_errors else None
         scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
+        curves = {n: Curve(order, parts["variance"][n]) for n, order in parts["order"].items()}
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
-            pruned, kept, facts["chosen"], scores, facts["factors"], facts["history"], speed,
-            facts["seconds"], facts["predicted"],
+            pruned, kept, facts["chosen"], Ranking(curves, scores, allocation), facts["factors"],
+            facts["history"], speed, facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
         """Write where the run stands, in the place of what was there."""
-        if self.path is None:
+        if self.path is None or rounds.ranking is None:
             return
-        scores = rounds.scores
-        assert scores is not None
+        scores, curves = rounds.ranking.scores, rounds.ranking.curves
         parts: dict[str, Mapping[str, Tensor]] = {
             "model": rounds.model.state_dict(),
             "kept": rounds.kept,
             "scores": scores,
             "stderr": scores.stderr or {},
+            "order": {name: curve.order for name, curve in curves.items()},
+            "variance": {name: curve.variance for name, curve in curves.items()},
         }
         facts = {
             "key": self.key,
@@ -97,7 +106,8 @@ class Record:
             "seconds": rounds.seconds,
             "predicted": rounds.predicted,
             "scores": [
-                scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr)
+                scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr),
+                rounds.ranking.allocation,
             ],
         }  # fmt: skip
         tensors = {

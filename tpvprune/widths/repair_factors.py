@@ -21,14 +21,14 @@ from tpvprune.passes.clock import Progress
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered
-from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.repairs.compensation import refitted, wanted_of
 from tpvprune.scores.curves import Curve
 
 _RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
-_MAX_BYTES = 2 << 30  # of one compensation: half of what the repair itself takes, four times over
+_ROWS_PER_INPUT, _MIN_ROWS = 12, 16384  # a linear fit does with fewer
 
 
-def absorption(
+def repair_factors(
     model: nn.Module,
     groups: ChannelGroups,
     kept: Mapping[str, Tensor],
@@ -56,7 +56,7 @@ def absorption(
         num_segments: Segments besides the streams; each costs a compensation.
         max_inputs: At most so many inputs are used.
         seed: Of the sampled positions.
-        progress: Called with ("absorption", done, total) after every segment.
+        progress: Called with ("repair factors", done, total) after every segment.
 
     Returns:
         Group name -> measured / predicted variance. Groups of which nothing was cut get the
@@ -65,13 +65,14 @@ def absorption(
     if num_processes() > 1:  # a few factors: all processes measure them on all inputs
         whole = list(gathered(inputs))
         with alone():
-            return absorption(
+            return repair_factors(
                 model, groups, kept, curves, whole,
                 num_segments=num_segments, max_inputs=max_inputs, seed=seed, progress=progress,
             )  # fmt: skip
     fit, held = _split(inputs, max_inputs)
     predicted, measured = 0.0, 0.0
     segment_of: dict[str, float] = {}
+    wanted = wanted_of(model, fit, _ROWS_PER_INPUT, _MIN_ROWS, seed=seed)
     segments = _segments(groups, kept, curves, num_segments)
     for number, segment in enumerate(segments, 1):
         expected = sum(_damage(g, kept, curves) for g in segment)
@@ -79,15 +80,15 @@ def absorption(
             continue
         cut: Kept = {g.name: kept[g.name] for g in segment if g.name in kept}
         smaller = remove_channels(model, groups, cut)
-        repaired = compensate_weights(
-            smaller, model, fit, groups=groups, kept=cut, nonlinear=False,
-            rows_per_input=12, min_rows=16384, max_bytes=_MAX_BYTES, seed=seed,
+        repaired = refitted(
+            smaller, model, fit, groups=groups, kept=cut, ridge=None, seed=seed, wanted=wanted,
+            rows_per_input=_ROWS_PER_INPUT, min_rows=_MIN_ROWS,
         )  # fmt: skip
         found = output_variance(repaired, model, held)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
         if progress is not None:
-            progress("absorption", number, len(segments))
+            progress("repair factors", number, len(segments))
     average = measured / predicted if predicted else 1.0
     least, most = _RANGE
     return {g.name: min(most, max(least, segment_of.get(g.name, average))) for g in groups}

@@ -13,8 +13,8 @@ from tpvprune import (
     variance_curves,
 )
 from tpvprune.passes.evaluation import output_variance
-from tpvprune.widths.absorption import _segments, absorption, scaled
 from tpvprune.widths.knapsack import choose_options
+from tpvprune.widths.repair_factors import _segments, repair_factors, scaled
 
 
 def prepared(case="residual"):
@@ -32,7 +32,7 @@ def gone(kept, name):
 def test_factors_are_measured_over_predicted_variance(num_segments, untouched):
     model, x, groups, curves, kept = prepared()
     with untouched(model):
-        factors = absorption(model, groups, kept, curves, x, num_segments=num_segments)
+        factors = repair_factors(model, groups, kept, curves, x, num_segments=num_segments)
     whole = torch.cat(x)
     fit, held = whole[:48].split(len(x[0])), [whole[48:]]
     segments = _segments(groups, kept, curves, num_segments)
@@ -73,18 +73,18 @@ def test_equal_factors_change_nothing_and_unequal_ones_do():
     assert gone(spared, name) < gone(kept, name)
 
 
-def test_nothing_cut_is_nothing_absorbed():
+def test_nothing_cut_is_nothing_repaired():
     model, x, groups, curves, kept = prepared("chain")
     whole = {n: torch.ones_like(m) for n, m in kept.items()}
-    assert set(absorption(model, groups, whole, curves, x).values()) == {1.0}
+    assert set(repair_factors(model, groups, whole, curves, x).values()) == {1.0}
 
 
 @pytest.mark.parametrize("repair", ["compensate", "none"])
 def test_prune_measures_factors_only_for_repairs_that_refit(repair, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "tpvprune.widths.choosing.absorption",
-        lambda *a, **k: calls.append(1) or absorption(*a, **k),
+        "tpvprune.pipeline.measured_factors",
+        lambda *a, **k: calls.append(1) or repair_factors(*a, **k),
     )
     prune(build("residual"), batches(32), keep=0.6, repair=repair, steps=2)
     assert len(calls) == (repair == "compensate")

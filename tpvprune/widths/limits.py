@@ -1,0 +1,56 @@
+"""How far channel groups may shrink."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpvprune.groups import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a selection must respect whatever the budget asks for.
+
+    Attributes:
+        round_to: Kept widths are multiples of this, in groups of more than that many single
+            channels, >= 1.
+        min_channels: Units that every group keeps, >= 1.
+        max_removed: Largest fraction of a group's units that may go, in [0, 1].
+        ignore: Modules whose outputs stay whole.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    round_to: int = 1
+    min_channels: int = 1
+    max_removed: float = 1.0
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1 or self.min_channels < 1:
+            raise ValueError(
+                "round_to, min_channels: expected at least 1, found "
+                f"{self.round_to}, {self.min_channels}."
+            )
+        if not 0 <= self.max_removed <= 1:
+            raise ValueError(
+                f"max_removed: expected a fraction in [0, 1], found {self.max_removed}."
+            )
+
+    def step(self, group: ChannelGroup) -> int:
+        """Return the multiple that a group's width is rounded to; heads are never rounded."""
+        is_rounded = group.unit == "channel" and group.num_channels > self.round_to
+        return self.round_to if is_rounded else 1
+
+    def least(self, group: ChannelGroup, needed: int = 1) -> int:
+        """Return the smallest width of a group, of which the network needs so many units."""
+        size, step = group.num_channels, self.step(group)
+        most_removed = int(self.max_removed * size + 1e-9)
+        return min(size, -(-max(self.min_channels, needed, size - most_removed) // step) * step)
+
+    def widths(self, group: ChannelGroup, needed: int = 1) -> list[int]:
+        """Return the widths that a group may take, from the whole down to the least."""
+        step, size = self.step(group), group.num_channels
+        inner = range(size - 1, self.least(group, needed) - 1, -1)
+        return [size, *(w for w in inner if w % step == 0)]
