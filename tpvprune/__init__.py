@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from tpvprune.saved.checkpoint import load_pruned, save_pruned
     from tpvprune.saved.export import export_model
     from tpvprune.saved.hub import push_to_hub
-    from tpvprune.scores.criteria import SCORERS
+    from tpvprune.scores.criteria import SCORERS, with_labels
     from tpvprune.scores.curves import variance_curves
     from tpvprune.scores.importance import TPVImportance
+    from tpvprune.scores.taps import Probing
     from tpvprune.scores.tpv import Scores, tpv_scores
     from tpvprune.widths.allocation import allocate
+    from tpvprune.widths.limits import Limits
+    from tpvprune.widths.ranking import Ranking
     from tpvprune.widths.selection import select_channels
 
 __version__: str
@@ -31,6 +34,10 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     # the flow in one call
     "prune",
     "PruningResult",
+    "Limits",
+    "Probing",
+    "Ranking",
+    "with_labels",
     # groups -> scores -> selection -> removal
     "find_groups",
     "ChannelGroup",
@@ -70,7 +77,7 @@ _MODULES = {
     "saved.checkpoint": ("load_pruned", "save_pruned"),
     "repairs.compensation": ("compensate_weights",),
     "passes.costs": ("count_macs", "count_params", "measure_latency"),
-    "scores.criteria": ("SCORERS",),
+    "scores.criteria": ("SCORERS", "with_labels"),
     "scores.curves": ("variance_curves",),
     "repairs.distillation": ("distill",),
     "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
@@ -81,7 +88,10 @@ _MODULES = {
     "pipeline": ("PruningResult", "prune"),
     "repairs.reconstruction": ("reconstruct_blocks",),
     "groups.removal": ("remove_channels",),
+    "scores.taps": ("Probing",),
     "scores.tpv": ("Scores", "tpv_scores"),
+    "widths.limits": ("Limits",),
+    "widths.ranking": ("Ranking",),
     "widths.selection": ("select_channels",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -106,8 +106,7 @@ def prune(
         of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
             model (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.SCORERS``, or a scorer ``(model, groups, batches, seed=0) ->
-            Scores``; one that needs labels brings them
-            (:class:`tpvprune.scores.criteria.Labelled`).
+            Scores``; one that needs labels brings them (:func:`tpvprune.with_labels`).
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
             compensation), ``"reconstruct"`` (block reconstruction: minutes where compensation
             takes seconds, and mostly better), or ``"auto"``: of none, bn and compensate the one

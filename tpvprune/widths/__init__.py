@@ -1,8 +1,10 @@
 """How many channels of every group stay under a budget.
 
-- ``allocation``: by joint curves and a dynamic programme (``knapsack``);
-- ``selection``: greedily by scores; ``narrowest``: what the smallest model would be;
-- ``absorption``: how much of a cut the repair makes up for;
+- ``ranking``: in which order channels leave, and the damage, by curves or by scores;
+- ``allocation``: widths by joint curves and a dynamic programme (``knapsack``);
+- ``selection``: widths by greedy selection; ``problem``: what the two have in common;
+- ``limits``: how far groups may shrink; ``narrowest``: what the smallest model would be;
+- ``repair_factors``: how much of a cut the repair makes up for;
 - ``latency``: milliseconds as a budget, measured here;
-- ``choosing``, ``rounds``: what one round of :func:`tpvprune.prune` does, and what it keeps.
+- ``rounds``: what the rounds of :func:`tpvprune.prune` have led to, to go on from there.
 """

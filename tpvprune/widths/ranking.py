@@ -99,7 +99,7 @@ class RankBy:
             scorer(self.criterion)
             if self.criterion in NEEDS_LABELS:
                 raise ValueError(
-                    f"criterion {self.criterion!r} needs labels: pass scores.criteria.Labelled("
+                    f"criterion {self.criterion!r} needs labels: pass tpvprune.with_labels("
                     f"{self.criterion!r}, labelled_batches), or use 'tpv', which needs none."
                 )
         if self.allocation not in {None, *get_args(Allocation)} or (
