@@ -12,6 +12,7 @@ from tpvprune.passes.drawing import drawn_places, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
 from tpvprune.scores.taps import Probing
+from tpvprune.scores.tpv import Scores
 from tpvprune.widths import ranking
 from tpvprune.widths.allocation import allocate
 from tpvprune.widths.limits import Limits
@@ -113,6 +114,50 @@ def test_floors_and_ignored_modules_hold():
     rounded = prune(build("attention"), data(), keep=0.7, limits=Limits(round_to=4))
     for group in rounded.report["groups"]:
         assert group["unit"] == "head" or group["kept"] in {group["num_channels"], 4}
+
+
+# ---- rankings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "rank"}, {"criterion": "magnitude"}])
+def test_a_ranking_serves_other_budgets(options, monkeypatch):
+    model = build("residual")
+    first = prune(model, data(), keep=0.8, **options)
+    alone = prune(model, data(), keep=0.5, **options)
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(ranking.RankBy, "ranked", never)
+    again = prune(model, data(), keep=0.5, ranking=first.ranking, **options)
+    assert all(torch.equal(again.kept[n], alone.kept[n]) for n in alone.kept)
+    weights = again.model.state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in alone.model.state_dict().items())
+    assert again.reached
+    assert again.warnings == again.report["warnings"]
+
+
+def test_a_ranking_of_something_else_is_refused():
+    found = prune(build("chain"), data(), keep=0.8, repair="none").ranking
+    with pytest.raises(ValueError, match="ranking: expected one of the groups of this model"):
+        prune(build("residual"), data(), keep=0.5, ranking=found)
+    with pytest.raises(ValueError, match="ranking: expected one by rank, found one by curves"):
+        prune(build("chain"), data(), keep=0.5, ranking=found, allocation="rank")
+
+
+def test_a_scorer_of_ones_own_decides():
+    model = build("chain")
+
+    def by_index(model, groups, batches, *, seed):
+        assert sum(map(len, batches)) == 36
+        assert seed == 7
+        values = {g.name: torch.arange(g.num_channels, dtype=torch.float64) for g in groups}
+        return Scores(values, criterion="by index")
+
+    result = prune(model, data(), keep=0.5, criterion=by_index, allocation="plain", seed=7)
+    assert "by_index" in result.report["criterion"]
+    for mask in result.kept.values():  # the last ones stay
+        assert mask.tolist() == sorted(mask.tolist())
 
 
 # ---- criteria and repairs -------------------------------------------------------------------

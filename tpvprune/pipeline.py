@@ -163,6 +163,7 @@ def prune(
         batch = example.repeat_interleave(latency_batch_size, 0)
         budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
     _check_rounding(limits, groups)
+    _check_ranking(ranking, by, groups)
     run = _Run(
         model, groups, fit, held, batch, budget, _rounded(limits, budget), replace(by, of=budget),
         repair, keep, steps, _images_for_factors(repair_factors, by, groups, fit), clock, notes,
@@ -457,6 +458,22 @@ def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
         raise ValueError(
             f"round_to: expected at most {widest}, the width of the widest group, found "
             f"{limits.round_to}"
+        )
+
+
+def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -> None:
+    if ranking is None:
+        return
+    if ranking.allocation != by.how:
+        raise ValueError(
+            f"ranking: expected one by {by.how}, found one by {ranking.allocation}: leave it out, "
+            "and channels are ranked anew"
+        )
+    found = {name: len(curve.order) for name, curve in ranking.curves.items()}
+    if found != {g.name: g.num_channels for g in groups}:
+        raise ValueError(
+            f"ranking: expected one of the groups of this model, found {len(found)} others: leave "
+            "it out, and channels are ranked anew"
         )
 
 
