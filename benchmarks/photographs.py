@@ -32,7 +32,7 @@ from tables import photographs_table
 from torch import Tensor, nn
 
 from tpvprune import prune
-from tpvprune.benchmark.plan import Plan, Series, Stop, needs_labels
+from tpvprune.benchmark.plan import Plan, Series, Target, needs_labels
 from tpvprune.benchmark.rows import COLUMNS as COMMON
 from tpvprune.benchmark.rows import RANKINGS, Row, key_of, read_rows
 from tpvprune.cli.flag_groups import (
@@ -216,11 +216,11 @@ def measured(
     _check_settings(done, settings)
     finished_keys = {key_of(row) for row in done}
     missing = [
-        (series, stop, repair)
+        (series, target, repair)
         for series in plan.series()
-        for stop in plan.stops()
+        for target in plan.targets()
         for repair in plan.repairs
-        if key_of(plan.row(series, stop, repair)) not in finished_keys
+        if key_of(plan.row(series, target, repair)) not in finished_keys
     ]
     if not missing:
         return
@@ -229,7 +229,7 @@ def measured(
     drawn: tuple[int, list[Any]] | None = None
     left_out: dict[str, str] = {}
     num_measured = 0
-    for series, stop, repair in missing:
+    for series, target, repair in missing:
         if drawn is None or drawn[0] != series.seed:
             drawn = series.seed, calibration(args, subject.model, series.seed, plan.labelled)
             subject.rankings.clear()
@@ -237,14 +237,14 @@ def measured(
         if what in left_out:
             continue
         try:
-            found = measure(subject, drawn[1], series, stop, repair)
+            found = measure(subject, drawn[1], series, target, repair)
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
             left_out[what] = " ".join(str(error).split())
             print(f"left out: {what}: {left_out[what]}", file=sys.stderr, flush=True)
             continue
         num_measured += 1
-        yield plan.row(series, stop, repair) | found | settings | surroundings(args)
+        yield plan.row(series, target, repair) | found | settings | surroundings(args)
     if not num_measured and not done:
         raise ValueError(f"nothing could be measured: {next(iter(left_out.values()))}")
 
@@ -422,7 +422,7 @@ def measure(
     subject: Subject,
     batches: Sequence[Any],
     series: Series,
-    stop: Stop,
+    target: Target,
     repair: str,
 ) -> Row:
     """Prune once and return what came of it.
@@ -435,9 +435,9 @@ def measure(
     """
     start = time.perf_counter()
     if series.criterion in STOCK:
-        cut = _stock(subject.model, batches, series, stop.keep, repair)
+        cut = _stock(subject.model, batches, series, target.keep, repair)
     else:
-        cut = _ours(subject, batches, series, stop.keep, repair)
+        cut = _ours(subject, batches, series, target.keep, repair)
     seconds = time.perf_counter() - start
     return quality(subject, cut) | {"seconds": f"{seconds:.1f}"}
 

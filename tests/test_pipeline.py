@@ -8,7 +8,7 @@ from cases import CASES, Poison, batches, build, images
 
 from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
 from tpvprune.cifar_resnet import cifar_resnet20
-from tpvprune.passes.drawing import drawn_places, hold_back
+from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
 from tpvprune.scores.taps import Probing
@@ -180,7 +180,7 @@ def test_every_repair_is_measured_on_held_back_inputs(repair):
     model = build("residual")
     result = prune(model, data(), keep=0.5, repair=repair)
     variances, chosen = result.report["output_variance"], result.report["repair_chosen"]
-    held = [images(40)[drawn_places(40)[1]]]
+    held = [images(40)[drawn_indices(40)[1]]]
     assert chosen in variances
     assert variances[chosen] == pytest.approx(output_variance(result.model, model, held))
     assert result.report["num_held_back"] == 4
@@ -216,7 +216,7 @@ def test_report_is_plain_data_with_the_documented_keys():
     }  # fmt: skip
     assert report["seed"] == 3
     assert report["used_labels"] is False
-    held = images(40)[drawn_places(40, seed=3)[1]]
+    held = images(40)[drawn_indices(40, seed=3)[1]]
     moment = model(held).square().sum(1).mean().item()
     assert report["output_second_moment"] == pytest.approx(moment)
     assert report["steps"][-1]["agreement"] == agreement(result.model, model, [held])

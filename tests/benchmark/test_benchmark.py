@@ -8,7 +8,7 @@ from tpvprune import prune
 from tpvprune.benchmark import running as benchmarking
 from tpvprune.benchmark.plan import Plan
 from tpvprune.benchmark.rows import RANKINGS, key_of
-from tpvprune.passes.drawing import drawn_places
+from tpvprune.passes.drawing import drawn_indices
 from tpvprune.passes.evaluation import evaluate
 from tpvprune.scores.criteria import with_labels
 
@@ -29,7 +29,7 @@ def images(_seed):
 
 def fitted():
     """Return the labelled images that are not held back; a benchmark's criteria see no others."""
-    places, _ = drawn_places(40)
+    places, _ = drawn_indices(40)
     x, y = (torch.cat(part)[places] for part in zip(*images(0), strict=True))
     return list(zip(x.split(16), y.split(16), strict=True))
 

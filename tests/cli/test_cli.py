@@ -17,7 +17,7 @@ from tpvprune.cli.entry import main
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
-from tpvprune.passes.drawing import drawn_places
+from tpvprune.passes.drawing import drawn_indices
 from tpvprune.saved.checkpoint import load_pruned
 
 CLASSES = 6
@@ -108,7 +108,7 @@ class TestPrune:
         images, pruned = torch.cat(list(chosen)), load_pruned(tmp_path / "out")
         with torch.no_grad():
             same = pruned(images).argmax(1) == dense(images).argmax(1)
-        same = same[drawn_places(num)[1] + list(range(num, 40))]
+        same = same[drawn_indices(num)[1] + list(range(num, 40))]
         assert len(same) == unseen
         assert document["images"]["agreement_on"] == f"{unseen} held-back images"
         assert document["pruned"]["agreement"] == pytest.approx(float(same.double().mean()))

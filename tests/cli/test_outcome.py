@@ -14,7 +14,7 @@ from torch import nn
 from tpvprune.cli import outcome, session_images, session_results
 from tpvprune.cli.benchmark import broken_rows
 from tpvprune.cli.console import show_pruned, show_trained
-from tpvprune.cli.session_images import calibration, num_images, num_witnesses
+from tpvprune.cli.session_images import calibration, num_eval_images, num_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.costs import count_macs
@@ -199,16 +199,16 @@ def a_subject(width=1, side=32):
 
 
 def test_witnesses_are_bounded_by_what_they_cost(monkeypatch):
-    assert num_witnesses(a_subject()) == 512  # costs next to nothing
+    assert num_eval_images(a_subject()) == 512  # costs next to nothing
     macs = count_macs(a_subject().model, a_subject().example)
     found = []
     for times in (8, 64, 100, 511, 512, 10_000):
         monkeypatch.setattr(session_images, "_WITNESS_MACS", macs * times)
-        found.append(num_witnesses(a_subject()))
+        found.append(num_eval_images(a_subject()))
     assert found == [64, 64, 100, 511, 512, 512]
     # The budget is one of MACs: twice the width, half of the images.
     monkeypatch.setattr(session_images, "_WITNESS_MACS", macs * 400)
-    assert num_witnesses(a_subject(width=2)) == 200
+    assert num_eval_images(a_subject(width=2)) == 200
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,6 @@ def test_no_path_measures_agreement_on_more(root, asked, bound, num, kind):
     args = Namespace(seed=0, batch_size=8, workers=1, num_images=asked, class_map=None)
     subject = SimpleNamespace(preprocessing=how)
     images = open_images(root / "flat")
-    batches, witnesses = calibration(args, subject, images, labelled=False, held_out=bound)
-    assert (num_images(witnesses.batches), witnesses.kind) == (num, kind)
+    batches, eval_images = calibration(args, subject, images, labelled=False, held_out=bound)
+    assert (num_images(eval_images.batches), eval_images.kind) == (num, kind)
     assert num_images(batches) == min(asked, 100)

@@ -130,7 +130,7 @@ def test_labels_count_as_accuracy(net, images):
     classes = [y for _, y in own_predictions(net, images)]
     wrong = [(x, (y + (torch.arange(len(y)) % 2)) % 3) for x, y in zip(images, classes,
                                                                      strict=True)]  # fmt: skip
-    setting = setting_of(net, groups, images[:2], labelled=wrong[:2], witnesses=wrong)
+    setting = setting_of(net, groups, images[:2], labelled=wrong[:2], eval_images=wrong)
     changes, _ = changes_of(setting, images[2:], labelled_others=wrong[2:])
     assert changes[0].moved == 0
     assert changes[2].setting.labelled is not None

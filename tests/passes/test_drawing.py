@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 import tpvprune
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.drawing import drawn_places, hold_back
+from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.processes import shares as distributed
 
 
@@ -43,7 +43,7 @@ def test_the_draw_depends_on_the_seed_alone(sizes, num_images, seed):
     whole = numbered(num)
     fit, held = hold_back(whole.split(sizes), num_images=num_images, seed=seed)
     drawn = min(num, num_images or num)
-    assert (numbers(fit), numbers(held)) == drawn_places(num, num_images=num_images, seed=seed)
+    assert (numbers(fit), numbers(held)) == drawn_indices(num, num_images=num_images, seed=seed)
     assert len({*numbers(fit), *numbers(held)}) == drawn
     assert len(numbers(held)) == min(128, max(1, drawn // 10))
     assert {len(x) for x in fit[:-1]} <= {sizes[0]}
@@ -53,7 +53,7 @@ def test_the_draw_depends_on_the_seed_alone(sizes, num_images, seed):
 def test_every_image_is_as_likely_as_another_to_be_drawn_and_to_be_held_back():
     drawn, back = torch.zeros(20), torch.zeros(20)
     for seed in range(600):
-        fit, held = drawn_places(20, num_images=10, seed=seed)
+        fit, held = drawn_indices(20, num_images=10, seed=seed)
         drawn[fit + held] += 1
         back[held] += 1
     # Binomial: 300 and 30 expected; six standard deviations of sqrt(150) and sqrt(28).
@@ -200,7 +200,7 @@ def test_order_does_not_matter():
         assert abs(sum(gaps)) / 4 <= 3 * 0.5 / (4 * 12) ** 0.5
         assert {r.report["num_images"] + r.report["num_held_back"] for r in found} == {120}
     _, held = hold_back(sorted_one)
-    places = drawn_places(120)[1]
+    places = drawn_indices(120)[1]
     assert len(set(labels[places].tolist())) >= 3
     assert torch.equal(torch.cat(held), x[places])
 

@@ -168,7 +168,7 @@ def test_shares_are_a_partition_that_knows_its_places(sizes, num):
         for rank in range(num):
             present.team = Team(rank, num)
             mine = torch.cat([whole[:0], *distributed.shard(whole.split(sizes))])
-            assert torch.equal(mine, distributed.places(0, len(mine)))
+            assert torch.equal(mine, distributed.global_indices(0, len(mine)))
             assert len(mine) == distributed.share(len(whole))
             seen.append(mine)
     finally:

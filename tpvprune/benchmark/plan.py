@@ -20,7 +20,7 @@ class Series(NamedTuple):
     ranking: str
 
 
-class Stop(NamedTuple):
+class Target(NamedTuple):
     """How far it goes: cuts in a row, and the fraction of the dense MACs that stays."""
 
     steps: int
@@ -81,7 +81,7 @@ class Plan:
         return any(map(needs_labels, self.criteria))
 
     def series(self) -> list[Series]:
-        """Return what is measured at every stop, in the order of the rows."""
+        """Return what is measured at every target, in the order of the rows."""
         return [
             Series(seed, criterion, ranking)
             for seed in self.seeds
@@ -90,19 +90,19 @@ class Plan:
             if ranking != "curves" or criterion == "tpv"
         ]
 
-    def stops(self) -> list[Stop]:
+    def targets(self) -> list[Target]:
         """Return the points of each series that are measured, on the way down."""
         if self.steps == 1:
-            return [Stop(1, keep) for keep in self.keeps]
+            return [Target(1, keep) for keep in self.keeps]
         size = (1 - self.keeps[0]) / self.steps
-        return [Stop(step, round(1 - step * size, 6)) for step in range(1, self.steps + 1)]
+        return [Target(step, round(1 - step * size, 6)) for step in range(1, self.steps + 1)]
 
-    def row(self, series: Series, stop: Stop, repair: str) -> Row:
+    def row(self, series: Series, target: Target, repair: str) -> Row:
         """Return the part of a row that says which one it is."""
         seed, criterion, ranking = series
         values = (
-            self.model, criterion, RANKINGS.get(ranking, ranking), repair, stop.steps,
-            self.num_images, stop.keep, seed,
+            self.model, criterion, RANKINGS.get(ranking, ranking), repair, target.steps,
+            self.num_images, target.keep, seed,
         )  # fmt: skip
         labels = "yes" if needs_labels(criterion) else "no"
         return {
@@ -114,9 +114,9 @@ class Plan:
     def keys(self) -> list[tuple[str, ...]]:
         """Return the keys of all rows, in order."""
         return [
-            key_of(self.row(series, stop, repair))
+            key_of(self.row(series, target, repair))
             for series in self.series()
-            for stop in self.stops()
+            for target in self.targets()
             for repair in self.repairs
         ]
 

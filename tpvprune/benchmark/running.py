@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tpvprune.benchmark.plan import Plan, Series, Stop, needs_labels
+from tpvprune.benchmark.plan import Plan, Series, Target, needs_labels
 from tpvprune.benchmark.rows import KEY, RANKINGS, Row, key_of, read_rows, write_rows
 from tpvprune.groups import ChannelGroups, Kept, find_groups
 from tpvprune.passes.costs import count_macs, count_params
-from tpvprune.passes.drawing import drawn_places, hold_back
+from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.passes.running import on_device
 from tpvprune.pipeline import PruningResult, Repair, compose, prune, stand_in
@@ -39,11 +39,11 @@ class LeftOut(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The rows of one series that are yet to be measured: stop -> repairs."""
+    """The rows of one series that are yet to be measured: target -> repairs."""
 
     plan: Plan
     series: Series
-    missing: Mapping[Stop, Sequence[str]]
+    missing: Mapping[Target, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Material:
     def labelled(self) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs with their class indices."""
         labels = torch.cat([y for _, y in self.batches])
-        labels = labels[drawn_places(len(labels), seed=self.seed)[0]]
+        labels = labels[drawn_indices(len(labels), seed=self.seed)[0]]
         return list(zip(self.fit, labels.split([len(x) for x in self.fit]), strict=True))
 
     @cached_property
@@ -154,13 +154,13 @@ def _check_superset(
 
 def _missing(
     plan: Plan, series: Series, rows: Mapping[tuple[str, ...], Row]
-) -> dict[Stop, list[str]]:
-    """Return the repairs that are yet to be measured at each stop; stops without any are out."""
+) -> dict[Target, list[str]]:
+    """Return the repairs yet to be measured at each target; targets without any are left out."""
     found = {
-        stop: [r for r in plan.repairs if key_of(plan.row(series, stop, r)) not in rows]
-        for stop in plan.stops()
+        target: [r for r in plan.repairs if key_of(plan.row(series, target, r)) not in rows]
+        for target in plan.targets()
     }
-    return {stop: repairs for stop, repairs in found.items() if repairs}
+    return {target: repairs for target, repairs in found.items() if repairs}
 
 
 def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, ...]]) -> list[Row]:
@@ -173,7 +173,7 @@ def _measured(
     """Yield the rows of a task, but for the dense accuracy."""
     plan, series, _ = task
     cuts = _stock_cuts if series.criterion in STOCK else _cuts
-    for stop, repairs, cut in cuts(task, material):
+    for target, repairs, cut in cuts(task, material):
         for repair in repairs:
             if cut.kept is None and repair not in _WITHOUT_GROUPS:
                 yield LeftOut(
@@ -187,7 +187,7 @@ def _measured(
             seconds = cut.seconds + time.perf_counter() - start
             found = evaluate(repaired, test, dense=answers)
             assert found.agreement is not None
-            yield plan.row(series, stop, repair) | {
+            yield plan.row(series, target, repair) | {
                 "macs_kept": f"{found.macs / material.dense_macs:.4f}",
                 "params_kept": f"{found.params / count_params(material.dense):.4f}",
                 "top1": f"{100 * found.top1:.2f}",
@@ -196,19 +196,21 @@ def _measured(
             }
 
 
-def _cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
+def _cuts(task: Task, material: Material) -> Iterator[tuple[Target, Sequence[str], Cut]]:
     # By one of our scorers: each time from the dense model, or step after step.
     plan, series, missing = task
     for repairs in _alike(series, plan.repairs):
-        wanted = {stop: [r for r in found if r in repairs] for stop, found in missing.items()}
-        wanted = {stop: found for stop, found in wanted.items() if found}
+        wanted = {target: [r for r in found if r in repairs] for target, found in missing.items()}
+        wanted = {target: found for target, found in wanted.items() if found}
         if wanted:
             cut = partial(_prune, series, material, planned_repair=repairs[0])
             if plan.steps > 1:
-                made = _iterative_cuts(plan.stops(), material, cut)
+                made = _iterative_cuts(plan.targets(), material, cut)
             else:
                 made = _single_cuts(wanted, material, cut)
-            yield from ((stop, wanted[stop], found) for stop, found in made if stop in wanted)
+            yield from (
+                (target, wanted[target], found) for target, found in made if target in wanted
+            )
 
 
 def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
@@ -222,23 +224,23 @@ def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
 
 
 def _single_cuts(
-    stops: Iterable[Stop], material: Material, cut: Callable[..., PruningResult]
-) -> Iterator[tuple[Stop, Cut]]:
-    for stop in stops:
+    targets: Iterable[Target], material: Material, cut: Callable[..., PruningResult]
+) -> Iterator[tuple[Target, Cut]]:
+    for target in targets:
         start = time.perf_counter()
-        found = cut(material.dense, stop.keep)
-        yield stop, Cut(found.model, found.groups, found.kept, time.perf_counter() - start)
+        found = cut(material.dense, target.keep)
+        yield target, Cut(found.model, found.groups, found.kept, time.perf_counter() - start)
 
 
 def _iterative_cuts(
-    stops: Iterable[Stop], material: Material, cut: Callable[..., PruningResult]
-) -> Iterator[tuple[Stop, Cut]]:
+    targets: Iterable[Target], material: Material, cut: Callable[..., PruningResult]
+) -> Iterator[tuple[Target, Cut]]:
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
-    for stop in stops:
-        found = cut(pruned, min(1.0, stop.keep / material.share(pruned)), repair_factors=False)
+    for target in targets:
+        found = cut(pruned, min(1.0, target.keep / material.share(pruned)), repair_factors=False)
         groups = groups or found.groups
         pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
-        yield stop, Cut(pruned, groups, kept, time.perf_counter() - start)
+        yield target, Cut(pruned, groups, kept, time.perf_counter() - start)
 
 
 def _prune(
@@ -265,18 +267,18 @@ def _prune(
     )
 
 
-def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Stop, Sequence[str], Cut]]:
+def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Target, Sequence[str], Cut]]:
     _, (seed, criterion, _), missing = task
     example = on_device(material.fit[0][:1], material.dense)
     groups = find_groups(material.dense, example)
     labelled = material.labelled() if needs_labels(criterion) else ()
-    for stop in missing:
+    for target in missing:
         start = time.perf_counter()
         found = stock_prune(
-            material.dense, groups, example, criterion, labelled, keep=stop.keep, seed=seed
+            material.dense, groups, example, criterion, labelled, keep=target.keep, seed=seed
         )
         seconds = time.perf_counter() - start
-        yield stop, missing[stop], Cut(found.model, groups, found.kept, seconds)
+        yield target, missing[target], Cut(found.model, groups, found.kept, seconds)
 
 
 def _repaired(cut: Cut, material: Material, repair: str, seed: int) -> nn.Module:

@@ -28,7 +28,7 @@ from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import Labelled, own_predictions
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
 from tpvprune.disk.atomic import written_file
-from tpvprune.disk.places import check_writable
+from tpvprune.disk.path_checks import check_writable
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource, open_images
@@ -59,17 +59,17 @@ def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"{args.model}: expected channel groups to score, found none")
     size = args.batch_size
     batches = list(x.to(subject.device).split(size))
-    witnesses = own_predictions(subject.model, batches) if y is None else _pairs(batches, y, size)
+    eval_images = own_predictions(subject.model, batches) if y is None else _pairs(batches, y, size)
     half = max(len(batches) // 2, 1)
     setting = setting_of(
         subject.model,
         groups,
         batches[:half],
-        labelled=witnesses[:half] if args.labels else None,
-        witnesses=witnesses,
+        labelled=eval_images[:half] if args.labels else None,
+        eval_images=eval_images,
         seed=args.seed,
     )
-    others, labelled_others = batches[half:], witnesses[half:] if args.labels else None
+    others, labelled_others = batches[half:], eval_images[half:] if args.labels else None
     with stages() as progress:
         progress("changing what should not matter", 0, 1)
         changes, unchanged = changes_of(
@@ -98,7 +98,7 @@ def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             else str(args.held_out_dir),
         },
         "keep": args.keep,
-        "top1": evaluate(subject.model, witnesses).top1 if args.labels else None,
+        "top1": evaluate(subject.model, eval_images).top1 if args.labels else None,
         **_facts(found),
         "tpv": stability,
         "seconds": round(time.monotonic() - start, 1),

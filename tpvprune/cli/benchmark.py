@@ -18,7 +18,7 @@ from tpvprune.cli.session import Subject, open_subject, provenance
 from tpvprune.cli.session_images import calibration, labelled_images, open_data
 from tpvprune.cli.session_results import write_json
 from tpvprune.disk.atomic import is_unfinished, written_file
-from tpvprune.disk.places import check_writable
+from tpvprune.disk.path_checks import check_writable
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
 from tpvprune.processes.membership import alone

@@ -81,7 +81,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     distilling = args.repair == "distill"
     clock = Clock(None)
     with clock("reading images"):
-        batches, labelled, witnesses = images_to_prune_with(
+        batches, labelled, eval_images = images_to_prune_with(
             args,
             subject,
             images,
@@ -108,7 +108,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         result,
         images=images,
         batches=batches,
-        witnesses=witnesses,
+        eval_images=eval_images,
         labelled=labelled,
         clock=clock,
     )

@@ -16,7 +16,7 @@ from tpvprune.cli.session_results import measured
 from tpvprune.groups.removal import remove_channels
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.passes.disagreement import disagreement
-from tpvprune.passes.drawing import drawn_places
+from tpvprune.passes.drawing import drawn_indices
 from tpvprune.passes.evaluation import evaluate
 from tpvprune.passes.running import evaluating
 from tpvprune.pipeline import PruningResult, prune
@@ -146,7 +146,7 @@ def _compared(
     size = -(-len(training[1]) // 10)
     batches = list(training[0].split(size))
     # `prune` holds some back to measure repairs: no criterion scores on those.
-    fit, _ = drawn_places(len(training[1]), seed=seed)
+    fit, _ = drawn_indices(len(training[1]), seed=seed)
     labelled = list(zip(*(t[fit].split(size) for t in training), strict=True))
     whole = evaluate(dense, [held_out])
     rows: list[dict[str, Any]] = [

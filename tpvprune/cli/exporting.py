@@ -9,7 +9,7 @@ from typing import Any
 from tpvprune.cli.console import bar, say
 from tpvprune.cli.session import open_evaluated, provenance
 from tpvprune.cli.session_images import choose, open_data
-from tpvprune.disk.places import check_file
+from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
 from tpvprune.saved.export import Exported, export_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.disk.atomic import check_folder
-from tpvprune.disk.places import (
+from tpvprune.disk.path_checks import (
     check_checkpoint,
     check_file,
     check_images,

@@ -27,7 +27,7 @@ _KNOWN = 0.1  # standard error / score
 
 
 @dataclass(frozen=True)
-class Witnesses:
+class EvalImages:
     """Images to measure agreement on that the repair has not seen, and what they are."""
 
     batches: Any
@@ -136,7 +136,7 @@ def calibration(
     labelled: bool,
     held_out: int = 0,
     apart: int = 0,
-) -> tuple[Any, Witnesses | None]:
+) -> tuple[Any, EvalImages | None]:
     """Return the images that pruning sees, and others to measure agreement on.
 
     The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
@@ -152,7 +152,7 @@ def calibration(
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
     if apart:
-        return batches, Witnesses(
+        return batches, EvalImages(
             in_memory(choose_apart(args, subject, images, apart)), "held-back"
         )
     if not held_out:
@@ -163,10 +163,10 @@ def calibration(
 
     left = 0 if images.count is None else images.count - args.num_images
     if left >= _ENOUGH:
-        return batches, Witnesses(others(held_out), "other")
+        return batches, EvalImages(others(held_out), "other")
     held = _first(hold_back(batches, seed=args.seed)[1], held_out)
     room = held_out - int(total(sum(map(len, held))))
-    return batches, Witnesses([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
+    return batches, EvalImages([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
 
 
 def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
@@ -178,7 +178,7 @@ def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
     return [x for x in found if len(x)]
 
 
-def num_witnesses(subject: Subject) -> int:
+def num_eval_images(subject: Subject) -> int:
     """Return how many images agreement is measured on, of what pruning does not use."""
     macs = count_macs(subject.model, subject.example[:1])
     return max(_ENOUGH, min(_MOST_WITNESSES, int(_WITNESS_MACS / max(macs, 1))))
@@ -211,17 +211,17 @@ def images_to_prune_with(
     *,
     labelled: bool = False,
     apart: int = 0,
-) -> tuple[Any, Any, Witnesses]:
+) -> tuple[Any, Any, EvalImages]:
     """Return what `prune` sees, and what it is measured on."""
     evaluated = labelled_images(args, subject)
-    held_out = num_witnesses(subject) if evaluated is None else 0
-    batches, witnesses = calibration(
+    held_out = num_eval_images(subject) if evaluated is None else 0
+    batches, eval_images = calibration(
         args, subject, images, labelled=labelled, held_out=held_out, apart=apart
     )
     if evaluated is not None:
-        witnesses = Witnesses(evaluated, "labelled")
-    assert witnesses is not None
-    return batches, evaluated, witnesses
+        eval_images = EvalImages(evaluated, "labelled")
+    assert eval_images is not None
+    return batches, evaluated, eval_images
 
 
 def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:

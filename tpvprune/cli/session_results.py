@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.cli.session import Subject, provenance
-from tpvprune.cli.session_images import Shown, Witnesses, class_names, num_images
+from tpvprune.cli.session_images import EvalImages, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroups
@@ -36,7 +36,7 @@ def pruned_document(
     *,
     images: ImageSource,
     batches: Any,
-    witnesses: Witnesses,
+    eval_images: EvalImages,
     labelled: Any,
     clock: Clock,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,16 +45,16 @@ def pruned_document(
     dense["agreement"] = 1.0
     with clock("agreement"):
         pruned["agreement"] = agreement(
-            result.model, subject.model, Shown(witnesses.batches, "agreement")
+            result.model, subject.model, Shown(eval_images.batches, "agreement")
         )
     with clock("comparing"):
-        seen = shown_changes(args, subject, result.model, subject.model, witnesses.batches)
+        seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
     document = {
         **provenance(args, subject),
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, witnesses),
+        "images": image_facts(images, batches, eval_images),
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
@@ -158,12 +158,12 @@ def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:
 
 
 def image_facts(
-    images: ImageSource, batches: Any, witnesses: Witnesses | None = None
+    images: ImageSource, batches: Any, eval_images: EvalImages | None = None
 ) -> dict[str, Any]:
     """Return where the images came from, how many, and what agreement was measured on."""
     facts: dict[str, Any] = {"source": images.name, "num_images": num_images(batches)}
-    if witnesses is not None:
-        facts["agreement_on"] = str(witnesses)
+    if eval_images is not None:
+        facts["agreement_on"] = str(eval_images)
     return facts
 
 

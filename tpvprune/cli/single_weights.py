@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     images = open_data(args, labelled=False)
     clock = Clock(None)
     with clock("reading images"):
-        batches, labelled, witnesses = images_to_prune_with(args, subject, images)
+        batches, labelled, eval_images = images_to_prune_with(args, subject, images)
     with stages() as progress:
         result = prune_weights(
             subject.model,
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         result,
         images=images,
         batches=batches,
-        witnesses=witnesses,
+        eval_images=eval_images,
         labelled=labelled,
         clock=clock,
     )

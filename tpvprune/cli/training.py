@@ -120,7 +120,9 @@ def trained(
     """Train a pruned model, and measure it before and after on images held back."""
     recipe, held = recipe_of(args), num_held_back(images)
     mixed = not (labelled or args.no_mix)
-    witnesses = in_memory(choose_apart(args, subject, images, held), progress=bar("reading images"))
+    eval_images = in_memory(
+        choose_apart(args, subject, images, held), progress=bar("reading images")
+    )
     num_images, skip = all_but(held, images, num_images)
     batches, augment = training_images(
         images,
@@ -136,7 +138,7 @@ def trained(
         notice=say,
     )
     teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
-    shown = Shown(witnesses, "measuring")
+    shown = Shown(eval_images, "measuring")
     before = difference(subject.model, teacher, shown)
     state = state_file(args.output)
     resumed, start = state.exists(), time.monotonic()
@@ -184,7 +186,7 @@ def trained(
     model, found = (model, after) if helped else (subject.model, before)
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
-    return Trained(model, facts, witnesses, found)
+    return Trained(model, facts, eval_images, found)
 
 
 def state_file(output: Path, kind: str = "unfinished") -> Path:
@@ -203,14 +205,14 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     images = open_data(args, labelled=labelled)
     if labelled:
         check_classes(images, subject.model, class_map=args.class_map)
-    witnesses = labelled_images(args, subject)
+    eval_images = labelled_images(args, subject)
     masks = saved_masks(args.folder)
     done = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
     )
     model, facts, seen, found = done
     repair = "finetune" if labelled else "distill"
-    sides = measured(args, dataclasses.replace(subject, model=dense), model, witnesses)
+    sides = measured(args, dataclasses.replace(subject, model=dense), model, eval_images)
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),

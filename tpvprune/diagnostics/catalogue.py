@@ -39,7 +39,7 @@ class Setting:
         labelled: The same with labels, or with the model's own classes; see ``has_labels``.
         has_labels: Whether these are labels.
         seed: Of probes and noise.
-        witnesses: All images of the audit, labelled likewise, to see that a change is neutral.
+        eval_images: All images of the audit, labelled likewise, to see that a change is neutral.
     """
 
     model: nn.Module = field(repr=False)
@@ -48,7 +48,7 @@ class Setting:
     labelled: Labelled = field(repr=False)
     has_labels: bool
     seed: int = 0
-    witnesses: Labelled = field(default=(), repr=False)
+    eval_images: Labelled = field(default=(), repr=False)
 
     @cached_property
     def tpv(self) -> Scores:
@@ -76,7 +76,7 @@ def setting_of(
     batches: Sequence[Tensor],
     *,
     labelled: Labelled | None = None,
-    witnesses: Labelled | None = None,
+    eval_images: Labelled | None = None,
     seed: int = 0,
 ) -> Setting:
     """Put together what an audit looks at.
@@ -86,7 +86,7 @@ def setting_of(
         groups: Its channel groups.
         batches: Inputs; labels are dropped.
         labelled: The same inputs with labels; None takes the model's own classes.
-        witnesses: Images that tell whether a change is neutral, labelled likewise; None takes
+        eval_images: Images that tell whether a change is neutral, labelled likewise; None takes
             those above.
         seed: Of probes and noise.
 
@@ -96,7 +96,13 @@ def setting_of(
     inputs = list(unlabeled(batches))
     pairs = own_predictions(model, inputs) if labelled is None else labelled
     return Setting(
-        model, groups, inputs, pairs, labelled is not None, seed, witnesses if witnesses else pairs
+        model,
+        groups,
+        inputs,
+        pairs,
+        labelled is not None,
+        seed,
+        eval_images if eval_images else pairs,
     )
 
 

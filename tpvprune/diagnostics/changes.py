@@ -118,4 +118,4 @@ def _trained(setting: Setting, start: float, recipe: Recipe) -> Change:
 
 def _accuracy(setting: Setting, model: nn.Module) -> float:
     """Return accuracy; without labels, agreement with the classes of the model as it was."""
-    return evaluate(model, setting.witnesses or setting.labelled).top1
+    return evaluate(model, setting.eval_images or setting.labelled).top1

@@ -55,12 +55,12 @@ def removed_view(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Ten
 
 def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
     attributes = solve(groups.sizes, kept, small)
-    places = _places(small)
+    owners = _owners(small)
     for name, axes in groups.param_axes.items():
         for dim, axis in axes:
             mask = axis.kept(kept)
             if not mask.all():
-                _take(small, name, dim, mask.nonzero().squeeze(1), places)
+                _take(small, name, dim, mask.nonzero().squeeze(1), owners)
     _refresh_attributes(small)
     for attribute, value in attributes.items():
         set_attribute(small, attribute, value)
@@ -175,7 +175,7 @@ def shrink_to(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers()),
     }
-    places = _places(model)
+    owners = _owners(model)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"expected a parameter or buffer of the model, found {name!r}.")
@@ -186,7 +186,7 @@ def shrink_to(
             _put(
                 old,
                 part if tuple(part.shape) == tuple(shape) else part.new_empty(tuple(shape)),
-                places,
+                owners,
             )
     for path, values in attributes.items():
         module = model.get_submodule(path)
@@ -292,36 +292,36 @@ def _restricted_mixer(
 # ---- surgery --------------------------------------------------------------------------------
 
 
-_Places = dict[int, list[tuple[dict[str, Any], str]]]
+_Owners = dict[int, list[tuple[dict[str, Any], str]]]
 
 
-def _places(model: nn.Module) -> _Places:
+def _owners(model: nn.Module) -> _Owners:
     """Return where each parameter and buffer is held: in several modules if it is shared."""
-    places: _Places = {}
+    owners: _Owners = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                places.setdefault(id(tensor), []).append((table, key))
-    return places
+                owners.setdefault(id(tensor), []).append((table, key))
+    return owners
 
 
-def _take(model: nn.Module, name: str, dim: int, index: Tensor, places: _Places) -> None:
+def _take(model: nn.Module, name: str, dim: int, index: Tensor, owners: _Owners) -> None:
     path, _, key = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), key)
-    _put(tensor, tensor.detach().index_select(dim, index.to(tensor.device)), places)
+    _put(tensor, tensor.detach().index_select(dim, index.to(tensor.device)), owners)
 
 
-def _put(old: Tensor, value: Tensor, places: _Places) -> None:
+def _put(old: Tensor, value: Tensor, owners: _Owners) -> None:
     """Replace a parameter or buffer, also where it is shared with another module."""
     new = (
         nn.Parameter(value, requires_grad=old.requires_grad)
         if isinstance(old, nn.Parameter)
         else value
     )
-    held = places.pop(id(old), [])
+    held = owners.pop(id(old), [])
     for table, key in held:
         table[key] = new
-    places[id(new)] = held
+    owners[id(new)] = held
 
 
 def _refresh_attributes(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tpvprune.disk.places import check_list
+from tpvprune.disk.path_checks import check_list
 from tpvprune.images.sources import ImageSource
 
 _MAX_LIST_BYTES = 2**30

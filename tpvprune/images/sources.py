@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from tpvprune.disk.places import check_images
+from tpvprune.disk.path_checks import check_images
 
 # timm's own, and what PIL reads as surely.
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")

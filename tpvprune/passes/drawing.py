@@ -69,7 +69,7 @@ def hold_back(
     return _batched(drawn, 0, num_fit, size), _batched(drawn, num_fit, num, size)
 
 
-def drawn_places(
+def drawn_indices(
     num: int, *, num_images: int | None = None, seed: int = 0
 ) -> tuple[list[int], list[int]]:
     """Return which images of a set :func:`hold_back` draws: the places of (fit, held), in order.

@@ -61,7 +61,7 @@ def contract(
     return sums if len(sums) == num_samples else sums.reshape(num_samples, -1, a.shape[1]).sum(1)
 
 
-def sampled_rows(a: Tensor, places: Tensor, limit: int) -> Tensor:
+def sampled_rows(a: Tensor, indices: Tensor, limit: int) -> Tensor:
     """Return inputs at no more than about ``limit`` positions per sample: [rows, n].
 
     The positions differ from sample to sample and cover the map evenly. They depend on a sample's
@@ -69,19 +69,19 @@ def sampled_rows(a: Tensor, places: Tensor, limit: int) -> Tensor:
 
     Args:
         a: Input [L, n, P], as :func:`by_channel` gives it.
-        places: Where in the whole set each sample of the batch stands [B]; L is a multiple of B.
+        indices: Where in the whole set each sample of the batch stands [B]; L is a multiple of B.
         limit: Positions per sample; smaller maps are read whole.
 
     Returns:
         The inputs, one row per position.
     """
     num, inputs, positions = a.shape
-    windows = num // len(places)
+    windows = num // len(indices)
     limit = -(-limit // windows)
     by_position = a.transpose(1, 2)
     if positions > limit:
         each = torch.arange(limit * windows, dtype=torch.float64)
-        order = places[:, None] * (windows * limit) + each
+        order = indices[:, None] * (windows * limit) + each
         place = ((order * _GOLDEN) % 1 * positions).long().clamp_(max=positions - 1)
         rows = torch.arange(num, device=a.device)[:, None]
         by_position = by_position[rows, place.view(num, limit).to(a.device)]

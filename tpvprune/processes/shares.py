@@ -47,7 +47,7 @@ def share(num: int) -> int:
     return len(range(rank(), num, num_processes()))
 
 
-def places(first: int, num: int) -> Tensor:
+def global_indices(first: int, num: int) -> Tensor:
     """Return where in the whole set the samples first, ..., first + num - 1 of here stand."""
     return torch.arange(first, first + num) * num_processes() + rank()
 

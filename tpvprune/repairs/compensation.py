@@ -42,7 +42,7 @@ from tpvprune.passes.patches import count_positions, gather, patches_of, window_
 from tpvprune.passes.recomputation import segments_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.processes.membership import num_processes
-from tpvprune.processes.shares import places, spread_weights, total
+from tpvprune.processes.shares import global_indices, spread_weights, total
 from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.branches import (
@@ -668,7 +668,7 @@ class _RefitRun(BranchFollower):
         super().__init__(layers, fits.plan)
         self._fits, self._stop, self.own = fits, stop, own
         self.num_inputs = own.stop - own.start
-        self._held = places(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
+        self._held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
         self._pending: dict[int, _Pending] = {}
 
     def state(self) -> tuple[int, set[int]]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import check_folder, written_folder
-from tpvprune.disk.places import check_saved
+from tpvprune.disk.path_checks import check_saved
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.file_kinds import found_instead
-from tpvprune.disk.places import check_checkpoint
+from tpvprune.disk.path_checks import check_checkpoint
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 
 _MAX_NAMED = 3

@@ -26,7 +26,7 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.moments import in_single
-from tpvprune.processes.shares import places, share, summed, total
+from tpvprune.processes.shares import global_indices, share, summed, total
 from tpvprune.scores.residuals import (
     Covariances,
     Inputs,
@@ -386,7 +386,7 @@ def _collect(
     for x, directions, tap in passes(model, read, inputs, probing):
         also = None if gradients is None or gradients.is_full else gradients
         if also is not None:
-            also.begin(places(seen, len(x)), ~is_held(seen, len(x)))
+            also.begin(global_indices(seen, len(x)), ~is_held(seen, len(x)))
 
         def collect(
             call: int,

@@ -15,7 +15,7 @@ from tpvprune.passes.moments import Moments, in_single
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.positions import by_channel, sampled_rows
 from tpvprune.passes.running import evaluating, fast_layout, on_device
-from tpvprune.processes.shares import places, share, total
+from tpvprune.processes.shares import global_indices, share, total
 from tpvprune.scores.taps import reader_plan
 
 _FLOOR = 1e-10
@@ -191,7 +191,7 @@ def is_held(first: int, num: int) -> Tensor:
         BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four processes
         draw the same directions for it as one.
     """
-    return places(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
+    return global_indices(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
 
 
 def input_covariances(
@@ -245,7 +245,7 @@ def folded_covariances(
         dim = plan[call][0][1].channel_dim
         if a.shape[dim] > max_inputs:
             return
-        rows = sampled_rows(by_channel(a, dim, num), places(seen, num), max_positions)
+        rows = sampled_rows(by_channel(a, dim, num), global_indices(seen, num), max_positions)
         if call not in moments:
             fit, held = (Moments(a.shape[dim], joint=True, device=a.device) for _ in range(2))
             moments[call] = fit, held

@@ -92,15 +92,15 @@ class WidthProblem:
             The widths; the least ones if nothing fits.
         """
         widths, total = dict(widths), self.costs.total(widths)
-        places = {name: self.choices[name].index(width) for name, width in widths.items()}
+        at = {name: self.choices[name].index(width) for name, width in widths.items()}
 
         def priority(name: str) -> tuple[float, float, int]:
-            new = self.choices[name][places[name] + 1]
+            new = self.choices[name][at[name] + 1]
             damage, saving = self._step(widths, name, new)
             return damage / (max(saving, 1e-12) if per_cost else widths[name] - new), saving, new
 
         def can_shrink(name: str) -> bool:
-            return places[name] + 1 < len(self.choices[name])
+            return at[name] + 1 < len(self.choices[name])
 
         heap = [(priority(name)[0], i, name) for i, name in enumerate(widths) if can_shrink(name)]
         heapq.heapify(heap)
@@ -111,7 +111,7 @@ class WidthProblem:
             if heap and now > old and now > heap[0][0]:
                 heapq.heappush(heap, (now, i, name))
                 continue
-            widths[name], places[name] = new, places[name] + 1
+            widths[name], at[name] = new, at[name] + 1
             total -= saving
             if can_shrink(name):
                 heapq.heappush(heap, (priority(name)[0], i, name))
