@@ -198,16 +198,16 @@ def a_subject(width=1, side=32):
     return SimpleNamespace(model=model, example=torch.zeros(2, 3, side, side))
 
 
-def test_witnesses_are_bounded_by_what_they_cost(monkeypatch):
+def test_evaluation_images_are_bounded_by_what_they_cost(monkeypatch):
     assert num_eval_images(a_subject()) == 512  # costs next to nothing
     macs = count_macs(a_subject().model, a_subject().example)
     found = []
     for times in (8, 64, 100, 511, 512, 10_000):
-        monkeypatch.setattr(session_images, "_WITNESS_MACS", macs * times)
+        monkeypatch.setattr(session_images, "_EVALUATED_MACS", macs * times)
         found.append(num_eval_images(a_subject()))
     assert found == [64, 64, 100, 511, 512, 512]
     # The budget is one of MACs: twice the width, half of the images.
-    monkeypatch.setattr(session_images, "_WITNESS_MACS", macs * 400)
+    monkeypatch.setattr(session_images, "_EVALUATED_MACS", macs * 400)
     assert num_eval_images(a_subject(width=2)) == 200
 
 

@@ -22,7 +22,7 @@ from tpvprune.processes.shares import share, total
 from tpvprune.scores.tpv import Scores, tpv_scores
 
 # Images that agreement is measured on: as many as so many MACs of the dense model allow.
-_MOST_WITNESSES, _ENOUGH, _WITNESS_MACS = 512, 64, 1e12
+_MOST_EVALUATED, _ENOUGH, _EVALUATED_MACS = 512, 64, 1e12
 _KNOWN = 0.1  # standard error / score
 
 
@@ -181,7 +181,7 @@ def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
 def num_eval_images(subject: Subject) -> int:
     """Return how many images agreement is measured on, of what pruning does not use."""
     macs = count_macs(subject.model, subject.example[:1])
-    return max(_ENOUGH, min(_MOST_WITNESSES, int(_WITNESS_MACS / max(macs, 1))))
+    return max(_ENOUGH, min(_MOST_EVALUATED, int(_EVALUATED_MACS / max(macs, 1))))
 
 
 def choose_apart(

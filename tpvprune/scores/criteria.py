@@ -114,14 +114,14 @@ class Labelled:
         return scorer(self.name)(model, groups, self.batches, **options)
 
 
-def with_labels(criterion: str, batches: Iterable[Any]) -> str | Labelled:
+def with_labels(criterion: str, labelled_batches: Iterable[Any]) -> str | Labelled:
     """Return the criterion, bound to labelled batches if it needs labels.
 
     Args:
         criterion: A key of ``SCORERS``.
-        batches: Re-iterable of (inputs [B, ...], class indices [B]); others are not read.
+        labelled_batches: Re-iterable of (inputs [B, ...], class indices [B]); others are not read.
 
     Returns:
         What :func:`tpvprune.prune` takes.
     """
-    return Labelled(criterion, batches) if criterion in NEEDS_LABELS else criterion
+    return Labelled(criterion, labelled_batches) if criterion in NEEDS_LABELS else criterion
