@@ -148,13 +148,7 @@ def prune(
     check_budget(keep, "macs" if of == "latency" else of)
     _check_repairs(steps, repair, planned_repair)
     limits, probing = limits or Limits(), replace(probing or Probing(), seed=seed)
-    by = RankBy(
-        criterion,
-        allocation,
-        "macs",
-        stand_in(planned_repair or repair),
-        replace(probing, seed=seed),
-    )
+    by = RankBy(criterion, allocation, "macs", stand_in(planned_repair or repair), probing)
     clock = Clock(progress)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
@@ -171,7 +165,7 @@ def prune(
     record = Record.of(
         state, model, dict(enumerate(fit)), keep, of, by.name, repair, steps, latency_batch_size,
         run.by.how, run.by.stand_in, run.by.probing, run.limits, run.images_for_factors,
-        [g.name for g in groups],
+        [g.name for g in groups], *_parts_of(ranking),
     )  # fmt: skip
     rounds = record.load(model, groups) or Rounds(model, _whole(groups), ranking=ranking)
     clock.seconds = {**clock.seconds, **rounds.seconds}
@@ -475,6 +469,12 @@ def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -
             f"ranking: expected one of the groups of this model, found {len(found)} others: leave "
             "it out, and channels are ranked anew"
         )
+
+
+def _parts_of(ranking: Ranking | None) -> list[dict[str, Tensor]]:
+    """Return what tells one given ranking from another."""
+    curves = {} if ranking is None else ranking.curves
+    return [{n: c.order for n, c in curves.items()}, {n: c.variance for n, c in curves.items()}]
 
 
 def _rounded(limits: Limits, budget: Budget) -> Limits:

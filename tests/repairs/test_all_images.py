@@ -191,6 +191,30 @@ def test_layers_before_the_first_cut_need_no_fit(net, monkeypatch):
     assert_same(every, some, **ROUNDING)
 
 
+class Spatial(nn.Module):
+    """Attention over positions reads the mean of all channels, before any layer reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.where = nn.Conv2d(1, 1, 3, padding=1)
+        self.head = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        x = x * torch.sigmoid(self.where(x.mean(1, keepdim=True)))
+        return self.head(self.conv2(x).mean((2, 3)))
+
+
+def test_a_layer_that_reads_a_mean_over_channels_is_refitted():
+    dense = build(Spatial)
+    groups = find_groups(dense, images(2))
+    kept = {"conv1": torch.arange(6) % 2 == 0}
+    pruned = remove_channels(dense, groups, kept)
+    found = repaired(dense, pruned, groups, kept, nonlinear=False)
+    assert not torch.equal(found.where.weight, pruned.where.weight)
+
+
 @pytest.mark.parametrize("net", ["residual", "grouped", "flatten", "attention", "unet"])
 def test_chunks_do_not_matter(net, monkeypatch):
     model = made(net)

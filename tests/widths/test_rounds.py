@@ -1,5 +1,7 @@
 """A pruning run that was stopped goes on to what an unbroken one gives, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,15 @@ def test_the_state_of_another_run_is_not_taken(model, tmp_path):
         found = tpvprune.prune(model, inputs, keep=keep, seed=seed, state=state)
         for name, value in expected.model.state_dict().items():
             assert torch.equal(found.model.state_dict()[name], value)
+    curves = {
+        name: replace(curve, order=curve.order.flip(0))
+        for name, curve in expected.ranking.curves.items()
+    }
+    given = replace(expected.ranking, curves=curves)
+    tpvprune.prune(model, batches(), keep=0.5, state=state)
+    other = tpvprune.prune(model, batches(), keep=0.5, ranking=given)
+    found = tpvprune.prune(model, batches(), keep=0.5, ranking=given, state=state)
+    assert all(torch.equal(found.kept[n], other.kept[n]) for n in other.kept)
     state.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="state of an unfinished run"):
         tpvprune.prune(model, batches(), keep=0.5, state=state)

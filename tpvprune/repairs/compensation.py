@@ -254,7 +254,11 @@ def refits_towards(
 
 
 def _first_changed(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> int:
-    """Return the first call that sees fewer channels: all before it give what they gave."""
+    """Return the first call that sees a change: all before it give what they gave."""
+    # A mean or softmax over the channels changes what is read before any of them is.
+    mixed = (axis for noted in groups.mixers.values() for _, axis in noted)
+    if any(not bool(axis.kept(kept).all()) for axis in mixed):
+        return 0
     cut = (g for g in groups if g.name in kept and not bool(kept[g.name].all()))
     return min((reader.call for g in cut for reader in g.readers), default=sys.maxsize)
 
