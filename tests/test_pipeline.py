@@ -141,6 +141,9 @@ def test_a_ranking_of_something_else_is_refused():
     found = prune(build("chain"), data(), keep=0.8, repair="none").ranking
     with pytest.raises(ValueError, match="ranking: expected one of the groups of this model"):
         prune(build("residual"), data(), keep=0.5, ranking=found)
+    jbr = prune(build("chain"), data(), keep=0.8, criterion="jbr").ranking
+    with pytest.raises(ValueError, match="ranking: expected one by 'magnitude', found one by 'jb"):
+        prune(build("chain"), data(), keep=0.8, criterion="magnitude", ranking=jbr)
     with pytest.raises(ValueError, match="ranking: expected one by rank, found one by curves"):
         prune(build("chain"), data(), keep=0.5, ranking=found, allocation="rank")
 
@@ -228,7 +231,7 @@ def test_report_is_plain_data_with_the_documented_keys():
 def test_progress_is_told_stage_by_stage():
     calls = []
     prune(build("chain"), data(), steps=2, progress=lambda *call: calls.append(call))
-    assert {stage for stage, _, _ in calls} >= {"groups", "scores", "removal", "compensation"}
+    assert {stage for stage, _, _ in calls} >= {"groups", "ranking", "removal", "compensation"}
     assert all(0 <= done <= total for _, done, total in calls)
     assert [c for c in calls if c[0] == "removal"][-1] == ("removal", 2, 2)
 
@@ -261,12 +264,24 @@ def test_without_a_refit_no_channel_is_counted_on_to_stand_in(repair, stand_in):
     model = build("residual")
     result = prune(model, data(), keep=0.5, repair=repair)
     groups, (fit, _) = result.groups, hold_back(data())
-    scores = tpv_scores(model, groups, fit, compensated=repair != "none")
     curves = variance_curves(model, groups, fit, stand_in=stand_in)
     kept = allocate(groups, curves, keep=0.5)
     for g in groups:
-        assert torch.equal(result.scores[g.name], scores[g.name])
+        assert torch.equal(result.scores[g.name], curves[g.name].alone)
         assert torch.equal(result.kept[g.name], kept[g.name])
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_what_a_channel_changes_alone_is_its_score(compensated):
+    model = build("residual")
+    groups = prune(model, data(), keep=0.9).groups
+    batches = [torch.randn(32, 3, 8, 8, dtype=torch.float64) for _ in range(6)]
+    stand_in = "map" if compensated else "zero"
+    curves = variance_curves(model.double(), groups, batches, stand_in=stand_in)
+    scores = tpv_scores(model, groups, batches, compensated=compensated)
+    for g in groups:
+        torch.testing.assert_close(curves[g.name].alone, scores[g.name], rtol=1e-4, atol=0)
+        torch.testing.assert_close(curves[g.name].stderr, scores.stderr[g.name], rtol=0.1, atol=0)
 
 
 def test_same_seed_gives_the_same_bits():

@@ -24,7 +24,7 @@ from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
-from tpvprune.scores.criteria import Scorer
+from tpvprune.scores.criteria import SCORERS, Scorer
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
@@ -246,11 +246,9 @@ class _Run:
         groups = self.groups
         if step > 1:
             groups = _regrouped(model, self.groups, rounds.kept, self.batch[:1])
-        first = rounds.ranking if by is self.by else None
-        ranking = first if step == 1 else None
+        ranking = rounds.ranking if step == 1 and by is self.by else None
         if ranking is None:
-            scores = None if first is None else first.scores
-            ranking = by.ranked(model, groups, self.fit, self.clock, scores=scores)
+            ranking = by.ranked(model, groups, self.fit, self.clock)
         rounds.ranking = rounds.ranking or ranking
         with self.clock("selection", step, self.steps):
             target = self.keep ** (step / self.steps) * cost(self.groups, {}, self.budget)
@@ -463,6 +461,13 @@ def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -
             f"ranking: expected one by {by.how}, found one by {ranking.allocation}: leave it out, "
             "and channels are ranked anew"
         )
+    if {by.name, ranking.scores.criterion} <= SCORERS.keys():  # one of one's own has any name
+        expected, made = by.name, ranking.scores.criterion
+        if made != expected:
+            raise ValueError(
+                f"ranking: expected one by {expected!r}, found one by {made!r}: leave it out, and "
+                "channels are ranked anew"
+            )
     found = {name: len(curve.order) for name, curve in ranking.curves.items()}
     if found != {g.name: g.num_channels for g in groups}:
         raise ValueError(

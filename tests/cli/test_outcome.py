@@ -186,7 +186,7 @@ def test_no_second_of_measuring_is_hidden(run, tmp_path, monkeypatch):
         assert timings[name] >= 0.25
     assert timings["top-1"] >= 0.5  # of both models
     assert timings["reading images"] > 0
-    assert {"scores", "selection", "measurement"} <= timings.keys()
+    assert {"ranking", "selection", "measurement"} <= timings.keys()
     assert json.loads((out / "report.json").read_text("utf-8"))["timings"] == timings
 
 

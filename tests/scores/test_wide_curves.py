@@ -210,7 +210,15 @@ def test_orders_equal_a_slow_elimination(num_channels, per_channel):
         order.append(gone)
         shape.append(shape[-1] + costs[gone])
         stays[gone] = False
-    found, curve = leaving_order(parts, num_channels, savings)
+    leaving = leaving_order(parts, num_channels, savings)
+    found, curve = leaving.order, leaving.shape
+    every = torch.ones(num_channels, dtype=torch.bool)
+    for unit, alone in enumerate(leaving.alone.tolist()):
+        slow = sum(
+            float(p.moments[unit]) if c is None else slow_cost(p, c, every, unit)
+            for p, c in zip(parts, covariances, strict=True)
+        )
+        assert alone == pytest.approx(slow, rel=1e-9)
     assert found.tolist() == [*order, *stays.nonzero().squeeze(1).tolist()]
     torch.testing.assert_close(
         curve, torch.tensor(shape, dtype=torch.float64), rtol=1e-9, atol=1e-12
@@ -219,7 +227,8 @@ def test_orders_equal_a_slow_elimination(num_channels, per_channel):
 
 def test_units_of_one_size_leave_in_blocks_to_the_end():
     part, _ = random_part(200, 1)
-    order, shape = leaving_order([part], 200, torch.ones(200).double())
+    leaving = leaving_order([part], 200, torch.ones(200).double())
+    order, shape = leaving.order, leaving.shape
     assert sorted(order.tolist()) == list(range(200))
     assert len(shape) == 200
     assert shape[0] == 0

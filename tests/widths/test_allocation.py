@@ -1,5 +1,7 @@
 """The dynamic programme against exhaustive search over widths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Blocks, build, images
@@ -28,7 +30,7 @@ def random_curves(groups, seed=0, *, convex=False):
         steps = steps.sort().values if convex else steps
         variance = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
         order = torch.randperm(group.num_channels, generator=generator)
-        curves[group.name] = Curve(order, variance)
+        curves[group.name] = Curve(order, variance, torch.zeros(len(order)))
     return curves
 
 
@@ -121,7 +123,7 @@ def test_channels_that_cost_nothing_leave_before_any_other():
     groups = separable()
     curves = random_curves(groups)
     name = groups.groups[1].name
-    curves[name] = Curve(curves[name].order, curves[name].variance * 0)
+    curves[name] = replace(curves[name], variance=curves[name].variance * 0)
     assert damage(curves, allocate(groups, curves, keep=0.9)) == 0
 
 

@@ -39,6 +39,7 @@ def curves_of(groups):
         g.name: tpvprune.scores.curves.Curve(
             torch.randperm(g.num_channels, generator=generator),
             torch.rand(g.num_channels, generator=generator).double().cumsum(0),
+            torch.zeros(g.num_channels),
         )
         for g in groups
     }

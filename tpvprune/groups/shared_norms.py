@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.operations import function_name
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import reduced, total
-
-_ARGUMENTS = (
-    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-)  # fmt: skip
 
 
 def shared_norms() -> AbstractContextManager[Any]:
@@ -31,15 +28,15 @@ class _SharedNorms(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function_name(func) == "batch_norm":
-            given = dict(zip(_ARGUMENTS, args, strict=False))
-            v = {"weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5, **given, **kwargs}
-            if v.get("training"):
-                return _batch_norm(v)
+            norm = BatchNormCall.of(args, kwargs)
+            if norm.training:
+                return _batch_norm(norm)
         return func(*args, **kwargs)
 
 
-def _batch_norm(v: dict[str, Any]) -> Tensor:
-    x = v["input"].float() if v["input"].dtype in {torch.float16, torch.bfloat16} else v["input"]
+def _batch_norm(norm: BatchNormCall) -> Tensor:
+    half = norm.input.dtype in {torch.float16, torch.bfloat16}
+    x = norm.input.float() if half else norm.input
     dims = [d for d in range(x.ndim) if d != 1]
     shape = (1, -1, *[1] * (x.ndim - 2))
     num = total(x.numel() / x.shape[1])
@@ -47,15 +44,15 @@ def _batch_norm(v: dict[str, Any]) -> Tensor:
     centred = x - mean.reshape(shape)
     # Two rounds: the difference of two large sums would lose the variance to rounding.
     var = _over_all(centred.square().sum(dims)) / num
-    if v["running_mean"] is not None:
+    if norm.running_mean is not None and norm.running_var is not None:
         with torch.no_grad():
-            v["running_mean"].lerp_(mean.to(v["running_mean"]), v["momentum"])
-            v["running_var"].lerp_((var * num / (num - 1)).to(v["running_var"]), v["momentum"])
-    scale = (var + v["eps"]).rsqrt()
-    scale = scale if v["weight"] is None else scale * v["weight"]
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_var.lerp_((var * num / (num - 1)).to(norm.running_var), norm.momentum)
+    scale = (var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
     out = centred * scale.reshape(shape)
-    out = out if v["bias"] is None else out + v["bias"].reshape(shape)
-    return out.to(v["input"].dtype)
+    out = out if norm.bias is None else out + norm.bias.reshape(shape)
+    return out.to(norm.input.dtype)
 
 
 def _over_all(local: Tensor) -> Tensor:

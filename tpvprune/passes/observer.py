@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.operations import CONTRACTIONS, function_name
 
 
@@ -42,15 +43,8 @@ class Observer(TorchFunctionMode):
 
 
 def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # With fixed statistics it is one affine map, whose backward needs no input.
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "-", "eps")
-    v = {"training": False, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
-    x, mean, weight, bias = v["input"], v["running_mean"], v.get("weight"), v.get("bias")
-    fixed = [t for t in (mean, v["running_var"], weight, bias) if t is not None]
-    if v["training"] or mean is None or any(t.requires_grad or t.dtype != x.dtype for t in fixed):
-        return func(*args, **kwargs)
-    scale = (v["running_var"] + v["eps"]).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (-1, *[1] * (x.ndim - 2))
-    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
+    norm = BatchNormCall.of(args, kwargs)
+    fixed = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    others = any(t.requires_grad or t.dtype != norm.input.dtype for t in fixed if t is not None)
+    # As an affine map its backward needs no input.
+    return norm.as_affine() if norm.is_affine and not others else func(*args, **kwargs)

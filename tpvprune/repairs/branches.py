@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups.tracing.fields import flatten
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.operations import CONTRACTIONS, function_name
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import own
@@ -238,24 +239,11 @@ def _positional(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _through_norm(branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-    names = (
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    )
-    v = {**dict(zip(names, args, strict=False)), **kwargs}
-    if v.get("running_mean") is None:
+    norm = BatchNormCall.of(args, kwargs)
+    if norm.running_mean is None:
         return None
-    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
-    scale = scale * v["weight"] if v.get("weight") is not None else scale
-    shift = -v["running_mean"] * scale
-    shift = shift + v["bias"] if v.get("bias") is not None else shift
-    return Branch(branch.call, scale, shift, v["running_mean"], raw=False)
+    scale, shift = norm.scale_and_shift()
+    return Branch(branch.call, scale, shift, norm.running_mean, raw=False)
 
 
 def positions_first(out: Tensor, module: Any, num: int) -> Tensor:

@@ -224,6 +224,7 @@ def refits_towards(
     ridge: float | None = None,
     constrain: Constrain | None = None,
     nonlinear: bool = True,
+    linear: Sequence[str] = (),
     without: Sequence[str] = (),
     targets: Targets | None = None,
 ) -> Refits:
@@ -238,6 +239,7 @@ def refits_towards(
         ridge: See :func:`compensate_weights`.
         constrain: See :func:`refitted`.
         nonlinear: See :func:`compensate_weights`; not where weights are constrained.
+        linear: Modules in which no layer is fitted through its activation.
         without: Modules whose layers stay as they are.
         targets: What the dense network gives, where it is known.
 
@@ -250,7 +252,10 @@ def refits_towards(
     if constrain is not None or not nonlinear:
         targets.activations.clear()
     first = 0 if groups is None else _first_changed(groups, kept)
-    return Refits(plan, targets, rows, ridge, constrain, without=tuple(without), first=first)
+    return Refits(
+        plan, targets, rows, ridge, constrain, linear=tuple(linear), without=tuple(without),
+        first=first,
+    )  # fmt: skip
 
 
 def _first_changed(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> int:
@@ -360,6 +365,7 @@ class Refits:
     rows: Mapping[str, Tensor | None]
     ridge: float | None
     constrain: Constrain | None = None
+    linear: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     first: int = 0
     solved: set[int] = field(default_factory=set)
@@ -411,6 +417,8 @@ class Refits:
         few = num <= unknowns and self.constrain is None
         fed = _Fed(pending, branch, LeastSquares(free=free, few_rows=few))
         activation = self.targets.activations.get(branch.call)
+        if pending.layer.name.startswith(tuple(f"{name}." for name in self.linear)):
+            activation = None
         num_outputs = len(module.weight) // groups
         most = rows_to_hold(num, groups, unknowns, num_outputs)
         fed.positions = most // self.plan.all_inputs

@@ -1,9 +1,10 @@
 """Damped Gauss-Newton for one block of layers: a nonlinear least-squares fit to given outputs.
 
-Each linearisation is solved by conjugate gradients with products J v (forward mode) and J^T u
-(reverse mode) and a Kronecker-factored preconditioner. A tenth of the samples takes no part in the
-fit: of the points that conjugate gradients pass through, that with the least error on those
-samples is taken, which is early stopping as a regulariser (Hansen 1998, Rank-Deficient and
+Each linearisation is solved by conjugate gradients with products J^T u (reverse mode) and J v, and
+a Kronecker-factored preconditioner. J v is a central difference: two forwards, where forward mode
+takes five (Knoll and Keyes 2004, Jacobian-free Newton-Krylov methods). A tenth of the samples takes
+no part in the fit: of the points that conjugate gradients pass through, that with the least error
+on those samples is taken, which is early stopping as a regulariser (Hansen 1998, Rank-Deficient and
 Discrete Ill-Posed Problems, chapter 6).
 """
 
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
-from tpvprune.passes.running import prepare_forward_mode
+from tpvprune.passes.batch_norms import AffineNorms
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
 
@@ -163,14 +164,23 @@ class Linearised:
 
     def gauss_newton(self, v: Params) -> Params:
         """Return J^T J v, summed over all samples."""
-        prepare_forward_mode()
+        size = self._step(v)
+        ahead = {n: p + size * v[n] for n, p in self._params.items()}
+        behind = {n: p - size * v[n] for n, p in self._params.items()}
 
         def changed(i: int, _: Tensor) -> Tensor:
             with torch.no_grad():
-                run = partial(_run, self._module, self._data[i])
-                return jvp(run, (self._params,), (v,))[1]
+                to, back = (_run(self._module, self._data[i], p) for p in (ahead, behind))
+                return (to - back) / (2 * size)
 
         return self._transposed(changed)
+
+    def _step(self, v: Params) -> float:
+        """Return how far along v to go: no weight tensor is changed by more than a small part."""
+        sizes = {n: float(p.norm()) for n, p in self._params.items()}
+        parts = [float(v[n].norm()) / size for n, size in sizes.items() if size and v[n].ndim > 1]
+        small = max((torch.finfo(p.dtype).eps for p in self._params.values()), default=1.0) ** 0.4
+        return small / max([p for p in parts if p > 0], default=1.0)
 
     def _run(self, call: BlockCall) -> Tensor:
         return _run(self._module, call, self._leaves)
@@ -244,7 +254,8 @@ def _channels_last(call: BlockCall) -> BlockCall:
 
 
 def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:
-    out: Tensor = functional_call(module, params, call.args, call.kwargs)
+    with AffineNorms():
+        out: Tensor = functional_call(module, params, call.args, call.kwargs)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.operations import function_name
 from tpvprune.passes.patches import count_positions, patches_of, window_of
@@ -26,9 +27,6 @@ _FITTED = frozenset({"linear", "conv1d", "conv2d"})
 _MOST_INPUTS = 128  # for the factors, which only speed up
 _ROWS_PER_UNKNOWN = 8
 _LARGEST_DOUBLE = 1024
-_NORM_ARGUMENTS = (
-    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,10 @@ class _Calls(TorchFunctionMode):
         return out
 
     def _note_norm(self, args: Any, kwargs: Any) -> None:
-        v = {"eps": 1e-5, **dict(zip(_NORM_ARGUMENTS, args, strict=False)), **kwargs}
-        layer, bias = self._outputs.get(id(v["input"])), self._names.get(id(v.get("bias")))
-        if layer is None or bias is None or v["running_mean"] is None:
-            return
-        self.norms[layer] = (bias, v["weight"].detach() * (v["running_var"] + v["eps"]).rsqrt())
+        norm = BatchNormCall.of(args, kwargs)
+        layer, bias = self._outputs.get(id(norm.input)), self._names.get(id(norm.bias))
+        if layer is not None and bias is not None and norm.running_mean is not None:
+            self.norms[layer] = (bias, norm.scale_and_shift()[0].detach())
 
 
 @dataclass

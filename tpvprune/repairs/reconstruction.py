@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,8 +75,8 @@ def reconstruct_blocks(
     with x the inputs of the block in the (already repaired) pruned network, theta its weights and
     biases (each layer refitted first as by :func:`tpvprune.compensate_weights`), and y* the
     output of the dense block, kept channels only. Then the same for each stage, a module that
-    holds several of the blocks (:func:`tpvprune.repairs.blocks.find_blocks`), from where the blocks
-    are; layers outside of stages are refitted again.
+    holds several of the blocks (:func:`tpvprune.repairs.blocks.find_blocks`), and for each block
+    outside of them, from where the blocks are; layers outside of blocks are refitted again.
 
     Args:
         pruned: ``remove_channels(dense, groups, kept)``, or a later stage of it.
@@ -133,36 +133,27 @@ def reconstruct_blocks(
     stages = [s for s in stages if s.macs * limits.num_inputs(s, num) <= _LARGEST]
     plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
     plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
-    # The fit of the block sees the activations itself, and comes further from the linear fits.
-    refits = partial(refits_towards, dense, plan=plan, groups=groups, kept=kept, nonlinear=False)
+    # The fit of a block sees the activations itself, and comes further from the linear fits.
+    refits = partial(
+        refits_towards, dense, plan=plan, groups=groups, kept=kept, linear=[b.name for b in blocks]
+    )
     fast = first.ndim == 4 and takes_channels_last(dense, first)
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
-        # What blocks have won stays; the layers before, between and behind the stages follow them.
-        walks.append(
-            (
-                stages,
-                replace(solver, iterations=stage_iterations),
-                partial(refits, without=[stage.name for stage in stages]),
-            )
-        )
+        inside = tuple(f"{stage.name}." for stage in stages)
+        again = [*stages, *(b for b in blocks if not b.name.startswith(inside))]
+        # What blocks have won stays; the layers before, between and behind them follow.
+        then = partial(refits, without=[block.name for block in again])
+        walks.append((again, replace(solver, iterations=stage_iterations), then))
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
     if used is not None:
         used["layers"] = num // copies
 
-    def fit(
-        module: nn.Module,
-        call: BlockCall,
-        *,
-        block: Block,
-        how: GaussNewton,
-        targets: dict[str, Tensor],
-    ) -> None:
-        how.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
+    def fitted(block: Block, num_inputs: int) -> None:
         if used is not None:
-            used[block.name] = how.num_inputs // copies
+            used[block.name] = num_inputs // copies
         if progress is not None:
             progress("reconstruction", next(done), total)
 
@@ -170,24 +161,29 @@ def reconstruct_blocks(
         for found, how, run in walks:
             wanted = _wanted(found, num // copies, copies, limits, seed=seed)
             targets = _dense_outputs(dense, found, map(view, chunks), wanted)
-            fits = [
-                BlockFit(
-                    b.name,
-                    wanted[b.name],
-                    partial(
-                        fit,
-                        block=b,
-                        how=replace(how, num_inputs=int(wanted[b.name].sum())),
-                        targets=targets,
-                    ),
-                )
-                for b in found
-            ]
+            fits = [_block_fit(b, wanted[b.name], how, targets, fitted) for b in found]
             Walk(
                 repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
                 blocks=fits, view=view, copies=copies,
             ).run()  # fmt: skip
     return repaired
+
+
+def _block_fit(
+    block: Block,
+    wanted: Tensor,
+    how: GaussNewton,
+    targets: dict[str, Tensor],
+    fitted: Callable[[Block, int], None],
+) -> BlockFit:
+    """Return how a block is fitted to its target, which then goes; ``fitted`` is told of it."""
+    solver = replace(how, num_inputs=int(wanted.sum()))
+
+    def fit(module: nn.Module, call: BlockCall) -> None:
+        solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
+        fitted(block, solver.num_inputs)
+
+    return BlockFit(block.name, wanted, fit)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

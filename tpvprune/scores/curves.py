@@ -46,6 +46,7 @@ from tpvprune.scores.second_moments import (
     measured_variance,
 )
 from tpvprune.scores.taps import Metric, Probing, passes, reader_plan
+from tpvprune.scores.tpv import standard_error
 
 StandIn = Literal["map", "mean", "zero"]
 
@@ -57,11 +58,15 @@ class Curve:
     """How the output variance grows as one group shrinks.
 
     ``order`` [C] lists the channels in the order in which they leave; ``variance[k]`` is the
-    joint variance E[u^2] (squared output units) once the first k have left, k = 0..C-1.
+    joint variance E[u^2] (squared output units) once the first k have left, k = 0..C-1. ``alone``
+    [C] is what each channel changes by leaving alone, ``stderr`` [C] the standard error of that
+    over samples where it is a mean over samples.
     """
 
     order: Tensor
     variance: Tensor
+    alone: Tensor
+    stderr: Tensor | None = None
 
 
 def variance_curves(
@@ -208,7 +213,7 @@ def _wide_curves(
         name: leaving_order(parts[name], g.num_channels, savings[name].double())
         for name, g in groups.items()
     }
-    orders = {name: order for name, (order, _) in found.items()}
+    orders = {name: leaving.order for name, leaving in found.items()}
     # Other directions on inputs that took no part, where there are any.
     again = replace(probing, seed=probing.seed + 1)
     judges: Iterable[Tensor] = _Held(inputs)
@@ -220,9 +225,13 @@ def _wide_curves(
             model, part, judges, again, orders=orders, parts=parts, means=_means(fit)
         )
         for g in part:
-            shape, counts = found[g.name][1], measured_at(g.num_channels)
-            curve = fitted_curve(shape, counts, measured[g.name])
-            yield g.name, Curve(orders[g.name], curve)
+            leaving, counts = found[g.name], measured_at(g.num_channels)
+            curve = fitted_curve(leaving.shape, counts, measured[g.name])
+            unit = 1.0
+            if any(part.inputs is not None for part in parts[g.name]):
+                # In proportion to the shape: what was measured first says how much that is.
+                unit = float(measured[g.name][0] / leaving.shape[counts[0]].clamp_min(1e-300))
+            yield g.name, Curve(leaving.order, curve, leaving.alone * unit)
 
 
 class _Held:
@@ -455,23 +464,27 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
     joint = torch.zeros(cuts[0].s.shape[1])
     num_rows = total(len(joint))
 
-    def mean_square(changes: Tensor) -> Tensor:
+    def mean_power(changes: Tensor, power: int = 2) -> Tensor:
         """Return the mean over the rows of all processes."""
-        return summed(changes.square().sum(-1, dtype=torch.float64))[0] / num_rows
+        return summed(changes.pow(power).sum(-1, dtype=torch.float64))[0] / num_rows
+
+    def each() -> Tensor:
+        """Return u [C, rows] of every channel that would leave now."""
+        return sum((cut.changes(num) for cut in cuts), torch.zeros(()))
 
     now = 0.0
+    alone, fourth = mean_power(each()), mean_power(each(), 4)
     order: list[Tensor] = []
     variance = [0.0]
     while (num_left := int(left.sum())) > 1:
-        changes = sum((cut.changes(num) for cut in cuts), torch.zeros(()))
-        growth = mean_square(joint + changes) - now
+        growth = mean_power(joint + each()) - now
         # Where units save the same this is the order of the variances themselves. Ranked are those
         # that are left, and no others: then every step makes progress, whatever the numbers.
         candidates = left.nonzero().squeeze(1)
         growth = (growth / savings.clamp_min(1e-12))[candidates]
         chosen = candidates[growth.argsort(stable=True)[: min(block, num_left - 1)]]
         joint = joint + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
-        now = float(mean_square(joint))
+        now = float(mean_power(joint))
         if not math.isfinite(now):
             raise NotFiniteError(
                 f"group {group.name!r}: expected a finite curve, found {now} with {num_left} of "
@@ -483,5 +496,8 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
         order.append(chosen)
         left[chosen] = False
     return Curve(
-        torch.cat([*order, left.nonzero().squeeze(1)]), torch.tensor(variance, dtype=torch.float64)
+        torch.cat([*order, left.nonzero().squeeze(1)]),
+        torch.tensor(variance, dtype=torch.float64),
+        alone,
+        standard_error(alone, fourth, num_rows),
     )

@@ -261,9 +261,22 @@ def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield units[of_size], order[starts[of_size][:, None] + torch.arange(k)]
 
 
-def leaving_order(
-    parts: Sequence[Part], num_channels: int, savings: Tensor
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Leaving:
+    """The order in which the channels of a group leave, and what is lost, up to a common factor.
+
+    Attributes:
+        order: Channels [C].
+        shape: What was lost once k have left [C].
+        alone: What is lost with each channel alone [C].
+    """
+
+    order: Tensor
+    shape: Tensor
+    alone: Tensor
+
+
+def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> Leaving:
     """Let the cheapest channels leave, block after block.
 
     Args:
@@ -272,8 +285,7 @@ def leaving_order(
         savings: What each channel's removal saves [C].
 
     Returns:
-        The order in which channels leave [C], and the shape of the curve [C]: what was lost once k
-        have left, up to a factor.
+        The order.
 
     Raises:
         NotFiniteError: If what is lost is not finite.
@@ -283,8 +295,13 @@ def leaving_order(
     stays = torch.ones(num_channels, dtype=torch.bool)
     order: list[Tensor] = []
     shape = [0.0]
+
+    def each() -> Tensor:
+        return sum((p.costs(num_channels) for p in left), torch.zeros(()))
+
+    by_itself = each().clamp_min(0)
     while (num_left := int(stays.sum())) > 1:
-        costs = sum((p.costs(num_channels) for p in left), torch.zeros(()))
+        costs = each()
         # Ranked are those that are left, and no others: every step makes progress.
         candidates = stays.nonzero().squeeze(1)
         ranks = (costs / savings.clamp_min(1e-12))[candidates]
@@ -304,7 +321,8 @@ def leaving_order(
         shape += (shape[-1] + lost * alone.cumsum(0)).tolist()
         order.append(chosen)
         stays[chosen] = False
-    return torch.cat([*order, stays.nonzero().squeeze(1)]), torch.tensor(shape, dtype=torch.float64)
+    leaves = torch.cat([*order, stays.nonzero().squeeze(1)])
+    return Leaving(leaves, torch.tensor(shape, dtype=torch.float64), by_itself)
 
 
 # ---- the variance ---------------------------------------------------------------------------

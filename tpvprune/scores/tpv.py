@@ -124,7 +124,7 @@ def tpv_scores(
             until=until,
         ),
     )
-    stderr = {n: _standard_error(mean[n], squares[n], num_samples) for n in mean}
+    stderr = {n: standard_error(mean[n], squares[n], num_samples) for n in mean}
     return Scores(mean, stderr, num_samples, "tpv", used_labels=False)
 
 
@@ -185,7 +185,17 @@ def _means(
     return mean, squares, num_samples
 
 
-def _standard_error(mean: Tensor, squares: Tensor, num_samples: int) -> Tensor:
+def standard_error(mean: Tensor, squares: Tensor, num_samples: float) -> Tensor:
+    """Return the standard error of a mean over samples.
+
+    Args:
+        mean: Of some numbers.
+        squares: Of their squares.
+        num_samples: How many there were of each.
+
+    Returns:
+        As many.
+    """
     variance = (squares - mean.square()).clamp_min(0)
     return (variance / max(num_samples - 1, 1)).sqrt()
 
@@ -200,7 +210,7 @@ def _uncertainty(
     mean, squares, num_samples = _means(first, second, num_samples)
     if num_samples < _FEWEST:
         return math.inf
-    errors = torch.cat([_standard_error(mean[n], squares[n], num_samples) for n in mean])
+    errors = torch.cat([standard_error(mean[n], squares[n], num_samples) for n in mean])
     scores = torch.cat(list(mean.values()))
     return float((errors / scores.clamp_min(torch.finfo(scores.dtype).tiny)).median())
 

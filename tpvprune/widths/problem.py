@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -172,4 +173,4 @@ def _leaving_last(curve: Curve, needed: Tensor) -> Curve:
     # What the last channel would cost was not measured: at least as much as any other.
     steps = torch.cat([steps, steps.max()[None]])
     moved = torch.cat([steps[~last], steps[last]])[:-1]
-    return Curve(order, torch.cat([curve.variance[:1], moved]).cumsum(0))
+    return replace(curve, order=order, variance=torch.cat([curve.variance[:1], moved]).cumsum(0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import Budget, reaches
 from tpvprune.passes.clock import Clock, Counted
-from tpvprune.processes.shares import check_same
+from tpvprune.processes.shares import check_same, total
 from tpvprune.scores.criteria import NEEDS_LABELS, Labelled, Scorer, scorer
 from tpvprune.scores.curves import Curve, StandIn, variance_curves
 from tpvprune.scores.taps import Probing
@@ -24,9 +23,6 @@ from tpvprune.widths.selection import greedy, ranked_by_scores
 
 Allocation = Literal["curves", "rank", "plain"]
 
-# Where scores do not choose but are reported: so many images, fewer of a large model.
-_FEWEST, _MOST, _MACS = 32, 128, 1e12
-
 
 @dataclass(frozen=True)
 class Ranking:
@@ -34,7 +30,7 @@ class Ranking:
 
     Attributes:
         curves: Group name -> the order in which its channels leave, and the damage on the way.
-        scores: What each channel is worth by itself; where curves decide, of few images.
+        scores: What each channel is worth by itself.
         allocation: How widths follow: see :func:`tpvprune.prune`.
     """
 
@@ -127,8 +123,6 @@ class RankBy:
         groups: ChannelGroups,
         batches: list[Tensor],
         clock: Clock,
-        *,
-        scores: Scores | None = None,
     ) -> Ranking:
         """Measure what the channels of a network are worth.
 
@@ -137,28 +131,22 @@ class RankBy:
             groups: Its channel groups.
             batches: Unlabeled inputs [B, ...].
             clock: Told how far the passes are.
-            scores: To be reported, where curves decide; None: they are measured.
 
         Returns:
             The ranking.
         """
-        by_curves = self.how == "curves"
-        num = max(_FEWEST, min(_MOST, int(_MACS / max(groups.macs(), 1.0))))
-        if scores is None or not by_curves:
-            with clock("scores"):
-                few = _first(batches, num) if by_curves else batches
-                scores = self._scored(model, groups, Counted(few, "scoring", clock.progress))
         with clock("ranking"):
-            curves = (
-                variance_curves(
+            if self.how == "curves":
+                curves = variance_curves(
                     model, groups, Counted(batches, "curves", clock.progress, passes=2),
                     stand_in=self.stand_in, of=self.of, progress=clock.progress,
                     **vars(self.probing),
-                )
-                if by_curves
-                else ranked_by_scores(groups, scores, of=self.of, per_cost=self.how == "rank")
-            )  # fmt: skip
-        return Ranking(curves, scores, self.how)
+                )  # fmt: skip
+                return Ranking(curves, _alone(curves, batches), self.how)
+            scores = self._scored(model, groups, Counted(batches, "scoring", clock.progress))
+            per_cost = self.how == "rank"
+            curves = ranked_by_scores(groups, scores, of=self.of, per_cost=per_cost)
+            return Ranking(curves, scores, self.how)
 
     def _scored(self, model: nn.Module, groups: ChannelGroups, batches: Counted) -> Scores:
         score = scorer(self.criterion) if isinstance(self.criterion, str) else self.criterion
@@ -168,7 +156,8 @@ class RankBy:
         return score(model, groups, batches, **options)
 
 
-def _first(batches: list[Tensor], num: int) -> list[Tensor]:
-    """Return the first batches, of so many images or a few more."""
-    starts = accumulate((len(x) for x in batches), initial=0)
-    return [x for x, start in zip(batches, starts, strict=False) if start < num]
+def _alone(curves: Mapping[str, Curve], batches: list[Tensor]) -> Scores:
+    """Return what each channel changes alone, as scores."""
+    values = {name: curve.alone for name, curve in curves.items()}
+    stderr = {name: c.stderr for name, c in curves.items() if c.stderr is not None}
+    return Scores(values, stderr or None, int(total(sum(map(len, batches)))), "tpv")

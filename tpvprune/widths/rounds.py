@@ -77,7 +77,12 @@ class Record:
         num_samples, criterion, used_labels, has_errors, allocation = facts["scores"]
         stderr = parts["stderr"] if has_errors else None
         scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
-        curves = {n: Curve(order, parts["variance"][n]) for n, order in parts["order"].items()}
+        curves = {
+            n: Curve(
+                order, parts["variance"][n], scores[n], None if stderr is None else stderr.get(n)
+            )
+            for n, order in parts["order"].items()
+        }
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
             pruned, kept, facts["chosen"], Ranking(curves, scores, allocation), facts["factors"],

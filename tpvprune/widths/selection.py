@@ -88,7 +88,7 @@ def ranked_by_scores(
         # Stable ascending order of the reversed vector: among equals the later channel goes first.
         order = group.num_channels - 1 - rank.flip(0).argsort(stable=True)
         damage = torch.cat([score.new_zeros(1), score[order[:-1]]]).cumsum(0)
-        curves[group.name] = Curve(order, damage)
+        curves[group.name] = Curve(order, damage, score)
     return curves
 
 
