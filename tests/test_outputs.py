@@ -1,5 +1,6 @@
 """Whatever a network returns: what is verified, what is scored, and what is said."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from cases import batches
 from torch import nn
 
-from tpvprune import find_groups, prune, tpv_scores
+from tpvprune import distill, find_groups, prune, tpv_scores
+from tpvprune.passes.evaluation import difference, output_variance
 from tpvprune.passes.running import first_output
 
 
@@ -108,27 +110,111 @@ def test_a_small_output_does_not_hide_beside_a_large_one():
 class TwoHeads(nn.Module):
     """Each head has layers of its own."""
 
-    def __init__(self):
+    def __init__(self, act=torch.relu):
         super().__init__()
         torch.manual_seed(0)
+        self.act = act
         self.trunk = nn.Conv2d(3, 16, 3)
         self.a, self.b = nn.Conv2d(16, 32, 3), nn.Conv2d(16, 32, 3)
         self.classes, self.map = nn.Linear(32, 10), nn.Conv2d(32, 2, 1)
 
     def forward(self, x):
-        h = self.trunk(x).relu()
-        return self.classes(self.a(h).relu().mean((2, 3))), self.map(self.b(h).relu())
+        h = self.act(self.trunk(x))
+        return self.classes(self.act(self.a(h)).mean((2, 3))), self.map(self.act(self.b(h)))
 
 
 @pytest.mark.parametrize("criterion", ["tpv", "magnitude", "activation_variance"])
-def test_what_serves_further_outputs_only_stays_and_it_is_said(criterion):
-    result = prune(TwoHeads().eval().double(), batches(24), keep=0.8, criterion=criterion)
-    assert {g.name for g in result.groups} == {"trunk", "a"}
-    assert "only the first" in {g.name: g.blocked for g in result.groups.blocked}["b"]
-    assert any("returns 2 outputs" in w for w in result.report["warnings"])
+def test_every_output_counts(criterion):
+    model = TwoHeads().eval().double()
+    result = prune(model, batches(24), keep=0.8, criterion=criterion)
+    assert {g.name for g in result.groups} == {"trunk", "a", "b"}
+    assert any("returns 2 outputs that count, '0', '1'" in w for w in result.report["warnings"])
     assert result.report["reached"]
+    shares = result.report["held_back"]["variance_share_by_output"]
+    assert shares.keys() == {"0", "1"}
+    assert criterion != "tpv" or all(share < 1 for share in shares.values())
+
+
+@pytest.mark.parametrize("name", ["0", "1"])
+def test_what_serves_none_of_the_chosen_outputs_stays(name):
+    model = TwoHeads().eval().double()
+    result = prune(model, batches(24), keep=0.8, outputs=[name])
+    alone, other = ("a", "b") if name == "0" else ("b", "a")
+    assert {g.name for g in result.groups} == {"trunk", alone}
+    reasons = {g.name: g.blocked for g in result.groups.blocked}
+    assert reasons[other] == f"reaches none of the outputs that count: {name}"
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (4.0, 0.5)])
+@torch.no_grad()
+def test_scores_of_two_heads_are_those_of_brute_force(weights):
+    """Of a linear network, where the first order is all there is."""
+    model = TwoHeads(act=nn.Identity()).eval().double()
+    x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    groups = find_groups(model, x)
+    chosen = {"0": weights[0], "1": weights[1]}
+    scores = tpv_scores(model, groups, [x], compensated=False, num_probes=400, outputs=chosen)
+    a, b = (o.flatten(1) for o in model(x))
+    scales = [(w / o.square().sum(1).mean()) ** 0.5 for o, w in zip((a, b), weights, strict=True)]
+    for group in groups:
+        for channel in (0, 3):
+            changed = copy.deepcopy(model)
+            for reader in group.readers:
+                layer = changed.get_submodule(reader.module)
+                layer.weight[:, reader.index[reader.channel == channel]] = 0
+            moved = zip(changed(x), (a, b), scales, strict=True)
+            exact = sum(((o.flatten(1) - d) * s).square().sum(1).mean() for o, d, s in moved)
+            assert float(scores[group.name][channel]) == pytest.approx(float(exact), rel=0.08)
+
+
+def test_a_repair_is_judged_on_all_outputs():
+    model = TwoHeads().eval().double()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.map.weight.neg_()
+    found = difference(broken, model, batches(24))
+    assert found.by_output["0"] == 0
+    assert found.by_output["1"] > 1
+    assert found.agreement == 1
+    assert found.is_broken
+    assert found.output_variance == pytest.approx(output_variance(broken, model, batches(24)))
+
+
+def test_distillation_teaches_every_output():
+    model = TwoHeads().eval()
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for head in (student.classes, student.map):
+            head.weight.add_(0.05 * torch.randn(head.weight.shape))
+    data = [x.float() for x in batches(64)]
+    before = difference(student, model, data)
+    taught = distill(student, model, data, epochs=4)
+    after = difference(taught, model, data)
+    assert all(after.by_output[n] < before.by_output[n] for n in ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (["2"], "outputs: expected some of 0, 1, found 2"),
+        ([], "outputs: expected some of 0, 1, found none"),
+        ({"0": 0.0}, "outputs: expected weights above 0"),
+    ],
+)
+def test_outputs_that_are_not_there_are_refused(chosen, said):
+    with pytest.raises(ValueError, match=said):
+        prune(TwoHeads().eval().double(), batches(24), keep=0.8, outputs=chosen)
+
+
+def test_what_is_left_out_is_said():
+    model = Net(WRAPS["anchors beside"]).eval().double()
+    result = prune(model, batches(24), keep=0.8)
+    assert any(w.startswith("output '1' has no entry per image") for w in result.warnings)
+    model = Net(WRAPS["classes first"]).eval().double()
+    result = prune(model, batches(24), keep=0.8)
+    assert any(w.startswith("output 'classes' holds no real numbers") for w in result.warnings)
 
 
 def test_one_output_needs_no_word():
     result = prune(Net(lambda y: y).eval().double(), batches(24), keep=0.8)
-    assert not any("outputs" in w for w in result.report["warnings"])
+    assert not any("output" in w for w in result.report["warnings"])

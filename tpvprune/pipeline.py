@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, check_budget, cost, reaches
+from tpvprune.groups.reaching import unseen
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.running import by_image, evaluating, first_output, on_device, tensors_of
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
 from tpvprune.processes.shares import by_first, check_same, from_first, total
 from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
@@ -92,6 +94,7 @@ def prune(
     num_images: int | None = NUM_IMAGES,
     latency_batch_size: int = 1,
     probing: Probing | None = None,
+    outputs: Chosen | None = None,
     state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -132,6 +135,10 @@ def prune(
             dataset only what is drawn is loaded.
         latency_batch_size: Inputs of one call, where latency is the budget.
         probing: How the passes of ``"tpv"`` are run (its seed is ``seed``).
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike. A name is the keys or places on the way to
+            the tensor, joined by dots: ``"logits"``, ``"0"``, ``"aux.1"``. Agreement is that of the
+            first.
         state: File for the state of the unfinished run, written whenever channels have left; if
             it is that of the same model, inputs and arguments, the run goes on from there to the
             same result. The caller removes it. Among several processes it is not used.
@@ -147,20 +154,25 @@ def prune(
     """
     check_budget(keep, "macs" if of == "latency" else of)
     _check_repairs(steps, repair, planned_repair)
-    limits, probing = limits or Limits(), replace(probing or Probing(), seed=seed)
-    by = RankBy(criterion, allocation, "macs", stand_in(planned_repair or repair), probing)
+    limits = limits or Limits()
     clock = Clock(progress)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
-        example, notes = _example(model, fit)
-        groups = _prunable(_agreed(find_groups(model, example, ignore=limits.ignore)))
+        counted = Outputs.measured(model, fit, outputs)
+        probing = replace(probing or Probing(), seed=seed, outputs=counted)
+        by = RankBy(criterion, allocation, "macs", stand_in(planned_repair or repair), probing)
+        example = _example(model, fit, counted)
+        groups = find_groups(model, example, ignore=limits.ignore)
+        if outputs is not None:
+            groups = with_blocked(groups, unseen(model, groups, (example,), list(counted.scales)))
+        groups = _prunable(_agreed(groups))
         batch = example.repeat_interleave(latency_batch_size, 0)
         budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
     _check_rounding(limits, groups)
     _check_ranking(ranking, by, groups)
     run = _Run(
         model, groups, fit, held, batch, budget, _rounded(limits, budget), replace(by, of=budget),
-        repair, keep, steps, _images_for_factors(repair_factors, by, groups, fit), clock, notes,
+        repair, keep, steps, _images_for_factors(repair_factors, by, groups, fit), clock,
     )  # fmt: skip
     record = Record.of(
         state, model, dict(enumerate(fit)), keep, of, by.name, repair, steps, latency_batch_size,
@@ -189,13 +201,18 @@ def prune(
         "of": of,
         "repair": repair,
         "repair_chosen": best,
-        "warnings": [*guard.warnings_of(measured, repair, best), *notes, *groups.notes],
+        "warnings": [
+            *guard.warnings_of(measured, repair, best),
+            *run.notes,
+            *_said_of(counted),
+            *groups.notes,
+        ],
         "seed": seed,
         **run.facts(rounds),
         "held_back": guard.facts(measured[best]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},
-        "output_second_moment": _second_moment(model, held),
+        "output_second_moment": _second_moment(model, held, counted),
         "steps": rounds.history,
         "timings": clock.seconds,
         **_widths(groups, rounds.kept),
@@ -237,7 +254,7 @@ class _Run:
     steps: int
     images_for_factors: int
     clock: Clock
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
 
     def cut(self, rounds: Rounds, step: int, *, by: RankBy | None = None) -> None:
@@ -272,7 +289,7 @@ class _Run:
             rounds.factors = measured_factors(
                 rounds.model, groups, draft, ranking.curves, self.fit,
                 max_inputs=self.images_for_factors, seed=self.by.probing.seed,
-                progress=self.clock.progress,
+                outputs=self.by.probing.outputs, progress=self.clock.progress,
             )  # fmt: skip
         return replace(ranking, curves=scaled(ranking.curves, rounds.factors))
 
@@ -314,7 +331,10 @@ class _Run:
                 )  # fmt: skip
         rounds.model = [cut, *refits.values()][-1]
         with self.clock("measurement", step, self.steps):
-            return refits, difference(rounds.model, self.dense, self.held)
+            return refits, self._difference(rounds.model)
+
+    def _difference(self, model: nn.Module) -> Difference:
+        return difference(model, self.dense, self.held, outputs=self.by.probing.outputs)
 
     def ranked_instead(
         self,
@@ -360,12 +380,12 @@ class _Run:
         if self.repair == "auto":
             candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], self.fit)
         measured = {
-            name: outcome if found is last else difference(found, self.dense, self.held)
+            name: outcome if found is last else self._difference(found)
             for name, found in candidates.items()
         }
         if refits and guard.best_repair(measured, self.repair) == "none":
             candidates["bn"] = recalibrate_batchnorm(removed, self.fit)
-            measured["bn"] = difference(candidates["bn"], self.dense, self.held)
+            measured["bn"] = self._difference(candidates["bn"])
         return candidates, measured
 
     def facts(self, rounds: Rounds) -> dict[str, Any]:
@@ -390,24 +410,28 @@ class _Run:
 
 
 @torch.no_grad()
-def _example(model: nn.Module, fit: list[Tensor]) -> tuple[Tensor, list[str]]:
-    """Return the first input, and what is to be said of the model's outputs for it.
-
-    They are finite, with one row an image.
-    """
+def _example(model: nn.Module, fit: list[Tensor], outputs: Outputs) -> Tensor:
+    """Return the first input, for which the outputs are finite."""
     example = on_device(from_first(fit[0][:1]), model)
-    twice = torch.cat([example, example])  # of one image any first dimension could be the batch's
     with evaluating(model):
-        returned = model(twice)
-    outputs = first_output(returned)
-    by_image(outputs, len(twice))
-    check_outputs(model, twice, outputs, batch=0)
-    others = [t for t in tensors_of(returned) if t.is_floating_point() and t.ndim][1:]
-    note = (
-        f"the model returns {1 + len(others)} outputs of real numbers: scores, output variance and "
-        f"agreement are those of the first, of shape {list(outputs.shape[1:])} an image"
-    )
-    return example, [note] if others else []
+        check_outputs(model, example, outputs.joined(model(example), 1), batch=0)
+    return example
+
+
+def _said_of(outputs: Outputs) -> list[str]:
+    """Return what is to be said of outputs that do not count, and of how several do."""
+    lines = [
+        f"output {name!r} {reason}: it is neither scored nor measured"
+        for name, reason in outputs.left_out.items()
+    ]
+    if len(outputs.scales) > 1:
+        names = ", ".join(map(repr, outputs.scales))
+        lines.append(
+            f"the model returns {len(outputs.scales)} outputs that count, {names}: scores and "
+            "output variance are those of all, each in units of its own second moment; agreement "
+            "is that of the first"
+        )
+    return lines
 
 
 def _check_repairs(steps: int, *repairs: str | None) -> None:
@@ -549,10 +573,11 @@ def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _second_moment(model: nn.Module, held: list[Tensor]) -> float:
+def _second_moment(model: nn.Module, held: list[Tensor], outputs: Outputs) -> float:
     """Return E||f||^2, the yardstick of every output variance."""
     with evaluating(model), torch.no_grad():
         square = sum(
-            float(first_output(model(on_device(x, model))).double().square().sum()) for x in held
+            float(outputs.joined(model(on_device(x, model)), len(x)).double().square().sum())
+            for x in held
         )
     return total(square) / total(sum(len(x) for x in held))

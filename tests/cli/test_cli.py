@@ -215,6 +215,12 @@ BAD_INPUT = {
     "mean of the wrong length": (["--mean", "1", "2"], "mean: expected 1 or 3 values"),
     "unknown interpolation": (["--interpolation", "magic"], "interpolation: expected one of"),
     "no probes": (["--num-probes", "0"], "--num-probes: expected a whole number of at least 1"),
+    "no such output": (["--outputs", "seg"], "outputs: expected some of output, found seg"),
+    "no weight": (["--outputs", "output=0"], "--outputs: expected a number above 0"),
+    "outputs of weights": (
+        ["--outputs", "output", "--granularity", "weight"],
+        "--outputs: expected channels or heads to be pruned, found weight",
+    ),
     "unknown flag": (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     "unknown layer": (["--ignore", "layer1.0.conv"], "has no such layer: did you mean layer1"),
 }
@@ -262,6 +268,10 @@ class TestBadInput:
             (["prune"], "required: --output"),
             (["prune", "--model", "test_resnet", "--output", "never"], "no images given"),
             (["score", "--model", "test_resnet", "--output", "flat"], "found a folder"),
+            (
+                ["score", "--model", "m", "--output", "s", "--criterion", "jbr", "--outputs", "0"],
+                "--outputs: expected --criterion tpv, found jbr",
+            ),
             (["score", "--model", "test_resnet", "--output", "weights.pt"], "exists already"),
             (["evaluate", "--data-dir", "flat"], "either the folder of a pruned model or"),
             (["evaluate", "flat", "--data-dir", "flat"], "expected config.json"),

@@ -24,7 +24,12 @@ from tpvprune.cli.console import (
     table,
 )
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import probing_options, pruning_options, ranking_options
+from tpvprune.cli.pruning_options import (
+    outputs_of,
+    probing_options,
+    pruning_options,
+    ranking_options,
+)
 from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
@@ -138,7 +143,8 @@ def run_score(args: argparse.Namespace) -> Outcome:
         batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
         score = scorer(args.criterion)
         known = inspect.signature(score).parameters
-        options = {k: v for k, v in probing_options(args).items() if k in known}
+        given = {**probing_options(args), "outputs": outputs_of(args)}
+        options = {k: v for k, v in given.items() if k in known}
         scores = score(subject.model, groups, Shown(batches, "scoring"), **options)
     document = {
         **provenance(args, subject),

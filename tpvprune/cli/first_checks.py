@@ -34,6 +34,7 @@ def check_first(args: argparse.Namespace) -> None:
     if args.command == "compare":
         _check_runs(args.folders)
     _check_auto(args)
+    _check_outputs(args)
     _check_training(args)
     _check_subject(args)
     if "data_dir" in args:
@@ -48,6 +49,21 @@ def _check_auto(args: argparse.Namespace) -> None:
         raise ValueError(
             "--num-images auto: expected --criterion tpv and channels or heads, found "
             f"{args.criterion} and {granularity}, which have no standard errors: pass a number"
+        )
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if getattr(args, "outputs", None) is None:
+        return
+    if getattr(args, "granularity", "channel") not in {"channel", "head"}:
+        raise ValueError(
+            f"--outputs: expected channels or heads to be pruned, found {args.granularity}, which "
+            "looks at the first output: leave it out"
+        )
+    if args.command == "score" and args.criterion != "tpv":
+        raise ValueError(
+            f"--outputs: expected --criterion tpv, found {args.criterion}, which looks at no "
+            "outputs or at the first: leave it out"
         )
 
 

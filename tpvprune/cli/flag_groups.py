@@ -138,12 +138,25 @@ def add_preprocessing(sub: Parser) -> None:
     group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
 
 
+def _output(text: str) -> tuple[str, float]:
+    """Return the name of an output, and how much it counts."""
+    name, _, weight = text.partition("=")
+    return name, positive(weight or "1")
+
+
 def add_criterion(sub: Parser) -> None:
     """Add how channels are scored."""
     group = sub.section("pruning")
     group.add_argument("--criterion", default="tpv", metavar="NAME", help="how to score (tpv)")
     group.add_argument(
         "--num-probes", type=count, default=1, metavar="N", help="random output directions (1)"
+    )
+    group.add_argument(
+        "--outputs",
+        nargs="+",
+        type=_output,
+        metavar="K[=X]",
+        help="outputs that count (all), and how much each (1): logits, 0, aux.1=0.5",
     )
 
 

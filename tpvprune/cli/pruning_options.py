@@ -20,7 +20,13 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags say to :func:`tpvprune.pipeline.prune`."""
     repair = "compensate" if args.repair == "distill" else args.repair
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
-    return {**named, "repair": repair, "seed": args.seed, **_ALL_IMAGES}
+    return {
+        **named,
+        "repair": repair,
+        "outputs": outputs_of(args),
+        "seed": args.seed,
+        **_ALL_IMAGES,
+    }
 
 
 def ranking_options(
@@ -41,6 +47,11 @@ def ranking_options(
         "limits": limits_of(args, ignore=ignore),
         "probing": Probing(**probing_options(args)),
     }
+
+
+def outputs_of(args: argparse.Namespace) -> dict[str, float] | None:
+    """Return which outputs count by the flags, and how much; None: all."""
+    return None if args.outputs is None else dict(args.outputs)
 
 
 def limits_of(args: argparse.Namespace, *, ignore: Sequence[str] = ()) -> Limits:

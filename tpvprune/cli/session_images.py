@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, say
-from tpvprune.cli.pruning_options import probing_options
+from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Subject
 from tpvprune.groups import ChannelGroups
 from tpvprune.images.files import array_images, listed_images
@@ -122,6 +122,7 @@ def scored_until_known(
         groups,
         Shown(chosen, "scoring"),
         until=_KNOWN,
+        outputs=outputs_of(args),
         **probing_options(args),
     )
     say(f"{scores.num_samples} images scored, until half of the scores were known to {_KNOWN:.0%}")

@@ -20,6 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tpvprune.groups.axes import Axis
+from tpvprune.groups.reaching import unseen
 from tpvprune.groups.records import (
     CallCost,
     ChannelGroup,
@@ -35,7 +36,7 @@ from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import verify_groups
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.observer import Observer
-from tpvprune.passes.running import check_not_compiled, evaluating, frozen, tensors_of
+from tpvprune.passes.running import check_not_compiled, evaluating
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
@@ -91,7 +92,7 @@ def find_groups(
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
     groups = _assemble(private, tracker, frozenset(ignore))
     groups = with_blocked(groups, _unscored(private, groups, inputs))
-    groups = with_blocked(groups, _unseen(private, groups, inputs))
+    groups = with_blocked(groups, unseen(private, groups, inputs))
     groups = _fit_for_training(model, groups, tracker, inputs)
     groups = replace(groups, blocked=(*groups.blocked, *computed))
     groups = _with_all_costs(private, groups, inputs)
@@ -216,36 +217,6 @@ def _unscored(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) 
     blind = {readers[call].module for call, size in once.items() if twice.get(call) == size}
     reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
     return {name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by}
-
-
-def _unseen(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Return the groups of which nothing reaches the first output, which alone is scored."""
-    readers = sorted({r.call for g in groups for r in g.readers})
-    read: dict[int, Tensor] = {}
-
-    def see(call: int, a: Tensor) -> None:
-        read[call] = a
-
-    moving = tuple(
-        i.clone().requires_grad_() if isinstance(i, Tensor) and i.is_floating_point() else i
-        for i in inputs
-    )
-    try:
-        with evaluating(model), frozen(model), torch.enable_grad(), Observer(set(readers), see):
-            outputs = [t for t in tensors_of(model(*moving)) if t.is_floating_point()]
-            graph = [call for call in readers if call in read and read[call].requires_grad]
-            grads = torch.autograd.grad(
-                outputs[0].sum(), [read[call] for call in graph], allow_unused=True
-            )
-    except (RuntimeError, IndexError):  # no graph, or no real outputs: others say so
-        return {}
-    reaches = {call for call, grad in zip(graph, grads, strict=True) if grad is not None}
-    reason = "reaches none but further outputs, and only the first is scored"
-    return {
-        g.name: reason
-        for g in groups
-        if all(r.call in graph and r.call not in reaches for r in g.readers)
-    }
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tpvprune.passes.batches import private_randomness, unlabeled
 from tpvprune.passes.costs import Latency, call_arguments, count_macs, count_params, measure_latency
 from tpvprune.passes.moments import Moments
+from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, fast_layout, first_output
 from tpvprune.processes.shares import summed, total
 
@@ -156,10 +157,12 @@ def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> flo
     Returns:
         A fraction in [0, 1].
     """
-    return _compare(model, dense, batches)[0]
+    return difference(model, dense, batches).agreement
 
 
-def output_variance(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
+def output_variance(
+    model: nn.Module, dense: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None
+) -> float:
     """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
 
     Outputs of unequal shape, or no batch at all, are a ValueError.
@@ -168,23 +171,12 @@ def output_variance(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) 
         model: Model to judge, usually the pruned one.
         dense: Model to compare with.
         batches: Inputs [B, ...]; labels are dropped.
+        outputs: See :func:`difference`: of several outputs each is in units of its second moment.
 
     Returns:
         The mean over inputs, >= 0; not finite if an output is not.
     """
-    return _compare(model, dense, batches)[1]
-
-
-@torch.no_grad()
-def _compare(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> list[float]:
-    totals = torch.zeros(2, dtype=torch.float64)
-    num_inputs = 0
-    with evaluating(model, dense):
-        for inputs in unlabeled(batches):
-            totals += _comparison(_call(model, inputs), _call(dense, inputs))
-            num_inputs += len(inputs)
-    totals, num_inputs = _over_all(totals, num_inputs)
-    return (totals / num_inputs).tolist()
+    return difference(model, dense, batches, outputs=outputs).output_variance
 
 
 @dataclass(frozen=True)
@@ -199,6 +191,8 @@ class Difference:
         share: The same as a share of the variance of the dense outputs themselves, a common shift
             of all logits aside, which moves no class; 1 is as far as another image's outputs
             are from the mean.
+        by_output: The share of each output by itself. Of several outputs agreement is that of the
+            first, and output variance the sum over all, each in units of its second moment.
     """
 
     num_images: int
@@ -206,57 +200,98 @@ class Difference:
     chance: float
     output_variance: float
     share: float
+    by_output: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_broken(self) -> bool:
         """Whether the model is no longer the same function: most classes, or all variance, lost."""
-        return not (self.agreement >= 0.5 and self.share <= 1.0)
+        shares = (self.share, *self.by_output.values())
+        return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
 
 
 @torch.no_grad()
-def difference(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> Difference:
+def difference(
+    model: nn.Module, dense: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None
+) -> Difference:
     """Compare two models on unlabeled images.
 
     Args:
         model: Model to judge, usually the pruned one.
         dense: Model to compare with.
         batches: Inputs [B, ...]; labels are dropped.
+        outputs: What counts of what they return; None: all, each in units of its second moment.
 
     Returns:
         The difference; ``share`` is infinite where the dense outputs do not vary but these do.
     """
-    sums = torch.zeros(3, dtype=torch.float64)  # agreements, squared changes, without the shift
-    chosen: Tensor | None = None
-    spread: Moments | None = None
-    num = 0
+    inputs = unlabeled(batches)
+    outputs = outputs or Outputs.measured(dense, inputs)
+    tally = _Tally(len(outputs.scales))
     with evaluating(model, dense):
-        for inputs in unlabeled(batches):
-            ours, theirs = _call(model, inputs), _call(dense, inputs)
-            sums[:2] += _comparison(ours, theirs)
+        for x in inputs:
+            ours, theirs = (outputs.of(_returned(m, x)).values() for m in (model, dense))
+            tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
+    return tally.difference(outputs)
+
+
+class _Tally:
+    """Sums over images of how far outputs are apart; of the first of them, how often they agree."""
+
+    def __init__(self, num_outputs: int) -> None:
+        self._num, self._agree = 0, torch.zeros(1, dtype=torch.float64)
+        self._changed = torch.zeros(2, num_outputs, dtype=torch.float64)  # without a shift, too
+        self._chosen = torch.zeros(2, 0, dtype=torch.float64)
+        self._spread: list[Moments] = []
+
+    def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take in the outputs [B, ...] of both models, the dense one's second."""
+        for i, (ours, theirs) in enumerate(pairs):
+            compared = _comparison(ours, theirs)
             rows = _without_shift(theirs).flatten(1)
-            sums[2] += (_without_shift(ours).flatten(1) - rows).square().sum().cpu()
-            if chosen is None or spread is None:
-                chosen = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
-                spread = Moments(rows.shape[1])
-            spread.add(rows.cpu())
-            classes = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in (ours, theirs)]
-            chosen += torch.stack(classes).cpu()
-            num += len(inputs)
-    # A process may have no image at all, and learns here how many outputs there are.
-    here = [0, 0, 0] if chosen is None or spread is None else [chosen.shape[1], len(spread.mean), 1]
-    widths = summed(torch.tensor(here, dtype=torch.float64))[0]
-    if chosen is None or spread is None:
-        num_classes, size = (round(float(w / widths[2])) for w in widths[:2])
-        chosen, spread = torch.zeros(2, num_classes, dtype=torch.float64), Moments(size)
-    sums, num = _over_all(sums, num)
-    chosen = summed(chosen)[0]
-    variance = float(spread.over_processes()[2].sum())
-    changed = float(sums[2]) / num
-    odds = chosen / chosen.sum(1, keepdim=True)
-    share = changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
-    return Difference(
-        num, float(sums[0]) / num, float(odds.prod(0).sum()), float(sums[1]) / num, share
-    )
+            apart = (_without_shift(ours).flatten(1) - rows).square().sum().cpu()
+            self._changed[:, i] += torch.stack([compared[1], apart])
+            if len(self._spread) == i:
+                self._spread.append(Moments(rows.shape[1]))
+            self._spread[i].add(rows.cpu())
+            if i == 0:
+                self._agree += compared[0]
+                counts = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in pairs[0]]
+                chosen = torch.stack(counts).cpu().double()
+                self._chosen = chosen + self._chosen if self._num else chosen
+                num = len(ours)
+        self._num += num
+
+    def difference(self, outputs: Outputs) -> Difference:
+        """Return the means over the images of all processes."""
+        # A process may have no image at all, and learns here how many numbers there are.
+        here = [self._chosen.shape[1], *(len(m.mean) for m in self._spread)] if self._num else []
+        sizes = torch.zeros(2 + self._changed.shape[1], dtype=torch.float64)
+        sizes[: len(here)] = torch.tensor(here, dtype=torch.float64)
+        sizes[-1] = bool(here)
+        widths = summed(sizes)[0]
+        if not here:
+            num_classes, *others = (round(float(w / widths[-1])) for w in widths[:-1])
+            self._chosen = torch.zeros(2, num_classes, dtype=torch.float64)
+            self._spread = [Moments(size) for size in others]
+        changed, num = _over_all(self._changed, self._num)
+        (squared, apart), (agree,) = changed / num, summed(self._agree)[0] / num
+        chosen = summed(self._chosen)[0]
+        odds = chosen / chosen.sum(1, keepdim=True)
+        weights = torch.tensor(list(outputs.scales.values()), dtype=torch.float64).square()
+        varies = torch.stack([m.over_processes()[2].sum() for m in self._spread])
+        shares = map(_share, apart.tolist(), varies.tolist())
+        return Difference(
+            num,
+            float(agree),
+            float(odds.prod(0).sum()),
+            float(weights @ squared),
+            _share(float(weights @ apart), float(weights @ varies)),
+            dict(zip(outputs.scales, shares, strict=True)),
+        )
+
+
+def _share(changed: float, variance: float) -> float:
+    return changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
 
 
 def _without_shift(outputs: Tensor) -> Tensor:
@@ -304,14 +339,18 @@ def _top_classes(outputs: Tensor, num: int) -> Tensor:
 
 
 def _call(model: nn.Module, inputs: Tensor) -> Tensor:
-    (moved,) = call_arguments(model, inputs)
-    outputs = first_output(model(fast_layout(moved, model)))
+    outputs = first_output(_returned(model, inputs))
     if outputs.ndim < 2:
         raise ValueError(
             f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "
             "wrap the model so that it returns one row per input"
         )
     return outputs.double()
+
+
+def _returned(model: nn.Module, inputs: Tensor) -> Any:
+    (moved,) = call_arguments(model, inputs)
+    return model(fast_layout(moved, model))
 
 
 def _labelled(batch: Any) -> tuple[Tensor, Tensor]:

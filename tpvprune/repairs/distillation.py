@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.processes.shares import part_of, summed
 from tpvprune.repairs.training import Recipe, count_batches, outputs_of, train
@@ -203,17 +204,27 @@ class _Difference:
         headless = getattr(dense, "num_classes", None) == 0
         self._dense, self._recipe = dense, recipe
         self._temperature = None if headless else temperature
-        self._held: dict[tuple[int, int], Tensor] = {}
+        self._counted: Outputs | None = None
+        self._held: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, model: nn.Module, inputs: Tensor, which: tuple[int, int]) -> Tensor:
         wanted = self._wanted(inputs, which)
-        outputs = outputs_of(model, inputs, self._recipe.amp)
+        outputs = self._outputs(model, inputs)
+        losses = map(self._loss, outputs, wanted, range(len(wanted)))
+        return sum(losses, outputs[0].new_zeros(()))
+
+    def _loss(self, outputs: Tensor, wanted: Tensor, number: int) -> Tensor:
+        """Return the loss of one output: the first is logits, unless the model has no head.
+
+        Raises:
+            ValueError: If the models' outputs are not of one shape.
+        """
         if outputs.shape != wanted.shape:
             raise ValueError(
                 f"expected outputs of the dense model's shape {tuple(wanted.shape)}, found "
                 f"{tuple(outputs.shape)}: distil between models with the same head"
             )
-        if self._temperature is None:
+        if self._temperature is None or number:
             error = feature_error(outputs, wanted) * part_of(wanted.square().sum())
             (whole,) = summed(error.detach().double())
             far = torch.full_like(whole, _FAR)
@@ -221,14 +232,18 @@ class _Difference:
         return divergence(outputs, wanted, temperature=self._temperature) * part_of(len(wanted))
 
     @torch.no_grad()
-    def _wanted(self, inputs: Tensor, which: tuple[int, int]) -> Tensor:
+    def _wanted(self, inputs: Tensor, which: tuple[int, int]) -> list[Tensor]:
         if which in self._held:
             return self._held[which]
-        wanted = outputs_of(self._dense, on_device(inputs, self._dense), self._recipe.amp)
-        wanted = wanted.to(inputs.device)
+        moved = on_device(inputs, self._dense)
+        self._counted = self._counted or Outputs.measured(self._dense, [moved])
+        wanted = [w.to(inputs.device) for w in self._outputs(self._dense, moved)]
         if self._recipe.num_views is not None:
             self._held[which] = wanted
         return wanted
+
+    def _outputs(self, model: nn.Module, inputs: Tensor) -> list[Tensor]:
+        return outputs_of(model, inputs, self._recipe.amp, self._counted)
 
 
 def _augmented(

@@ -52,7 +52,7 @@ def finetune(
             yield inputs if augment is None else augment(inputs), labels
 
     def loss_of(trained: nn.Module, batch: Labelled, _: tuple[int, int]) -> Tensor:
-        outputs = outputs_of(trained, batch[0], recipe.amp)
+        (outputs,) = outputs_of(trained, batch[0], recipe.amp)
         loss = F.cross_entropy(outputs, class_indices(batch[1], outputs))
         return loss * part_of(len(outputs))
 

@@ -70,8 +70,8 @@ def warnings_of(
         lines.append(
             f"BROKEN: of {taken.num_images} images held back only {_percent(taken.agreement)} keep "
             f"their class (by chance {_percent(taken.chance)}), output variance "
-            f"{_share(taken.share)} of the dense model's own: try {keep}, more images, or "
-            f"{_NEXT.get(best, 'distillation')}"
+            f"{_share(taken.share)} of the dense model's own{_worst(taken)}: try {keep}, more "
+            f"images, or {_NEXT.get(best, 'distillation')}"
         )
     if wanted not in ("auto", best):
         lines.append(
@@ -91,7 +91,16 @@ def facts(found: Difference) -> dict[str, Any]:
         "output_variance": found.output_variance,
         "variance_share": found.share,
         "broken": found.is_broken,
+        **({"variance_share_by_output": dict(by)} if len(by := found.by_output) > 1 else {}),
     }
+
+
+def _worst(found: Difference) -> str:
+    """Return the name of the output that is furthest from the dense one, if there are several."""
+    if len(found.by_output) < 2:
+        return ""
+    name = max(found.by_output, key=lambda name: found.by_output[name])
+    return f" (of output {name!r} {_share(found.by_output[name])})"
 
 
 def _percent(value: float) -> str:

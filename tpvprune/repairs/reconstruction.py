@@ -131,8 +131,9 @@ def reconstruct_blocks(
     chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
     num = copies * sum(map(len, chunks))
     stages = [s for s in stages if s.macs * limits.num_inputs(s, num) <= _LARGEST]
-    plan = Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS)
-    plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
+    plan = plan_for(
+        Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS), dense, first[:1], TARGET_BYTES
+    )
     # The fit of a block sees the activations itself, and comes further from the linear fits.
     refits = partial(
         refits_towards, dense, plan=plan, groups=groups, kept=kept, linear=[b.name for b in blocks]
@@ -141,8 +142,7 @@ def reconstruct_blocks(
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
-        inside = tuple(f"{stage.name}." for stage in stages)
-        again = [*stages, *(b for b in blocks if not b.name.startswith(inside))]
+        again = _with_lone_blocks(stages, blocks)
         # What blocks have won stays; the layers before, between and behind them follow.
         then = partial(refits, without=[block.name for block in again])
         walks.append((again, replace(solver, iterations=stage_iterations), then))
@@ -151,7 +151,7 @@ def reconstruct_blocks(
     if used is not None:
         used["layers"] = num // copies
 
-    def fitted(block: Block, num_inputs: int) -> None:
+    def note(block: Block, num_inputs: int) -> None:
         if used is not None:
             used[block.name] = num_inputs // copies
         if progress is not None:
@@ -161,7 +161,7 @@ def reconstruct_blocks(
         for found, how, run in walks:
             wanted = _wanted(found, num // copies, copies, limits, seed=seed)
             targets = _dense_outputs(dense, found, map(view, chunks), wanted)
-            fits = [_block_fit(b, wanted[b.name], how, targets, fitted) for b in found]
+            fits = [_block_fit(b, wanted[b.name], how, targets, note) for b in found]
             Walk(
                 repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
                 blocks=fits, view=view, copies=copies,
@@ -169,19 +169,24 @@ def reconstruct_blocks(
     return repaired
 
 
+def _with_lone_blocks(stages: Sequence[Block], blocks: Sequence[Block]) -> list[Block]:
+    inside = tuple(f"{stage.name}." for stage in stages)
+    return [*stages, *(b for b in blocks if not b.name.startswith(inside))]
+
+
 def _block_fit(
     block: Block,
     wanted: Tensor,
     how: GaussNewton,
     targets: dict[str, Tensor],
-    fitted: Callable[[Block, int], None],
+    note: Callable[[Block, int], None],
 ) -> BlockFit:
-    """Return how a block is fitted to its target, which then goes; ``fitted`` is told of it."""
+    """Return how a block is fitted to its target, which then goes; ``note`` is told of it."""
     solver = replace(how, num_inputs=int(wanted.sum()))
 
     def fit(module: nn.Module, call: BlockCall) -> None:
         solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
-        fitted(block, solver.num_inputs)
+        note(block, solver.num_inputs)
 
     return BlockFit(block.name, wanted, fit)
 

@@ -26,6 +26,7 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.moments import in_single
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.shares import global_indices, share, summed, total
 from tpvprune.scores.residuals import (
     Covariances,
@@ -86,6 +87,7 @@ def variance_curves(
     amp: torch.dtype | None = None,
     grad_checkpointing: bool = False,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
     """Measure the curve of every group.
@@ -116,6 +118,7 @@ def variance_curves(
         amp: ``torch.bfloat16`` for mixed precision.
         grad_checkpointing: See :func:`tpvprune.scores.tpv.tpv_scores`.
         seed: Of the directions.
+        outputs: See :func:`tpvprune.scores.tpv.tpv_scores`.
         progress: Called with ("elimination", done, total) after every group.
 
     Returns:
@@ -129,8 +132,10 @@ def variance_curves(
         known = ", ".join(get_args(StandIn))
         raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
     savings = unit_costs(groups, of)
-    probing = Probing(metric, num_probes, amp, grad_checkpointing, seed)
     source = unlabeled(inputs)
+    if not isinstance(outputs, Outputs):
+        outputs = Outputs.measured(model, source, outputs)
+    probing = Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs)
 
     def measured(model: nn.Module) -> dict[str, Curve]:
         num, fit, held = (

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.observer import Observer
+from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.recomputation import recomputed, segments_of
-from tpvprune.passes.running import (
-    by_image,
-    evaluating,
-    fast_layout,
-    first_output,
-    frozen,
-    on_device,
-)
+from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import own
 
@@ -35,7 +29,7 @@ class Probing:
 
     ``num_probes`` directions per sample, drawn with ``seed`` for a ``metric``; in mixed precision
     of type ``amp``; with ``grad_checkpointing`` the inside of blocks is computed again in the
-    backward pass instead of being kept.
+    backward pass instead of being kept. ``outputs`` are those that count: all, if None.
     """
 
     metric: Metric = "logits"
@@ -43,6 +37,7 @@ class Probing:
     amp: torch.dtype | None = None
     grad_checkpointing: bool = False
     seed: int = 0
+    outputs: Outputs | None = None
 
 
 def passes(
@@ -60,13 +55,18 @@ def passes(
         (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
     """
     generator = torch.Generator().manual_seed(probing.seed)
+    outputs = probing.outputs or Outputs.measured(model, inputs)
+    if probing.metric in {"pseudo", "fisher"}:  # classes of one output
+        outputs = outputs.first
     calls = set(reader_plan(groups))
     cloned: set[int | nn.Module] = set()
     segments = segments_of(model) if probing.grad_checkpointing else []
     with evaluating(model), frozen(model), torch.enable_grad():
         for number, batch in enumerate(inputs):
             x = fast_layout(on_device(batch.detach(), model), model)
-            tap = InputTap(model, x, calls, cloned, amp=probing.amp, segments=segments)
+            tap = InputTap(
+                model, x, calls, cloned, outputs=outputs, amp=probing.amp, segments=segments
+            )
             check_outputs(model, x, tap.outputs, batch=number)
             directions = probe_directions(
                 tap.outputs, probing.metric, probing.num_probes, generator
@@ -127,11 +127,13 @@ class InputTap:
         calls: set[int],
         cloned: set[int | nn.Module] | None = None,
         *,
+        outputs: Outputs,
         amp: torch.dtype | None = None,
         segments: Sequence[nn.Module] = (),
     ) -> None:
         """Run the model; ``cloned`` (which learns) has the calls and segments that need clones."""
         self._model, self._x, self._calls, self._amp = model, x, calls, amp
+        self._counted = outputs
         self._cloned = set() if cloned is None else cloned
         self._segments = segments
         self._forward()
@@ -142,7 +144,7 @@ class InputTap:
         mixed = torch.autocast(self._x.device.type, self._amp, enabled=self._amp is not None)
         observer = Observer(self._calls, self._inputs.copy)
         with mixed, observer, recomputed(self._segments, observer, self._inputs):
-            outputs = by_image(first_output(self._model(self._x)), len(self._x))
+            outputs = self._counted.joined(self._model(self._x), len(self._x))
         self.outputs = outputs if self._amp is None else outputs.float()
 
     def backward(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.positions import by_channel, contract
 from tpvprune.processes.shares import in_step, summed, total
 from tpvprune.scores.residuals import residual_maps
@@ -68,6 +69,7 @@ def tpv_scores(
     amp: torch.dtype | None = None,
     grad_checkpointing: bool = False,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     r"""Score channels by the output variance that their removal causes.
 
@@ -94,9 +96,12 @@ def tpv_scores(
         grad_checkpointing: Keep only the inputs of the model's blocks, and compute their inside
             again in the backward pass: the same scores with less memory, in more time.
         seed: Of the directions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment (:mod:`tpvprune.passes.outputs`); None: all, alike.
 
     Returns:
-        Scores in squared output units, with standard errors over samples.
+        Scores in squared output units (of several outputs without unit), with standard errors over
+        samples.
 
     Raises:
         ValueError: If an argument is out of range, or an activation or a score is not finite
@@ -112,13 +117,15 @@ def tpv_scores(
     if until is not None and not 0 < until < float("inf"):
         raise ValueError(f"until: expected a number above 0, found {until}.")
     inputs = unlabeled(batches)
+    if not isinstance(outputs, Outputs):
+        outputs = Outputs.measured(model, inputs, outputs)
     mean, squares, num_samples = retried_in_single(
         model,
         lambda model: _moments(
             model,
             groups,
             inputs,
-            Probing(metric, num_probes, amp, grad_checkpointing, seed),
+            Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs),
             compensated=compensated,
             ridge=ridge,
             until=until,

@@ -19,6 +19,7 @@ from tpvprune.groups import ChannelGroup, ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.evaluation import output_variance
+from tpvprune.passes.outputs import Outputs
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered
 from tpvprune.repairs.compensation import refitted, wanted_of
@@ -38,6 +39,7 @@ def repair_factors(
     num_segments: int = 3,
     max_inputs: int = 1024,
     seed: int = 0,
+    outputs: Outputs | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measure, for early, middle and late groups, how much variance is left after the repair.
@@ -56,6 +58,7 @@ def repair_factors(
         num_segments: Segments besides the streams; each costs a compensation.
         max_inputs: At most so many inputs are used.
         seed: Of the sampled positions.
+        outputs: What counts of what the network returns; None: all.
         progress: Called with ("repair factors", done, total) after every segment.
 
     Returns:
@@ -67,7 +70,8 @@ def repair_factors(
         with alone():
             return repair_factors(
                 model, groups, kept, curves, whole,
-                num_segments=num_segments, max_inputs=max_inputs, seed=seed, progress=progress,
+                num_segments=num_segments, max_inputs=max_inputs, seed=seed, outputs=outputs,
+                progress=progress,
             )  # fmt: skip
     fit, held = _split(inputs, max_inputs)
     predicted, measured = 0.0, 0.0
@@ -84,7 +88,7 @@ def repair_factors(
             smaller, model, fit, groups=groups, kept=cut, ridge=None, seed=seed, wanted=wanted,
             rows_per_input=_ROWS_PER_INPUT, min_rows=_MIN_ROWS,
         )  # fmt: skip
-        found = output_variance(repaired, model, held)
+        found = output_variance(repaired, model, held, outputs=outputs)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
         if progress is not None:

@@ -1,0 +1,172 @@
+"""Which outputs of a network count, and how much each counts beside the others.
+
+A network may return several tensors: two heads, logits and boxes, a pyramid of features. Scores and
+output variances are those of all of them together, as if they were one vector: each output is
+divided by the root of its own second moment, so that none is forgotten for its scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.running import by_image, evaluating, first_output, on_device
+from tpvprune.processes.shares import by_first, summed, total
+
+Chosen = Sequence[str] | Mapping[str, float]
+"""Names of the outputs that count, or how much each counts beside the others."""
+
+
+def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of what a model returns, in order, with its name.
+
+    Args:
+        returned: A tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
+        name: Of the whole.
+
+    Yields:
+        (keys, places or fields on the way to the tensor, joined by dots; the tensor).
+    """
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(returned, Tensor):
+        yield name or "output", returned
+    elif isinstance(returned, Mapping):
+        parts = returned.items()
+    elif isinstance(returned, (tuple, list)):
+        parts = enumerate(returned)
+    elif dataclasses.is_dataclass(returned):
+        parts = ((f.name, getattr(returned, f.name)) for f in dataclasses.fields(returned))
+    for key, value in parts:
+        yield from named_outputs(value, f"{name}.{key}" if name else str(key))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs that count.
+
+    Attributes:
+        scales: Name -> what it is multiplied by; a single output by 1.
+        left_out: Name of another tensor that the model returns -> why it does not count.
+    """
+
+    scales: Mapping[str, float]
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def measured(
+        cls,
+        model: nn.Module,
+        inputs: Iterable[Tensor],
+        chosen: Chosen | None = None,
+    ) -> Outputs:
+        """Find the outputs of real numbers that have one entry for each image.
+
+        Args:
+            model: The network.
+            inputs: Batches [B, ...]; of a model with several outputs all are run, to see how large
+                each is.
+            chosen: Names of those that count, or how much each counts beside the others, in units
+                of its own second moment; None: all, alike.
+
+        Returns:
+            The outputs.
+
+        Raises:
+            ValueError: If there is none, or none of that name.
+        """
+        with evaluating(model), torch.no_grad():
+            found, left_out = by_first(_of_each_image, model, inputs)
+            wanted = dict.fromkeys(found, 1.0) if chosen is None else _weights(chosen, found)
+            if len(wanted) == 1:
+                return cls(dict.fromkeys(wanted, 1.0), left_out)
+            squares = dict.fromkeys(wanted, 0.0)
+            num = 0
+            for x in inputs:
+                returned = dict(named_outputs(model(on_device(x, model))))
+                for name in squares:
+                    squares[name] += float(returned[name].double().square().sum())
+                num += len(x)
+        sums = summed(torch.tensor(list(squares.values()), dtype=torch.float64))[0] / total(num)
+        scales = {
+            name: (weight / float(size)) ** 0.5 if float(size) else 0.0
+            for (name, weight), size in zip(wanted.items(), sums, strict=True)
+        }
+        return cls(scales, left_out)
+
+    @property
+    def first(self) -> Outputs:
+        """The first of them alone."""
+        return Outputs(dict.fromkeys(list(self.scales)[:1], 1.0))
+
+    def of(self, returned: Any) -> dict[str, Tensor]:
+        """Return what counts of what the model returned, unscaled.
+
+        If only one does, a model may call it something else: then it is its first.
+
+        Raises:
+            ValueError: If an output is not there.
+        """
+        found = dict(named_outputs(returned))
+        if len(self.scales) == 1 and not self.scales.keys() & found.keys():
+            return dict.fromkeys(self.scales, first_output(returned))
+        for name in self.scales:
+            if name not in found:
+                raise ValueError(
+                    f"expected a model that returns {name!r} for every input, found "
+                    f"{', '.join(map(repr, found)) or 'nothing'}: leave it out (outputs=)"
+                )
+        return {name: found[name] for name in self.scales}
+
+    def joined(self, returned: Any, num: int) -> Tensor:
+        """Return what counts as one row for each image, scaled.
+
+        Args:
+            returned: What the model returned.
+            num: Of how many images.
+
+        Returns:
+            [num, K].
+        """
+        rows = [by_image(output, num) for output in self.of(returned).values()]
+        if len(rows) == 1:
+            return rows[0]
+        return torch.cat(
+            [r * scale for r, scale in zip(rows, self.scales.values(), strict=True)], 1
+        )
+
+
+def _of_each_image(model: nn.Module, inputs: Iterable[Tensor]) -> tuple[list[str], dict[str, str]]:
+    """Return the names of outputs with an entry for each image, and why others have none."""
+    first = on_device(next(iter(inputs))[:1], model)
+    # Of one image any first dimension could be that of the images.
+    once, twice = model(first), model(torch.cat([first, first]))
+    sizes = {name: t.shape for name, t in named_outputs(twice)}
+    found, left_out = [], {}
+    for name, output in named_outputs(once):
+        shape = list(output.shape)
+        if not output.is_floating_point():
+            left_out[name] = f"holds no real numbers but {output.dtype}".replace("torch.", "")
+        elif output.ndim < 2 or len(output) != 1 or sizes.get(name) != (2, *output.shape[1:]):
+            left_out[name] = f"has no entry per image along dimension 0: {shape} for one image"
+        else:
+            found.append(name)
+    if not found:
+        by_image(first_output(twice), 2)  # which says what is wrong
+    return found, left_out
+
+
+def _weights(chosen: Chosen, found: Sequence[str]) -> dict[str, float]:
+    weights = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(chosen, 1.0)
+    unknown = [name for name in weights if name not in found]
+    if unknown or not weights:
+        raise ValueError(
+            f"outputs: expected some of {', '.join(found)}, found {', '.join(unknown) or 'none'}"
+        )
+    if any(not 0 < weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"outputs: expected weights above 0, found {weights}")
+    return {name: float(weights[name]) for name in found if name in weights}
