@@ -104,7 +104,7 @@ def test_progress_counts_up_to_the_whole(model):
     for stage, done, total in calls:
         parts.setdefault((stage, total), []).append(done)
     named = {stage for stage, _ in parts}
-    assert {"scoring", "curves", "elimination", "repair factors", "compensation"} <= named
+    assert {"curves", "elimination", "repair factors", "compensation"} <= named
     for (stage, total), found in parts.items():
         assert found == sorted(found), stage
         assert found[-1] == total, stage
