@@ -485,13 +485,12 @@ def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -
             f"ranking: expected one by {by.how}, found one by {ranking.allocation}: leave it out, "
             "and channels are ranked anew"
         )
-    if {by.name, ranking.scores.criterion} <= SCORERS.keys():  # one of one's own has any name
-        expected, made = by.name, ranking.scores.criterion
-        if made != expected:
-            raise ValueError(
-                f"ranking: expected one by {expected!r}, found one by {made!r}: leave it out, and "
-                "channels are ranked anew"
-            )
+    made = ranking.scores.criterion
+    if made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
+        raise ValueError(
+            f"ranking: expected one by {by.name!r}, found one by {made!r}: leave it out, and "
+            "channels are ranked anew"
+        )
     found = {name: len(curve.order) for name, curve in ranking.curves.items()}
     if found != {g.name: g.num_channels for g in groups}:
         raise ValueError(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tpvprune.groups.records import ChannelGroups
 from tpvprune.passes.observer import Observer
-from tpvprune.passes.outputs import named_outputs
-from tpvprune.passes.running import evaluating, frozen
+from tpvprune.passes.outputs import is_of_images
+from tpvprune.passes.running import evaluating, frozen, named_outputs
 
 
 def unseen(
@@ -47,7 +47,7 @@ def unseen(
             found = {
                 name: t
                 for name, t in named_outputs(model(*moving))
-                if t.is_floating_point() and t.ndim > 1 and len(t) in sizes
+                if any(is_of_images(t, size) for size in sizes)
             }
             counted = [t.sum() for name, t in found.items() if names is None or name in names]
             graph = [call for call in readers if call in read and read[call].requires_grad]

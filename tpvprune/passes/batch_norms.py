@@ -37,8 +37,10 @@ class BatchNormCall:
 
     @property
     def is_affine(self) -> bool:
-        """Whether it normalises by statistics that are given, not by those of its input."""
-        return not self.training and self.running_mean is not None
+        """Whether it normalises by statistics that are given, of the type of its input."""
+        given = (self.running_mean, self.running_var, self.weight, self.bias)
+        alike = all(t.dtype == self.input.dtype for t in given if t is not None)
+        return not self.training and self.running_mean is not None and alike
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the affine map ([C], [C]) that a call with given statistics is."""

@@ -225,7 +225,7 @@ def difference(
         The difference; ``share`` is infinite where the dense outputs do not vary but these do.
     """
     inputs = unlabeled(batches)
-    outputs = outputs or Outputs.measured(dense, inputs)
+    outputs = Outputs.measured(dense, inputs, outputs)
     tally = _Tally(len(outputs.scales))
     with evaluating(model, dense):
         for x in inputs:

@@ -45,6 +45,6 @@ class Observer(TorchFunctionMode):
 def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     norm = BatchNormCall.of(args, kwargs)
     fixed = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    others = any(t.requires_grad or t.dtype != norm.input.dtype for t in fixed if t is not None)
+    learnt = any(t.requires_grad for t in fixed if t is not None)
     # As an affine map its backward needs no input.
-    return norm.as_affine() if norm.is_affine and not others else func(*args, **kwargs)
+    return norm.as_affine() if norm.is_affine and not learnt else func(*args, **kwargs)

@@ -7,42 +7,31 @@ divided by the root of its own second moment, so that none is forgotten for its 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.passes.running import by_image, evaluating, first_output, on_device
+from tpvprune.passes.running import by_image, evaluating, first_output, named_outputs, on_device
 from tpvprune.processes.shares import by_first, summed, total
 
 Chosen = Sequence[str] | Mapping[str, float]
 """Names of the outputs that count, or how much each counts beside the others."""
 
 
-def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of what a model returns, in order, with its name.
+def is_of_images(output: Tensor, num: int) -> bool:
+    """Tell whether an output holds real numbers, one entry for each image.
 
     Args:
-        returned: A tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
-        name: Of the whole.
+        output: What a model returned.
+        num: For so many images.
 
-    Yields:
-        (keys, places or fields on the way to the tensor, joined by dots; the tensor).
+    Returns:
+        True if so.
     """
-    parts: Iterable[tuple[Any, Any]] = ()
-    if isinstance(returned, Tensor):
-        yield name or "output", returned
-    elif isinstance(returned, Mapping):
-        parts = returned.items()
-    elif isinstance(returned, (tuple, list)):
-        parts = enumerate(returned)
-    elif dataclasses.is_dataclass(returned):
-        parts = ((f.name, getattr(returned, f.name)) for f in dataclasses.fields(returned))
-    for key, value in parts:
-        yield from named_outputs(value, f"{name}.{key}" if name else str(key))
+    return output.is_floating_point() and output.ndim > 1 and len(output) == num
 
 
 @dataclass(frozen=True)
@@ -55,14 +44,14 @@ class Outputs:
     """
 
     scales: Mapping[str, float]
-    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def measured(
         cls,
         model: nn.Module,
         inputs: Iterable[Tensor],
-        chosen: Chosen | None = None,
+        chosen: Outputs | Chosen | None = None,
     ) -> Outputs:
         """Find the outputs of real numbers that have one entry for each image.
 
@@ -71,7 +60,7 @@ class Outputs:
             inputs: Batches [B, ...]; of a model with several outputs all are run, to see how large
                 each is.
             chosen: Names of those that count, or how much each counts beside the others, in units
-                of its own second moment; None: all, alike.
+                of its own second moment; None: all, alike. What was measured before is returned.
 
         Returns:
             The outputs.
@@ -79,6 +68,8 @@ class Outputs:
         Raises:
             ValueError: If there is none, or none of that name.
         """
+        if isinstance(chosen, Outputs):
+            return chosen
         with evaluating(model), torch.no_grad():
             found, left_out = by_first(_of_each_image, model, inputs)
             wanted = dict.fromkeys(found, 1.0) if chosen is None else _weights(chosen, found)
@@ -97,6 +88,12 @@ class Outputs:
             for (name, weight), size in zip(wanted.items(), sums, strict=True)
         }
         return cls(scales, left_out)
+
+    @classmethod
+    def among(cls, returned: Any, num: int) -> Outputs:
+        """Return those of one call on so many images, unscaled; if there is none, the first."""
+        found = [name for name, t in named_outputs(returned) if is_of_images(t, num)]
+        return cls(dict.fromkeys(found or ["output"], 1.0))
 
     @property
     def first(self) -> Outputs:
@@ -151,7 +148,7 @@ def _of_each_image(model: nn.Module, inputs: Iterable[Tensor]) -> tuple[list[str
         shape = list(output.shape)
         if not output.is_floating_point():
             left_out[name] = f"holds no real numbers but {output.dtype}".replace("torch.", "")
-        elif output.ndim < 2 or len(output) != 1 or sizes.get(name) != (2, *output.shape[1:]):
+        elif not is_of_images(output, 1) or sizes.get(name) != (2, *output.shape[1:]):
             left_out[name] = f"has no entry per image along dimension 0: {shape} for one image"
         else:
             found.append(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -150,24 +150,39 @@ def first_output(outputs: Any) -> Tensor:
     )
 
 
-def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield every tensor of what a model returns, in order.
+def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of what a model returns, in order, with its name.
 
     Args:
-        outputs: See :func:`first_output`.
+        returned: A tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
+        name: Of the whole.
 
     Yields:
+        (keys, places or fields on the way to the tensor, joined by dots; the tensor).
+    """
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(returned, Tensor):
+        yield name or "output", returned
+    elif isinstance(returned, Mapping):
+        parts = returned.items()
+    elif isinstance(returned, (tuple, list)):
+        parts = enumerate(returned)
+    elif dataclasses.is_dataclass(returned):
+        parts = ((f.name, getattr(returned, f.name)) for f in dataclasses.fields(returned))
+    for key, value in parts:
+        yield from named_outputs(value, f"{name}.{key}" if name else str(key))
+
+
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
+    """Return every tensor of what a model returns, in order.
+
+    Args:
+        outputs: See :func:`named_outputs`.
+
+    Returns:
         The tensors.
     """
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        yield from tensors_of(list(outputs.values()))
-    elif isinstance(outputs, (tuple, list)):
-        for value in outputs:
-            yield from tensors_of(value)
-    elif dataclasses.is_dataclass(outputs):
-        yield from tensors_of([getattr(outputs, f.name) for f in dataclasses.fields(outputs)])
+    return (tensor for _, tensor in named_outputs(outputs))
 
 
 def by_image(outputs: Tensor, num: int) -> Tensor:

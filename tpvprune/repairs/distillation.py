@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.moments import in_single
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.processes.shares import part_of, summed
-from tpvprune.repairs.training import Recipe, count_batches, outputs_of, train
+from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
 
 DistillationLoss = Literal["logits", "divergence"]
 # Brings the relative error's gradients to where learning rates of 0.001 to 0.01 are right.
@@ -209,7 +210,7 @@ class _Difference:
 
     def __call__(self, model: nn.Module, inputs: Tensor, which: tuple[int, int]) -> Tensor:
         wanted = self._wanted(inputs, which)
-        outputs = self._outputs(model, inputs)
+        outputs = self._chosen(returned_by(model, inputs, self._recipe.amp))
         losses = map(self._loss, outputs, wanted, range(len(wanted)))
         return sum(losses, outputs[0].new_zeros(()))
 
@@ -236,14 +237,16 @@ class _Difference:
         if which in self._held:
             return self._held[which]
         moved = on_device(inputs, self._dense)
-        self._counted = self._counted or Outputs.measured(self._dense, [moved])
-        wanted = [w.to(inputs.device) for w in self._outputs(self._dense, moved)]
+        returned = returned_by(self._dense, moved, self._recipe.amp)
+        self._counted = self._counted or Outputs.among(returned, len(moved))
+        wanted = [w.to(inputs.device) for w in self._chosen(returned)]
         if self._recipe.num_views is not None:
             self._held[which] = wanted
         return wanted
 
-    def _outputs(self, model: nn.Module, inputs: Tensor) -> list[Tensor]:
-        return outputs_of(model, inputs, self._recipe.amp, self._counted)
+    def _chosen(self, returned: Any) -> list[Tensor]:
+        assert self._counted is not None
+        return list(map(in_single, self._counted.of(returned).values()))
 
 
 def _augmented(

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from tpvprune.passes.batches import private_randomness
 from tpvprune.passes.evaluation import class_indices
+from tpvprune.passes.moments import in_single
+from tpvprune.passes.running import first_output
 from tpvprune.processes.shares import part_of
-from tpvprune.repairs.training import Recipe, count_batches, outputs_of, train
+from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
 from tpvprune.scores.baselines.gradients import labelled_pairs
 
 Labelled = tuple[Tensor, Tensor]
@@ -52,7 +54,7 @@ def finetune(
             yield inputs if augment is None else augment(inputs), labels
 
     def loss_of(trained: nn.Module, batch: Labelled, _: tuple[int, int]) -> Tensor:
-        (outputs,) = outputs_of(trained, batch[0], recipe.amp)
+        outputs = in_single(first_output(returned_by(trained, batch[0], recipe.amp)))
         loss = F.cross_entropy(outputs, class_indices(batch[1], outputs))
         return loss * part_of(len(outputs))
 

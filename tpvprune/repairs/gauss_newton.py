@@ -1,10 +1,10 @@
 """Damped Gauss-Newton for one block of layers: a nonlinear least-squares fit to given outputs.
 
 Each linearisation is solved by conjugate gradients with products J^T u (reverse mode) and J v, and
-a Kronecker-factored preconditioner. J v is a central difference: two forwards, where forward mode
-takes five (Knoll and Keyes 2004, Jacobian-free Newton-Krylov methods). A tenth of the samples takes
-no part in the fit: of the points that conjugate gradients pass through, that with the least error
-on those samples is taken, which is early stopping as a regulariser (Hansen 1998, Rank-Deficient and
+a Kronecker-factored preconditioner. J v is a central difference, which takes two forwards (Knoll
+and Keyes 2004, Jacobian-free Newton-Krylov methods). A tenth of the samples takes no part in the
+fit: of the points that conjugate gradients pass through, that with the least error on those
+samples is taken, which is early stopping as a regulariser (Hansen 1998, Rank-Deficient and
 Discrete Ill-Posed Problems, chapter 6).
 """
 

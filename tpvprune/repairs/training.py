@@ -21,8 +21,7 @@ from tpvprune.disk.digest import digest_of
 from tpvprune.disk.unfinished import load_state, read_facts, save_state
 from tpvprune.groups.shared_norms import shared_norms
 from tpvprune.passes.batches import private_randomness
-from tpvprune.passes.outputs import Outputs
-from tpvprune.passes.running import fast_layout, first_output
+from tpvprune.passes.running import fast_layout
 from tpvprune.processes.membership import is_first
 from tpvprune.processes.shares import check_same, spread_weights, sum_gradients, total
 from tpvprune.repairs.batchnorm import batchnorms, rebase_batchnorm
@@ -252,25 +251,20 @@ class _Run:
         return int(facts["epochs"])
 
 
-def outputs_of(
-    model: nn.Module, inputs: Tensor, amp: torch.dtype | None, counted: Outputs | None = None
-) -> list[Tensor]:
+def returned_by(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Any:
     """Run a model on images in its fast layout, in mixed precision if asked.
 
     Args:
         model: Any model; its own mode and the present grad mode hold.
         inputs: [B, ...].
         amp: Type of the mixed precision, or None.
-        counted: The outputs to take; None: the first.
 
     Returns:
-        Its outputs, in float32 at least.
+        What it returns.
     """
     inputs = fast_layout(inputs, model)
     with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
-        returned = model(inputs)
-    found = [first_output(returned)] if counted is None else counted.of(returned).values()
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in found]
+        return model(inputs)
 
 
 def count_batches(batches: Iterable[Any]) -> int:

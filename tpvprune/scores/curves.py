@@ -133,8 +133,7 @@ def variance_curves(
         raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
     savings = unit_costs(groups, of)
     source = unlabeled(inputs)
-    if not isinstance(outputs, Outputs):
-        outputs = Outputs.measured(model, source, outputs)
+    outputs = Outputs.measured(model, source, outputs)
     probing = Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs)
 
     def measured(model: nn.Module) -> dict[str, Curve]:

@@ -55,7 +55,7 @@ def passes(
         (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
     """
     generator = torch.Generator().manual_seed(probing.seed)
-    outputs = probing.outputs or Outputs.measured(model, inputs)
+    outputs = Outputs.measured(model, inputs, probing.outputs)
     if probing.metric in {"pseudo", "fisher"}:  # classes of one output
         outputs = outputs.first
     calls = set(reader_plan(groups))

@@ -78,9 +78,7 @@ class Record:
         stderr = parts["stderr"] if has_errors else None
         scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
         curves = {
-            n: Curve(
-                order, parts["variance"][n], scores[n], None if stderr is None else stderr.get(n)
-            )
+            n: Curve(order, parts["variance"][n], scores[n], (stderr or {}).get(n))
             for n, order in parts["order"].items()
         }
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
