@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpvprune.passes.batches import private_randomness, unlabeled
 from tpvprune.passes.costs import Latency, call_arguments, count_macs, count_params, measure_latency
 from tpvprune.passes.moments import Moments
-from tpvprune.passes.outputs import Outputs
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, fast_layout, first_output
 from tpvprune.processes.shares import summed, total
 
@@ -161,7 +161,11 @@ def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> flo
 
 
 def output_variance(
-    model: nn.Module, dense: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    outputs: Outputs | Chosen | None = None,
 ) -> float:
     """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
 
@@ -211,7 +215,11 @@ class Difference:
 
 @torch.no_grad()
 def difference(
-    model: nn.Module, dense: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    outputs: Outputs | Chosen | None = None,
 ) -> Difference:
     """Compare two models on unlabeled images.
 

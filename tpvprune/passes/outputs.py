@@ -52,6 +52,8 @@ class Outputs:
         model: nn.Module,
         inputs: Iterable[Tensor],
         chosen: Outputs | Chosen | None = None,
+        *,
+        first: Tensor | None = None,
     ) -> Outputs:
         """Find the outputs of real numbers that have one entry for each image.
 
@@ -61,6 +63,8 @@ class Outputs:
                 each is.
             chosen: Names of those that count, or how much each counts beside the others, in units
                 of its own second moment; None: all, alike. What was measured before is returned.
+            first: The first of the inputs, where it is at hand: of a model with one output no other
+                is read.
 
         Returns:
             The outputs.
@@ -71,7 +75,7 @@ class Outputs:
         if isinstance(chosen, Outputs):
             return chosen
         with evaluating(model), torch.no_grad():
-            found, left_out = by_first(_of_each_image, model, inputs)
+            found, left_out = by_first(_of_each_image, model, inputs if first is None else [first])
             wanted = dict.fromkeys(found, 1.0) if chosen is None else _weights(chosen, found)
             if len(wanted) == 1:
                 return cls(dict.fromkeys(wanted, 1.0), left_out)

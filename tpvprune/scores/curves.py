@@ -133,7 +133,6 @@ def variance_curves(
         raise ValueError(f"stand_in: expected one of {known}, found {stand_in!r}")
     savings = unit_costs(groups, of)
     source = unlabeled(inputs)
-    outputs = Outputs.measured(model, source, outputs)
     probing = Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs)
 
     def measured(model: nn.Module) -> dict[str, Curve]:
@@ -477,11 +476,12 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
         return sum((cut.changes(num) for cut in cuts), torch.zeros(()))
 
     now = 0.0
-    alone, fourth = mean_power(each()), mean_power(each(), 4)
+    first = each()
+    alone, fourth = mean_power(first), mean_power(first, 4)
     order: list[Tensor] = []
     variance = [0.0]
     while (num_left := int(left.sum())) > 1:
-        growth = mean_power(joint + each()) - now
+        growth = mean_power(joint + (each() if order else first)) - now
         # Where units save the same this is the order of the variances themselves. Ranked are those
         # that are left, and no others: then every step makes progress, whatever the numbers.
         candidates = left.nonzero().squeeze(1)

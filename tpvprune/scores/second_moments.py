@@ -299,9 +299,9 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
     def each() -> Tensor:
         return sum((p.costs(num_channels) for p in left), torch.zeros(()))
 
-    by_itself = each().clamp_min(0)
+    first = each()
     while (num_left := int(stays.sum())) > 1:
-        costs = each()
+        costs = each() if order else first
         # Ranked are those that are left, and no others: every step makes progress.
         candidates = stays.nonzero().squeeze(1)
         ranks = (costs / savings.clamp_min(1e-12))[candidates]
@@ -322,7 +322,7 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
         order.append(chosen)
         stays[chosen] = False
     leaves = torch.cat([*order, stays.nonzero().squeeze(1)])
-    return Leaving(leaves, torch.tensor(shape, dtype=torch.float64), by_itself)
+    return Leaving(leaves, torch.tensor(shape, dtype=torch.float64), first.clamp_min(0))
 
 
 # ---- the variance ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.observer import Observer
-from tpvprune.passes.outputs import Outputs
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.recomputation import recomputed, segments_of
 from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device
 from tpvprune.processes.membership import num_processes
@@ -37,7 +37,7 @@ class Probing:
     amp: torch.dtype | None = None
     grad_checkpointing: bool = False
     seed: int = 0
-    outputs: Outputs | None = None
+    outputs: Outputs | Chosen | None = None
 
 
 def passes(
@@ -55,15 +55,18 @@ def passes(
         (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
     """
     generator = torch.Generator().manual_seed(probing.seed)
-    outputs = Outputs.measured(model, inputs, probing.outputs)
-    if probing.metric in {"pseudo", "fisher"}:  # classes of one output
-        outputs = outputs.first
+    chosen = probing.outputs
+    if num_processes() > 1:  # all take part, those without inputs too
+        chosen = Outputs.measured(model, inputs, chosen)
     calls = set(reader_plan(groups))
     cloned: set[int | nn.Module] = set()
     segments = segments_of(model) if probing.grad_checkpointing else []
     with evaluating(model), frozen(model), torch.enable_grad():
         for number, batch in enumerate(inputs):
             x = fast_layout(on_device(batch.detach(), model), model)
+            chosen = outputs = Outputs.measured(model, inputs, chosen, first=batch)
+            if probing.metric in {"pseudo", "fisher"}:  # classes of one output
+                outputs = outputs.first
             tap = InputTap(
                 model, x, calls, cloned, outputs=outputs, amp=probing.amp, segments=segments
             )

@@ -117,7 +117,6 @@ def tpv_scores(
     if until is not None and not 0 < until < float("inf"):
         raise ValueError(f"until: expected a number above 0, found {until}.")
     inputs = unlabeled(batches)
-    outputs = Outputs.measured(model, inputs, outputs)
     mean, squares, num_samples = retried_in_single(
         model,
         lambda model: _moments(

@@ -19,7 +19,7 @@ from tpvprune.groups import ChannelGroup, ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.evaluation import output_variance
-from tpvprune.passes.outputs import Outputs
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered
 from tpvprune.repairs.compensation import refitted, wanted_of
@@ -39,7 +39,7 @@ def repair_factors(
     num_segments: int = 3,
     max_inputs: int = 1024,
     seed: int = 0,
-    outputs: Outputs | None = None,
+    outputs: Outputs | Chosen | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measure, for early, middle and late groups, how much variance is left after the repair.
