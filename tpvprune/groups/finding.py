@@ -20,6 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tpvprune.groups.axes import Axis
+from tpvprune.groups.batch_axes import with_batch_axes
 from tpvprune.groups.reaching import unseen
 from tpvprune.groups.records import (
     CallCost,
@@ -35,8 +36,7 @@ from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import verify_groups
 from tpvprune.passes.costs import count_macs
-from tpvprune.passes.observer import Observer
-from tpvprune.passes.running import check_not_compiled, evaluating
+from tpvprune.passes.running import check_not_compiled
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
@@ -91,7 +91,7 @@ def find_groups(
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
     groups = _assemble(private, tracker, frozenset(ignore))
-    groups = with_blocked(groups, _unscored(private, groups, inputs))
+    groups = with_batch_axes(private, groups, inputs)
     groups = with_blocked(groups, unseen(private, groups, inputs))
     groups = _fit_for_training(model, groups, tracker, inputs)
     groups = replace(groups, blocked=(*groups.blocked, *computed))
@@ -192,31 +192,6 @@ def _with_all_costs(
     )
     cost = CallCost("", rest, ())
     return replace(groups, costs=(*groups.costs, cost), notes=(*groups.notes, note))
-
-
-@torch.no_grad()
-def _unscored(model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Return the groups that are read by layers which see no input: per input they do nothing.
-
-    Such layers make a table of positions, say: they read as much for two inputs as for one.
-    """
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        return {}
-    readers = {r.call: r for g in groups for r in g.readers}
-    sizes: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    x = inputs[0][:1]
-    with evaluating(model):
-        for found, batch in zip(sizes, (x, torch.cat([x, x])), strict=True):
-
-            def see(call: int, a: Tensor, found: dict[int, int] = found) -> None:
-                found[call] = a.numel()
-
-            with Observer(set(readers), see):
-                model(batch)
-    once, twice = sizes
-    blind = {readers[call].module for call, size in once.items() if twice.get(call) == size}
-    reads = {g.name: blind.intersection(r.module for r in g.readers) for g in groups}
-    return {name: f"is read by {min(by)}, which sees no input" for name, by in reads.items() if by}
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
+from tpvprune.passes.batch_axis import BatchAxis
+from tpvprune.passes.positions import by_channel
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Reader:
     """One call that reads the channels: together, a group's readers are its cut.
 
     ``call`` is the ordinal among the convolution and linear calls of one forward;
-    ``index[i]`` along ``channel_dim`` of its input belongs to channel ``channel[i]``.
+    ``index[i]`` along ``channel_dim`` of its input belongs to channel ``channel[i]``. ``batch`` is
+    where its images lie; None: one after the other along dimension 0.
     """
 
     call: int
@@ -44,6 +47,19 @@ class Reader:
     channel_dim: int
     index: Tensor
     channel: Tensor
+    batch: BatchAxis | None = None
+
+    def by_channel(self, t: Tensor, num: int) -> Tensor:
+        """View an input of the call, or the gradient of it, as [L, n, P].
+
+        Args:
+            t: Of ``num`` images.
+            num: How many.
+
+        Returns:
+            Channels before positions; the L of one image are adjacent.
+        """
+        return by_channel(t, self.channel_dim, num, self.batch)
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpvprune.passes.batch_axis import BatchAxis
 from tpvprune.passes.moments import in_single
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
 
 
-def by_channel(t: Tensor, dim: int, num_samples: int) -> Tensor:
+def by_channel(t: Tensor, dim: int, num_samples: int, batch: BatchAxis | None = None) -> Tensor:
     """View ``t`` as [L, n, P]: channels before positions; the L of one sample are adjacent.
 
     Args:
         t: Input of a convolution [L, n, ...] (``dim`` 1) or of a linear layer [..., n] (-1).
         dim: Its channel dimension.
-        num_samples: Size of the batch; windows or tokens of one sample are adjacent.
+        num_samples: Size of the batch.
+        batch: Where the samples lie; None: along dimension 0, windows or tokens of one sample
+            adjacent.
 
     Returns:
         A view wherever the strides allow it, channels-last included.
     """
+    if batch is not None:
+        return batch.leading(t, num_samples).movedim(dim % t.ndim + 1, 1).flatten(2)
     if dim % t.ndim == t.ndim - 1:
         return t.reshape(num_samples, -1, t.shape[-1]).transpose(1, 2)
     if t.ndim > 3 and t.stride(dim) == 1:

@@ -70,10 +70,13 @@ def find_blocks(
     names = _candidates(dense)
     parents = {name.rpartition(".")[0] for name in names} - {""}
     before, after = (_calls(model, [*names, *parents], x) for model in (dense, pruned))
+    alone = _calls(dense, [*names, *parents], x[:1])
     found: dict[str, Block] = {}
     for name, call in before.items():
-        small = after.get(name)
-        if call is None or small is None or not _splits(pruned.get_submodule(name), small, len(x)):
+        small, one = after.get(name), alone.get(name)
+        if call is None or small is None or one is None or not _starts_with(call, one, len(x)):
+            continue
+        if not _splits(pruned.get_submodule(name), small, len(x)):
             continue
         size = small.out.numel() * small.out.element_size() // len(x)
         width = small.out.shape[1 if small.out.ndim == 4 else -1]
@@ -158,6 +161,19 @@ class BlockCall:
         return BlockCall(
             tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()}, out
         )
+
+
+def _starts_with(call: BlockCall, one: BlockCall, num: int) -> bool:
+    """Return whether what the first of ``num`` inputs makes of a call comes first in dimension 0.
+
+    It does not where tokens, or views of an image, come before images.
+    """
+    whole = [(call.args[0], one.args[0]), (call.out, one.out)]
+    return all(
+        a.shape == (len(b) * num, *b.shape[1:])
+        and torch.allclose(a[: len(b)], b, rtol=1e-2, atol=1e-2 * float(b.detach().abs().max()))
+        for a, b in whole
+    )
 
 
 def _splits(module: nn.Module, call: BlockCall, num: int) -> bool:

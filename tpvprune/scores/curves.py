@@ -414,8 +414,7 @@ def _collect(
                 also.add(call, a, grad, v)
             if call not in plan or seen >= most:
                 return
-            dim = plan[call][0][1].channel_dim
-            inputs, gradients = _by_sample(a, dim, num), _by_sample(grad, dim, num)
+            inputs, gradients = (_by_sample(plan[call][0][1], t, num) for t in (a, grad))
             for group, _ in plan[call]:
                 take = max(0, wanted[group.name] - seen)
                 rows, cut = in_single(inputs[:take]), cuts[group.name, call]
@@ -452,9 +451,10 @@ def _columns(index: Tensor) -> slice | Tensor:
     return slice(first, first + num) if run else index
 
 
-def _by_sample(t: Tensor, dim: int, num: int) -> Tensor:
-    moved = t.movedim(dim, -1)
-    return moved.reshape(num, -1, moved.shape[-1])
+def _by_sample(reader: Reader, t: Tensor, num: int) -> Tensor:
+    """Return [B, positions, n]."""
+    rows = reader.by_channel(t, num).transpose(1, 2)
+    return rows.reshape(num, -1, rows.shape[2])
 
 
 # ---- elimination ----------------------------------------------------------------------------

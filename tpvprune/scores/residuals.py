@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.moments import Moments, in_single
 from tpvprune.passes.observer import Observer
-from tpvprune.passes.positions import by_channel, sampled_rows
+from tpvprune.passes.positions import sampled_rows
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.processes.shares import global_indices, share, total
 from tpvprune.scores.taps import reader_plan
@@ -242,12 +242,13 @@ def folded_covariances(
     mask = torch.zeros(0, dtype=torch.bool)
 
     def observe(call: int, a: Tensor) -> None:
-        dim = plan[call][0][1].channel_dim
-        if a.shape[dim] > max_inputs:
+        reader = plan[call][0][1]
+        width = a.shape[reader.channel_dim]
+        if width > max_inputs:
             return
-        rows = sampled_rows(by_channel(a, dim, num), global_indices(seen, num), max_positions)
+        rows = sampled_rows(reader.by_channel(a, num), global_indices(seen, num), max_positions)
         if call not in moments:
-            fit, held = (Moments(a.shape[dim], joint=True, device=a.device) for _ in range(2))
+            fit, held = (Moments(width, joint=True, device=a.device) for _ in range(2))
             moments[call] = fit, held
         of_held = mask.repeat_interleave(len(rows) // num).to(rows.device)
         moments[call][0].add(rows[~of_held])

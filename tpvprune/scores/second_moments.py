@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.passes.finite import NotFiniteError
-from tpvprune.passes.positions import by_channel
 from tpvprune.processes.shares import summed, total
 from tpvprune.scores.residuals import Inputs
 from tpvprune.scores.taps import Probing, passes, reader_plan
@@ -161,7 +160,7 @@ def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
     ``at`` is where in the whole set each image stands [B]: of large maps every so manieth position
     is read, from one that varies from image to image.
     """
-    d = by_channel(grad, reader.channel_dim, len(mask))
+    d = reader.by_channel(grad, len(mask))
     windows, positions = len(d) // len(mask), d.shape[2]
     chosen = mask.repeat_interleave(windows)
     starts = at[mask.cpu()].repeat_interleave(windows).tolist()
@@ -177,7 +176,7 @@ def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
 
 def _changes(reader: Reader, a: Tensor, grad: Tensor, num: int, mean: Tensor | None) -> Tensor:
     """Return u_c [B, own] of a reader that gets a mean, or nothing, in the place of each input."""
-    a, grad = (by_channel(t, reader.channel_dim, num)[:, reader.index] for t in (a, grad))
+    a, grad = (reader.by_channel(t, num)[:, reader.index] for t in (a, grad))
     if mean is not None:
         a = a - mean.to(a)[reader.index][:, None]
     return (a * grad).sum(2).reshape(num, -1, len(reader.index)).sum(1).float()
@@ -417,8 +416,8 @@ def _joint(
     reader: Reader, a: Tensor, grad: Tensor, num: int, *, mean: Tensor, maps: Tensor
 ) -> Tensor:
     """Return u_R [sets, B] = sum_p (a - mean) M d."""
-    a = by_channel(a, reader.channel_dim, num).float()
-    d = by_channel(grad, reader.channel_dim, num)[:, reader.index].float()
+    a = reader.by_channel(a, num).float()
+    d = reader.by_channel(grad, num)[:, reader.index].float()
     s = torch.bmm(a - mean.to(a)[:, None], d.transpose(1, 2))  # [L, n, own]
     u = s.flatten(1) @ maps.to(s).flatten(1).T
     return u.reshape(num, -1, len(maps)).sum(1).T

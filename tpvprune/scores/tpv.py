@@ -22,7 +22,7 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.outputs import Chosen, Outputs
-from tpvprune.passes.positions import by_channel, contract
+from tpvprune.passes.positions import contract
 from tpvprune.processes.shares import in_step, summed, total
 from tpvprune.scores.residuals import residual_maps
 from tpvprune.scores.taps import Metric, Probing, passes, reader_plan
@@ -253,8 +253,7 @@ def output_changes(
         parts: list[dict[str, Tensor]] = []
 
         def collect(call: int, a: Tensor, grad: Tensor, num: int = num, parts: Any = parts) -> None:
-            dim = plan[call][0][1].channel_dim
-            a, grad = by_channel(a, dim, num), by_channel(grad, dim, num)
+            a, grad = (plan[call][0][1].by_channel(t, num) for t in (a, grad))
             per_channel = contract(a, grad, num, maps.get(call))
             for group, index, channel in places[call]:
                 u = parts[-1].setdefault(group.name, per_channel.new_zeros(num, group.num_channels))
