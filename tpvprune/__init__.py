@@ -6,7 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, find_groups
+    from tpvprune.groups import (
+        ChannelGroup,
+        ChannelGroups,
+        ParamSlice,
+        find_groups,
+        unfuse_attention,
+    )
     from tpvprune.groups.removal import remove_channels
     from tpvprune.passes.costs import count_macs, count_params, measure_latency
     from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
@@ -40,6 +46,7 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "with_labels",
     # groups -> scores -> selection -> removal
     "find_groups",
+    "unfuse_attention",
     "ChannelGroup",
     "ChannelGroups",
     "ParamSlice",
@@ -82,7 +89,7 @@ _MODULES = {
     "repairs.distillation": ("distill",),
     "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
     "saved.export": ("export_model",),
-    "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups"),
+    "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
     "saved.hub": ("push_to_hub",),
     "scores.importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune"),

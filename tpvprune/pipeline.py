@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
+from tpvprune.groups import (
+    ChannelGroups,
+    Kept,
+    find_groups,
+    fused_attention,
+    unfuse_attention,
+    with_blocked,
+)
 from tpvprune.groups.budget import Budget, LatencyTable, check_budget, cost, reaches
 from tpvprune.groups.reaching import unseen
 from tpvprune.groups.removal import remove_channels
@@ -102,7 +109,8 @@ def prune(
     """Prune a pretrained model to a budget with unlabeled inputs, and repair it.
 
     Args:
-        model: Any vision model; untouched.
+        model: Any vision model; untouched. ``nn.MultiheadAttention`` in it is replaced first
+            (:func:`tpvprune.unfuse_attention`).
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
             its labels are dropped before anything sees them. Order does not matter.
         keep: Fraction of the dense cost that stays, in (0, 1].
@@ -156,6 +164,8 @@ def prune(
     _check_repairs(steps, repair, planned_repair)
     limits = limits or Limits()
     clock = Clock(progress)
+    fused = fused_attention(model)
+    model = unfuse_attention(model) if fused else model
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
         counted = Outputs.measured(model, fit, outputs)
@@ -205,6 +215,7 @@ def prune(
             *guard.warnings_of(measured, repair, best),
             *run.notes,
             *_said_of(counted),
+            *_said_of_fused(fused),
             *groups.notes,
         ],
         "seed": seed,
@@ -432,6 +443,16 @@ def _said_of(outputs: Outputs) -> list[str]:
             "is that of the first"
         )
     return lines
+
+
+def _said_of_fused(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"{names[0]}{more}: nn.MultiheadAttention was replaced by linear layers that compute the "
+        "same, so that heads can be removed: of the dense model unfuse_attention makes the same"
+    ]
 
 
 def _check_repairs(steps: int, *repairs: str | None) -> None:

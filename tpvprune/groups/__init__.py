@@ -3,9 +3,11 @@
 - :func:`find_groups` follows the channels through one traced forward (``finding``, ``tracing``)
   and returns :class:`ChannelGroups`, plain records (``records``, ``axes``);
 - every group is verified: masking it and removing it give the same outputs (``verification``);
-- :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes.
+- :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes;
+- :func:`unfuse_attention` makes the heads of ``nn.MultiheadAttention`` removable (``attention``).
 """
 
+from tpvprune.groups.attention import fused_attention, unfuse_attention
 from tpvprune.groups.axes import Axis, Kept
 from tpvprune.groups.finding import find_groups
 from tpvprune.groups.records import (
@@ -30,6 +32,8 @@ __all__ = [
     "ParamSlice",
     "Reader",
     "find_groups",
+    "fused_attention",
     "remove_channels",
+    "unfuse_attention",
     "with_blocked",
 ]

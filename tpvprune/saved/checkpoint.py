@@ -30,6 +30,7 @@ from tpvprune.saved.skeleton import (
     put_preprocessing,
     set_types,
     tensors_of,
+    unfused_as_saved,
 )
 from tpvprune.weights.masks import MASK_FILE, load_masks, save_masks
 
@@ -187,6 +188,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         limit = max(_LEAST_LIMIT, _MOST_PER_BYTE * weights.stat().st_size)
         loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
     shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
+    loaded = unfused_as_saved(loaded, shapes)
     check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
@@ -272,12 +274,13 @@ def _skeleton(
         kwargs = dict(getattr(pruned, "_model_args", None) or {})
         if isinstance(getattr(pruned, "num_classes", None), int):
             kwargs["num_classes"] = pruned.num_classes
+    shapes = {k: tuple(v.shape) for k, v in tensors_of(pruned).items()}
     reason = "timm does not say which model it is"
     if name is not None:
         plain_kwargs = plain(dict(kwargs), "model_kwargs")
         try:
-            built = build(name, plain_kwargs, max_elements=2**40)
-            check_fits(built, {k: tuple(v.shape) for k, v in tensors_of(pruned).items()})
+            built = unfused_as_saved(build(name, plain_kwargs, max_elements=2**40), shapes)
+            check_fits(built, shapes)
         except ValueError as error:
             reason = str(error)
         else:
@@ -287,7 +290,7 @@ def _skeleton(
             f"the dense model cannot be rebuilt ({reason}): "
             "pass model_name and model_kwargs of timm.create_model, or dense"
         )
-    return None, {}, dense
+    return None, {}, unfused_as_saved(dense, shapes)
 
 
 def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
+from tpvprune.groups import unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 
 _MAX_NAMED = 3
@@ -69,7 +70,8 @@ def load_model(
             user has typed, never for one that was read from a file.
 
     Returns:
-        The model and how it was made.
+        The model and how it was made. In one of the user's own ``nn.MultiheadAttention`` is
+        replaced (:func:`tpvprune.unfuse_attention`).
 
     Raises:
         ValueError: If the model is unknown, cannot be built, or the checkpoint is
@@ -149,7 +151,8 @@ def _own_model(
     if state is not None:
         _load(model, state, str(checkpoint))
     weights = str(checkpoint) if checkpoint else "random"
-    return model.eval(), ModelSource(name, kwargs, weights)
+    # After its weights: a checkpoint has the names of the fused modules.
+    return unfuse_attention(model).eval(), ModelSource(name, kwargs, weights)
 
 
 def _imported(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpvprune.groups import fused_attention, unfuse_attention
 from tpvprune.images.preprocessing import INTERPOLATIONS
 
 SAVED_TYPES = {
@@ -56,6 +57,12 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
             f"timm cannot build {name!r} with {dict(kwargs)!r:.80}: {reason:.200}"
         ) from error
     return model
+
+
+def unfused_as_saved(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Return a dense model whose attention is taken apart if that of the saved one is."""
+    fused, known = fused_attention(model), set(names)
+    return unfuse_attention(model) if any(f"{n}.q.weight" in known for n in fused) else model
 
 
 def check_fits(

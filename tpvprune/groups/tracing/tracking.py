@@ -49,6 +49,10 @@ from tpvprune.passes.operations import (
     function_name,
 )
 
+_REMEDIES = {
+    "multi_head_attention_forward": ": prune what tpvprune.unfuse_attention(model) returns",
+}
+
 
 class Tracker(TorchFunctionMode):
     """Torch-function mode that labels tensors with the atoms they depend on.
@@ -231,7 +235,8 @@ class Tracker(TorchFunctionMode):
             self._mix(args, kwargs, default=None)
             self._reduce(args, kwargs, out)
         elif name not in NEW and not name.startswith("_"):
-            self.pin(tensors, f"passes through {name}, which is not followed")
+            remedy = _REMEDIES.get(name, "")
+            self.pin(tensors, f"passes through {name}, which is not followed{remedy}")
 
     def _product(self, name: str, args: Any, out: Tensor) -> None:
         if name == "einsum":

@@ -1,0 +1,169 @@
+"""``nn.MultiheadAttention`` taken apart into linear layers, whose heads can be removed one by one.
+
+The fused module keeps query, key and value in one weight [3 * E, E] and computes the width of a
+head from E: without a head it cannot run. :func:`unfuse_attention` puts an equal module of four
+linear layers in its place; the rest of the toolkit then knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class UnfusedAttention(nn.MultiheadAttention):
+    """Multi-head attention of four linear layers; it is called as ``nn.MultiheadAttention`` is.
+
+    A subclass, because models ask for the type. Of a module with fewer heads ``head_dim`` stays,
+    and with it the scale of the products.
+
+    Args:
+        fused: What it takes the place of; its weights are copied.
+    """
+
+    def __init__(self, fused: nn.MultiheadAttention) -> None:
+        nn.Module.__init__(self)  # no fused weights
+        self.head_dim, self.batch_first = fused.head_dim, fused.batch_first
+        self.dropout = fused.dropout
+        if fused.in_proj_weight is not None:
+            weights = fused.in_proj_weight.chunk(3)
+        else:
+            weights = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
+        bias = fused.in_proj_bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        self.q, self.k, self.v = map(_linear, weights, biases)
+        self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)  # type: ignore[assignment]
+        self.train(fused.training)
+
+    # What nn.TransformerEncoderLayer asks before it takes a path that reads the fused weights.
+    _qkv_same_embed_dim = False
+    in_proj_bias = None  # type: ignore[assignment]
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads there are, of a pruned module those that stay."""
+        return len(self.q.weight) // self.head_dim
+
+    def forward(  # noqa: PLR0917  (called by place, as the fused module is)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and shapes are those of ``nn.MultiheadAttention``.
+
+        Args:
+            query: [B, L, E] (``batch_first``), [L, B, E], or [L, E] of one sample.
+            key: Likewise, S in the place of L.
+            value: Likewise.
+            key_padding_mask: Which keys [B, S] are left out, or what is added to their products.
+            need_weights: Return the attention, too.
+            attn_mask: Which pairs [L, S] or [B * heads, L, S] are left out, or what is added.
+            average_attn_weights: Over the heads.
+            is_causal: Of ``attn_mask``, which is passed anyway: ignored.
+
+        Returns:
+            Output of the shape of ``query``; attention [B, L, S] or [B, heads, L, S], or None.
+        """
+        alone = query.ndim == 2
+        dim = 0 if alone or self.batch_first else 1
+        if alone:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        # The channels stay in the last dimension until heads are formed.
+        q, k, v = (
+            layer(t).unflatten(-1, (-1, self.head_dim)).movedim(dim, 0).transpose(1, 2)
+            for layer, t in zip((self.q, self.k, self.v), (query, key, value), strict=True)
+        )
+        mask = _joined(attn_mask, key_padding_mask, len(q), q)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            products = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+            weights = (products if mask is None else products + mask).softmax(-1)
+            weights = F.dropout(weights, dropout)
+            heads = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = self.out_proj(heads.transpose(1, 2).flatten(2)).movedim(0, dim)
+        if alone:
+            return out[0], None if weights is None else weights[0]
+        return out, weights
+
+
+def unfuse_attention(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with linear layers in the place of fused attention modules.
+
+    The copy computes the same. ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer`` and what
+    is made of them can then be pruned: heads, widths of heads, and the stream.
+
+    Args:
+        model: Any module; untouched.
+
+    Returns:
+        The copy. Modules with ``add_bias_kv`` or ``add_zero_attn`` stay as they are, as do
+        subclasses, which may compute something else.
+    """
+    copied = copy.deepcopy(model)
+    if _can_be_unfused(copied):
+        return UnfusedAttention(copied)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if _can_be_unfused(child):
+                setattr(module, name, UnfusedAttention(child))
+    return copied
+
+
+def fused_attention(model: nn.Module) -> list[str]:
+    """Return the names of the modules that :func:`unfuse_attention` would replace.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Qualified names.
+    """
+    return [name for name, module in model.named_modules() if _can_be_unfused(module)]
+
+
+def _can_be_unfused(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    if type(module) is not nn.MultiheadAttention:
+        return False
+    return module.bias_k is None and not module.add_zero_attn
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out, inputs = weight.shape
+    layer = nn.Linear(inputs, out, bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return layer
+
+
+def _joined(pairs: Tensor | None, keys: Tensor | None, num: int, like: Tensor) -> Tensor | None:
+    """Return what is added to the products, of a shape that [B, heads, L, S] is made of."""
+    found = []
+    if pairs is not None:
+        split = pairs.ndim == 3
+        found.append(_added(pairs.unflatten(0, (num, -1)) if split else pairs, like))
+    if keys is not None:
+        found.append(_added(keys.reshape(num, 1, 1, -1), like))
+    return sum(found[1:], start=found[0]) if found else None
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask of what is left out, or of what is added, as the latter."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
