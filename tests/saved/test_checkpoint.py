@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -356,3 +357,19 @@ def test_weights_that_do_not_fit_are_refused(saved, name):
     rewrite(saved, change)
     with pytest.raises(ValueError, match=message):
         load_pruned(saved)
+
+
+def test_a_list_of_widths_is_saved_as_a_list(tmp_path):
+    """timm's MixedConv2d keeps how many channels each kernel gets in a list."""
+    torch.manual_seed(0)
+    mixed = timm.layers.MixedConv2d(12, 16, [3, 5], depthwise=False)
+    dense = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), mixed, nn.Flatten(), nn.Linear(1024, 4))
+    groups = find_groups(dense.eval(), torch.randn(2, 3, 8, 8))
+    kept = {g.name: torch.arange(g.num_channels) % 2 == 0 for g in groups}
+    kept["0"] = torch.arange(12) != 1
+    pruned = remove_channels(dense, groups, kept)
+    assert isinstance(pruned[2].splits, list) and sum(pruned[2].splits) == 11
+    loaded = load_pruned(save_pruned(pruned, tmp_path / "out", dense=dense), model=dense)
+    assert loaded[2].splits == pruned[2].splits
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(x), pruned(x))

@@ -22,7 +22,7 @@ from tpvprune.groups.tracing.sizes import set_attribute, solve
 from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
 
 Attributes = dict[str, dict[str, Any]]
-"""Module path -> plain attributes (ints, floats, tuples of ints) and their values."""
+"""Module path -> plain attributes (ints, floats, tuples and lists of ints) and their values."""
 
 
 def remove_channels(
@@ -192,7 +192,8 @@ def shrink_to(
         module = model.get_submodule(path)
         for key, value in values.items():
             present = vars(module).get(key)
-            new_value = type(present)(value) if isinstance(present, tuple) else value
+            is_row = isinstance(present, tuple | list) and isinstance(value, tuple | list)
+            new_value = type(present)(value) if is_row else value
             if present is None or type(present) is not type(new_value):
                 raise ValueError(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."

@@ -101,7 +101,7 @@ def _check_attribute(name: str, dense: Any, saved: Any) -> None:
         fits = type(saved) in (int, float) and math.isfinite(saved)
     elif type(dense) is int:
         fits = type(saved) is int and 0 <= saved <= dense
-    elif isinstance(dense, tuple) and all(type(part) is int for part in dense):
+    elif isinstance(dense, tuple | list) and all(type(part) is int for part in dense):
         fits = (
             is_sizes(saved)
             and len(saved) == len(dense)
@@ -110,7 +110,7 @@ def _check_attribute(name: str, dense: Any, saved: Any) -> None:
     else:
         fits = False
     if not fits:
-        known = dense if isinstance(dense, (int, float, tuple)) else "no number"
+        known = dense if isinstance(dense, (int, float, tuple, list)) else "no number"
         raise ValueError(
             f"attributes: expected {name:.120} to be of the kind of {known!r:.40} and not above "
             f"it, found {saved!r:.40}"
