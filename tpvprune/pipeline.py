@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tpvprune.disk.digest import digest_of
 from tpvprune.groups import (
     ChannelGroups,
     Kept,
@@ -179,7 +180,7 @@ def prune(
         batch = example.repeat_interleave(latency_batch_size, 0)
         budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
     _check_rounding(limits, groups)
-    _check_ranking(ranking, by, groups)
+    _check_ranking(ranking, by, model, groups)
     run = _Run(
         model, groups, fit, held, batch, budget, _rounded(limits, budget), replace(by, of=budget),
         repair, keep, steps, _images_for_factors(repair_factors, by, groups, fit), clock,
@@ -498,7 +499,9 @@ def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
         )
 
 
-def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -> None:
+def _check_ranking(
+    ranking: Ranking | None, by: RankBy, model: nn.Module, groups: ChannelGroups
+) -> None:
     if ranking is None:
         return
     if ranking.allocation != by.how:
@@ -517,6 +520,11 @@ def _check_ranking(ranking: Ranking | None, by: RankBy, groups: ChannelGroups) -
         raise ValueError(
             f"ranking: expected one of the groups of this model, found {len(found)} others: leave "
             "it out, and channels are ranked anew"
+        )
+    if ranking.of != digest_of(model).hex():
+        raise ValueError(
+            "ranking: expected one of these weights, found one of others: leave it out, and "
+            "channels are ranked anew"
         )
 
 

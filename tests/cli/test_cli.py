@@ -12,7 +12,7 @@ import timm
 import torch
 from image_cases import as_tar, spoil, write_classes, write_images
 
-from tpvprune.cli import commands, session_images
+from tpvprune.cli import commands, pruning, session_images
 from tpvprune.cli.entry import main
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
@@ -237,7 +237,7 @@ class TestBadInput:
         def work(*_, **__):
             raise AssertionError("work has started")
 
-        monkeypatch.setattr(commands, "open_subject", work)
+        monkeypatch.setattr(pruning, "open_subject", work)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "note.txt").write_text("mine")
         (tmp_path / "file").write_text("mine")
@@ -359,7 +359,7 @@ class TestOtherCommands:
         assert statistics.median(ratios) <= 0.5
 
     def test_prune_takes_as_many_images_as_the_scores_need(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr(commands, "_FEWEST", 30)
+        monkeypatch.setattr(pruning, "_FEWEST", 30)
         code, out, _ = run(*flags(tmp_path / "out", "--num-images", "auto", "--amp", "--json"))
         assert code == 0
         assert json.loads(out)["images"]["num_images"] == 40  # all there are, still too few

@@ -12,7 +12,7 @@ import timm
 import torch
 from image_cases import write_classes, write_images
 
-from tpvprune.cli import benchmark, commands, planning
+from tpvprune.cli import benchmark, planning, pruning
 from tpvprune.cli import entry as cli
 from tpvprune.cli.entry import main
 from tpvprune.disk.digest import file_digest
@@ -101,7 +101,7 @@ def test_interruption_says_what_became_of_the_output(run, monkeypatch, tmp_path)
         raise KeyboardInterrupt
 
     for command, home, words in (
-        ("prune", commands, "output is untouched; the same command goes on"),
+        ("prune", pruning, "output is untouched; the same command goes on"),
         ("benchmark", benchmark, "the same command"),
     ):
         monkeypatch.setattr(home, f"run_{command}", interrupt)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tpvprune.cli import single_weights, training
 from tpvprune.cli.console import (
     bar,
     blocked_lines,
@@ -19,24 +14,19 @@ from tpvprune.cli.console import (
     say,
     short,
     show_evaluated,
-    show_pruned,
-    stages,
     table,
 )
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import (
     outputs_of,
     probing_options,
-    pruning_options,
-    ranking_options,
 )
-from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.cli.session import ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
     calibration,
     choose,
     has_labels,
-    images_to_prune_with,
     open_data,
     scored_until_known,
 )
@@ -44,90 +34,18 @@ from tpvprune.cli.session_results import (
     blocked_facts,
     image_facts,
     latencies,
-    pruned_document,
-    saved_with,
     write_json,
 )
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import in_memory
-from tpvprune.images.sources import ImageSource
-from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_nonzero_params
 from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
-from tpvprune.pipeline import PruningResult, prune
 from tpvprune.processes.shares import by_first
-from tpvprune.reports.report import report_data
-from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
-from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
 
 Outcome = tuple[int, dict[str, Any]]
-_FEWEST = 512  # images for a repair, where the scores would do with less
-
-
-def run_prune(args: argparse.Namespace) -> Outcome:
-    """Prune, save, measure, and show what it cost."""
-    if single_weights.asked_for(args):
-        return single_weights.run(args)
-    used_labels = is_labelled(args.criterion)
-    training.recipe_of(args)
-    subject = open_subject(args)
-    layers = ignored(args, subject)
-    if args.granularity == "head":
-        layers += single_weights.all_but_heads(subject, layers)
-    images = open_data(args, labelled=used_labels)
-    if args.num_images == AUTO:
-        groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
-        scored = scored_until_known(args, subject, images, groups)
-        args.num_images = max(_FEWEST, scored.num_samples)
-    distilling = args.repair == "distill"
-    clock = Clock(None)
-    with clock("reading images"):
-        batches, labelled, eval_images = images_to_prune_with(
-            args,
-            subject,
-            images,
-            labelled=used_labels,
-            apart=training.num_held_back(images) if distilling else 0,
-        )
-    state = training.state_file(args.output, "unfinished-pruning")
-    with stages() as progress, _only_for_stops(state):
-        result = prune(
-            subject.model,
-            unlabeled(batches, device=subject.device),
-            **pruning_options(args),
-            **ranking_options(args, batches, ignore=layers),
-            state=state,
-            progress=progress,
-        )
-    _say_unrounded(args, result)
-    if distilling:
-        with clock("training"):
-            result = _distilled(args, subject, images, result)
-    document, seen = pruned_document(
-        args,
-        subject,
-        result,
-        images=images,
-        batches=batches,
-        eval_images=eval_images,
-        labelled=labelled,
-        clock=clock,
-    )
-    by_first(
-        save_pruned,
-        result,
-        args.output,
-        **saved_with(args, subject),
-        report={**report_data(result), **document, **seen},
-    )
-    for unfinished in (training.state_file(args.output), state):
-        by_first(unfinished.unlink, missing_ok=True)
-    show_pruned(document)
-    return (0 if result.report["reached"] else 3), document
 
 
 def run_score(args: argparse.Namespace) -> Outcome:
@@ -254,46 +172,3 @@ def run_demo(args: argparse.Namespace) -> Outcome:
     demo = importlib.import_module("tpvprune.cli.demo")
     outcome: Outcome = demo.main_demo(args)
     return outcome
-
-
-@contextlib.contextmanager
-def _only_for_stops(state: Path) -> Iterator[None]:
-    """Let the state of an unfinished run outlast a stop, but no error: that would come again."""
-    try:
-        yield
-    except Exception:
-        state.unlink(missing_ok=True)
-        raise
-
-
-def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
-    narrow = [
-        g.name
-        for g in result.groups
-        if g.unit == "channel" and g.num_channels > 1 and Limits(args.round_to).step(g) == 1
-    ]
-    if args.round_to > 1 and narrow:
-        say(
-            f"note: --round-to {args.round_to} leaves {len(narrow)} groups of at most "
-            f"{args.round_to} channels unrounded (first: {narrow[0]})"
-        )
-
-
-def _distilled(
-    args: argparse.Namespace, subject: Subject, images: ImageSource, result: PruningResult
-) -> PruningResult:
-    """Return the result with its model trained on all images of the source."""
-    small = dataclasses.replace(subject, model=result.model)
-    done = training.trained(args, small, subject.model, images, num_images=None)
-    verdict = done.verdict("distill")
-    # What was said of the cut stays true, but for how good its outcome is.
-    earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
-    report = {
-        **result.report,
-        **verdict,
-        "repair": "distill",
-        "repair_chosen": None,
-        "training": done.facts,
-        "warnings": [*verdict["warnings"], *earlier],
-    }
-    return dataclasses.replace(result, model=done.model, report=report)

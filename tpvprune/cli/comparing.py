@@ -28,10 +28,9 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         (name, _report(folder))
         for name, folder in zip(_names(args.folders), args.folders, strict=True)
     ]
-    _show(runs)
+    show_runs(runs)
     if args.output is not None:
-        with written_file(args.output) as unfinished:
-            unfinished.write_text(render_comparison(runs), encoding="utf-8")
+        write_page(runs, args.output)
         say(f"saved: {args.output}")
     kept = ("model", "dense", "pruned", "criterion", "repair", "used_labels", "keep", "of", "seed")
     document = {
@@ -48,6 +47,12 @@ def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "output": None if args.output is None else str(args.output),
     }
     return 0, document
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Write the HTML page that compares them."""
+    with written_file(path) as unfinished:
+        unfinished.write_text(render_comparison(runs), encoding="utf-8")
 
 
 def _report(folder: str) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def _names(folders: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else names
 
 
-def _show(runs: Sequence[Run]) -> None:
+def show_runs(runs: Sequence[Run]) -> None:
+    """Tabulate them."""
     found = figures_of_all(runs)
     heads = {
         "macs": "MACs",

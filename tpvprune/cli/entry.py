@@ -31,6 +31,7 @@ _HOMES = {
     "distill": "training",
     "export": "exporting",
     "finetune": "training",
+    "prune": "pruning",
 }
 
 _UNTOUCHED = ": nothing was written"
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         args = build_parser().parse_args(argv)
         command = args.command
+        if "keeps" in args:
+            args.keep = min(args.keeps)  # what a plan goes by
         args.command_line = shlex.join(["tpvprune", *argv])
         _ask_for_large_pages(args)
         # Nothing but the JSON document may reach stdout, whatever a library prints.

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from tpvprune.cli import sizes
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.disk.atomic import check_folder
 from tpvprune.disk.path_checks import (
@@ -13,6 +14,7 @@ from tpvprune.disk.path_checks import (
     check_file,
     check_images,
     check_list,
+    check_ranking,
     check_run,
     check_saved,
     check_writable,
@@ -95,10 +97,27 @@ def _check_runs(folders: Sequence[str]) -> None:
 
 def _check_output(args: argparse.Namespace) -> None:
     output = getattr(args, "output", None)
-    if args.command in _WRITE_A_MODEL:
+    if args.command == "prune":
+        _check_sizes(args)
+    elif args.command in _WRITE_A_MODEL:
         check_writable(check_folder(args.output, overwrite=args.overwrite))
     elif args.command in _WRITE_A_FILE and output is not None:
         check_file(output, overwrite=args.overwrite)
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    if len(set(args.keeps)) < len(args.keeps):
+        raise ValueError("--keep: expected different sizes, found one twice: leave it out")
+    if len(args.keeps) > 1 and args.granularity not in {"channel", "head"}:
+        raise ValueError(
+            f"--keep: expected one size with --granularity {args.granularity}, found "
+            f"{len(args.keeps)}: run them one by one"
+        )
+    for folder in sizes.folders(args).values():
+        if not sizes.is_done(args, folder):
+            check_writable(check_folder(folder, overwrite=args.overwrite))
+    if args.ranking is not None:
+        check_ranking(args.ranking)
 
 
 def _check_subject(args: argparse.Namespace) -> None:

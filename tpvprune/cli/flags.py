@@ -124,7 +124,19 @@ def _add_prune(sub: Parser) -> None:
         "weight (single ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
     )
     how.add_argument(
-        "--keep", type=fraction, default=0.5, metavar="X", help="fraction that stays, 0 to 1 (0.5)"
+        "--keep",
+        dest="keeps",
+        type=fraction,
+        nargs="+",
+        default=[0.5],
+        metavar="X",
+        help="fraction that stays, 0 to 1 (0.5); of several each gets a folder in OUT, from one "
+        "ranking, and a page compares them",
+    )
+    how.add_argument(
+        "--ranking",
+        metavar="OUT",
+        help="folder of an earlier run on the same weights: its ranking serves this budget, too",
     )
     how.add_argument(
         "--of",

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_OWN_FILES = frozenset({"config.json", "model.safetensors", "report.json", "report.html"})
+_OWN_FILES = frozenset(
+    {"config.json", "model.safetensors", "ranking.safetensors", "report.json", "report.html"}
+)
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.
 _REFUSALS = (OSError, SafetensorError)

@@ -29,8 +29,11 @@ def digest_of(*parts: Any) -> bytes:
             continue
         for name, value in entries.items():
             digest.update(str(name).encode())
+            if not isinstance(value, Tensor):  # what a module adds to its state by itself
+                digest.update(repr(value).encode())
+                continue
             plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(plain.numpy())
+            digest.update(plain.numpy().data)
     return digest.digest()
 
 

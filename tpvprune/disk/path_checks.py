@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+RANKING_FILE = "ranking.safetensors"
+
 
 def check_checkpoint(path: str | Path) -> None:
     """Check that a checkpoint is there.
@@ -74,6 +76,18 @@ def check_run(folder: str | Path) -> None:
         ValueError: If it has no ``report.json``.
     """
     _check_holds(folder, "report.json", "run")
+
+
+def check_ranking(folder: str | Path) -> None:
+    """Check that a folder may hold a ranking.
+
+    Args:
+        folder: On this machine.
+
+    Raises:
+        ValueError: If it has no ``ranking.safetensors``.
+    """
+    _check_holds(folder, RANKING_FILE, "run of `prune`")
 
 
 def _check_holds(folder: str | Path, name: str, what: str) -> None:

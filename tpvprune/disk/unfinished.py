@@ -31,11 +31,7 @@ def save_state(
         optimizer: Its buffers go to tensors, its numbers to JSON.
         facts: Plain JSON values: epoch, settings.
     """
-    tensors = {
-        f"{name}:{key}": value
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
-    }
+    tensors = by_part({name: module.state_dict() for name, module in modules.items()})
     numbers: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()
     for index, entries in state["state"].items():
@@ -63,6 +59,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     }
     with written_file(path) as unfinished:
         save_file(copies, unfinished, metadata={_HEADER: json.dumps(facts)})
+
+
+def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name tensors as :func:`read_tensors` finds them.
+
+    Args:
+        parts: Part -> name -> tensor; no part has a colon in it.
+
+    Returns:
+        "part:name" -> tensor.
+    """
+    return {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
 def read_facts(path: Path) -> dict[str, Any]:

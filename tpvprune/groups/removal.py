@@ -192,8 +192,7 @@ def shrink_to(
         module = model.get_submodule(path)
         for key, value in values.items():
             present = vars(module).get(key)
-            is_row = isinstance(present, tuple | list) and isinstance(value, tuple | list)
-            new_value = type(present)(value) if is_row else value
+            new_value = tuple(value) if isinstance(present, tuple) else value
             if present is None or type(present) is not type(new_value):
                 raise ValueError(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import check_folder, written_folder
-from tpvprune.disk.path_checks import check_saved
+from tpvprune.disk.path_checks import RANKING_FILE, check_saved
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder
@@ -65,8 +65,9 @@ def save_pruned(
 ) -> Path:
     """Write a pruned model to a folder that ``load_pruned`` rebuilds bit for bit.
 
-    The folder gets ``model.safetensors`` and ``config.json``, with a report also
-    ``report.json`` and ``report.html``. It is written beside its place, read back and
+    The folder gets ``model.safetensors`` and ``config.json``, of a result also
+    ``ranking.safetensors`` (:meth:`tpvprune.Ranking.load`), with a report ``report.json`` and
+    ``report.html``. It is written beside its place, read back and
     compared, then renamed: a crash leaves the old folder or the new one, never half.
     A ValueError tells if the folder cannot be written or replaced, the dense model is not
     known, a value is not plain JSON, or the model would not load back as it is.
@@ -133,6 +134,9 @@ def save_pruned(
         weights.chmod((unfinished / "config.json").stat().st_mode)
         if masks is not None:
             save_masks(masks, unfinished / MASK_FILE)
+        ranking = None if is_model else getattr(result_or_model, "ranking", None)
+        if ranking is not None:
+            ranking.save(unfinished / RANKING_FILE)
         if report is not None:
             write_report(dict(report), unfinished)
         _check_same(pruned, load_pruned(unfinished, model=None if name else skeleton))

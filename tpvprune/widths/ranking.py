@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
+from tpvprune.disk.digest import digest_of
+from tpvprune.disk.path_checks import RANKING_FILE
+from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_tensors
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import Budget, reaches
 from tpvprune.passes.clock import Clock, Counted
@@ -22,6 +27,7 @@ from tpvprune.widths.narrowest import narrowest
 from tpvprune.widths.selection import greedy, ranked_by_scores
 
 Allocation = Literal["curves", "rank", "plain"]
+PARTS = ("scores", "stderr", "order", "variance")
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,96 @@ class Ranking:
         curves: Group name -> the order in which its channels leave, and the damage on the way.
         scores: What each channel is worth by itself.
         allocation: How widths follow: see :func:`tpvprune.prune`.
+        of: Fingerprint of the weights that were ranked, hexadecimal.
     """
 
     curves: Mapping[str, Curve]
     scores: Scores
     allocation: Allocation
+    of: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the ranking as one safetensors file.
+
+        Args:
+            path: The file; ValueError tells if the system refuses to write it.
+        """
+        parts, facts = self.to_parts()
+        save_tensors(Path(path), by_part(parts), facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ranking:
+        """Read what :meth:`save` wrote; no pickle is read.
+
+        Args:
+            path: The file, or the folder of a saved pruned model.
+
+        Returns:
+            The ranking.
+
+        Raises:
+            ValueError: If there is none, or the file is damaged.
+        """
+        path = Path(path)
+        path = path / RANKING_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a ranking that tpvprune saved, found no such file")
+        try:
+            facts = read_facts(path)
+            return cls.from_parts(read_tensors(path, PARTS), facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected a ranking that tpvprune saved, found damage or another file "
+                f"({type(error).__name__})"
+            ) from error
+
+    def to_parts(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """Return tensors by :data:`PARTS` and group, and what else there is as plain data."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "scores": self.scores,
+            "stderr": self.scores.stderr or {},
+            "order": {name: curve.order for name, curve in self.curves.items()},
+            "variance": {name: curve.variance for name, curve in self.curves.items()},
+        }
+        return parts, {
+            "allocation": self.allocation,
+            "of": self.of,
+            "criterion": self.scores.criterion,
+            "num_samples": self.scores.num_samples,
+            "used_labels": self.scores.used_labels,
+        }
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+    ) -> Ranking:
+        """Return the ranking that :meth:`to_parts` took apart.
+
+        Args:
+            parts: Tensors by part and group.
+            facts: What else there is.
+
+        Returns:
+            The ranking.
+
+        Raises:
+            ValueError: If the parts do not belong together.
+        """
+        stderr = parts["stderr"]
+        curves = {
+            name: Curve(order, parts["variance"][name], parts["scores"][name], stderr.get(name))
+            for name, order in parts["order"].items()
+        }
+        for name, curve in curves.items():
+            if not torch.equal(curve.order.sort().values, torch.arange(len(curve.variance))):
+                raise ValueError(f"{name}: expected an order of its channels")
+        if facts["allocation"] not in get_args(Allocation):
+            raise ValueError(f"allocation: found {facts['allocation']!r}")
+        scores = Scores(
+            parts["scores"], stderr or None, facts["num_samples"], facts["criterion"],
+            used_labels=facts["used_labels"],
+        )  # fmt: skip
+        return cls(curves, scores, facts["allocation"], facts["of"])
 
     def choose(self, groups: ChannelGroups, *, keep: float, of: Budget, limits: Limits) -> Kept:
         """Return what stays under a budget; the smallest selection there is if none fits.
@@ -135,6 +226,7 @@ class RankBy:
         Returns:
             The ranking.
         """
+        weights = digest_of(model).hex()
         with clock("ranking"):
             if self.how == "curves":
                 curves = variance_curves(
@@ -142,11 +234,11 @@ class RankBy:
                     stand_in=self.stand_in, of=self.of, progress=clock.progress,
                     **vars(self.probing),
                 )  # fmt: skip
-                return Ranking(curves, _alone(curves, batches), self.how)
+                return Ranking(curves, _alone(curves, batches), self.how, weights)
             scores = self._scored(model, groups, Counted(batches, "scoring", clock.progress))
             per_cost = self.how == "rank"
             curves = ranked_by_scores(groups, scores, of=self.of, per_cost=per_cost)
-            return Ranking(curves, scores, self.how)
+            return Ranking(curves, scores, self.how, weights)
 
     def _scored(self, model: nn.Module, groups: ChannelGroups, batches: Counted) -> Scores:
         score = scorer(self.criterion) if isinstance(self.criterion, str) else self.criterion

@@ -7,19 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tpvprune.disk.digest import digest_of
-from tpvprune.disk.unfinished import read_facts, read_tensors, save_tensors
+from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_tensors
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.processes.membership import num_processes
-from tpvprune.scores.curves import Curve
-from tpvprune.scores.tpv import Scores
 from tpvprune.widths.latency import Speed
-from tpvprune.widths.ranking import Ranking
+from tpvprune.widths.ranking import PARTS, Ranking
 
-_PARTS = ("model", "kept", "scores", "stderr", "order", "variance")
+_PARTS = ("model", "kept", *PARTS)
 
 
 @dataclass
@@ -74,32 +72,19 @@ class Record:
         kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
         pruned = remove_channels(model, groups, kept)
         pruned.load_state_dict(parts["model"])
-        num_samples, criterion, used_labels, has_errors, allocation = facts["scores"]
-        stderr = parts["stderr"] if has_errors else None
-        scores = Scores(parts["scores"], stderr, num_samples, criterion, used_labels=used_labels)
-        curves = {
-            n: Curve(order, parts["variance"][n], scores[n], (stderr or {}).get(n))
-            for n, order in parts["order"].items()
-        }
+        ranking = Ranking.from_parts(parts, facts["ranking"])
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
-            pruned, kept, facts["chosen"], Ranking(curves, scores, allocation), facts["factors"],
-            facts["history"], speed, facts["seconds"], facts["predicted"],
+            pruned, kept, facts["chosen"], ranking, facts["factors"], facts["history"], speed,
+            facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
         """Write where the run stands, in the place of what was there."""
         if self.path is None or rounds.ranking is None:
             return
-        scores, curves = rounds.ranking.scores, rounds.ranking.curves
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "model": rounds.model.state_dict(),
-            "kept": rounds.kept,
-            "scores": scores,
-            "stderr": scores.stderr or {},
-            "order": {name: curve.order for name, curve in curves.items()},
-            "variance": {name: curve.variance for name, curve in curves.items()},
-        }
+        ranked, ranking = rounds.ranking.to_parts()
+        parts = {"model": rounds.model.state_dict(), "kept": rounds.kept, **ranked}
         facts = {
             "key": self.key,
             "chosen": rounds.chosen,
@@ -108,12 +93,6 @@ class Record:
             "speed": None if rounds.speed is None else asdict(rounds.speed),
             "seconds": rounds.seconds,
             "predicted": rounds.predicted,
-            "scores": [
-                scores.num_samples, scores.criterion, scores.used_labels, bool(scores.stderr),
-                rounds.ranking.allocation,
-            ],
-        }  # fmt: skip
-        tensors = {
-            f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()
+            "ranking": ranking,
         }
-        save_tensors(self.path, tensors, facts)
+        save_tensors(self.path, by_part(parts), facts)

@@ -1,0 +1,200 @@
+"""`prune`: one size, or several from one ranking."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tpvprune.cli import single_weights, sizes, training
+from tpvprune.cli.comparing import show_runs, write_page
+from tpvprune.cli.console import say, show_pruned, stages
+from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.pruning_options import pruning_options, ranking_options
+from tpvprune.cli.session import Subject, ignored, open_subject
+from tpvprune.cli.session_images import (
+    EvalImages,
+    images_to_prune_with,
+    open_data,
+    scored_until_known,
+)
+from tpvprune.cli.session_results import pruned_document, saved_with
+from tpvprune.groups import find_groups
+from tpvprune.images.sources import ImageSource
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.clock import Clock
+from tpvprune.pipeline import PruningResult, prune
+from tpvprune.processes.shares import by_first
+from tpvprune.reports.report import read_report, report_data
+from tpvprune.saved.checkpoint import save_pruned
+from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.ranking import Ranking
+
+Outcome = tuple[int, dict[str, Any]]
+_FEWEST = 512  # images for a repair, where the scores would do with less
+
+
+def run_prune(args: argparse.Namespace) -> Outcome:
+    """Prune, save, measure, and show what it cost."""
+    if single_weights.asked_for(args):
+        return single_weights.run(args)
+    training.recipe_of(args)
+    folders = sizes.folders(args)
+    done = [folder for folder in folders.values() if sizes.is_done(args, folder)]
+    left = {keep: folder for keep, folder in folders.items() if folder not in done}
+    ranked = args.ranking or next(iter(done), None)
+    ranking = None if ranked is None else Ranking.load(ranked)
+    codes: list[int] = []
+    if left:
+        opened = _Opened.by(args)
+        for keep, folder in left.items():
+            if len(folders) > 1:
+                say(f"keep {keep:g}: {len(done) + len(codes) + 1} of {len(folders)}")
+                by_first(folder.parent.mkdir, parents=True, exist_ok=True)
+            ranking, code, document = _pruned(sizes.of_one(args, keep, folder), opened, ranking)
+            codes.append(code)
+    if len(folders) == 1:
+        return codes[0], document
+    return _compared(args, folders, len(done))
+
+
+def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: int) -> Outcome:
+    """Return and show all sizes side by side."""
+    if num_done:
+        say(f"note: {num_done} of {len(folders)} sizes were there already, of the same command")
+    runs = [(folder.name, read_report(folder)) for folder in folders.values()]
+    show_runs(runs)
+    page = Path(args.output) / sizes.COMPARISON
+    by_first(write_page, runs, page)
+    say(f"saved: {page}")
+    reached = all(report.get("reached") for _, report in runs)
+    document = {"runs": [report for _, report in runs], "output": str(args.output)}
+    return (0 if reached else 3), document
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """What all sizes share: the model, and the images to prune and to measure with."""
+
+    subject: Subject
+    layers: tuple[str, ...]
+    images: ImageSource
+    batches: Any
+    labelled: Any
+    eval_images: EvalImages
+    seconds: dict[str, float]
+
+    @classmethod
+    def by(cls, args: argparse.Namespace) -> _Opened:
+        used_labels = is_labelled(args.criterion)
+        subject = open_subject(args)
+        layers = ignored(args, subject)
+        if args.granularity == "head":
+            layers += single_weights.all_but_heads(subject, layers)
+        images = open_data(args, labelled=used_labels)
+        if args.num_images == AUTO:
+            groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
+            scored = scored_until_known(args, subject, images, groups)
+            args.num_images = max(_FEWEST, scored.num_samples)
+        clock = Clock(None)
+        with clock("reading images"):
+            batches, labelled, eval_images = images_to_prune_with(
+                args,
+                subject,
+                images,
+                labelled=used_labels,
+                apart=training.num_held_back(images) if args.repair == "distill" else 0,
+            )
+        return cls(subject, layers, images, batches, labelled, eval_images, clock.seconds)
+
+
+def _pruned(
+    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None
+) -> tuple[Ranking, int, dict[str, Any]]:
+    """Prune to one size and save it; return the ranking, which serves others, too."""
+    subject, batches = opened.subject, opened.batches
+    clock = Clock(None)
+    clock.seconds = dict(opened.seconds)
+    state = training.state_file(args.output, "unfinished-pruning")
+    with stages() as progress, _only_for_stops(state):
+        result = prune(
+            subject.model,
+            unlabeled(batches, device=subject.device),
+            **pruning_options(args),
+            **ranking_options(args, batches, ignore=opened.layers),
+            ranking=ranking,
+            state=state,
+            progress=progress,
+        )
+    _say_unrounded(args, result)
+    if args.repair == "distill":
+        with clock("training"):
+            result = _distilled(args, subject, opened.images, result)
+    document, seen = pruned_document(
+        args,
+        subject,
+        result,
+        images=opened.images,
+        batches=batches,
+        eval_images=opened.eval_images,
+        labelled=opened.labelled,
+        clock=clock,
+    )
+    by_first(
+        save_pruned,
+        result,
+        args.output,
+        **saved_with(args, subject),
+        report={**report_data(result), **document, **seen},
+    )
+    for unfinished in (training.state_file(args.output), state):
+        by_first(unfinished.unlink, missing_ok=True)
+    show_pruned(document)
+    return result.ranking, (0 if result.report["reached"] else 3), document
+
+
+@contextlib.contextmanager
+def _only_for_stops(state: Path) -> Iterator[None]:
+    """Let the state of an unfinished run outlast a stop, but no error: that would come again."""
+    try:
+        yield
+    except Exception:
+        state.unlink(missing_ok=True)
+        raise
+
+
+def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
+    narrow = [
+        g.name
+        for g in result.groups
+        if g.unit == "channel" and g.num_channels > 1 and Limits(args.round_to).step(g) == 1
+    ]
+    if args.round_to > 1 and narrow:
+        say(
+            f"note: --round-to {args.round_to} leaves {len(narrow)} groups of at most "
+            f"{args.round_to} channels unrounded (first: {narrow[0]})"
+        )
+
+
+def _distilled(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, result: PruningResult
+) -> PruningResult:
+    """Return the result with its model trained on all images of the source."""
+    small = dataclasses.replace(subject, model=result.model)
+    done = training.trained(args, small, subject.model, images, num_images=None)
+    verdict = done.verdict("distill")
+    # What was said of the cut stays true, but for how good its outcome is.
+    earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
+    report = {
+        **result.report,
+        **verdict,
+        "repair": "distill",
+        "repair_chosen": None,
+        "training": done.facts,
+        "warnings": [*verdict["warnings"], *earlier],
+    }
+    return dataclasses.replace(result, model=done.model, report=report)

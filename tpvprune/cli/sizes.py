@@ -1,0 +1,33 @@
+"""Several sizes of one command: a folder for each, and which of them an earlier run has left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+COMPARISON = "comparison.html"
+
+
+def folders(args: argparse.Namespace) -> dict[float, Path]:
+    """Return where each size goes: the output itself if there is one, else folders inside of it."""
+    output = Path(args.output)
+    if len(args.keeps) == 1:
+        return {args.keeps[0]: output}
+    return {keep: output / f"keep-{keep:g}" for keep in args.keeps}
+
+
+def is_done(args: argparse.Namespace, folder: Path) -> bool:
+    """Tell whether a run of the same command line has left this size."""
+    if args.overwrite or len(args.keeps) == 1 or not (folder / "report.json").is_file():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["provenance"]["command"] == args.command_line)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # which is then in the way, and said to be
+
+
+def of_one(args: argparse.Namespace, keep: float, folder: Path) -> argparse.Namespace:
+    """Return the flags of one size."""
+    return argparse.Namespace(**{**vars(args), "keep": keep, "output": folder})
