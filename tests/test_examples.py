@@ -58,6 +58,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert {path.name for path in Path("smaller").iterdir()} == {
         "model.safetensors",
         "config.json",
+        "ranking.safetensors",
         "report.html",
         "report.json",
     }
