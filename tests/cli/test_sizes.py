@@ -102,6 +102,7 @@ def test_the_ranking_of_an_earlier_run_serves_another_budget(run, tmp_path, rank
     ("extra", "message"),
     [
         (["--keep", "0.5", "0.5"], "--keep: expected different sizes, found one twice"),
+        (["--keep", "0.5", "0.50000001"], "--keep: expected different sizes, found one twice"),
         (["--keep", "0.7", "0.5", "--granularity", "weight"], "--keep: expected one size with"),
         (["--ranking", "images"], "images: expected ranking.safetensors of a saved run of `prune`"),
     ],

@@ -89,6 +89,25 @@ def test_the_model_itself_is_left_alone_and_frozen_weights_stay_frozen():
     assert not copied[0].training
 
 
+def test_a_module_that_is_used_twice_stays_one():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.again = fused(batch_first=True)
+            self.inside = nn.Sequential(nn.Identity(), self.first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            once = self.first(x, x, x)[0]
+            return self.inside[1](once, once, once)[0] + self.again(x, x, x)[0]
+
+    model = Twice().eval()
+    copied = tpvprune.unfuse_attention(model)
+    assert isinstance(copied.first, UnfusedAttention)
+    assert copied.first is copied.again is copied.inside[1]
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(copied(x), model(x))
+
+
 class Encoder(nn.Module):
     def __init__(self, batch_first: bool = True, norm_first: bool = False) -> None:
         super().__init__()

@@ -152,3 +152,20 @@ def test_what_belongs_to_no_one_image_stays_whole_with_the_reason(model, group, 
     groups = tpvprune.find_groups(model().eval(), images[:2])
     assert group not in groups
     assert reason in {b.name: b.blocked for b in groups.blocked}[group]
+
+
+class SomeOfThem(Layout):
+    """Another layer reads as many tokens as are far from zero: on small images none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.last = nn.Linear(12, 6), nn.Linear(6, 12)
+
+    def inside(self, tokens: Tensor) -> Tensor:
+        far = tokens[tokens.detach().abs().sum(2) > 1e6]
+        return tokens + self.last(self.extra(far)).sum()
+
+
+def test_a_layer_that_reads_nothing_at_all_is_no_error(images):
+    groups = tpvprune.find_groups(SomeOfThem().eval(), images[:2])
+    assert "one" in groups and "extra" not in groups

@@ -106,7 +106,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
-    if len(set(args.keeps)) < len(args.keeps):
+    if len(set(sizes.folders(args).values())) < len(args.keeps):
         raise ValueError("--keep: expected different sizes, found one twice: leave it out")
     if len(args.keeps) > 1 and args.granularity not in {"channel", "head"}:
         raise ValueError(

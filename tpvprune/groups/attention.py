@@ -117,10 +117,13 @@ def unfuse_attention(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     if _can_be_unfused(copied):
         return UnfusedAttention(copied)
+    replaced: dict[nn.Module, nn.Module] = {}  # one that is used twice stays one
     for module in list(copied.modules()):
-        for name, child in module.named_children():
-            if _can_be_unfused(child):
-                setattr(module, name, UnfusedAttention(child))
+        for name, child in module._modules.items():
+            if child is not None and _can_be_unfused(child):
+                if child not in replaced:
+                    replaced[child] = UnfusedAttention(child)
+                module._modules[name] = replaced[child]
     return copied
 
 

@@ -45,7 +45,7 @@ def with_batch_axes(
             _changes(model, pair, torch.cat(images))
             for images in ((others[0], second), (first, others[1]))
         ]
-    axes: dict[int, BatchAxis | None] = {}
+    axes: dict[int, BatchAxis] = {}
     reasons: dict[int, str] = {}
     for call, reader in readers.items():
         changes = [found.get(call) for found in moved]
@@ -78,12 +78,12 @@ def _changes(
 ) -> dict[int, tuple[Tensor, ...] | None]:
     """Return for each call and dimension of what it reads which entries differ from ``pair``.
 
-    None where there is another number of them.
+    None where there is another number of them, or none.
     """
     found: dict[int, tuple[Tensor, ...] | None] = {}
 
     def see(call: int, a: Tensor) -> None:
-        if call not in pair or a.shape != pair[call].shape:
+        if call not in pair or a.shape != pair[call].shape or not a.numel():
             found[call] = None
             return
         size = (a - pair[call]).abs()

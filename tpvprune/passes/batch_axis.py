@@ -13,9 +13,9 @@ from torch import Tensor
 class BatchAxis:
     """The dimension that holds the images, possibly folded with others: [outer, batch, inner].
 
-    [T, B, C] is ``BatchAxis(0)``, as is [B, C]; frames folded behind their clip [B * T, ...] are
-    ``BatchAxis(0, T)``; two halves concatenated along the batch [2 * B, ...] are ``BatchAxis(0)``
-    with twice as many entries as images.
+    [B, C] is ``BatchAxis(0)``, [T, B, C] is ``BatchAxis(1)``; frames folded behind their clip
+    [B * T, ...] are ``BatchAxis(0, T)``; two halves concatenated along the batch [2 * B, ...] are
+    ``BatchAxis(0)`` with twice as many entries as images.
     """
 
     dim: int
