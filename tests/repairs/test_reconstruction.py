@@ -161,6 +161,35 @@ def test_products_with_the_jacobian_are_those_of_the_explicit_one(max_bytes):
         torch.testing.assert_close(torch.cat([found[n].flatten() for n in params]), wanted)
 
 
+def test_products_of_some_parts_stand_for_all_and_the_gradient_is_of_all():
+    block = branch()
+    call = a_call(block, num=6)
+    _, params = parameters_of(block, call)
+    v = {n: torch.randn(p.shape, dtype=p.dtype, generator=seeded(4)) for n, p in params.items()}
+    parts = [call.part(a / 6, (a + 2) / 6) for a in (0, 2, 4)]
+    for max_bytes in (0, 1 << 30):
+        some = Linearised(block, params, parts, max_bytes, few=[0, 2])
+        both = Linearised(block, params, [parts[0], parts[2]], max_bytes)
+        every = Linearised(block, params, parts, max_bytes)
+        product, wanted = some.gauss_newton(v), both.gauss_newton(v)
+        for n in params:
+            torch.testing.assert_close(product[n], 1.5 * wanted[n])
+            torch.testing.assert_close(some.pull_back()[n], every.pull_back()[n])
+
+
+def test_an_iteration_looks_at_as_many_inputs_as_it_is_told(monkeypatch):
+    seen = []
+    product = Linearised.gauss_newton
+    monkeypatch.setattr(
+        Linearised, "gauss_newton", lambda self, v: seen.append(self._few) or product(self, v)
+    )
+    block = branch()
+    call = a_call(block, num=20)
+    solver(20, iterations=2, num_in_products=6).fit(block, call)
+    assert {len(few) for few in seen} == {2}  # of nine parts, two inputs in each
+    assert all(set(few) == {0, 3} or set(few) == {0, 4} for few in seen)
+
+
 def test_conjugate_gradients_solve_the_damped_normal_equations():
     block = branch()
     call = a_call(block, num=12)
@@ -326,12 +355,13 @@ def test_every_image_serves_and_it_is_said_how_many_each_step_used():
     given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
     found = find_blocks(model, pruned, x[:2], groups, kept)[0]
     few, many = {}, {}
-    limit = 2 * 5 * found[0].positions  # five images and their mirror images of the first block
+    # An iteration looks at an image and its mirror image of the first, the gradient is of eight.
+    limit = 2 * found[0].positions
     reconstruct_blocks(pruned, model, [x], used=few, max_positions=limit, **given)
     reconstruct_blocks(pruned, model, [x], used=many, **given)
     assert few["layers"] == many["layers"] == 24
-    assert few[found[0].name] == 5
-    assert few[found[-1].name] == min(24, 5 * found[0].positions // found[-1].positions)
+    assert few[found[0].name] == 8
+    assert few[found[-1].name] == min(24, 8 * found[0].positions // found[-1].positions)
     assert all(num == 24 for num in many.values())
 
 
@@ -346,14 +376,16 @@ def test_large_blocks_look_at_fewer_images(monkeypatch):
     assert all(
         s.macs >= sum(b.macs for b in blocks if b.name.startswith(f"{s.name}.")) for s in stages
     )
-    used, few = {}, 7
-    dearest = max(b.macs for b in blocks)
-    reconstruct_blocks(pruned, model, [x], used=used, max_macs=few * dearest, mirror=False, **given)
+    monkeypatch.setattr(reconstruction, "_FEWEST", 1)
+    used, few = {}, 2
+    most = few * max(b.macs for b in blocks)
+    reconstruct_blocks(pruned, model, [x], used=used, max_macs=most, mirror=False, **given)
     assert used == {
-        "layers": 24, **{b.name: min(24, int(few * dearest / b.macs)) for b in blocks},
+        "layers": 24, **{b.name: min(24, 8 * int(most / b.macs)) for b in blocks},
         **{s.name: used[s.name] for s in stages},
     }  # fmt: skip
-    assert all(3 <= num < 24 for num in used.values() if num != 24)
+    assert all(8 <= num <= 24 for num in used.values())
+    assert min(used.values()) < 24
     # None can be fitted on all images and their mirror images: each is shown as it is.
     shown = []
     monkeypatch.setattr(reconstruction, "_with_mirror_images", lambda v: shown.append(v) or v)

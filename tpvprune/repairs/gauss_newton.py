@@ -11,7 +11,7 @@ Discrete Ill-Posed Problems, chapter 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -46,6 +46,9 @@ class GaussNewton:
         max_bytes: Memory for the graphs of all samples; beyond it each is built when needed.
         seed: Of the random directions of the preconditioner.
         fast: Whether feature maps run fastest in channels-last memory.
+        num_in_products: About so many of the inputs are looked at for a product with the
+            Gauss-Newton matrix, of which each iteration takes one; the gradient, of which each
+            round takes one, is always that of all. None: all.
     """
 
     num_inputs: int
@@ -56,6 +59,7 @@ class GaussNewton:
     max_bytes: int
     seed: int
     fast: bool = False
+    num_in_products: int | None = None
 
     def parts(self, call: BlockCall, depth: int = 1) -> list[BlockCall]:
         """Return the call in parts of a few samples, fewer of a block that holds ``depth``."""
@@ -102,8 +106,7 @@ class GaussNewton:
     def _enough(self, parts: list[BlockCall]) -> list[BlockCall]:
         """Return parts spread over all inputs: large maps need fewer inputs."""
         positions = sum(c.out.numel() // c.out.shape[1 if c.out.ndim == 4 else -1] for c in parts)
-        every = max(1.0, positions / self.max_positions)
-        return [parts[int(i * every)] for i in range(max(1, int(len(parts) / every)))]
+        return [parts[i] for i in _spread(len(parts), self.max_positions / positions)]
 
     def steps(
         self, module: nn.Module, params: Params, data: list[BlockCall], factors: KroneckerFactors
@@ -119,7 +122,9 @@ class GaussNewton:
         Yields:
             d after every iteration.
         """
-        jacobian = Linearised(module, params, data, self.max_bytes)
+        share = 1.0 if self.num_in_products is None else self.num_in_products / self.num_inputs
+        few = _spread(len(data), share)
+        jacobian = Linearised(module, params, data, self.max_bytes, few)
         residual = jacobian.pull_back()
         step = {n: torch.zeros_like(p) for n, p in params.items()}
         z = factors.solve(residual)
@@ -148,22 +153,30 @@ class Linearised:
         params: Its weights.
         data: Calls, a part of the samples each.
         max_bytes: Memory for the graphs.
+        few: Numbers of the parts that products with the Gauss-Newton matrix are made of; None: all.
     """
 
     def __init__(
-        self, module: nn.Module, params: Params, data: list[BlockCall], max_bytes: int = 4 << 30
+        self,
+        module: nn.Module,
+        params: Params,
+        data: list[BlockCall],
+        max_bytes: int = 4 << 30,
+        few: Sequence[int] | None = None,
     ) -> None:
         self._module, self._params, self._data = module, params, data
+        self._few = range(len(data)) if few is None else few
         self._leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         room = max_bytes // max(1, _graph_bytes(partial(self._run, data[0])))
-        self._kept = [self._run(call) if i < room else None for i, call in enumerate(data)]
+        self._kept = {i: self._run(data[i]) for i in self._few[:room]}
 
     def pull_back(self) -> Params:
         """Return J^T (target - F), summed over all samples."""
-        return self._transposed(lambda i, out: self._data[i].out - out.detach())
+        every = range(len(self._data))
+        return self._transposed(every, lambda i, out: self._data[i].out - out.detach())
 
     def gauss_newton(self, v: Params) -> Params:
-        """Return J^T J v, summed over all samples."""
+        """Return J^T J v, summed over all samples: that of ``few``, scaled to the number of all."""
         size = self._step(v)
         ahead = {n: p + size * v[n] for n, p in self._params.items()}
         behind = {n: p - size * v[n] for n, p in self._params.items()}
@@ -173,7 +186,9 @@ class Linearised:
                 to, back = (_run(self._module, self._data[i], p) for p in (ahead, behind))
                 return (to - back) / (2 * size)
 
-        return self._transposed(changed)
+        found = self._transposed(self._few, changed)
+        share = _num(self._data[i] for i in self._few) / _num(self._data)
+        return {n: p / share for n, p in found.items()}
 
     def _step(self, v: Params) -> float:
         """Return how far along v to go: no weight tensor is changed by more than a small part."""
@@ -185,11 +200,14 @@ class Linearised:
     def _run(self, call: BlockCall) -> Tensor:
         return _run(self._module, call, self._leaves)
 
-    def _transposed(self, direction: Callable[[int, Tensor], Tensor]) -> Params:
+    def _transposed(
+        self, parts: Iterable[int], direction: Callable[[int, Tensor], Tensor]
+    ) -> Params:
         """Return the sum over parts of J^T u, u = ``direction(number of the part, its output)``."""
         total = {n: torch.zeros_like(p) for n, p in self._params.items()}
         leaves = list(self._leaves.values())
-        for i, kept in enumerate(self._kept):
+        for i in parts:
+            kept = self._kept.get(i)
             out = self._run(self._data[i]) if kept is None else kept
             u = direction(i, out)
             grads = torch.autograd.grad(
@@ -199,6 +217,16 @@ class Linearised:
                 if grad is not None:
                     total[name] += grad
         return total
+
+
+def _num(data: Iterable[BlockCall]) -> int:
+    return sum(len(call.out) for call in data)
+
+
+def _spread(num: int, share: float) -> list[int]:
+    """Return about a share of the numbers below ``num``, at least one, at even distances."""
+    every = max(1.0, 1 / share)
+    return [int(i * every) for i in range(max(1, int(num / every)))]
 
 
 def loss_of(module: nn.Module, params: Params, data: list[BlockCall]) -> float:

@@ -42,6 +42,7 @@ from tpvprune.repairs.targets import plan_for
 
 _FEWEST = 128  # inputs that a block sees however large it is
 _LARGEST = 2e11  # MACs of a stage's forward for all of its inputs
+_MORE_IN_GRADIENT = 8  # times the inputs of a product: a gradient is taken once in a linearisation
 _MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
 
 
@@ -91,11 +92,13 @@ def reconstruct_blocks(
         damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
         mirror: Show image batches [B, C, H, W] also mirrored left to right; None: where some block
             can be fitted on all images and their mirror images.
-        max_positions: Positions (pixels, tokens) of a block's output that are matched: blocks
-            with large maps look at fewer inputs, each at others.
-        max_macs: What one forward of a block may take for all of its inputs; large blocks look at
-            fewer of them, but at 128. Of a stage each block may take as much; stages that take more
-            than 2e11 are left as their blocks are.
+        max_positions: Positions (pixels, tokens) of a block's output that an iteration of the
+            conjugate gradients looks at, in as many inputs as have so many. The right-hand side
+            that it solves for, and the error that decides when it ends, are those of eight times
+            as many; a block with larger maps sees fewer inputs, others than its neighbours.
+        max_macs: Likewise what a forward of the block may take for those inputs; but an iteration
+            looks at 128. Of a stage each block may take as much; stages that take more than 2e11
+            are left as their blocks are.
         rows_per_input: See :func:`tpvprune.compensate_weights`, which refits each layer first.
         min_rows: Likewise.
         max_bytes: Memory for the activations of waiting inputs, and as much again for graphs; what
@@ -130,7 +133,7 @@ def reconstruct_blocks(
     view = _with_mirror_images if copies == 2 else _as_it_is
     chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
     num = copies * sum(map(len, chunks))
-    stages = [s for s in stages if s.macs * limits.num_inputs(s, num) <= _LARGEST]
+    stages = [s for s in stages if s.macs * limits.in_products(s, num) <= _LARGEST]
     plan = plan_for(
         Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS), dense, first[:1], TARGET_BYTES
     )
@@ -161,7 +164,10 @@ def reconstruct_blocks(
         for found, how, run in walks:
             wanted = _wanted(found, num // copies, copies, limits, seed=seed)
             targets = _dense_outputs(dense, found, map(view, chunks), wanted)
-            fits = [_block_fit(b, wanted[b.name], how, targets, note) for b in found]
+            fits = [
+                _block_fit(b, wanted[b.name], limits.applied(how, b, wanted[b.name]), targets, note)
+                for b in found
+            ]
             Walk(
                 repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
                 blocks=fits, view=view, copies=copies,
@@ -177,12 +183,11 @@ def _with_lone_blocks(stages: Sequence[Block], blocks: Sequence[Block]) -> list[
 def _block_fit(
     block: Block,
     wanted: Tensor,
-    how: GaussNewton,
+    solver: GaussNewton,
     targets: dict[str, Tensor],
     note: Callable[[Block, int], None],
 ) -> BlockFit:
     """Return how a block is fitted to its target, which then goes; ``note`` is told of it."""
-    solver = replace(how, num_inputs=int(wanted.sum()))
 
     def fit(module: nn.Module, call: BlockCall) -> None:
         solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
@@ -207,10 +212,21 @@ class _Limits:
     max_positions: int
     max_macs: float
 
-    def num_inputs(self, block: Block, most: int = 1 << 62) -> int:
-        """Return how many inputs a block may see: at least one, at most ``most``."""
+    def in_products(self, block: Block, most: int) -> int:
+        """Return how many inputs products with a Gauss-Newton matrix are of: 1 to ``most``."""
         by_macs = max(_FEWEST, int(self.max_macs * block.depth / max(block.macs, 1.0)))
         return max(1, min(most, self.max_positions // block.positions, by_macs))
+
+    def in_gradients(self, block: Block, most: int = 1 << 48) -> int:
+        """Return how many inputs a block sees in all."""
+        return min(most, _MORE_IN_GRADIENT * self.in_products(block, most))
+
+    def applied(self, solver: GaussNewton, block: Block, wanted: Tensor) -> GaussNewton:
+        """Return the solver for a block that is fitted on the inputs ``wanted``."""
+        num = int(wanted.sum())
+        most = _MORE_IN_GRADIENT * self.max_positions
+        products = self.in_products(block, num)
+        return replace(solver, num_inputs=num, num_in_products=products, max_positions=most)
 
 
 def _num_views(
@@ -218,7 +234,7 @@ def _num_views(
 ) -> int:
     """Return how many views of an image are shown: itself, or its mirror image, too."""
     if mirror is None:
-        mirror = any(limits.num_inputs(block) >= 2 * num_images for block in blocks)
+        mirror = any(limits.in_gradients(block) >= 2 * num_images for block in blocks)
     return 2 if mirror else 1
 
 
@@ -230,7 +246,7 @@ def _wanted(
     Returns:
         Block -> BoolTensor [num * copies], all copies of an image together.
     """
-    counts = {b.name: max(1, limits.num_inputs(b, copies * num) // copies) for b in blocks}
+    counts = {b.name: max(1, limits.in_gradients(b, copies * num) // copies) for b in blocks}
     taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
     share = min(1.0, TARGET_BYTES / max(1, taken))
     wanted = {}
