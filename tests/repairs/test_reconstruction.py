@@ -16,6 +16,7 @@ from tpvprune.repairs.blocks import BlockCall, find_blocks
 from tpvprune.repairs.gauss_newton import GaussNewton, Linearised, loss_of
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
 from tpvprune.repairs.reconstruction import reconstruct_blocks
+from tpvprune.repairs.views import Views
 
 MODELS = {  # input channels and size, blocks, stages of several blocks
     "resnet10t": (3, 64, 5, 0),
@@ -262,7 +263,7 @@ def test_blocks_of_a_stage_move_together():
     x = nn.functional.interpolate(pictures(160, (3, 4)), size=32, mode="bilinear")
     model = make("vit_tiny_patch16_224")
     pruned, groups, kept = halved(model, x)
-    given = {"groups": groups, "kept": kept, "mirror": False}
+    given = {"groups": groups, "kept": kept, "num_views": 1}
     _, (stage,) = find_blocks(model, pruned, x[:2], groups, kept)
     counts = []
     alone = reconstruct_blocks(pruned, model, [x[:128]], stage_iterations=0, **given)
@@ -308,7 +309,7 @@ def test_it_improves_on_compensation_and_touches_no_argument(name, stage_iterati
         data,
         groups=groups,
         kept=kept,
-        mirror=False,
+        num_views=1,
         stage_iterations=stage_iterations,
         progress=lambda *a: done.append(a),
     )
@@ -341,7 +342,7 @@ def test_it_is_deterministic_and_mirror_images_count():
     given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 2}
     once, again = (reconstruct_blocks(pruned, model, [x[:8], x[8:]], **given) for _ in range(2))
     assert all(map(torch.equal, once.parameters(), again.parameters()))
-    plain = reconstruct_blocks(pruned, model, [x[:8], x[8:]], mirror=False, **given)
+    plain = reconstruct_blocks(pruned, model, [x[:8], x[8:]], num_views=1, **given)
     last = find_blocks(model, pruned, x[:2], groups, kept)[0][-1]
     wanted = last.kept_of(block_output(model, last, x.flip(3)))
     seen, unseen = ((block_output(m, last, x.flip(3)) - wanted).norm() for m in (once, plain))
@@ -379,18 +380,30 @@ def test_large_blocks_look_at_fewer_images(monkeypatch):
     monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     used, few = {}, 2
     most = few * max(b.macs for b in blocks)
-    reconstruct_blocks(pruned, model, [x], used=used, max_macs=most, mirror=False, **given)
+    reconstruct_blocks(pruned, model, [x], used=used, max_macs=most, num_views=1, **given)
     assert used == {
         "layers": 24, **{b.name: min(24, 8 * int(most / b.macs)) for b in blocks},
         **{s.name: used[s.name] for s in stages},
     }  # fmt: skip
     assert all(8 <= num <= 24 for num in used.values())
     assert min(used.values()) < 24
-    # None can be fitted on all images and their mirror images: each is shown as it is.
-    shown = []
-    monkeypatch.setattr(reconstruction, "_with_mirror_images", lambda v: shown.append(v) or v)
-    reconstruct_blocks(pruned, model, [x], max_macs=0, **given)
-    assert not shown
+
+
+@pytest.mark.parametrize(
+    ("pixels", "max_macs", "expected"), [(32, 1e10, 2), (96, 1e10, 3), (96, 0, 1)]
+)
+def test_further_views_are_shown_where_there_is_room_and_parts_of_large_images(
+    monkeypatch, pixels, max_macs, expected
+):
+    monkeypatch.setattr(reconstruction, "_FEWEST", 1)
+    seen = []
+    monkeypatch.setattr(reconstruction, "Views", lambda *a: seen.append(Views(*a)) or seen[-1])
+    x = pictures(16, (3, pixels))
+    model = make("resnet10t")
+    pruned, groups, kept = halved(model, x)
+    given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
+    reconstruct_blocks(pruned, model, [x], max_macs=max_macs, **given)
+    assert seen[0].num_views == expected
 
 
 def test_less_memory_gives_the_same():

@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -485,10 +486,9 @@ class Walk:
     Args:
         model: Refitted in place.
         fits: What to fit.
-        chunks: The inputs.
+        chunks: The inputs; each is asked for whenever it starts.
         max_bytes: Memory for what waiting chunks hold.
         blocks: What is fitted besides, each when all chunks are through it.
-        view: Makes of a chunk [B, ...] what the network gets [B * copies, ...].
         copies: So many inputs that follow each other are views of one image.
     """
 
@@ -500,12 +500,11 @@ class Walk:
         max_bytes: int,
         *,
         blocks: Sequence[BlockFit] = (),
-        view: Callable[[Tensor], Tensor] = lambda x: x,
         copies: int = 1,
     ) -> None:
         self._model, self._fits, self._chunks = model, fits, chunks
-        self._room = max_bytes / max(1, copies * sum(map(len, chunks)))
-        self._view = view
+        self._starts = [0, *accumulate(len(x) for x in chunks)]
+        self._room = max_bytes / max(1, self._starts[-1])
         self._blocks = {block.name: block for block in blocks}
         self._copies = copies
         self._calls: dict[str, list[BlockCall]] = {}
@@ -515,17 +514,14 @@ class Walk:
     def run(self) -> None:
         """Refit all layers, and the blocks."""
         fast_layout(on_device(self._chunks[0][:1], self._model), self._model)  # asks once
-        starts = [0]
-        for x in self._chunks:
-            starts.append(starts[-1] + len(x) * self._copies)
         with evaluating(self._model), self._replaced():
-            self._lockstep.run(lambda i: self._walk(i, starts[i]))
+            self._lockstep.run(self._walk)
 
-    def _walk(self, i: int, start: int) -> None:
+    def _walk(self, i: int) -> None:
         run = _RefitRun(
             layers_by_weight(self._model, self._fits.without),
             self._fits,
-            slice(start, start + len(self._chunks[i]) * self._copies),
+            slice(*self._starts[i : i + 2]),
             self._stop,
             copies=self._copies,
         )
@@ -539,8 +535,9 @@ class Walk:
 
     def _input(self, i: int) -> Tensor:
         # Made in a call of its own: while a chunk waits, nothing but the network holds it.
-        moved = fast_layout(on_device(self._view(self._chunks[i]), self._model), self._model)
-        return moved.clone() if moved is self._chunks[i] else moved
+        chunk = self._chunks[i]
+        moved = fast_layout(on_device(chunk, self._model), self._model)
+        return moved.clone() if moved is chunk else moved
 
     def _fit(self, key: Hashable) -> None:
         """Fit what all chunks have come to: the layer of a call, or a block."""

@@ -39,10 +39,12 @@ from tpvprune.repairs.compensation import (
 )
 from tpvprune.repairs.gauss_newton import GaussNewton
 from tpvprune.repairs.targets import plan_for
+from tpvprune.repairs.views import Views
 
 _FEWEST = 128  # inputs that a block sees however large it is
 _LARGEST = 2e11  # MACs of a stage's forward for all of its inputs
 _MORE_IN_GRADIENT = 8  # times the inputs of a product: a gradient is taken once in a linearisation
+_PIXELS_TO_ENLARGE = 96  # a part of a smaller image shows too little
 _MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
 
 
@@ -57,7 +59,7 @@ def reconstruct_blocks(
     iterations: int = 5,
     stage_iterations: int = 12,
     damping: float = 1e-3,
-    mirror: bool | None = None,
+    num_views: int | None = None,
     max_positions: int = 1 << 18,
     max_macs: float = 1e10,
     rows_per_input: int = 12,
@@ -90,8 +92,10 @@ def reconstruct_blocks(
             which the error on held-back samples is least are taken.
         stage_iterations: Likewise of a stage; 0 leaves blocks as they are.
         damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
-        mirror: Show image batches [B, C, H, W] also mirrored left to right; None: where some block
-            can be fitted on all images and their mirror images.
+        num_views: Views of every image of a batch [B, C, H, W] that are shown: 1 itself, 2 its
+            mirror image, too, more: parts of it besides, enlarged. None: 1 where no block can be
+            fitted on all images and their mirror images, else 3, or 2 of images of less than 96
+            pixels. Inputs of other kinds are shown as they are.
         max_positions: Positions (pixels, tokens) of a block's output that an iteration of the
             conjugate gradients looks at, in as many inputs as have so many. The right-hand side
             that it solves for, and the error that decides when it ends, are those of eight times
@@ -117,7 +121,7 @@ def reconstruct_blocks(
             fitted = reconstruct_blocks(
                 pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
                 iterations=iterations, stage_iterations=stage_iterations, damping=damping,
-                mirror=mirror, max_positions=max_positions, max_macs=max_macs,
+                num_views=num_views, max_positions=max_positions, max_macs=max_macs,
                 rows_per_input=rows_per_input, min_rows=min_rows, max_bytes=max_bytes, seed=seed,
                 used=used, progress=progress,
             )  # fmt: skip
@@ -129,10 +133,8 @@ def reconstruct_blocks(
     with evaluating(dense, repaired), torch.no_grad():
         blocks, stages = find_blocks(dense, repaired, first, groups, kept)
     limits = _Limits(max_positions, max_macs)
-    copies = _num_views(blocks, limits, sum(map(len, inputs)), mirror) if first.ndim == 4 else 1
-    view = _with_mirror_images if copies == 2 else _as_it_is
-    chunks = rechunked(inputs, max(1, chunk_size(dense, inputs) // copies))
-    num = copies * sum(map(len, chunks))
+    views = _views(dense, inputs, blocks, limits, num_views, seed=seed)
+    copies, num = views.num_views, views.num_views * views.num_images
     stages = [s for s in stages if s.macs * limits.in_products(s, num) <= _LARGEST]
     plan = plan_for(
         Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS), dense, first[:1], TARGET_BYTES
@@ -152,7 +154,7 @@ def reconstruct_blocks(
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
     if used is not None:
-        used["layers"] = num // copies
+        used["layers"] = views.num_images
 
     def note(block: Block, num_inputs: int) -> None:
         if used is not None:
@@ -162,15 +164,15 @@ def reconstruct_blocks(
 
     with evaluating(dense, repaired), frozen(repaired), sdpa_kernel(SDPBackend.MATH):
         for found, how, run in walks:
-            wanted = _wanted(found, num // copies, copies, limits, seed=seed)
-            targets = _dense_outputs(dense, found, map(view, chunks), wanted)
+            wanted = _wanted(found, views.num_images, copies, limits, seed=seed)
+            targets = _dense_outputs(dense, found, views, wanted)
             fits = [
                 _block_fit(b, wanted[b.name], limits.applied(how, b, wanted[b.name]), targets, note)
                 for b in found
             ]
             Walk(
-                repaired, run(map(view, chunks)), chunks, min(max_bytes, _MOST_WAITING),
-                blocks=fits, view=view, copies=copies,
+                repaired, run(views), views, min(max_bytes, _MOST_WAITING),
+                blocks=fits, copies=copies,
             ).run()  # fmt: skip
     return repaired
 
@@ -194,15 +196,6 @@ def _block_fit(
         note(block, solver.num_inputs)
 
     return BlockFit(block.name, wanted, fit)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _with_mirror_images(x: Tensor) -> Tensor:
-    """Return images [B, C, H, W], each followed by its mirror image."""
-    return torch.stack([x, x.flip(3)], 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -229,13 +222,24 @@ class _Limits:
         return replace(solver, num_inputs=num, num_in_products=products, max_positions=most)
 
 
-def _num_views(
-    blocks: Iterable[Block], limits: _Limits, num_images: int, mirror: bool | None
-) -> int:
-    """Return how many views of an image are shown: itself, or its mirror image, too."""
-    if mirror is None:
-        mirror = any(limits.in_gradients(block) >= 2 * num_images for block in blocks)
-    return 2 if mirror else 1
+def _views(
+    dense: nn.Module,
+    inputs: Sequence[Tensor],
+    blocks: Iterable[Block],
+    limits: _Limits,
+    num_views: int | None,
+    *,
+    seed: int,
+) -> Views:
+    """Return what the networks are shown, in chunks; see :func:`reconstruct_blocks`."""
+    if inputs[0].ndim != 4:
+        num_views = 1
+    elif num_views is None:
+        many = 2 * sum(map(len, inputs))
+        most = 2 if min(inputs[0].shape[2:]) < _PIXELS_TO_ENLARGE else 3
+        num_views = most if any(limits.in_gradients(block) >= many for block in blocks) else 1
+    size = max(1, chunk_size(dense, inputs) // num_views)
+    return Views(rechunked(inputs, size), num_views, seed)
 
 
 def _wanted(
