@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import CASES, Poison, batches, build, images
 
-from tpvprune import count_macs, count_params, prune, tpv_scores, variance_curves
+from tpvprune import Ranking, count_macs, count_params, pipeline, prune, tpv_scores, variance_curves
 from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
@@ -129,6 +129,7 @@ def test_a_ranking_serves_other_budgets(options, monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(ranking.RankBy, "ranked", never)
+    monkeypatch.setattr(pipeline, "measured_factors", never)
     again = prune(model, data(), keep=0.5, ranking=first.ranking, **options)
     assert all(torch.equal(again.kept[n], alone.kept[n]) for n in alone.kept)
     weights = again.model.state_dict()
@@ -137,13 +138,26 @@ def test_a_ranking_serves_other_budgets(options, monkeypatch):
     assert again.warnings == again.report["warnings"]
 
 
+def test_what_the_repair_makes_up_for_belongs_to_the_ranking(tmp_path):
+    model = build("residual")
+    found = prune(model, data(), keep=0.8).ranking
+    assert found.factors is not None and found.factors.keys() == found.curves.keys()
+    found.save(tmp_path / "ranking.safetensors")
+    loaded = Ranking.load(tmp_path / "ranking.safetensors")
+    assert loaded.factors == found.factors and loaded.stand_in == "map"
+    without = prune(model, data(), keep=0.8, ranking=found, repair_factors=False).ranking
+    assert without.factors is None
+
+
 def test_a_ranking_of_something_else_is_refused():
     found = prune(build("chain"), data(), keep=0.8, repair="none").ranking
     with pytest.raises(ValueError, match="ranking: expected one of the groups of this model"):
-        prune(build("residual"), data(), keep=0.5, ranking=found)
+        prune(build("residual"), data(), keep=0.5, repair="none", ranking=found)
     other = prune(build("chain"), data(), keep=0.8, criterion="magnitude").ranking
     with pytest.raises(ValueError, match="ranking: expected one by 'activation_variance'"):
         prune(build("chain"), data(), keep=0.8, criterion="activation_variance", ranking=other)
+    with pytest.raises(ValueError, match=r"where a map takes the place .* where a zero does"):
+        prune(build("chain"), data(), keep=0.5, ranking=found)
     with pytest.raises(ValueError, match="ranking: expected one by rank, found one by curves"):
         prune(build("chain"), data(), keep=0.5, ranking=found, allocation="rank")
 

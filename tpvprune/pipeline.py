@@ -42,7 +42,6 @@ from tpvprune.widths.latency import Speed, as_fast_as, compare_latency, latency_
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Allocation, RankBy, Ranking
 from tpvprune.widths.repair_factors import repair_factors as measured_factors
-from tpvprune.widths.repair_factors import scaled
 from tpvprune.widths.rounds import Record, Rounds
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
@@ -51,6 +50,7 @@ Of = Literal["macs", "params", "latency"]
 # Repair factors take four compensations more, minutes at most: on so many MACs of forwards, unless
 # that leaves too few images to fit and to measure with; more would tell nothing new.
 _FACTOR_MACS, _FACTOR_IMAGES = 2e11, (256, 1024)
+_FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve every size
 
 
 @dataclass(frozen=True)
@@ -278,12 +278,12 @@ class _Run:
         ranking = rounds.ranking if step == 1 and by is self.by else None
         if ranking is None:
             ranking = by.ranked(model, groups, self.fit, self.clock)
-        rounds.ranking = rounds.ranking or ranking
+        if rounds.ranking is None or rounds.ranking is ranking:
+            ranking = rounds.ranking = self._with_factors(rounds.model, groups, ranking)
+        ranking = replace(ranking, factors=rounds.ranking.factors)
         with self.clock("selection", step, self.steps):
             target = self.keep ** (step / self.steps) * cost(self.groups, {}, self.budget)
             target = min(1.0, target / cost(groups, {}, self.budget))
-            if self.images_for_factors and ranking.allocation == "curves":
-                ranking = self._with_factors(rounds, groups, ranking, target)
             choose = partial(ranking.choose, groups, of=self.budget, limits=self.limits)
             chosen, rounds.speed = self._chosen(rounds, groups, choose, target, step)
             rounds.predicted += ranking.predicted(chosen)
@@ -292,18 +292,20 @@ class _Run:
             rounds.kept = compose(rounds.kept, chosen)
         rounds.chosen, rounds.seconds = step, self.clock.seconds
 
-    def _with_factors(
-        self, rounds: Rounds, groups: ChannelGroups, ranking: Ranking, target: float
-    ) -> Ranking:
-        """Return the ranking scaled by what the repair makes up for, measured in round one."""
-        if rounds.factors is None:
-            draft = ranking.choose(groups, keep=target, of=self.budget, limits=self.limits)
-            rounds.factors = measured_factors(
-                rounds.model, groups, draft, ranking.curves, self.fit,
+    def _with_factors(self, model: nn.Module, groups: ChannelGroups, ranking: Ranking) -> Ranking:
+        """Return the ranking with what the repair makes up for, measured unless it has it."""
+        if not self.images_for_factors or ranking.allocation != "curves":
+            return replace(ranking, factors=None)
+        if ranking.factors is not None:
+            return ranking
+        with self.clock("repair factors"):
+            draft = ranking.choose(groups, keep=_FACTOR_KEEP, of=self.budget, limits=self.limits)
+            factors = measured_factors(
+                model, groups, draft, ranking.curves, self.fit,
                 max_inputs=self.images_for_factors, seed=self.by.probing.seed,
                 outputs=self.by.probing.outputs, progress=self.clock.progress,
             )  # fmt: skip
-        return replace(ranking, curves=scaled(ranking.curves, rounds.factors))
+        return replace(ranking, factors=factors)
 
     def _chosen(
         self,
@@ -515,6 +517,12 @@ def _check_ranking(
             f"ranking: expected one by {by.name!r}, found one by {made!r}: leave it out, and "
             "channels are ranked anew"
         )
+    if by.criterion == "tpv" and ranking.stand_in != by.stand_in:
+        raise ValueError(
+            f"ranking: expected one where a {by.stand_in} takes the place of a channel, as it will "
+            f"after this repair, found one where a {ranking.stand_in} does: leave it out, and "
+            "channels are ranked anew"
+        )
     found = {name: len(curve.order) for name, curve in ranking.curves.items()}
     if found != {g.name: g.num_channels for g in groups}:
         raise ValueError(
@@ -528,10 +536,16 @@ def _check_ranking(
         )
 
 
-def _parts_of(ranking: Ranking | None) -> list[dict[str, Tensor]]:
+def _parts_of(ranking: Ranking | None) -> list[Any]:
     """Return what tells one given ranking from another."""
-    curves = {} if ranking is None else ranking.curves
-    return [{n: c.order for n, c in curves.items()}, {n: c.variance for n, c in curves.items()}]
+    if ranking is None:
+        return []
+    curves = ranking.curves
+    return [
+        {n: c.order for n, c in curves.items()},
+        {n: c.variance for n, c in curves.items()},
+        None if ranking.factors is None else dict(ranking.factors),
+    ]
 
 
 def _rounded(limits: Limits, budget: Budget) -> Limits:

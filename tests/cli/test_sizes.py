@@ -32,7 +32,7 @@ def flags(output, *extra, weights="a.pt"):
 
 @pytest.fixture
 def rankings(monkeypatch):
-    """Count how often channels are ranked."""
+    """Count how often channels are ranked, and what the repair makes up for is measured."""
     counted, ranked = [], RankBy.ranked
 
     def counting(*args):

@@ -24,6 +24,7 @@ from tpvprune.scores.tpv import Scores
 from tpvprune.widths.allocation import allocate
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
+from tpvprune.widths.repair_factors import scaled
 from tpvprune.widths.selection import greedy, ranked_by_scores
 
 Allocation = Literal["curves", "rank", "plain"]
@@ -39,12 +40,18 @@ class Ranking:
         scores: What each channel is worth by itself.
         allocation: How widths follow: see :func:`tpvprune.prune`.
         of: Fingerprint of the weights that were ranked, hexadecimal.
+        stand_in: What takes the place of a channel in them (of ``"tpv"`` only).
+        factors: Group name -> what the variance of its curve is multiplied by, where it was
+            measured how much of a cut the repair makes up for
+            (:mod:`tpvprune.widths.repair_factors`).
     """
 
     curves: Mapping[str, Curve]
     scores: Scores
     allocation: Allocation
     of: str
+    stand_in: StandIn = "map"
+    factors: Mapping[str, float] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the ranking as one safetensors file.
@@ -92,6 +99,8 @@ class Ranking:
         return parts, {
             "allocation": self.allocation,
             "of": self.of,
+            "stand_in": self.stand_in,
+            "factors": None if self.factors is None else dict(self.factors),
             "criterion": self.scores.criterion,
             "num_samples": self.scores.num_samples,
             "used_labels": self.scores.used_labels,
@@ -127,7 +136,13 @@ class Ranking:
             parts["scores"], stderr or None, facts["num_samples"], facts["criterion"],
             used_labels=facts["used_labels"],
         )  # fmt: skip
-        return cls(curves, scores, facts["allocation"], facts["of"])
+        factors = facts["factors"]
+        if factors is not None and factors.keys() != curves.keys():
+            raise ValueError("factors: expected one for each group")
+        stand_in = facts["stand_in"]
+        if stand_in not in get_args(StandIn):
+            raise ValueError(f"stand_in: found {stand_in!r}")
+        return cls(curves, scores, facts["allocation"], facts["of"], stand_in, factors)
 
     def choose(self, groups: ChannelGroups, *, keep: float, of: Budget, limits: Limits) -> Kept:
         """Return what stays under a budget; the smallest selection there is if none fits.
@@ -142,7 +157,7 @@ class Ranking:
             Group name -> BoolTensor [C], True = stays; the same in all processes.
         """
         if self.allocation == "curves":
-            kept = allocate(groups, self.curves, keep=keep, of=of, limits=limits)
+            kept = allocate(groups, self._repaired, keep=keep, of=of, limits=limits)
         else:
             per_cost = self.allocation == "rank"
             kept = greedy(groups, self.curves, keep=keep, of=of, limits=limits, per_cost=per_cost)
@@ -157,7 +172,12 @@ class Ranking:
         if self.allocation != "curves":
             return 0.0
         removed = {name: int((~mask).sum()) for name, mask in kept.items()}
-        return sum(float(self.curves[name].variance[num]) for name, num in removed.items())
+        curves = self._repaired
+        return sum(float(curves[name].variance[num]) for name, num in removed.items())
+
+    @property
+    def _repaired(self) -> Mapping[str, Curve]:
+        return self.curves if self.factors is None else scaled(self.curves, self.factors)
 
 
 @dataclass(frozen=True)
@@ -234,11 +254,11 @@ class RankBy:
                     stand_in=self.stand_in, of=self.of, progress=clock.progress,
                     **vars(self.probing),
                 )  # fmt: skip
-                return Ranking(curves, _alone(curves, batches), self.how, weights)
+                return Ranking(curves, _alone(curves, batches), self.how, weights, self.stand_in)
             scores = self._scored(model, groups, Counted(batches, "scoring", clock.progress))
             per_cost = self.how == "rank"
             curves = ranked_by_scores(groups, scores, of=self.of, per_cost=per_cost)
-            return Ranking(curves, scores, self.how, weights)
+            return Ranking(curves, scores, self.how, weights, self.stand_in)
 
     def _scored(self, model: nn.Module, groups: ChannelGroups, batches: Counted) -> Scores:
         score = scorer(self.criterion) if isinstance(self.criterion, str) else self.criterion

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ class Rounds:
         kept: What stays of the dense channels.
         chosen: Number of the round, from 1; 0: nothing has left.
         ranking: Of the dense network.
-        factors: Of :func:`tpvprune.widths.repair_factors.repair_factors`, where they are used.
         history: One entry for every round that is also repaired.
         speed: As it was measured, where milliseconds are the budget.
         seconds: By stage.
@@ -40,7 +38,6 @@ class Rounds:
     kept: Kept
     chosen: int = 0
     ranking: Ranking | None = None
-    factors: Mapping[str, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     speed: Speed | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,7 +72,7 @@ class Record:
         ranking = Ranking.from_parts(parts, facts["ranking"])
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
-            pruned, kept, facts["chosen"], ranking, facts["factors"], facts["history"], speed,
+            pruned, kept, facts["chosen"], ranking, facts["history"], speed,
             facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
@@ -88,7 +85,6 @@ class Record:
         facts = {
             "key": self.key,
             "chosen": rounds.chosen,
-            "factors": None if rounds.factors is None else dict(rounds.factors),
             "history": rounds.history,
             "speed": None if rounds.speed is None else asdict(rounds.speed),
             "seconds": rounds.seconds,
