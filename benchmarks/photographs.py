@@ -52,7 +52,7 @@ from tpvprune.passes.costs import count_macs, count_params
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.passes.running import on_device
-from tpvprune.pipeline import stand_in
+from tpvprune.pipeline.setup import stand_in
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks

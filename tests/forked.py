@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune
-import tpvprune.pipeline
+import tpvprune.pipeline.setup
 import tpvprune.widths.ranking
 from tpvprune.cli.entry import main
 from tpvprune.groups import with_blocked
@@ -191,7 +191,7 @@ def other_groups():
         groups = tpvprune.find_groups(*args, **kwargs, verify=False)
         return with_blocked(groups, {"stem": "here only"} if membership.rank() else {})
 
-    tpvprune.pipeline.find_groups = found
+    tpvprune.pipeline.setup.find_groups = found
     try:
         tpvprune.prune(model, distributed.shard([x for x, _ in pairs]), keep=0.5)
     except ValueError as error:
@@ -208,7 +208,7 @@ def lost(how, *argv):
             raise OSError("the disk of this machine is full")
         os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
 
-    tpvprune.pipeline.find_groups = partial(tpvprune.find_groups, verify=False)
+    tpvprune.pipeline.setup.find_groups = partial(tpvprune.find_groups, verify=False)
 
     def impatient(*args, **kwargs):
         # Only now: a process that imports on a busy machine may be silent for long.

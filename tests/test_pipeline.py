@@ -6,10 +6,19 @@ import pytest
 import torch
 from cases import CASES, Poison, batches, build, images
 
-from tpvprune import Ranking, count_macs, count_params, pipeline, prune, tpv_scores, variance_curves
+from tpvprune import (
+    Ranking,
+    count_macs,
+    count_params,
+    prune,
+    rank_channels,
+    tpv_scores,
+    variance_curves,
+)
 from tpvprune.cifar_resnet import cifar_resnet20
 from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.evaluation import agreement, output_variance
+from tpvprune.pipeline import setup
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
@@ -129,13 +138,24 @@ def test_a_ranking_serves_other_budgets(options, monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(ranking.RankBy, "ranked", never)
-    monkeypatch.setattr(pipeline, "measured_factors", never)
+    monkeypatch.setattr(setup, "measured_factors", never)
     again = prune(model, data(), keep=0.5, ranking=first.ranking, **options)
     assert all(torch.equal(again.kept[n], alone.kept[n]) for n in alone.kept)
     weights = again.model.state_dict()
     assert all(torch.equal(t, weights[n]) for n, t in alone.model.state_dict().items())
     assert again.reached
     assert again.warnings == again.report["warnings"]
+
+
+@pytest.mark.parametrize("options", [{}, {"repair": "bn"}, {"criterion": "magnitude"}])
+def test_channels_can_be_ranked_by_themselves(options):
+    model = build("residual")
+    ranked = rank_channels(model, data(), **options)
+    given = prune(model, data(), keep=0.6, ranking=ranked, **options)
+    alone = prune(model, data(), keep=0.6, **options)
+    assert alone.ranking.factors == ranked.factors
+    weights = given.model.state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in alone.model.state_dict().items())
 
 
 def test_what_the_repair_makes_up_for_belongs_to_the_ranking(tmp_path):

@@ -91,7 +91,7 @@ def test_what_does_not_fit_at_all_is_one_line(place, memory, capsys, monkeypatch
     def fail(*_, **__):
         raise ERRORS["cpu"]
 
-    monkeypatch.setattr("tpvprune.pipeline.remove_channels", fail)
+    monkeypatch.setattr("tpvprune.pipeline.run.remove_channels", fail)
     memory["most"] = most  # 0: not even a first look at the model
     assert main(prune("out", "-b", "8", "--criterion", "magnitude", "--repair", "none")) == 2
     last = capsys.readouterr().err.splitlines()[-1]

@@ -9,8 +9,9 @@ import torch
 from cases import Chain, batches, build, images
 from torch import nn
 
-from tpvprune import pipeline, prune, variance_curves
+from tpvprune import prune, variance_curves
 from tpvprune.passes.evaluation import Difference, difference
+from tpvprune.pipeline import run
 from tpvprune.repairs.guard import best_repair, cannot_be_true, warnings_of
 from tpvprune.widths import ranking
 
@@ -121,7 +122,7 @@ def test_a_repair_that_destroys_is_not_returned(monkeypatch):
             p.data.mul_(-3)
         return noise
 
-    monkeypatch.setattr(pipeline, "compensate_weights", destroyed)
+    monkeypatch.setattr(run, "compensate_weights", destroyed)
     result = prune(build("residual"), batches(60, 20), keep=0.8, repair_factors=False)
     assert result.report["repair"] == "compensate"
     assert result.report["repair_chosen"] in {"none", "bn"}

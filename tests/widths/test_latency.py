@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpvprune
-from tpvprune import pipeline
 from tpvprune.groups.budget import CostModel, LatencyTable, LayerTime, cost, unit_costs
+from tpvprune.pipeline import run, setup
 from tpvprune.widths import latency
 from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
 
@@ -133,13 +133,13 @@ def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path)
     model, groups = chain
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     table = table_of(groups, model, lambda i, o: i * o)
-    monkeypatch.setattr(pipeline, "latency_table", lambda *_: table)
+    monkeypatch.setattr(setup, "latency_table", lambda *_: table)
 
     def by_params(dense, pruned, x):
         assert x.shape[0] == 3
         return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(dense))
 
-    monkeypatch.setattr(pipeline, "compare_latency", by_params)
+    monkeypatch.setattr(run, "compare_latency", by_params)
     result = tpvprune.prune(
         model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none"
     )

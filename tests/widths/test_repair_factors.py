@@ -83,7 +83,7 @@ def test_nothing_cut_is_nothing_repaired():
 def test_prune_measures_factors_only_for_repairs_that_refit(repair, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "tpvprune.pipeline.measured_factors",
+        "tpvprune.pipeline.setup.measured_factors",
         lambda *a, **k: calls.append(1) or repair_factors(*a, **k),
     )
     prune(build("residual"), batches(32), keep=0.6, repair=repair, steps=2)

@@ -26,8 +26,8 @@ class Rounds:
     Attributes:
         model: The network as it is; of round number ``chosen`` the channels have left.
         kept: What stays of the dense channels.
-        chosen: Number of the round, from 1; 0: nothing has left.
         ranking: Of the dense network.
+        chosen: Number of the round, from 1; 0: nothing has left.
         history: One entry for every round that is also repaired.
         speed: As it was measured, where milliseconds are the budget.
         seconds: By stage.
@@ -36,8 +36,8 @@ class Rounds:
 
     model: nn.Module
     kept: Kept
+    ranking: Ranking
     chosen: int = 0
-    ranking: Ranking | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     speed: Speed | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,13 +72,13 @@ class Record:
         ranking = Ranking.from_parts(parts, facts["ranking"])
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(
-            pruned, kept, facts["chosen"], ranking, facts["history"], speed,
+            pruned, kept, ranking, facts["chosen"], facts["history"], speed,
             facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
     def save(self, rounds: Rounds) -> None:
         """Write where the run stands, in the place of what was there."""
-        if self.path is None or rounds.ranking is None:
+        if self.path is None:
             return
         ranked, ranking = rounds.ranking.to_parts()
         parts = {"model": rounds.model.state_dict(), "kept": rounds.kept, **ranked}

@@ -1,0 +1,239 @@
+"""The whole method: groups -> ranking -> widths -> removal -> repair -> measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.groups.budget import check_budget
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Progress
+from tpvprune.passes.drawing import NUM_IMAGES
+from tpvprune.passes.outputs import Chosen
+from tpvprune.pipeline.checks import Of, Repair, check_repairs
+from tpvprune.pipeline.report import report_of
+from tpvprune.pipeline.run import Run
+from tpvprune.pipeline.setup import set_up
+from tpvprune.repairs import guard
+from tpvprune.scores.criteria import Scorer
+from tpvprune.scores.taps import Probing
+from tpvprune.scores.tpv import Scores
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.ranking import Allocation, Ranking
+from tpvprune.widths.rounds import Record, Rounds
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What :func:`prune` returns: the smaller model and how it came about.
+
+    ``kept`` says which channels stayed, ``ranking`` what they were worth: another budget needs no
+    new one (``prune(..., ranking=result.ranking)``). ``report`` is plain data (JSON-ready): budget,
+    cost before and after, output variance of the repairs on held-back images, steps, widths,
+    blocked groups with reasons, timings in seconds.
+    """
+
+    model: nn.Module
+    groups: ChannelGroups
+    ranking: Ranking
+    kept: Kept
+    report: dict[str, Any]
+
+    @property
+    def scores(self) -> Scores:
+        """What each channel is worth by itself."""
+        return self.ranking.scores
+
+    @property
+    def reached(self) -> bool:
+        """Whether the budget was met."""
+        return bool(self.report["reached"])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user must know, a line each; the worst first."""
+        return list(self.report["warnings"])
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    keep: float = 0.5,
+    of: Of = "macs",
+    criterion: str | Scorer = "tpv",
+    repair: Repair = "compensate",
+    allocation: Allocation | None = None,
+    limits: Limits | None = None,
+    ranking: Ranking | None = None,
+    planned_repair: Repair | None = None,
+    repair_factors: bool | None = None,
+    steps: int = 1,
+    num_images: int | None = NUM_IMAGES,
+    latency_batch_size: int = 1,
+    probing: Probing | None = None,
+    outputs: Chosen | None = None,
+    state: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PruningResult:
+    """Prune a pretrained model to a budget with unlabeled inputs, and repair it.
+
+    Args:
+        model: Any vision model; untouched. ``nn.MultiheadAttention`` in it is replaced first
+            (:func:`tpvprune.unfuse_attention`).
+        batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
+            its labels are dropped before anything sees them. Order does not matter.
+        keep: Fraction of the dense cost that stays, in (0, 1].
+        of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
+            model (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
+        criterion: A key of ``tpvprune.SCORERS``, or a scorer ``(model, groups, batches, seed=0) ->
+            Scores``; one that needs labels brings them (:func:`tpvprune.with_labels`).
+        repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
+            compensation), ``"reconstruct"`` (block reconstruction: minutes where compensation
+            takes seconds, and mostly better), or ``"auto"``: of none, bn and compensate the one
+            closest to the dense model on the held-back inputs. A repair that is further from it
+            there than a cheaper one is not returned: ``report["repair_chosen"]`` and
+            ``report["warnings"]`` say so.
+        allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
+            (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
+            ``"plain"``: by score alone.
+        limits: How far groups may shrink, and what stays whole.
+        ranking: Of an earlier result on the same model, images and criterion, for another budget.
+        planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
+            other channels stand in for those that leave. None: ``repair``; another where you
+            repair the result yourself.
+        repair_factors: Scale the curves by how much of an early, middle or late cut the repair
+            makes up for (:mod:`tpvprune.widths.repair_factors`), at four compensations more; None:
+            where the planned repair refits weights and that is cheap (256 of the images, or all,
+            at 2e11 MACs of forwards at most).
+        steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
+        num_images: So many images are drawn at random from ``batches``, or all where there are no
+            more, or with None; a random tenth of them, at most 128, is held back to measure
+            repairs. The loader is never held whole in memory, and of a DataLoader over a larger
+            dataset only what is drawn is loaded.
+        latency_batch_size: Inputs of one call, where latency is the budget.
+        probing: How the passes of ``"tpv"`` are run (its seed is ``seed``).
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike. A name is the keys or places on the way to
+            the tensor, joined by dots: ``"logits"``, ``"0"``, ``"aux.1"``. Agreement is that of the
+            first.
+        state: File for the state of the unfinished run, written whenever channels have left; if
+            it is that of the same model, inputs and arguments, the run goes on from there to the
+            same result. The caller removes it. Among several processes it is not used.
+        seed: Of everything random.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        The result; ``reached`` tells whether the budget was met.
+
+    Raises:
+        ValueError: If an argument is out of range, the criterion needs labels and has none, or
+            the state is damaged.
+    """
+    check_budget(keep, "macs" if of == "latency" else of)
+    check_repairs(steps, repair, planned_repair)
+    given = set_up(
+        model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
+        allocation=allocation, limits=limits, repair_factors=repair_factors,
+        num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
+        outputs=outputs, seed=seed, progress=progress,
+    )  # fmt: skip
+    groups, clock = given.groups, given.clock
+    run = Run(given, repair, keep, steps)
+    record = Record.of(state, *given.parts(), keep, repair, steps, *_parts_of(ranking))
+    rounds = record.load(given.dense, groups) or Rounds(
+        given.dense, _whole(groups), given.ranked(ranking)
+    )
+    clock.seconds = {**clock.seconds, **rounds.seconds}
+    for step in range(max(1, rounds.chosen), steps + 1):
+        before = replace(rounds)
+        if step > rounds.chosen:
+            run.cut(rounds, step)
+            record.save(rounds)
+        refits, outcome = run.repaired(rounds, step)
+        if rounds.chosen > before.chosen and guard.cannot_be_true(outcome, rounds.predicted):
+            refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
+        costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
+        rounds.history.append({**costs, **guard.facts(outcome)})
+    with clock("repair"):
+        removed = remove_channels(given.dense, groups, rounds.kept)
+        candidates, measured = run.compared(removed, refits, rounds.model, outcome)
+    best = guard.best_repair(measured, repair)
+    report = report_of(run, rounds, measured, best)
+    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report)
+
+
+def rank_channels(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    of: Of = "macs",
+    criterion: str | Scorer = "tpv",
+    repair: Repair = "compensate",
+    allocation: Allocation | None = None,
+    limits: Limits | None = None,
+    repair_factors: bool | None = None,
+    num_images: int | None = NUM_IMAGES,
+    latency_batch_size: int = 1,
+    probing: Probing | None = None,
+    outputs: Chosen | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Ranking:
+    """Measure what the channels of a network are worth, once for every size.
+
+    ``prune(model, batches, keep=..., ranking=ranking)`` with the same arguments gives what it
+    gives without a ranking; with one, a further size costs its repair.
+
+    Args:
+        model: See :func:`prune`, as for all of these; untouched.
+        batches: Unlabeled input tensors [B, ...].
+        of: What will be spared.
+        criterion: What ranks.
+        repair: What will follow: whether other channels will stand in for those that leave.
+        allocation: How widths will follow.
+        limits: How far groups may shrink.
+        repair_factors: Whether curves are scaled by what the repair makes up for.
+        num_images: So many are drawn.
+        latency_batch_size: Inputs of one call.
+        probing: How the passes of ``"tpv"`` are run.
+        outputs: What counts.
+        seed: Of everything random.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        The ranking, which can be saved.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    check_repairs(1, repair)
+    return set_up(
+        model, batches, of=of, criterion=criterion, planned_repair=repair, allocation=allocation,
+        limits=limits, repair_factors=repair_factors, num_images=num_images,
+        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs, seed=seed,
+        progress=progress,
+    ).ranked()  # fmt: skip
+
+
+def _whole(groups: ChannelGroups) -> Kept:
+    return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
+
+
+def _parts_of(ranking: Ranking | None) -> list[Any]:
+    """Return what tells one given ranking from another."""
+    if ranking is None:
+        return []
+    curves = ranking.curves
+    return [
+        {n: c.order for n, c in curves.items()},
+        {n: c.variance for n, c in curves.items()},
+        None if ranking.factors is None else dict(ranking.factors),
+    ]

@@ -1,0 +1,101 @@
+"""What is said of a run: plain data, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroups, Kept
+from tpvprune.groups.budget import reaches
+from tpvprune.passes.evaluation import Difference
+from tpvprune.passes.outputs import Outputs
+from tpvprune.passes.running import evaluating, on_device
+from tpvprune.pipeline.run import Run
+from tpvprune.processes.shares import total
+from tpvprune.repairs import guard
+from tpvprune.widths.rounds import Rounds
+
+
+def report_of(
+    run: Run, rounds: Rounds, measured: Mapping[str, Difference], best: str
+) -> dict[str, Any]:
+    """Return the report of a run.
+
+    Args:
+        run: The run.
+        rounds: What it led to.
+        measured: Repair -> how far the model is from the dense one on the images held back.
+        best: The repair that was taken.
+
+    Returns:
+        See :class:`tpvprune.PruningResult`.
+    """
+    given = run.given
+    num_fit = int(total(_num(given.fit)))
+    reached = reaches(given.groups, rounds.kept, keep=run.keep, of=given.budget)
+    speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
+    return {
+        "keep": run.keep,
+        "of": given.of,
+        "repair": run.repair,
+        "repair_chosen": best,
+        "warnings": [
+            *guard.warnings_of(measured, run.repair, best),
+            *run.notes,
+            *given.notes,
+        ],
+        "seed": given.by.probing.seed,
+        "criterion": given.by.name,
+        "used_labels": rounds.ranking.scores.used_labels,
+        "allocation": given.by.how,
+        "num_images": num_fit,
+        "num_held_back": int(total(_num(given.held))),
+        "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
+        "reached": reached if rounds.speed is None else rounds.speed.ratio <= run.keep,
+        **speed,
+        "held_back": guard.facts(measured[best]),
+        "output_variance": {n: m.output_variance for n, m in measured.items()},
+        "variance_share": {n: m.share for n, m in measured.items()},
+        "output_second_moment": _second_moment(given.dense, given.held, given.outputs),
+        "steps": rounds.history,
+        "timings": given.clock.seconds,
+        **_widths(given.groups, rounds.kept),
+    }
+
+
+def _num(batches: Iterable[Tensor]) -> int:
+    return sum(map(len, batches))
+
+
+def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
+    return {
+        "dense": {"macs": groups.macs(), "params": groups.params()},
+        "pruned": {"macs": groups.macs(kept), "params": groups.params(kept)},
+        "groups": [
+            {
+                "name": g.name,
+                "unit": g.unit,
+                "num_channels": g.num_channels,
+                "kept": int(kept[g.name].sum()),
+            }
+            for g in groups
+        ],
+        "blocked": [
+            {"name": b.name, "num_channels": b.num_channels, "reason": b.blocked}
+            for b in groups.blocked
+        ],
+    }
+
+
+def _second_moment(model: nn.Module, held: list[Tensor], outputs: Outputs) -> float:
+    """Return E||f||^2, the yardstick of every output variance."""
+    with evaluating(model), torch.no_grad():
+        square = sum(
+            float(outputs.joined(model(on_device(x, model)), len(x)).double().square().sum())
+            for x in held
+        )
+    return total(square) / total(sum(len(x) for x in held))

@@ -1,0 +1,174 @@
+"""The rounds of a run: cut, repair, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
+from tpvprune.groups.budget import LatencyTable, cost
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.evaluation import Difference, difference
+from tpvprune.pipeline.checks import Repair
+from tpvprune.pipeline.setup import Setup
+from tpvprune.processes.shares import by_first
+from tpvprune.repairs import guard
+from tpvprune.repairs.batchnorm import recalibrate_batchnorm
+from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.repairs.reconstruction import reconstruct_blocks
+from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
+from tpvprune.widths.ranking import RankBy
+from tpvprune.widths.rounds import Rounds
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change between rounds; ``notes`` and ``used`` grow for the report."""
+
+    given: Setup
+    repair: Repair
+    keep: float
+    steps: int
+    notes: list[str] = field(default_factory=list)
+    used: dict[str, int] = field(default_factory=dict)
+
+    def cut(self, rounds: Rounds, step: int, *, by: RankBy | None = None) -> None:
+        """Rank the channels of the network as it is, choose widths, and remove what must go."""
+        given, model, ranking = self.given, rounds.model, rounds.ranking
+        groups = given.groups
+        if step > 1:
+            groups = _regrouped(model, given.groups, rounds.kept, given.batch[:1])
+        if step > 1 or by is not None:
+            found = (by or given.by).ranked(model, groups, given.fit, given.clock)
+            ranking = replace(found, factors=ranking.factors)
+        with given.clock("selection", step, self.steps):
+            target = self.keep ** (step / self.steps) * cost(given.groups, {}, given.budget)
+            target = min(1.0, target / cost(groups, {}, given.budget))
+            choose = partial(ranking.choose, groups, of=given.budget, limits=given.limits)
+            chosen, rounds.speed = self._chosen(rounds, groups, choose, target, step)
+            rounds.predicted += ranking.predicted(chosen)
+        with given.clock("removal", step, self.steps):
+            rounds.model = remove_channels(model, groups, chosen)
+            rounds.kept = compose(rounds.kept, chosen)
+        rounds.chosen, rounds.seconds = step, given.clock.seconds
+
+    def _chosen(
+        self,
+        rounds: Rounds,
+        groups: ChannelGroups,
+        choose: Callable[..., Kept],
+        target: float,
+        step: int,
+    ) -> tuple[Kept, Speed | None]:
+        """Return what stays; the last choice is made by the clock where time is the budget."""
+        given = self.given
+        if step < self.steps or not isinstance(given.budget, LatencyTable):
+            return choose(keep=target), None
+
+        def measure(chosen: Kept) -> Speed:
+            smaller = remove_channels(rounds.model, groups, chosen)
+            return by_first(compare_latency, given.dense, smaller, given.batch)
+
+        return as_fast_as(self.keep, target, lambda share: choose(keep=share), measure)
+
+    def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
+        """Repair the network, and measure how far it is from the dense one.
+
+        Returns:
+            The repaired models by repair, cheapest first, and the difference of the last.
+        """
+        given, cut, refits = self.given, rounds.model, {}
+        options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
+        options["seed"] = given.by.probing.seed
+        if self.repair in {"compensate", "reconstruct", "auto"}:
+            with given.clock("compensation", step, self.steps):
+                refits["compensate"] = compensate_weights(cut, given.dense, given.fit, **options)
+        if self.repair == "reconstruct" and step == self.steps:
+            with given.clock("reconstruction", step, self.steps):
+                refits["reconstruct"] = reconstruct_blocks(
+                    cut, given.dense, given.fit, **options, used=self.used,
+                    progress=given.clock.progress,
+                )  # fmt: skip
+        rounds.model = [cut, *refits.values()][-1]
+        with given.clock("measurement", step, self.steps):
+            return refits, self._difference(rounds.model)
+
+    def _difference(self, model: nn.Module) -> Difference:
+        """Return how far a model is from the dense one on the images held back."""
+        return difference(model, self.given.dense, self.given.held, outputs=self.given.outputs)
+
+    def ranked_instead(
+        self,
+        before: Rounds,
+        rounds: Rounds,
+        step: int,
+        refits: dict[str, nn.Module],
+        outcome: Difference,
+    ) -> tuple[dict[str, nn.Module], Difference]:
+        """Rank single channels where curves promised far less damage than there is.
+
+        Returns:
+            Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
+        """
+        if self.given.by.how != "curves":
+            return refits, outcome
+        self.cut(before, step, by=replace(self.given.by, allocation="rank"))
+        others, second = self.repaired(before, step)
+        if second.share >= outcome.share:
+            return refits, outcome
+        self.notes.append(
+            f"step {step}: widths by variance curves left {outcome.share:.2g} of the dense "
+            f"model's variance where ranked ones leave {second.share:.2g}: these were taken"
+        )
+        rounds.kept, rounds.model, rounds.speed = before.kept, before.model, before.speed
+        return others, second
+
+    def compared(
+        self,
+        removed: nn.Module,
+        refits: Mapping[str, nn.Module],
+        last: nn.Module,
+        outcome: Difference,
+    ) -> tuple[dict[str, nn.Module], dict[str, Difference]]:
+        """Return the models to choose from by repair, and how far each is from the dense one.
+
+        Of the last of them this is known.
+        """
+        candidates, fit = {"none": removed}, self.given.fit
+        if self.repair in {"bn", "auto"}:
+            candidates["bn"] = recalibrate_batchnorm(removed, fit)
+        candidates |= refits
+        if self.repair == "auto":
+            candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], fit)
+        measured = {
+            name: outcome if found is last else self._difference(found)
+            for name, found in candidates.items()
+        }
+        if refits and guard.best_repair(measured, self.repair) == "none":
+            candidates["bn"] = recalibrate_batchnorm(removed, fit)
+            measured["bn"] = self._difference(candidates["bn"])
+        return candidates, measured
+
+
+def _regrouped(pruned: nn.Module, groups: ChannelGroups, kept: Kept, x: Tensor) -> ChannelGroups:
+    """Return the groups of a pruned model; what was blocked stays blocked."""
+    # A cut that was proved on the dense model holds on its pruned form: no new verification.
+    found = find_groups(pruned, x, verify=False)
+    gone = {
+        g.name: "blocked in the dense model"
+        for g in found
+        if g.name not in groups or g.num_channels != int(kept[g.name].sum())
+    }
+    return with_blocked(found, gone)
+
+
+def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
+    """Return what stays of the dense channels after ``chosen`` of the present ones stayed."""
+    composed = {name: mask.clone() for name, mask in kept.items()}
+    for name, mask in chosen.items():
+        composed[name][kept[name].nonzero().squeeze(1)[~mask]] = False
+    return composed

@@ -1,0 +1,226 @@
+"""What a run is given: the network, its groups, the images that are drawn, the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.groups import (
+    ChannelGroups,
+    find_groups,
+    fused_attention,
+    unfuse_attention,
+    with_blocked,
+)
+from tpvprune.groups.budget import Budget, LatencyTable
+from tpvprune.groups.reaching import unseen
+from tpvprune.passes.clock import Clock, Progress
+from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.finite import check_outputs
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
+from tpvprune.pipeline.checks import Of, Repair, agreed, check_ranking, check_rounding, prunable
+from tpvprune.processes.shares import by_first, from_first, total
+from tpvprune.scores.criteria import Scorer
+from tpvprune.scores.curves import StandIn
+from tpvprune.scores.taps import Probing
+from tpvprune.widths.latency import latency_table
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.ranking import Allocation, RankBy, Ranking
+from tpvprune.widths.repair_factors import repair_factors as measured_factors
+
+# Repair factors take four compensations more, minutes at most: on so many MACs of forwards, unless
+# that leaves too few images to fit and to measure with; more would tell nothing new.
+_FACTOR_MACS, _FACTOR_IMAGES = 2e11, (256, 1024)
+_FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve every size
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is given, and what it looks up once.
+
+    Attributes:
+        dense: The network, its attention unfused.
+        groups: Its channel groups.
+        fit: The images that scores and repairs see, in batches.
+        held: Those that only measure.
+        batch: What is timed where latency is the budget; its first is an example.
+        outputs: What counts of what the network returns.
+        of: What is spared, by name; ``budget``: itself.
+        limits: How far groups may shrink.
+        by: How channels are ranked.
+        images_for_factors: On how many images repair factors are measured; 0: they are not.
+        clock: Of the stages.
+        notes: What is to be said of the network, a line each.
+    """
+
+    dense: nn.Module
+    groups: ChannelGroups
+    fit: list[Tensor]
+    held: list[Tensor]
+    batch: Tensor
+    outputs: Outputs
+    of: Of
+    budget: Budget
+    limits: Limits
+    by: RankBy
+    images_for_factors: int
+    clock: Clock
+    notes: list[str]
+
+    def parts(self) -> list[Any]:
+        """Return what tells one run from another."""
+        return [
+            self.dense, dict(enumerate(self.fit)), self.of, len(self.batch), self.by.name,
+            self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
+            [g.name for g in self.groups],
+        ]  # fmt: skip
+
+    def ranked(self, given: Ranking | None = None) -> Ranking:
+        """Rank the channels of the dense network.
+
+        Args:
+            given: Of an earlier run.
+
+        Returns:
+            It, or a new one; with what the repair makes up for where that counts.
+
+        Raises:
+            ValueError: If the given one is of something else.
+        """
+        check_ranking(given, self.by, self.dense, self.groups)
+        ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
+        if not self.images_for_factors or ranking.allocation != "curves":
+            return replace(ranking, factors=None)
+        if ranking.factors is not None:
+            return ranking
+        with self.clock("repair factors"):
+            draft = ranking.choose(
+                self.groups, keep=_FACTOR_KEEP, of=self.budget, limits=self.limits
+            )
+            factors = measured_factors(
+                self.dense, self.groups, draft, ranking.curves, self.fit,
+                max_inputs=self.images_for_factors, seed=self.by.probing.seed,
+                outputs=self.outputs, progress=self.clock.progress,
+            )  # fmt: skip
+        return replace(ranking, factors=factors)
+
+
+def set_up(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    of: Of,
+    criterion: str | Scorer,
+    planned_repair: Repair,
+    allocation: Allocation | None,
+    limits: Limits | None,
+    repair_factors: bool | None,
+    num_images: int | None,
+    latency_batch_size: int,
+    probing: Probing | None,
+    outputs: Chosen | None,
+    seed: int,
+    progress: Progress | None,
+) -> Setup:
+    """Draw the images and find the groups.
+
+    The arguments are those of :func:`tpvprune.prune`.
+
+    Returns:
+        What a run is given.
+    """
+    limits, clock = limits or Limits(), Clock(progress)
+    fused = fused_attention(model)
+    model = unfuse_attention(model) if fused else model
+    fit, held = hold_back(batches, num_images=num_images, seed=seed)
+    with clock("groups"):
+        counted = Outputs.measured(model, fit, outputs)
+        probing = replace(probing or Probing(), seed=seed, outputs=counted)
+        by = RankBy(criterion, allocation, "macs", stand_in(planned_repair), probing)
+        example = _example(model, fit, counted)
+        groups = find_groups(model, example, ignore=limits.ignore)
+        if outputs is not None:
+            gone = unseen(model, groups, (example,), list(counted.scales))
+            groups = with_blocked(groups, gone)
+        groups = prunable(agreed(groups))
+        batch = example.repeat_interleave(latency_batch_size, 0)
+        budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
+    check_rounding(limits, groups)
+    return Setup(
+        model, groups, fit, held, batch, counted, of, budget, _rounded(limits, budget),
+        replace(by, of=budget), _images_for_factors(repair_factors, by, groups, fit), clock,
+        [*_said_of(counted), *_said_of_fused(fused), *groups.notes],
+    )  # fmt: skip
+
+
+def stand_in(repair: str) -> StandIn:
+    """Return what takes the place of a channel when this repair follows.
+
+    Args:
+        repair: See :func:`prune`.
+
+    Returns:
+        ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
+    """
+    # Recalibrating BatchNorm restores the means.
+    without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
+    return without_refit.get(repair, "map")
+
+
+@torch.no_grad()
+def _example(model: nn.Module, fit: list[Tensor], outputs: Outputs) -> Tensor:
+    """Return the first input, for which the outputs are finite."""
+    example = on_device(from_first(fit[0][:1]), model)
+    with evaluating(model):
+        check_outputs(model, example, outputs.joined(model(example), 1), batch=0)
+    return example
+
+
+def _said_of(outputs: Outputs) -> list[str]:
+    """Return what is to be said of outputs that do not count, and of how several do."""
+    lines = [
+        f"output {name!r} {reason}: it is neither scored nor measured"
+        for name, reason in outputs.left_out.items()
+    ]
+    if len(outputs.scales) > 1:
+        names = ", ".join(map(repr, outputs.scales))
+        lines.append(
+            f"the model returns {len(outputs.scales)} outputs that count, {names}: scores and "
+            "output variance are those of all, each in units of its own second moment; agreement "
+            "is that of the first"
+        )
+    return lines
+
+
+def _said_of_fused(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"{names[0]}{more}: nn.MultiheadAttention was replaced by linear layers that compute the "
+        "same, so that heads can be removed: of the dense model unfuse_attention makes the same"
+    ]
+
+
+def _rounded(limits: Limits, budget: Budget) -> Limits:
+    """Return the limits; where milliseconds count, widths are multiples that run fast."""
+    if limits.round_to == 1 and isinstance(budget, LatencyTable):
+        return replace(limits, round_to=budget.step)
+    return limits
+
+
+def _images_for_factors(
+    wanted: bool | None, by: RankBy, groups: ChannelGroups, fit: list[Tensor]
+) -> int:
+    """Return on how many images repair factors are measured; 0: they are not."""
+    affordable = int(_FACTOR_MACS / max(groups.macs(), 1.0))
+    if wanted is None:
+        enough = affordable >= min(_FACTOR_IMAGES[0], total(sum(map(len, fit))))
+        wanted = by.stand_in == "map" and enough
+    least, most = _FACTOR_IMAGES
+    return min(most, max(least, affordable)) if wanted and by.how == "curves" else 0
