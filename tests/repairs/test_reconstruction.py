@@ -390,19 +390,17 @@ def test_large_blocks_look_at_fewer_images(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "max_macs", "expected"), [(32, 1e10, 2), (96, 1e10, 3), (96, 0, 1)]
+    ("num_views", "max_macs", "expected"), [(None, 1e10, 2), (None, 0, 1), (3, 0, 3)]
 )
-def test_further_views_are_shown_where_there_is_room_and_parts_of_large_images(
-    monkeypatch, pixels, max_macs, expected
-):
+def test_mirror_images_are_shown_where_there_is_room(monkeypatch, num_views, max_macs, expected):
     monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     seen = []
     monkeypatch.setattr(reconstruction, "Views", lambda *a: seen.append(Views(*a)) or seen[-1])
-    x = pictures(16, (3, pixels))
+    x = pictures(16, (3, 32))
     model = make("resnet10t")
     pruned, groups, kept = halved(model, x)
     given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
-    reconstruct_blocks(pruned, model, [x], max_macs=max_macs, **given)
+    reconstruct_blocks(pruned, model, [x], max_macs=max_macs, num_views=num_views, **given)
     assert seen[0].num_views == expected
 
 

@@ -44,7 +44,6 @@ from tpvprune.repairs.views import Views
 _FEWEST = 128  # inputs that a block sees however large it is
 _LARGEST = 2e11  # MACs of a stage's forward for all of its inputs
 _MORE_IN_GRADIENT = 8  # times the inputs of a product: a gradient is taken once in a linearisation
-_PIXELS_TO_ENLARGE = 96  # a part of a smaller image shows too little
 _MOST_WAITING = 1 << 30  # bytes of activations; beyond it running a block again costs less
 
 
@@ -93,9 +92,9 @@ def reconstruct_blocks(
         stage_iterations: Likewise of a stage; 0 leaves blocks as they are.
         damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
         num_views: Views of every image of a batch [B, C, H, W] that are shown: 1 itself, 2 its
-            mirror image, too, more: parts of it besides, enlarged. None: 1 where no block can be
-            fitted on all images and their mirror images, else 3, or 2 of images of less than 96
-            pixels. Inputs of other kinds are shown as they are.
+            mirror image, too, more: parts of it besides, enlarged, which cost as much again in
+            time and memory. None: 2 where some block can be fitted on all images and their mirror
+            images, else 1. Inputs of other kinds are shown as they are.
         max_positions: Positions (pixels, tokens) of a block's output that an iteration of the
             conjugate gradients looks at, in as many inputs as have so many. The right-hand side
             that it solves for, and the error that decides when it ends, are those of eight times
@@ -236,8 +235,7 @@ def _views(
         num_views = 1
     elif num_views is None:
         many = 2 * sum(map(len, inputs))
-        most = 2 if min(inputs[0].shape[2:]) < _PIXELS_TO_ENLARGE else 3
-        num_views = most if any(limits.in_gradients(block) >= many for block in blocks) else 1
+        num_views = 2 if any(limits.in_gradients(block) >= many for block in blocks) else 1
     size = max(1, chunk_size(dense, inputs) // num_views)
     return Views(rechunked(inputs, size), num_views, seed)
 
