@@ -100,7 +100,7 @@ def statistics():
         small, model, batches, groups=groups, kept=kept, max_bytes=1 << 18
     )
     rebuilt = tpvprune.reconstruct_blocks(
-        small, model, batches, groups=groups, kept=kept, rounds=1, iterations=1, mirror=False
+        small, model, batches, groups=groups, kept=kept, rounds=1, iterations=1, num_views=1
     )
     models = {"recalibration": recalibrated, "compensation": refitted, "reconstruction": rebuilt}
     for name, repaired in {**models, "compensation with little memory": few}.items():

@@ -29,6 +29,7 @@ def calls(model, data):
     shown = {"mean": [0.5] * 3, "std": [0.5] * 3}
     found = {
         "prune": lambda: tpvprune.prune(model, data, keep=0.6, repair="auto"),
+        "rank_channels": lambda: tpvprune.rank_channels(model, data),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),
         "tpv_scores until": lambda: tpvprune.tpv_scores(model, groups, data, until=0.5),
         "compensate_weights": lambda: tpvprune.compensate_weights(small, model, data, **cut),
