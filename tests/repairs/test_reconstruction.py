@@ -367,7 +367,7 @@ def test_every_image_serves_and_it_is_said_how_many_each_step_used():
 
 
 def test_large_blocks_look_at_fewer_images(monkeypatch):
-    monkeypatch.setattr(reconstruction, "_FEWEST", 3)
+    monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     x = pictures(24, (3, 32))
     model = make("resnet10t")
     pruned, groups, kept = halved(model, x)
@@ -377,7 +377,6 @@ def test_large_blocks_look_at_fewer_images(monkeypatch):
     assert all(
         s.macs >= sum(b.macs for b in blocks if b.name.startswith(f"{s.name}.")) for s in stages
     )
-    monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     used, few = {}, 2
     most = few * max(b.macs for b in blocks)
     reconstruct_blocks(pruned, model, [x], used=used, max_macs=most, num_views=1, **given)

@@ -43,5 +43,7 @@ def test_views_do_not_depend_on_how_images_are_cut_into_chunks_and_stay():
         views = Views(x.split(size), 4, 3)
         assert torch.equal(torch.cat(list(views)), wanted)
         assert torch.equal(torch.cat(views[:]), wanted)
+        sizes = [b - a for a, b in zip(views.starts, views.starts[1:], strict=False)]
+        assert sizes == [len(chunk) for chunk in views]
         assert torch.equal(views[-1], wanted[-len(views[-1]) :])
     assert not torch.equal(torch.cat(list(Views([x], 4, 4))), wanted)

@@ -50,7 +50,8 @@ class Setup:
         held: Those that only measure.
         batch: What is timed where latency is the budget; its first is an example.
         outputs: What counts of what the network returns.
-        of: What is spared, by name; ``budget``: itself.
+        of: What is spared, by name.
+        budget: What is spared, as it is counted.
         limits: How far groups may shrink.
         by: How channels are ranked.
         images_for_factors: On how many images repair factors are measured; 0: they are not.

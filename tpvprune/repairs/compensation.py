@@ -22,7 +22,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,6 +56,7 @@ from tpvprune.repairs.branches import (
 )
 from tpvprune.repairs.least_squares import LeastSquares
 from tpvprune.repairs.targets import Targets, dense_targets, plan_for
+from tpvprune.repairs.views import Views
 
 Constrain = Callable[[str, Tensor, Tensor], Tensor]
 """``constrain(layer, refitted weights, curvature)``; see :func:`refitted`."""
@@ -166,7 +166,7 @@ def refitted(
             dense, chunks, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
             nonlinear=nonlinear, targets=known.targets,
         )  # fmt: skip
-        Walk(repaired, fits, chunks, room).run()
+        Walk(repaired, fits, Views(chunks), room).run()
         spread_weights(repaired)
         return repaired
 
@@ -489,24 +489,21 @@ class Walk:
         chunks: The inputs; each is asked for whenever it starts.
         max_bytes: Memory for what waiting chunks hold.
         blocks: What is fitted besides, each when all chunks are through it.
-        copies: So many inputs that follow each other are views of one image.
     """
 
     def __init__(
         self,
         model: nn.Module,
         fits: Refits,
-        chunks: Sequence[Tensor],
+        chunks: Views,
         max_bytes: int,
         *,
         blocks: Sequence[BlockFit] = (),
-        copies: int = 1,
     ) -> None:
         self._model, self._fits, self._chunks = model, fits, chunks
-        self._starts = [0, *accumulate(len(x) for x in chunks)]
+        self._starts = chunks.starts
         self._room = max_bytes / max(1, self._starts[-1])
         self._blocks = {block.name: block for block in blocks}
-        self._copies = copies
         self._calls: dict[str, list[BlockCall]] = {}
         self._running = threading.local()
         self._lockstep: Lockstep[None] = Lockstep(len(chunks), self._fit)
@@ -523,7 +520,7 @@ class Walk:
             self._fits,
             slice(*self._starts[i : i + 2]),
             self._stop,
-            copies=self._copies,
+            copies=self._chunks.num_views,
         )
         self._running.run = run
         with torch.no_grad(), run:

@@ -171,7 +171,7 @@ def reconstruct_blocks(
             ]
             Walk(
                 repaired, run(views), views, min(max_bytes, _MOST_WAITING),
-                blocks=fits, copies=copies,
+                blocks=fits,
             ).run()  # fmt: skip
     return repaired
 

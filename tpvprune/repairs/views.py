@@ -25,7 +25,7 @@ class Views(Sequence[Tensor]):
         seed: Of the places.
     """
 
-    def __init__(self, chunks: Sequence[Tensor], num_views: int, seed: int) -> None:
+    def __init__(self, chunks: Sequence[Tensor], num_views: int = 1, seed: int = 0) -> None:
         self._chunks, self.num_views = chunks, num_views
         self._starts = [0, *accumulate(map(len, chunks))]
         generator = torch.Generator().manual_seed(seed)
@@ -35,6 +35,11 @@ class Views(Sequence[Tensor]):
     def num_images(self) -> int:
         """Different images in all chunks."""
         return self._starts[-1]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each chunk begins among the views of all images, and where the last ends."""
+        return [self.num_views * start for start in self._starts]
 
     def __len__(self) -> int:
         """Return the number of chunks."""
