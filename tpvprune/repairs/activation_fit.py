@@ -11,13 +11,12 @@ The linear fit of z* is the start; then what the activations still lack,
 :math:`\phi(z^*) - \phi(z)`, is regressed on the inputs, a few times (for a ReLU the targets are
 those of the alternation of Zhang et al., Accelerating Very Deep Convolutional Networks, 2016,
 section 3.3). Of all steps and three ridges, among them no change at all, those with the least error
-on inputs that are held back are taken, and the path up to there is repeated with all of them.
+on inputs that are held back are taken, and the last of them is repeated with all inputs.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +31,8 @@ from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments
 
 Activation = Callable[[Tensor], Tensor]
 
-_STEPS = 6  # the linear fit, and so many less one through the activation
-_FIRST_STEPS = 2  # with three ridges; the rest with the best of them
+_STEPS = 5  # through the activation, behind the linear fit; the first tries three ridges
+_LEAST_GAIN = 1e-3  # of the error, for one step more
 _LARGEST_RIDGE = 10.0  # where the linear fit would rather leave the weights
 _MOST_MACS = 4e10  # of one step over all rows
 _MOST_BYTES = 1 << 29  # of the rows that are held
@@ -55,14 +54,47 @@ class _Rows:
 
 
 @dataclass(frozen=True)
+class _Sought:
+    """What a step fits: centred sums of x^T e [g, u, o], and the mean of e [g, 1, o]."""
+
+    cross: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Change D [g, u, o] and intercept b [g, 1, o]."""
+
+    change: Tensor
+    intercept: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.intercept.to(x), x, self.change.to(x))
+
+
+@dataclass(frozen=True)
 class _System:
     """Rows of here; over those of all processes the moments of x and (z* - z) / s."""
 
     rows: list[_Rows]
     moments: Moments
+    _factors: dict[float, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: _System) -> _System:
         return _System([*self.rows, *other.rows], self.moments + other.moments)
+
+    @property
+    def linear(self) -> _Sought:
+        return _Sought(self.moments.cross, self.moments.e_mean)
+
+    def solved(self, sought: _Sought, ridge: float) -> _Map:
+        """Return the ridge least squares fit of what is sought."""
+        m = self.moments
+        if ridge not in self._factors:
+            scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * m.count)
+            self._factors[ridge] = factorised(m.gram, ridge * scale)
+        change = torch.cholesky_solve(sought.cross, self._factors[ridge])
+        return _Map(change, sought.mean - m.x_mean @ change)
 
 
 def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int:
@@ -126,17 +158,26 @@ class ActivationFit:
             return linear
         ridge = min(linear.ridge, _LARGEST_RIDGE)
         origin, problem, held = self._systems()
+        here, before = problem.solved(problem.linear, ridge), None
+        least = self._loss(here)
         ridges = (ridge,) if given else (ridge, 10 * ridge, ridge / 10)
-        paths = {r: self._path(problem, r) for r in ridges}
-        tried = {r: self._judged(path, _FIRST_STEPS) for r, path in paths.items()}
-        ridge = min(tried, key=lambda r: min(tried[r]))
-        losses = [*tried[ridge], *self._judged(paths[ridge], _STEPS - _FIRST_STEPS)]
-        best = min(range(len(losses)), key=losses.__getitem__)
-        zero = torch.zeros_like(problem.moments.cross)
-        if self._loss(zero, zero[:, :1]) <= losses[best]:
-            return Fit(zero, zero[:, :1].clone(), ridge)
-        change, intercept = next(itertools.islice(self._path(problem + held, ridge), best, None))
-        return Fit(change, intercept - origin @ change, ridge)
+        for _ in range(_STEPS):
+            sought = self._sought(problem, here)
+            steps = {r: problem.solved(sought, r) for r in ridges}
+            losses = {r: self._loss(step) for r, step in steps.items()}
+            best = min(losses, key=losses.__getitem__)
+            gain = 1 - losses[best] / least if least else 0.0
+            if gain > 0:
+                ridge, least, before = best, losses[best], here
+            if not gain >= _LEAST_GAIN:
+                break
+            here, ridges = steps[best], (best,)
+        none = _Map(torch.zeros_like(here.change), torch.zeros_like(here.intercept))
+        if self._loss(none) <= least:
+            return Fit(none.change, none.intercept, ridge)
+        both = problem + held
+        found = both.solved(both.linear if before is None else self._sought(both, before), ridge)
+        return Fit(found.change, found.intercept - origin @ found.change, ridge)
 
     def _systems(self) -> tuple[Tensor, _System, _System]:
         """Return where x is taken from [g, 1, u], and the rows to fit and those held back.
@@ -170,51 +211,37 @@ class ActivationFit:
         dead = self.slope.abs() < _DEAD
         return (values / torch.where(dead, 1.0, self.slope)).masked_fill_(dead, 0.0)
 
-    def _judged(self, path: Iterator[tuple[Tensor, Tensor]], steps: int) -> list[float]:
-        """Return the errors after the next steps of a path, on the rows held back."""
-        return [self._loss(*step) for step in itertools.islice(path, steps)]
-
-    def _path(self, problem: _System, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (D [g, u, o], b [g, 1, o]) after each step."""
+    def _sought(self, problem: _System, here: _Map) -> _Sought:
+        """Return what to fit next: what the present step gives, and what phi still lacks."""
         m = problem.moments
-        scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * m.count)
-        factor = factorised(m.gram, ridge * scale)
-        cross, mean = m.cross, m.e_mean
-        while True:
-            change = torch.cholesky_solve(cross, factor)
-            intercept = mean - m.x_mean @ change
-            yield change, intercept
-            # To be fitted next: what the present step gives, and what phi still lacks.
-            products, lacks = self._lacking(problem.rows, change, intercept)
-            cross = m.gram @ change + products - m.x_mean.mT @ lacks
-            mean = (m.x_mean @ change + intercept + lacks / m.count) if self.free else mean
+        products, lacks = self._lacking(problem.rows, here)
+        cross = m.gram @ here.change + products - m.x_mean.mT @ lacks
+        mean = m.x_mean @ here.change + here.intercept
+        return _Sought(cross, mean + lacks / m.count if self.free else mean)
 
-    def _lacking(
-        self, rows: Iterable[_Rows], change: Tensor, intercept: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _lacking(self, rows: Iterable[_Rows], here: _Map) -> tuple[Tensor, Tensor]:
         """Return the sums of x^T e [g, u, o] and of e [g, 1, o], e = (phi(z*) - phi(z)) / s."""
         sums: list[Any] = [0.0, 0.0]
         for r in (part for whole in rows for part in _parts(whole)):
-            error = r.wanted - self.activation(self._moved(r, change, intercept))
+            error = r.wanted - self.activation(self._moved(r, here))
             sums[0] = sums[0] + (r.x.mT @ error).double()
             sums[1] = sums[1] + error.sum(1, keepdim=True, dtype=torch.float64)
         products, lacks = map(self._per_slope, summed(*sums))
         return products, lacks
 
-    def _loss(self, change: Tensor, intercept: Tensor) -> float:
+    def _loss(self, here: _Map) -> float:
         """Return the squared error on the rows held back; infinite where it is not finite."""
         errors = (
-            self.activation(self._moved(r, change, intercept)) - r.wanted
+            self.activation(self._moved(r, here)) - r.wanted
             for rows in self._held
             for r in _parts(rows)
         )
         loss = float(_summed(error.square().sum(dtype=torch.float64) for error in errors))
         return loss if math.isfinite(loss) else math.inf
 
-    def _moved(self, rows: _Rows, change: Tensor, intercept: Tensor) -> Tensor:
+    def _moved(self, rows: _Rows, here: _Map) -> Tensor:
         """Return what the activation reads with changed weights."""
-        moved = torch.baddbmm(intercept.to(rows.x), rows.x, change.to(rows.x))
-        return torch.addcmul(rows.present, moved, self.slope.to(moved))
+        return torch.addcmul(rows.present, here(rows.x), self.slope.to(rows.x))
 
 
 def _summed(parts: Iterable[Tensor]) -> Tensor:
