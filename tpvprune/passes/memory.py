@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -71,14 +72,24 @@ def release_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Let the C library hand free pages back to the system, where it can (glibc).
+    """Let the C library hand free pages back to the system (glibc), where memory gets short.
 
     What many chunks of inputs have used by turns lies in pieces all over its heaps; kept there, it
-    adds up to several times what is in use.
+    adds up to several times what is in use. But pages that are handed back cost time when they are
+    asked for again: so only where this process holds more than half of what is left.
     """
     libc = _libc()
-    if libc is not None:
+    if libc is not None and 2 * _resident() > min(_available(), _below_limit()):
         libc.malloc_trim(0)
+
+
+def _resident() -> int:
+    """Return the memory that this process holds; where the system does not tell, no end of it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return sys.maxsize
 
 
 @cache
