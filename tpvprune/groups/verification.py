@@ -179,14 +179,9 @@ class _Checker:
             )
 
     def _run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Run a copy in ``dtype``, its parameters and buffers jittered."""
-        generator = torch.Generator().manual_seed(1)
-        self.model = copy.deepcopy(model).eval().cpu().to(self.dtype)
+        """Run a copy in ``dtype``, its parameters and buffers disturbed."""
+        self.model = jittered(model, self.dtype)
         with torch.no_grad():
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                if tensor.is_floating_point():
-                    signed = isinstance(tensor, nn.Parameter) or bool((tensor < 0).any())
-                    _jitter(tensor, generator, signed=signed)
             self.inputs = tuple(
                 i.detach().cpu().to(self.dtype)
                 if isinstance(i, Tensor) and i.is_floating_point()
@@ -237,6 +232,26 @@ class _Checker:
             return False
         self.error = ""
         return True
+
+
+@torch.no_grad()
+def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy in eval mode on the CPU, its parameters and buffers disturbed.
+
+    Args:
+        model: Any network.
+        dtype: Of the copy.
+
+    Returns:
+        The copy; nothing in it is zero, so that no part of it is without effect.
+    """
+    generator = torch.Generator().manual_seed(1)
+    copied = copy.deepcopy(model).eval().cpu().to(dtype)
+    for tensor in [*copied.parameters(), *copied.buffers()]:
+        if tensor.is_floating_point():
+            signed = isinstance(tensor, nn.Parameter) or bool((tensor < 0).any())
+            _jitter(tensor, generator, signed=signed)
+    return copied
 
 
 def _jitter(tensor: Tensor, generator: torch.Generator, *, signed: bool = True) -> None:

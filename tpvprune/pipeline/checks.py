@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import nn
@@ -15,6 +16,7 @@ from tpvprune.widths.ranking import RankBy, Ranking
 
 Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
 Of = Literal["macs", "params", "latency"]
+Granularity = Literal["channel", "branch"]
 
 
 def check_repairs(steps: int, *repairs: str | None) -> None:
@@ -29,6 +31,21 @@ def check_repairs(steps: int, *repairs: str | None) -> None:
             raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
+
+
+def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> None:
+    """Check what may leave.
+
+    Raises:
+        ValueError: If it is not known, or nothing.
+    """
+    known = get_args(Granularity)
+    if not granularity or isinstance(granularity, str) or set(granularity) - set(known):
+        raise ValueError(f"granularity: expected some of {known}, found {granularity!r}.")
+    if not 0 <= max_depth_removed <= 1:
+        raise ValueError(
+            f"max_depth_removed: expected a fraction in [0, 1], found {max_depth_removed}."
+        )
 
 
 def agreed(groups: ChannelGroups) -> ChannelGroups:

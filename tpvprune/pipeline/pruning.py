@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tpvprune.depth import Removal
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import check_budget
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.drawing import NUM_IMAGES
 from tpvprune.passes.outputs import Chosen
-from tpvprune.pipeline.checks import Of, Repair, check_repairs
+from tpvprune.pipeline.checks import (
+    Granularity,
+    Of,
+    Repair,
+    check_granularity,
+    check_repairs,
+)
+from tpvprune.pipeline.depth import shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
 from tpvprune.pipeline.setup import set_up
@@ -36,7 +44,8 @@ class PruningResult:
     ``kept`` says which channels stayed, ``ranking`` what they were worth: another budget needs no
     new one (``prune(..., ranking=result.ranking)``). ``report`` is plain data (JSON-ready): budget,
     cost before and after, output variance of the repairs on held-back images, steps, widths,
-    blocked groups with reasons, timings in seconds.
+    blocked groups with reasons, timings in seconds. ``removed`` names the modules of residual
+    branches that left, ``groups`` and ``kept`` are those of what is left of the network.
     """
 
     model: nn.Module
@@ -44,6 +53,7 @@ class PruningResult:
     ranking: Ranking
     kept: Kept
     report: dict[str, Any]
+    removed: Removal = field(default_factory=Removal)
 
     @property
     def scores(self) -> Scores:
@@ -71,6 +81,8 @@ def prune(
     repair: Repair = "compensate",
     allocation: Allocation | None = None,
     limits: Limits | None = None,
+    granularity: Sequence[Granularity] = ("channel",),
+    max_depth_removed: float = 0.5,
     ranking: Ranking | None = None,
     planned_repair: Repair | None = None,
     repair_factors: bool | None = None,
@@ -105,6 +117,10 @@ def prune(
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
             ``"plain"``: by score alone.
         limits: How far groups may shrink, and what stays whole.
+        granularity: ``"channel"``, ``"branch"``, or both: residual branches that go whole, as many
+            as leave the least damage under the budget (:mod:`tpvprune.pipeline.depth`). With
+            ``"branch"`` alone every width stays.
+        max_depth_removed: Largest fraction of the branches that may go, in [0, 1].
         ranking: Of an earlier result on the same model, images and criterion, for another budget.
         planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
             other channels stand in for those that leave. None: ``repair``; another where you
@@ -139,17 +155,23 @@ def prune(
     """
     check_budget(keep, "macs" if of == "latency" else of)
     check_repairs(steps, repair, planned_repair)
+    check_granularity(granularity, max_depth_removed)
     given = set_up(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
         allocation=allocation, limits=limits, repair_factors=repair_factors,
         num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
         outputs=outputs, seed=seed, progress=progress,
     )  # fmt: skip
+    whole, parts = given, _parts_of(ranking)
+    if "branch" in granularity:
+        ranking = whole.ranked(ranking)
+        by_channel = "channel" in granularity
+        given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
-    record = Record.of(state, *given.parts(), keep, repair, steps, *_parts_of(ranking))
-    rounds = record.load(given.dense, groups) or Rounds(
-        given.dense, _whole(groups), given.ranked(ranking)
+    record = Record.of(state, *given.parts(), keep, repair, steps, *parts)
+    rounds = record.load(given.start, groups) or Rounds(
+        given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted
     )
     clock.seconds = {**clock.seconds, **rounds.seconds}
     for step in range(max(1, rounds.chosen), steps + 1):
@@ -163,11 +185,12 @@ def prune(
         costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
         rounds.history.append({**costs, **guard.facts(outcome)})
     with clock("repair"):
-        removed = remove_channels(given.dense, groups, rounds.kept)
+        removed = remove_channels(given.start, groups, rounds.kept)
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)
     best = guard.best_repair(measured, repair)
     report = report_of(run, rounds, measured, best)
-    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report)
+    gone = given.depth.removal if given.depth else Removal()
+    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report, gone)
 
 
 def rank_channels(

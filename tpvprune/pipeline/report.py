@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, Kept
-from tpvprune.groups.budget import reaches
+from tpvprune.groups.budget import cost
 from tpvprune.passes.evaluation import Difference
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.pipeline.run import Run
+from tpvprune.pipeline.setup import Depth
 from tpvprune.processes.shares import total
 from tpvprune.repairs import guard
 from tpvprune.widths.rounds import Rounds
@@ -36,7 +37,8 @@ def report_of(
     """
     given = run.given
     num_fit = int(total(_num(given.fit)))
-    reached = reaches(given.groups, rounds.kept, keep=run.keep, of=given.budget)
+    spent = cost(given.groups, rounds.kept, given.budget)
+    reached = spent <= run.keep * given.dense_cost * (1 + 1e-9)
     speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
     return {
         "keep": run.keep,
@@ -64,6 +66,20 @@ def report_of(
         "steps": rounds.history,
         "timings": given.clock.seconds,
         **_widths(given.groups, rounds.kept),
+        **_depth(given.depth),
+    }
+
+
+def _depth(depth: Depth | None) -> dict[str, Any]:
+    """Return what is said of branches, and the dense costs with them."""
+    if depth is None:
+        return {}
+    return {
+        "dense": dict(depth.dense),
+        "branches": [
+            {"name": name, "score": score, "gone": name in depth.gone}
+            for name, score in depth.branches.items()
+        ],
     }
 
 

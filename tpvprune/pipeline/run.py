@@ -46,7 +46,7 @@ class Run:
             found = (by or given.by).ranked(model, groups, given.fit, given.clock)
             ranking = replace(found, factors=ranking.factors)
         with given.clock("selection", step, self.steps):
-            target = self.keep ** (step / self.steps) * cost(given.groups, {}, given.budget)
+            target = self.keep ** (step / self.steps) * given.dense_cost
             target = min(1.0, target / cost(groups, {}, given.budget))
             choose = partial(ranking.choose, groups, of=given.budget, limits=given.limits)
             chosen, rounds.speed = self._chosen(rounds, groups, choose, target, step)
@@ -86,11 +86,11 @@ class Run:
         options["seed"] = given.by.probing.seed
         if self.repair in {"compensate", "reconstruct", "auto"}:
             with given.clock("compensation", step, self.steps):
-                refits["compensate"] = compensate_weights(cut, given.dense, given.fit, **options)
+                refits["compensate"] = compensate_weights(cut, given.aligned, given.fit, **options)
         if self.repair == "reconstruct" and step == self.steps:
             with given.clock("reconstruction", step, self.steps):
                 refits["reconstruct"] = reconstruct_blocks(
-                    cut, given.dense, given.fit, **options, used=self.used,
+                    cut, given.aligned, given.fit, **options, used=self.used,
                     progress=given.clock.progress,
                 )  # fmt: skip
         rounds.model = [cut, *refits.values()][-1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune.depth import Removal
 from tpvprune.groups import (
     ChannelGroups,
     find_groups,
@@ -16,7 +17,7 @@ from tpvprune.groups import (
     unfuse_attention,
     with_blocked,
 )
-from tpvprune.groups.budget import Budget, LatencyTable
+from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.reaching import unseen
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import hold_back
@@ -40,12 +41,35 @@ _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve e
 
 
 @dataclass(frozen=True)
+class Depth:
+    """A network of which residual branches have left.
+
+    Attributes:
+        network: Without them, of the dense network's parameters.
+        aligned: The dense network, whose calls are those of ``network``: branches run unseen.
+        removal: What left.
+        branches: Scores of all that could, by name.
+        gone: Names of those that left.
+        cost: Of the whole network, in units of the budget.
+        dense: MACs and parameters of the whole network.
+    """
+
+    network: nn.Module
+    aligned: nn.Module
+    removal: Removal
+    branches: Mapping[str, float]
+    gone: tuple[str, ...]
+    cost: float
+    dense: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a run is given, and what it looks up once.
 
     Attributes:
         dense: The network, its attention unfused.
-        groups: Its channel groups.
+        groups: The channel groups of it, or of what is left of it without some branches.
         fit: The images that scores and repairs see, in batches.
         held: Those that only measure.
         batch: What is timed where latency is the budget; its first is an example.
@@ -57,6 +81,7 @@ class Setup:
         images_for_factors: On how many images repair factors are measured; 0: they are not.
         clock: Of the stages.
         notes: What is to be said of the network, a line each.
+        depth: The network without some branches, if any left.
     """
 
     dense: nn.Module
@@ -72,13 +97,34 @@ class Setup:
     images_for_factors: int
     clock: Clock
     notes: list[str]
+    depth: Depth | None = None
+
+    @property
+    def start(self) -> nn.Module:
+        """The network that channels leave."""
+        return self.depth.network if self.depth else self.dense
+
+    @property
+    def aligned(self) -> nn.Module:
+        """The dense network, with the calls of ``start``."""
+        return self.depth.aligned if self.depth else self.dense
+
+    @property
+    def dense_cost(self) -> float:
+        """What the whole network costs."""
+        return self.depth.cost if self.depth else cost(self.groups, {}, self.budget)
+
+    @property
+    def predicted(self) -> float:
+        """The output variance that the scores of the branches that left promise."""
+        return sum(self.depth.branches[name] for name in self.depth.gone) if self.depth else 0.0
 
     def parts(self) -> list[Any]:
         """Return what tells one run from another."""
         return [
             self.dense, dict(enumerate(self.fit)), self.of, len(self.batch), self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
-            [g.name for g in self.groups],
+            [g.name for g in self.groups], self.depth.gone if self.depth else (),
         ]  # fmt: skip
 
     def ranked(self, given: Ranking | None = None) -> Ranking:

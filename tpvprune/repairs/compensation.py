@@ -253,6 +253,7 @@ def refits_towards(
     if constrain is not None or not nonlinear:
         targets.activations.clear()
     first = 0 if groups is None else _first_changed(groups, kept)
+    first = min(first, targets.before_unseen)
     return Refits(
         plan, targets, rows, ridge, constrain, linear=tuple(linear), without=tuple(without),
         first=first,

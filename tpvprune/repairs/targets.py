@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.operations import ACTIVATIONS, function_name
 from tpvprune.passes.patches import count_positions, gather, window_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
+from tpvprune.passes.unseen import unseen_forward
 from tpvprune.repairs.activation_fit import Activation
 from tpvprune.repairs.branches import (
     PASSING,
@@ -33,13 +36,15 @@ class Targets:
     """Sampled dense values by call: branch + shortcut sums, pre-activations where there is none.
 
     ``normed`` names the calls that nothing but a BatchNorm reads; ``activations`` what alone reads
-    the value that a call ends in (output, BatchNorm of it, or sum with a shortcut).
+    the value that a call ends in (output, BatchNorm of it, or sum with a shortcut). Behind call
+    ``before_unseen`` the first module ran unseen.
     """
 
     outputs: dict[int, Tensor]
     sums: dict[int, Tensor]
     normed: set[int]
     activations: dict[int, Activation]
+    before_unseen: int = sys.maxsize
 
 
 def dense_targets(
@@ -57,7 +62,7 @@ def dense_targets(
         The targets.
     """
     run = _DenseRun(layers_by_weight(dense, without), plan)
-    with evaluating(dense), torch.no_grad():
+    with evaluating(dense), torch.no_grad(), run.watching(dense):
         for x in inputs:
             run.start_batch(len(x))
             moved = fast_layout(on_device(x, dense), dense)
@@ -151,20 +156,85 @@ class _DenseRun(BranchFollower):
         self._ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._sum: tuple[Tensor, int] | None = None
         self._activations: dict[int, Activation | None] = {}
+        # Behind the activation of what a call ends in; and what branches add that run unseen.
+        self._activated: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._added: dict[int, weakref.ref[Tensor]] = {}
+        self._before_unseen = sys.maxsize
+
+    @contextmanager
+    def watching(self, dense: nn.Module) -> Iterator[None]:
+        """Know what goes on behind branches that run unseen: the pruned network has none of them.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            for module in dense.modules():
+                if unseen_forward(module) is not None:
+                    stack.callback(module.register_forward_hook(self._ran_unseen).remove)
+            yield
+
+    def _ran_unseen(self, module: nn.Module, args: Any, out: Any) -> None:
+        forward = unseen_forward(module)
+        self._before_unseen = min(self._before_unseen, max(self.call, 0))
+        if forward is not None and forward.is_block:
+            self._go_on(args[0], out)
+        elif isinstance(out, Tensor):
+            self._added[id(out)] = weakref.ref(out)
+
+    def _go_on(self, x: Tensor, out: Tensor) -> None:
+        """Let the call that ends in ``x`` aim at what ``out`` is in its place."""
+        with self.paused():
+            reference, call = self._ends.pop(id(x), (None, -1))
+            if reference is not None and reference() is x:
+                self._aim_at(x, out, call)
+                self._ends[id(out)] = weakref.ref(out), call
+                return
+            reference, call = self._activated.get(id(x), (None, -1))
+            phi = self._activations.get(call)
+            if reference is None or reference() is not x or phi is None or call not in self._sums:
+                return
+            if torch.equal(phi(out.clone()), out):
+                self._keep(self._sums, out, call, self._modules[call])
+                self._activated[id(out)] = weakref.ref(out), call
+
+    def _aim_at(self, x: Tensor, out: Tensor, call: int) -> None:
+        module, branch = self._modules[call], self._branch(x)
+        if call in self._sums:
+            self._keep(self._sums, out, call, module)
+        elif branch is not None and branch.call == call:
+            value = out
+            if branch.scale is not None and branch.shift is not None:
+                shape = [-1] if isinstance(module, nn.Linear) else [-1] + [1] * (out.ndim - 2)
+                dead = branch.scale.abs() < 1e-8  # what nobody sees
+                scale = torch.where(dead, torch.inf, branch.scale)
+                value = (out - branch.shift.reshape(shape)) / scale.reshape(shape)
+            self._keep(self._outputs, value, call, module)
+            self._follow(out, branch)
 
     def start_batch(self, size: int) -> None:
         self._prefer_sums()
         self._start, self._size = self._start + self._size, size
-        self._ends.clear()
+        for known in (self._ends, self._activated, self._added):
+            known.clear()
         self.reset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
+        if not self._seeing:
+            return out
         if out is None or any(isinstance(o, Tensor) for o in flatten(out)):
             self._note_readers(func, args, kwargs or {}, out)
         if self._sum is not None:  # only now: it may have been written into what was read
             total, call = self._sum
             self._ends[id(total)], self._sum = (weakref.ref(total), call), None
+        return out
+
+    def _on_add(self, func: Any, args: Any) -> Any:
+        unseen = [id(t) in self._added and self._added[id(t)]() is t for t in args]
+        out = super()._on_add(func, args)
+        if any(unseen):
+            self._go_on(args[unseen.index(False)], out)
         return out
 
     def _note_readers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -180,6 +250,8 @@ class _DenseRun(BranchFollower):
             # Two readers that do the same are as good as one.
             if self._activations.setdefault(call, found) != found:
                 self._activations[call] = None
+            if found is not None and isinstance(out, Tensor):
+                self._activated[id(out)] = weakref.ref(out), call
             if out is tensor:  # overwritten
                 del self._ends[id(tensor)]
 
@@ -235,7 +307,9 @@ class _DenseRun(BranchFollower):
             for call, func in self._activations.items()
             if func is not None and call not in no_target
         }
-        return Targets(self._outputs, self._sums, self._normed - self.shared, activations)
+        return Targets(
+            self._outputs, self._sums, self._normed - self.shared, activations, self._before_unseen
+        )
 
 
 class _Calls(BranchFollower):

@@ -6,6 +6,7 @@ import copy
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import RANKING_FILE, check_saved
 from tpvprune.groups.removal import attribute_changes, shrink_to
@@ -62,6 +64,7 @@ def save_pruned(
     report: Mapping[str, Any] | None = None,
     origin: str | Path | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    removed: Removal | None = None,
 ) -> Path:
     """Write a pruned model to a folder that ``load_pruned`` rebuilds bit for bit.
 
@@ -88,6 +91,7 @@ def save_pruned(
             its provenance becomes the ``origin`` entry of the new one.
         masks: Of single weights, True = stays, the others are zero; written as
             ``masks.safetensors`` for :func:`tpvprune.weights.masks.load_masks`.
+        removed: Modules of residual branches that left; by default what a result says.
 
     Returns:
         The folder.
@@ -98,13 +102,15 @@ def save_pruned(
     if not is_model:
         dense = getattr(result_or_model, "dense", None) if dense is None else dense
         report = report_data(result_or_model) if report is None else report
+        removed = getattr(result_or_model, "removed", None) if removed is None else removed
     folder = check_folder(folder, overwrite=overwrite)
     earlier = {} if origin is None else read_config(origin)
     if earlier:
         model_name = model_name or earlier["model"]
         model_kwargs = earlier["model_kwargs"] if model_kwargs is None else model_kwargs
         masks = saved_masks(str(origin)) if masks is None else masks
-    name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense)
+    gone = removed or Removal.read(earlier.get("removed", {}))
+    name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense, gone)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
     chain, source = {}, {}
     if earlier:
@@ -117,6 +123,7 @@ def save_pruned(
         "pretrained_cfg": _plain_entries(pretrained_cfg or own_cfg),
         "kept": _kept_of_dense(earlier.get("kept", {}), kept),
         "attributes": attribute_changes(skeleton, pruned),
+        "removed": asdict(gone),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
         "provenance": {**_provenance(), **source, **(provenance or {}), **chain},
     }
@@ -139,7 +146,7 @@ def save_pruned(
             ranking.save(unfinished / RANKING_FILE)
         if report is not None:
             write_report(dict(report), unfinished)
-        _check_same(pruned, load_pruned(unfinished, model=None if name else skeleton))
+        _check_same(pruned, load_pruned(unfinished, model=None if name else dense))
     return folder
 
 
@@ -192,7 +199,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         limit = max(_LEAST_LIMIT, _MOST_PER_BYTE * weights.stat().st_size)
         loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
     shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
-    loaded = unfused_as_saved(loaded, shapes)
+    loaded = remove_branches(unfused_as_saved(loaded, shapes), Removal.read(config["removed"]))
     check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
@@ -234,6 +241,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"{path}: expected {field!r} to be {' or '.join(t.__name__ for t in types)}, "
                 f"found {type(config.get(field)).__name__}: save again"
             )
+    _check_removed(path, config.setdefault("removed", {}))
     for name, indices in config["kept"].items():
         if not is_sizes(indices):
             raise ValueError(f"{path}: expected channel indices for {name!r:.120}: save again")
@@ -241,6 +249,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if not is_sizes(shape) or len(shape) > 8:
             raise ValueError(f"{path}: expected a shape for {name!r:.120}, found {shape!r:.60}")
     return config
+
+
+def _check_removed(path: Path, removed: Any) -> None:
+    fields = asdict(Removal())
+    names = removed.values() if isinstance(removed, dict) else ()
+    if (
+        not isinstance(removed, dict)
+        or any(key not in fields for key in removed)
+        or not all(
+            isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names
+        )
+    ):
+        raise ValueError(f"{path}: expected lists of modules in 'removed': save again")
 
 
 def _kept_of_dense(
@@ -268,6 +289,7 @@ def _skeleton(
     name: str | None,
     kwargs: Mapping[str, Any] | None,
     dense: nn.Module | None,
+    removed: Removal,
 ) -> tuple[str | None, dict[str, Any], nn.Module]:
     # The model that loading will start from, and how timm makes it, if it does.
     config = getattr(pruned, "pretrained_cfg", None) or {}
@@ -283,7 +305,8 @@ def _skeleton(
     if name is not None:
         plain_kwargs = plain(dict(kwargs), "model_kwargs")
         try:
-            built = unfused_as_saved(build(name, plain_kwargs, max_elements=2**40), shapes)
+            whole = unfused_as_saved(build(name, plain_kwargs, max_elements=2**40), shapes)
+            built = remove_branches(whole, removed)
             check_fits(built, shapes)
         except ValueError as error:
             reason = str(error)
@@ -294,7 +317,7 @@ def _skeleton(
             f"the dense model cannot be rebuilt ({reason}): "
             "pass model_name and model_kwargs of timm.create_model, or dense"
         )
-    return None, {}, unfused_as_saved(dense, shapes)
+    return None, {}, remove_branches(unfused_as_saved(dense, shapes), removed)
 
 
 def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:

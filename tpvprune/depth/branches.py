@@ -1,0 +1,187 @@
+"""Find the residual branches of a network: sums x + F(x), of which F can go.
+
+Nothing is known by the class of a module: the terms of every sum are followed back to where both
+come from the same tensor. Each branch is proved on given inputs: the network without it gives what
+the network gives if zeros are added in its place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.depth.additions import WithoutBranches
+from tpvprune.depth.records import Branch, Removal
+from tpvprune.depth.removal import SEQUENCES, remove_branches
+from tpvprune.depth.trace import Addition, Trace, traced
+from tpvprune.groups.verification import jittered
+from tpvprune.passes.operations import CONTRACTIONS
+from tpvprune.passes.outputs import Outputs
+from tpvprune.passes.running import on_device
+
+_TOLERANCE = 1e-5  # of the largest change that zeros in its place make
+
+
+def find_branches(
+    model: nn.Module, x: Tensor, *, outputs: Outputs | None = None
+) -> tuple[Branch, ...]:
+    """Find the residual branches that can go, and prove each.
+
+    Of branches inside of each other the inner ones are found.
+
+    Args:
+        model: Any network; untouched.
+        x: Inputs [B, ...]; B = 2 tells more than 1.
+        outputs: What counts of what it returns; None: all real outputs of this call.
+
+    Returns:
+        The branches in the order of a forward. A block whose branches can only go together, as it
+        would change what else it does, is not among them.
+    """
+    trace = traced(model, on_device(x, model))
+    found = _innermost(_candidates(model, trace))
+    proof = _Proof(model, x, outputs)
+    of_block: dict[str, list[Branch]] = defaultdict(list)
+    for branch in found:
+        if branch.block is not None:
+            of_block[branch.block].append(branch)
+    whole = set(proof.holding(of_block))
+    blocks = [
+        replace(b, name=b.block) for b in found if b.block in whole and len(of_block[b.block]) == 1
+    ]
+    taken = {b.block for b in blocks}
+    parts = {b.name: [replace(b, block=None)] for b in found if b.block not in taken}
+    proved = set(proof.holding(parts))
+    # A block goes as a whole where nothing of it is left.
+    parted = {k for k in whole if all(b.name in proved for b in of_block[k])}
+    single = [
+        b if b.block in parted else replace(b, block=None)
+        for b in found
+        if b.name in proved and b.block not in taken
+    ]
+    return tuple(sorted([*blocks, *single], key=lambda b: b.addition))
+
+
+def _candidates(model: nn.Module, trace: Trace) -> Iterator[tuple[Branch, frozenset[int]]]:
+    """Yield sums of a tensor and what is computed from it alone, with the nodes of that."""
+    readers, ran = trace.readers(), _nodes_of(trace)
+    for addition in trace.additions:
+        for identity in (0, 1):
+            start, end = addition.terms[identity], addition.terms[1 - identity]
+            inside = trace.between(start, end)
+            if any(readers[n] - inside - {addition.node} for n in inside):
+                continue
+            contractions = [n for n in sorted(inside) if trace.nodes[n].name in CONTRACTIONS]
+            modules = _outermost(trace, inside, ran)
+            if not contractions or any(n not in modules for n in contractions):
+                continue
+            names = tuple(dict.fromkeys(modules[n] for n in sorted(modules)))
+            is_last = trace.nodes[contractions[0]].name == "linear"
+            dim = len(trace.nodes[start].shape) - 1 if is_last else 1
+            block = _block_of(model, trace, addition)
+            name = modules[contractions[-1]]
+            yield Branch(name, block, names, addition.number, identity, dim), inside
+            break
+
+
+def _nodes_of(trace: Trace) -> dict[str, set[int]]:
+    ran: dict[str, set[int]] = defaultdict(set)
+    for number, node in enumerate(trace.nodes):
+        for name in node.modules:
+            ran[name].add(number)
+    return ran
+
+
+def _outermost(trace: Trace, inside: frozenset[int], ran: dict[str, set[int]]) -> dict[int, str]:
+    """Find the largest modules that do nothing but what a branch does.
+
+    Returns:
+        Node -> module; nodes that lie in none are left out.
+    """
+    found = {}
+    for number in inside:
+        for name in trace.nodes[number].modules:
+            if ran[name] <= inside and trace.calls[name] == 1:
+                found[number] = name
+                break
+    return found
+
+
+def _block_of(model: nn.Module, trace: Trace, addition: Addition) -> str | None:
+    """Return the innermost member of a sequence of modules in which a sum is taken."""
+    for name in reversed(trace.nodes[addition.node].modules):
+        parent, _, _ = name.rpartition(".")
+        if name and isinstance(model.get_submodule(parent), SEQUENCES):
+            return name
+    return None
+
+
+def _innermost(found: Iterator[tuple[Branch, frozenset[int]]]) -> list[Branch]:
+    """Return the branches that hold no other one."""
+    all_found = list(found)
+    return [
+        branch for branch, inside in all_found if not any(other < inside for _, other in all_found)
+    ]
+
+
+# ---- proof ----------------------------------------------------------------------------------
+
+
+class _Proof:
+    """Compares a network whose branches count as zero with that without them, on some inputs.
+
+    In float64 where the network runs in it, its parameters disturbed: a branch that is scaled to
+    nothing hides nothing.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, outputs: Outputs | None) -> None:
+        self._outputs = outputs
+        try:
+            self._start(model, x, torch.float64)
+        except Exception:  # a norm in float32, a state made in the forward
+            self._start(model, x, torch.float32)
+
+    def _start(self, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+        self._model, self._x = jittered(model, dtype), x.detach().cpu().to(dtype)
+        self._tolerance = _TOLERANCE if dtype == torch.float64 else 100 * _TOLERANCE
+        self._whole = self._run(self._model)
+
+    def holding(self, parts: Mapping[str, Sequence[Branch]]) -> list[str]:
+        """Return which of several parts of the network, each of some branches, can go.
+
+        Every second one is tried at a time, one by one only where that fails.
+        """
+        names = list(parts)
+        halves = (names[::2], names[1::2])
+        if all(self._holds([b for n in half for b in parts[n]]) for half in halves if half):
+            return names
+        return [n for n in names if self._holds(parts[n])]
+
+    def _holds(self, gone: Sequence[Branch]) -> bool:
+        """Tell whether the network without branches gives what it should.
+
+        Returns:
+            True if so.
+        """
+        with WithoutBranches(gone):
+            masked = self._run(self._model)
+        removed = None
+        with suppress(Exception):  # whatever a forward makes of modules that are not there
+            removal = Removal.of(gone, [b.name for b in gone])
+            removed = self._run(remove_branches(self._model, removal, share=True))
+        if removed is None or removed.shape != masked.shape:
+            return False
+        change = float((masked - self._whole).abs().max())
+        return bool((removed - masked).abs().max() <= self._tolerance * change)
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module) -> Tensor:
+        returned = model(self._x)
+        num = len(self._x)
+        outputs = self._outputs or Outputs.among(returned, num)
+        return outputs.joined(returned, num).double()

@@ -1,0 +1,88 @@
+"""Take residual branches out of a network."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.depth.records import Removal
+
+SEQUENCES = (nn.Sequential, nn.ModuleList)
+
+
+class Zero(nn.Module):
+    """In the place of the last module of a branch: zeros like its first argument."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return zeros of the shape of ``x``."""
+        return torch.zeros_like(x)
+
+
+class Pass(nn.Module):
+    """In the place of a module before that: its first argument."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) -> nn.Module:
+    """Return a copy of a network without some of its branches.
+
+    Members that leave a sequence leave a gap in its names: all other parameters are called as
+    before.
+
+    Args:
+        model: The network.
+        removal: What goes: of :meth:`tpvprune.depth.Removal.of`.
+        share: Whether the copy has the same parameters and buffers, not copies.
+
+    Returns:
+        The smaller network.
+
+    Raises:
+        ValueError: If a module is not there, or a block is not a member of a sequence.
+    """
+    check_removal(model, removal)
+    smaller = copy.deepcopy(model, _own_tensors(model) if share else {})
+    for name in removal.blocks:
+        parent, child = _parent(smaller, name)
+        del parent._modules[child]
+    for names, kind in ((removal.zeroed, Zero), (removal.passed, Pass)):
+        for name in names:
+            parent, child = _parent(smaller, name)
+            parent._modules[child] = kind()
+    return smaller
+
+
+def check_removal(model: nn.Module, removal: Removal) -> None:
+    """Check that what goes is there.
+
+    Raises:
+        ValueError: If a module is not, or a block is not a member of a sequence.
+    """
+    modules = dict(model.named_modules())
+    for name in removal.modules:
+        if not name or name not in modules:
+            raise ValueError(f"removed: expected modules of the model, found {name!r:.80}")
+    for name in removal.blocks:
+        if not isinstance(_parent(model, name)[0], SEQUENCES):
+            raise ValueError(f"removed: expected members of nn.Sequential, found {name!r:.80}")
+    twice = sorted(removal.modules)
+    for name, after in itertools.pairwise(twice):
+        if after == name or after.startswith(f"{name}."):
+            raise ValueError(f"removed: expected {name!r:.80} once, found {after!r:.80} besides")
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, child = name.rpartition(".")
+    return model.get_submodule(path), child
+
+
+def _own_tensors(model: nn.Module) -> dict[int, Any]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return {id(t): t for t in tensors}

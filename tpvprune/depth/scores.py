@@ -1,0 +1,168 @@
+r"""The score of a branch: output variance caused by leaving it out (TPV).
+
+A sum x + F(x) without F is the perturbation that sets the branch to zero. To first order the output
+changes by :math:`u(x) = J_F(x)\, r(x)`, r = F(x); what a linear map of the channels of x predicts
+of F(x) the layers that read the sum can take over when they are refitted, so that with it
+r = F(x) - A x - c is what is lost. :math:`TPV = E_x \|u(x)\|^2 = E_x E_v (v^T u(x))^2`, for all
+branches in the same passes. Nothing has to stand in: the smaller of both counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.depth.additions import AdditionMode, WithoutBranches
+from tpvprune.depth.records import Branch
+from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device
+from tpvprune.processes.shares import summed, total
+from tpvprune.repairs.least_squares import LeastSquares
+
+_ROWS_PER_IMAGE = 32
+_HELD = 4  # every so manieth image judges the ridge
+
+
+def branch_scores(
+    model: nn.Module,
+    branches: Sequence[Branch],
+    batches: Iterable[Any],
+    *,
+    gone: Sequence[Branch] = (),
+    compensated: bool = True,
+    num_probes: int = 4,
+    seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
+) -> dict[str, float]:
+    """Score branches by the output variance that their removal causes.
+
+    Args:
+        model: The network; run in eval mode, restored afterwards.
+        branches: Of it (:func:`tpvprune.depth.find_branches`).
+        batches: Re-iterable of unlabeled input tensors [B, ...].
+        gone: Other branches that count as zero.
+        compensated: Let a linear map of x stand in where that leaves less.
+        num_probes: Random directions per image; each costs a backward pass.
+        seed: Of the directions, and of the positions that the maps are fitted on.
+        outputs: What counts of what the model returns; None: all, alike.
+
+    Returns:
+        Name of the branch -> score, in squared output units.
+
+    Reference:
+        Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089.
+    """
+    inputs, branches = unlabeled(batches), sorted(branches, key=lambda b: b.addition)
+    counted = Outputs.measured(model, inputs, outputs)
+    maps = _stand_ins(model, branches, inputs, gone, seed) if compensated else {}
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.zeros(2 if maps else 1, len(branches), dtype=torch.float64)
+    with evaluating(model), frozen(model), torch.enable_grad():
+        for batch in inputs:
+            x = fast_layout(on_device(batch.detach(), model), model).requires_grad_()
+            with WithoutBranches(gone), _Watched(branches, maps) as watched:
+                returned = counted.joined(model(x), len(x))
+            shape = (num_probes, *returned.shape)
+            signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+            changes = [watched.changes(returned, v) for v in signs.to(returned)]
+            squares += torch.stack(changes).square().mean(0).sum(2).cpu()
+    means = summed(squares)[0].amin(0) / total(sum(map(len, inputs)))
+    return {b.name: float(mean) for b, mean in zip(branches, means, strict=True)}
+
+
+Map = tuple[Tensor, Tensor]  # A [C, C], c [C]: x A + c
+
+
+class _Watched(AdditionMode):
+    """Knows what the branches add, and what of it no map of x predicts."""
+
+    def __init__(self, branches: Sequence[Branch], maps: Mapping[str, Map]) -> None:
+        super().__init__()
+        self._branches = {b.addition: b for b in branches}
+        self._maps = maps
+        self._added: list[Tensor] = []
+        self._left: list[tuple[Tensor, ...]] = []
+
+    def on_addition(self, number: int, args: Any) -> Tensor | None:
+        branch = self._branches.get(number)
+        if branch is None:
+            return None
+        x, added = args[branch.identity], args[1 - branch.identity].clone()
+        whole = added.detach()
+        self._added.append(added)
+        self._left.append((whole, *(whole - part for part in self._predicted(branch, x.detach()))))
+        return x + added
+
+    def _predicted(self, branch: Branch, x: Tensor) -> list[Tensor]:
+        if branch.name not in self._maps:
+            return []
+        change, shift = self._maps[branch.name]
+        rows = x.movedim(branch.channel_dim, -1)
+        return [(rows @ change.to(rows) + shift.to(rows)).movedim(-1, branch.channel_dim)]
+
+    def changes(self, returned: Tensor, v: Tensor) -> Tensor:
+        """Return how the outputs change along v without each branch.
+
+        Args:
+            returned: The outputs [B, K].
+            v: Directions [B, K].
+
+        Returns:
+            [1 or 2, branches, B]: without it, and with what stands in.
+        """
+        grads = torch.autograd.grad(returned, self._added, v, retain_graph=True)
+        changes = [
+            torch.stack([(g * r).flatten(1).sum(1, dtype=torch.float64) for r in left])
+            for g, left in zip(grads, self._left, strict=True)
+        ]
+        return torch.stack(changes, 1)
+
+
+def _stand_ins(
+    model: nn.Module,
+    branches: Sequence[Branch],
+    inputs: Iterable[Tensor],
+    gone: Sequence[Branch],
+    seed: int,
+) -> dict[str, Map]:
+    """Fit F(x) by a linear map of the channels of x, at some positions of every input.
+
+    Returns:
+        Name of the branch -> map.
+    """
+    rows = _Rows(branches, torch.Generator().manual_seed(seed))
+    with evaluating(model), torch.no_grad():
+        for batch in inputs:
+            rows.restart()
+            with WithoutBranches(gone), rows:
+                model(fast_layout(on_device(batch, model), model))
+    fits = {name: problem.solve() for name, problem in rows.problems.items()}
+    return {name: (fit.change[0], fit.intercept[0, 0]) for name, fit in fits.items()}
+
+
+class _Rows(AdditionMode):
+    """Feeds the least squares problem of each branch."""
+
+    def __init__(self, branches: Sequence[Branch], generator: torch.Generator) -> None:
+        super().__init__()
+        self._branches = {b.addition: b for b in branches}
+        self._generator = generator
+        self.problems = {b.name: LeastSquares(free=True) for b in branches}
+
+    def on_addition(self, number: int, args: Any) -> Tensor | None:
+        branch = self._branches.get(number)
+        if branch is not None:
+            x, added = (
+                args[i].movedim(branch.channel_dim, -1).flatten(1, -2)
+                for i in (branch.identity, 1 - branch.identity)
+            )
+            held = torch.arange(len(x)) % _HELD == _HELD - 1
+            num = min(x.shape[1], _ROWS_PER_IMAGE)
+            picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
+            x, added = (t[:, picked].flatten(0, 1)[None] for t in (x, added))
+            self.problems[branch.name].add(x, added, held.repeat_interleave(num))
+        return None

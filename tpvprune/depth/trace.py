@@ -1,0 +1,153 @@
+"""What a forward computes from what: one node a function, and the modules that it ran in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.depth.additions import is_addition
+from tpvprune.groups.tracing.fields import flatten
+from tpvprune.passes.operations import function_name
+from tpvprune.passes.running import evaluating
+
+
+@dataclass(frozen=True)
+class Node:
+    """A call of a function, of those that see the input of the network.
+
+    Attributes:
+        name: Of the function.
+        inputs: The nodes that it read.
+        modules: Names of the modules that it ran in, the outermost first.
+        shape: Of what it returned.
+    """
+
+    name: str
+    inputs: frozenset[int]
+    modules: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A sum of two tensors of one shape: the nodes of it and of its terms.
+
+    ``number`` counts the additions of such tensors in a forward.
+    """
+
+    number: int
+    node: int
+    terms: tuple[int, int]
+
+
+@dataclass
+class Trace:
+    """One forward. Node 0 is its input."""
+
+    nodes: list[Node] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def readers(self) -> list[set[int]]:
+        """List, for each node, those that read it.
+
+        Returns:
+            As many sets as there are nodes.
+        """
+        found: list[set[int]] = [set() for _ in self.nodes]
+        for number, node in enumerate(self.nodes):
+            for read in node.inputs:
+                found[read].add(number)
+        return found
+
+    def between(self, start: int, end: int) -> frozenset[int]:
+        """Return what ``end`` is computed from behind ``start``, and ``end``.
+
+        Empty where it is computed from anything before ``start`` besides, or not from ``start``.
+        """
+        inside: set[int] = set()
+        waiting, reached = [end], False
+        while waiting:
+            number = waiting.pop()
+            if number < start:
+                return frozenset()
+            reached |= number == start
+            if number != start and number not in inside:
+                inside.add(number)
+                waiting += self.nodes[number].inputs
+        return frozenset(inside) if reached else frozenset()
+
+
+@torch.no_grad()
+def traced(model: nn.Module, x: Tensor) -> Trace:
+    """Run a network once, in eval mode.
+
+    Args:
+        model: The network.
+        x: Inputs [B, ...].
+
+    Returns:
+        What was computed from what.
+    """
+    recorder = _Recorder(x)
+    with evaluating(model), recorder.watching(model), recorder:
+        model(x)
+    return recorder.trace
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.trace = Trace([Node("input", frozenset(), (), tuple(x.shape))])
+        self._node_of: dict[int, int] = {id(x): 0}
+        self._alive: list[Tensor] = [x]  # an id is that of one tensor as long as this lives
+        self._modules: list[str] = []
+        self._num_additions = 0
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know which modules run."""
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                enter = module.register_forward_pre_hook(partial(self._enter, name))
+                leave = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            yield
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
+        self._modules.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self._modules.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = [self._node_of.get(id(t)) for t in flatten((args, kwargs))]
+        terms = [self._node_of.get(id(t)) for t in args[:2]]
+        adds = is_addition(func, args, kwargs)
+        out = func(*args, **kwargs)
+        inputs = frozenset(n for n in read if n is not None)
+        made = [t for t in flatten(out) if isinstance(t, Tensor)] if out is not None else []
+        if inputs and made:
+            for t in made:
+                self._alive.append(t)
+                self._node_of[id(t)] = len(self.trace.nodes)
+            shape = tuple(made[0].shape)
+            node = Node(function_name(func), inputs, tuple(self._modules), shape)
+            self.trace.nodes.append(node)
+        if adds:
+            left, right = terms
+            if left is not None and right is not None and left != right:
+                number = len(self.trace.nodes) - 1
+                self.trace.additions.append(Addition(self._num_additions, number, (left, right)))
+            self._num_additions += 1
+        return out

@@ -1,0 +1,168 @@
+"""Depth before width: which residual branches go, and how many, decided by trial.
+
+Branches are ranked by score per saved cost. Then networks without the first few of them are cut to
+the budget in width, repaired roughly, and compared with the dense one on images that took no part
+in that: the number of branches that leaves the least difference is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.depth import Branch, Removal, find_branches, remove_branches
+from tpvprune.depth.choice import best_depth
+from tpvprune.depth.order import branch_order
+from tpvprune.depth.savings import savings, table_without
+from tpvprune.groups import ChannelGroups, find_groups, with_blocked
+from tpvprune.groups.budget import Budget, LatencyTable, cost
+from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.evaluation import output_variance
+from tpvprune.passes.unseen import with_unseen
+from tpvprune.pipeline.setup import Depth, Setup
+from tpvprune.repairs.batchnorm import recalibrate_batchnorm
+from tpvprune.repairs.compensation import refitted
+from tpvprune.widths.ranking import Ranking
+
+_TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
+_SCORE_IMAGES = 128
+_ROWS_PER_INPUT, _MIN_ROWS = 12, 16384  # a linear fit does with fewer
+
+
+def shallower(
+    given: Setup, ranking: Ranking, keep: float, *, by_channel: bool, most: float
+) -> Setup:
+    """Return the run without the branches that are better gone.
+
+    Args:
+        given: The run with all branches.
+        ranking: Of the channels of the dense network.
+        keep: Fraction of the cost that stays.
+        by_channel: Whether channels may leave, too.
+        most: Largest fraction of the branches that may go.
+
+    Returns:
+        The run; of a network without branches, or where none is better gone, the same one.
+
+    Raises:
+        ValueError: If only branches may go and there is none.
+    """
+    clock = given.clock
+    with clock("branches"):
+        branches = find_branches(given.dense, given.fit[0][:2], outputs=given.outputs)
+        if not branches:
+            if not by_channel:
+                raise ValueError(
+                    "granularity: expected a model with residual branches, found none that can "
+                    "go whole: prune channels"
+                )
+            given.notes.append("no residual branch can go whole: channels alone were pruned")
+            return given
+        saved = savings(given.dense, given.groups, branches, given.budget, given.batch)
+        images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
+        order, scores = branch_order(
+            given.dense, branches, images, saved, most=int(most * len(branches)),
+            seed=given.by.probing.seed, outputs=given.outputs,
+            compensated=given.by.stand_in == "map",
+        )  # fmt: skip
+    with clock("depth"):
+        trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores)
+        num = best_depth(trials.damage, len(order))
+        given.notes.append(_said(branches, [b.name for b in order[:num]]))
+        return trials.setup(num, verify=True) if num else given
+
+
+def _said(branches: Sequence[Branch], gone: Sequence[str]) -> str:
+    names = f": {', '.join(sorted(gone))}" if gone else ""
+    return f"{len(gone)} of {len(branches)} residual branches were removed{names}"
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Networks without the first few of the branches, pruned and repaired roughly."""
+
+    given: Setup
+    ranking: Ranking
+    keep: float
+    by_channel: bool
+    branches: Sequence[Branch]
+    order: Sequence[Branch]
+    saved: Mapping[str, float]
+    scores: Mapping[str, float]
+
+    def setup(self, num: int, *, verify: bool = False) -> Setup:
+        """Return the run without the first ``num`` branches."""
+        given, gone = self.given, list(self.order[:num])
+        names = tuple(b.name for b in gone)
+        removal = Removal.of(self.branches, names)
+        network = remove_branches(given.dense, removal, share=True)
+        modules = dict(network.named_modules())
+        ignore = [name for name in given.limits.ignore if name in modules]
+        groups = find_groups(network, given.batch[:1], ignore=ignore, verify=verify)
+        groups = with_blocked(groups, _not_ranked(groups, given.groups))
+        budget: Budget = given.budget
+        if isinstance(budget, LatencyTable):
+            budget = table_without(budget, gone, dict(self.saved))
+        depth = Depth(
+            network,
+            with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
+            removal,
+            self.scores,
+            names,
+            cost(given.groups, {}, given.budget),
+            {"macs": given.groups.macs(), "params": given.groups.params()},
+        )
+        return replace(given, groups=groups, budget=budget, depth=depth)
+
+    def damage(self, num: int) -> float:
+        """Return the output variance that is left without the first ``num`` branches.
+
+        Infinite where the budget is not met.
+        """
+        there = self.setup(num) if num else self.given
+        target = self.keep * there.dense_cost
+        kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
+        whole = cost(there.groups, kept, there.budget)
+        if whole > target and self.by_channel:
+            kept = self.ranking.choose(
+                there.groups, keep=target / whole, of=there.budget, limits=there.limits
+            )
+        if cost(there.groups, kept, there.budget) > target * (1 + 1e-9):
+            return float("inf")
+        cut = remove_channels(there.start, there.groups, kept)
+        fit, held = self._images()
+        return output_variance(
+            self._repaired(cut, there, kept, fit), there.dense, held, outputs=there.outputs
+        )
+
+    def _images(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return images to fit with, and others to measure on."""
+        least, most = _TRIAL_IMAGES
+        affordable = int(_TRIAL_MACS / max(self.given.groups.macs(), 1.0))
+        images = torch.cat(self.given.fit)[: min(most, max(least, affordable))]
+        size = len(self.given.fit[0])
+        num = len(images) - len(images) // 4
+        return images[:num].split(size), (images[num:] if num < len(images) else images).split(size)
+
+    def _repaired(
+        self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor], fit: Sequence[Tensor]
+    ) -> nn.Module:
+        by = there.by
+        if by.stand_in == "map":
+            return refitted(
+                cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
+                rows_per_input=_ROWS_PER_INPUT, min_rows=_MIN_ROWS, seed=by.probing.seed,
+            )  # fmt: skip
+        return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
+
+
+def _not_ranked(groups: ChannelGroups, ranked: ChannelGroups) -> dict[str, str]:
+    """Return the groups that the dense network has not, or in another size, with a reason."""
+    return {
+        g.name: "not a group of the dense model"
+        for g in groups
+        if g.name not in ranked or ranked[g.name].num_channels != g.num_channels
+    }
