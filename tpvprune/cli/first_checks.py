@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpvprune.cli import sizes
-from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.disk.atomic import check_folder
 from tpvprune.disk.path_checks import (
     check_checkpoint,
@@ -31,7 +31,7 @@ _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 def check_first(args: argparse.Namespace) -> None:
     """Find what is missing, unknown or in the way; a ValueError tells what it is."""
     _check_output(args)
-    if getattr(args, "granularity", None) in {"channel", "head"} or args.command == "score":
+    if getattr(args, "granularity", None) in STRUCTURES or args.command == "score":
         is_labelled(args.criterion)
     if args.command == "compare":
         _check_runs(args.folders)
@@ -47,7 +47,7 @@ def _check_auto(args: argparse.Namespace) -> None:
     if getattr(args, "num_images", None) != AUTO:
         return
     granularity = getattr(args, "granularity", "channel")
-    if args.criterion != "tpv" or granularity not in {"channel", "head"}:
+    if args.criterion != "tpv" or granularity not in STRUCTURES:
         raise ValueError(
             "--num-images auto: expected --criterion tpv and channels or heads, found "
             f"{args.criterion} and {granularity}, which have no standard errors: pass a number"
@@ -57,7 +57,7 @@ def _check_auto(args: argparse.Namespace) -> None:
 def _check_outputs(args: argparse.Namespace) -> None:
     if getattr(args, "outputs", None) is None:
         return
-    if getattr(args, "granularity", "channel") not in {"channel", "head"}:
+    if getattr(args, "granularity", "channel") not in STRUCTURES:
         raise ValueError(
             f"--outputs: expected channels or heads to be pruned, found {args.granularity}, which "
             "looks at the first output: leave it out"
@@ -108,7 +108,7 @@ def _check_output(args: argparse.Namespace) -> None:
 def _check_sizes(args: argparse.Namespace) -> None:
     if len(set(sizes.folders(args).values())) < len(args.keeps):
         raise ValueError("--keep: expected different sizes, found one twice: leave it out")
-    if len(args.keeps) > 1 and args.granularity not in {"channel", "head"}:
+    if len(args.keeps) > 1 and args.granularity not in STRUCTURES:
         raise ValueError(
             f"--keep: expected one size with --granularity {args.granularity}, found "
             f"{len(args.keeps)}: run them one by one"

@@ -317,10 +317,17 @@ _count_or_auto = _checked(
     "a whole number of at least 1, or auto",
 )
 
+STRUCTURES = {
+    "channel": ("channel",),
+    "head": ("channel",),
+    "branch": ("branch",),
+    "channel,branch": ("channel", "branch"),
+}
+"""Values of --granularity that change the structure -> what may leave."""
 granularity = _checked(
     str,
-    lambda g: re.fullmatch(r"channel|head|weight|\d+:\d+", str(g)) is not None,
-    "channel, head, weight or 2:4",
+    lambda g: g in STRUCTURES or re.fullmatch(r"weight|\d+:\d+", str(g)) is not None,
+    "channel, head, branch, channel,branch, weight or 2:4",
 )
 word = _checked(str.strip, bool, "a name")
 

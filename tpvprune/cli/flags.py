@@ -121,7 +121,8 @@ def _add_prune(sub: Parser) -> None:
         default="channel",
         metavar="G",
         help="what is removed: channel (heads and convolution groups too), head (those alone), "
-        "weight (single ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
+        "branch (whole residual branches), channel,branch (both under one budget), weight (single "
+        "ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
     )
     how.add_argument(
         "--keep",
@@ -177,6 +178,13 @@ def _add_prune(sub: Parser) -> None:
         default=1.0,
         metavar="X",
         help="largest fraction of one group that may go (1)",
+    )
+    how.add_argument(
+        "--max-depth-removed",
+        type=fraction,
+        default=0.5,
+        metavar="X",
+        help="with --granularity branch, largest fraction of the branches that may go (0.5)",
     )
     add_checkpointing(how)
     add_ignore(how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, percent, say, short
-from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning_options import (
     limits_of,
     pruning_options,
@@ -25,7 +25,10 @@ from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts
 from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
+from tpvprune.depth import find_branches
+from tpvprune.depth.savings import savings
 from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.groups.budget import Budget, cost
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.passes.running import evaluating, first_output, frozen
@@ -65,7 +68,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     forward, backward = _seconds(subject)
 
     # The clock is left alone, and so is what takes minutes on noise, too.
-    quicker: dict[str, Any] = {"of": "macs"}
+    quicker: dict[str, Any] = {"of": "macs", "granularity": ("channel",)}
     if args.repair == "reconstruct":
         quicker["repair"] = "compensate"
 
@@ -88,6 +91,8 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     document = _document(args, subject, groups, expected.seconds, num_images=num)
     _say_groups(document, groups)
     reached = True  # of milliseconds only the clock knows
+    if "branch" in STRUCTURES[args.granularity]:
+        document |= _branches(args, subject, groups, document["smallest"])
     if args.of == "latency":
         say(f"budget: {percent(args.keep)} of the latency that is then measured")
     else:
@@ -104,6 +109,26 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     _say_time(expected, more)
     return (0 if reached else 3), document
+
+
+def _branches(
+    args: argparse.Namespace,
+    subject: Subject,
+    groups: ChannelGroups,
+    narrowest: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return the branches that can go, and what is left without most of them or of channels."""
+    found = find_branches(subject.model, subject.example)
+    num = int(args.max_depth_removed * len(found))
+    say(f"residual branches: {len(found)}, of which {num} may go")
+    smallest: dict[str, float] = {}
+    kinds: tuple[Budget, Budget] = ("macs", "params")
+    for of in kinds:
+        saved = sorted(savings(subject.model, groups, found, of, subject.example).values())
+        smallest[str(of)] = cost(groups, {}, of) - sum(saved[len(saved) - num :])
+    if "channel" in STRUCTURES[args.granularity]:
+        smallest = {of: min(smallest[of], narrowest[of]) for of in smallest}
+    return {"branches": [b.name for b in found], "smallest": smallest}
 
 
 def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:

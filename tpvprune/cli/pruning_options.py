@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from tpvprune.cli.flag_groups import STRUCTURES
 from tpvprune.scores.criteria import with_labels
 from tpvprune.scores.taps import Probing
 from tpvprune.widths.limits import Limits
 
-_FROM_FLAGS = ("keep", "of", "latency_batch_size", "steps", "allocation")
+_FROM_FLAGS = (
+    "keep", "of", "latency_batch_size", "steps", "allocation", "max_depth_removed",
+)  # fmt: skip
 _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 
 
@@ -23,6 +26,7 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **named,
         "repair": repair,
+        "granularity": STRUCTURES[args.granularity],
         "outputs": outputs_of(args),
         "seed": args.seed,
         **_ALL_IMAGES,

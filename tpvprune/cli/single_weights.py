@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tpvprune.cli.console import show_pruned, stages
+from tpvprune.cli.flag_groups import STRUCTURES
 from tpvprune.cli.pruning_options import weight_options
 from tpvprune.cli.session import Subject, ignored, open_subject
 from tpvprune.cli.session_images import images_to_prune_with, open_data
@@ -25,12 +26,13 @@ _OTHERS_ONLY = {
     "round_to": 1,
     "min_channels": 1,
     "max_removed": 1.0,
+    "max_depth_removed": 0.5,
 }
 
 
 def asked_for(args: argparse.Namespace) -> bool:
     """Tell whether single weights are to be removed; check the flag, and those that go with it."""
-    if args.granularity in {"channel", "head"}:
+    if args.granularity in STRUCTURES:
         return False
     if args.granularity != "weight":
         n, m = pattern_of(args.granularity)

@@ -45,7 +45,7 @@ def shallower(
         most: Largest fraction of the branches that may go.
 
     Returns:
-        The run; of a network without branches, or where none is better gone, the same one.
+        The run; of a network without branches the same one.
 
     Raises:
         ValueError: If only branches may go and there is none.
@@ -72,7 +72,9 @@ def shallower(
         trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores)
         num = best_depth(trials.damage, len(order))
         given.notes.append(_said(branches, [b.name for b in order[:num]]))
-        return trials.setup(num, verify=True) if num else given
+        found = trials.setup(num, verify=True)
+        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+        return replace(found, limits=limits)
 
 
 def _said(branches: Sequence[Branch], gone: Sequence[str]) -> str:
@@ -122,7 +124,7 @@ class _Trials:
 
         Infinite where the budget is not met.
         """
-        there = self.setup(num) if num else self.given
+        there = self.setup(num)
         target = self.keep * there.dense_cost
         kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
         whole = cost(there.groups, kept, there.budget)

@@ -1,0 +1,184 @@
+"""Residual branches: what is found, that removing is masking, and what the scores say."""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tpvprune.depth import Removal, branch_scores, find_branches, remove_branches
+from tpvprune.depth.additions import WithoutBranches
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Block(nn.Module):
+    """x + F(x), in one of several ways of writing it."""
+
+    def __init__(self, way, width=6):
+        super().__init__()
+        self.way = way
+        self.conv1 = nn.Conv2d(width, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, width, 1)
+
+    def forward(self, x):
+        y = self.conv2(torch.relu(self.norm(self.conv1(x))))
+        if self.way == "in place":
+            y += x
+            return torch.relu_(y)
+        if self.way == "method":
+            y.add_(x)
+            return y
+        if self.way == "twice":
+            return (x + y) + self.conv2(torch.relu(self.norm(self.conv1(x))))
+        if self.way == "behind":
+            return torch.sigmoid(x + y)
+        return x + y
+
+
+class Net(nn.Module):
+    def __init__(self, way="sum", num=3, width=6):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*[Block(way, width) for _ in range(num)])
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def built(*args, **kwargs):
+    torch.manual_seed(0)
+    return Net(*args, **kwargs).double().eval()
+
+
+@pytest.mark.parametrize("way", ["sum", "in place", "method"])
+def test_blocks_that_leave_nothing_behind(way):
+    model = built(way)
+    branches = find_branches(model, X)
+    assert [b.name for b in branches] == ["blocks.0", "blocks.1", "blocks.2"]
+    removal = Removal.of(branches, ["blocks.1"])
+    assert removal == Removal(blocks=("blocks.1",))
+    smaller = remove_branches(model, removal)
+    assert list(smaller.blocks._modules) == ["0", "2"]
+    with WithoutBranches([branches[1]]):
+        masked = model(X)
+    torch.testing.assert_close(smaller(X), masked)
+    assert len(model.blocks) == 3  # untouched
+
+
+def test_what_does_more_than_its_branch_stays():
+    """Behind the sum comes a sigmoid: the modules of the branch go, the block does not."""
+    branches = find_branches(built("behind"), X)
+    assert [b.name for b in branches] == [f"blocks.{i}.conv2" for i in range(3)]
+    removal = Removal.of(branches, [branches[0].name])
+    assert removal.zeroed == ("blocks.0.conv2",)
+    assert set(removal.passed) == {"blocks.0.conv1", "blocks.0.norm"}
+
+
+def test_a_module_that_runs_twice_is_no_branch():
+    assert find_branches(built("twice"), X) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "num", "num_blocks"),
+    [("test_resnet", 1, 1), ("resnet10t", 1, 1), ("test_vit", 12, 12), ("test_convnext", 9, 9)],
+)
+def test_timm_models(name, num, num_blocks):
+    model = timm.create_model(name, num_classes=5).eval()
+    size = model.pretrained_cfg["input_size"][-1]
+    branches = find_branches(model, torch.randn(2, 3, size, size))
+    found = len(branches), sum(b.block is not None for b in branches)
+    assert found == (num, num_blocks)
+    for branch in branches:
+        smaller = remove_branches(model, Removal.of(branches, [branch.name]))
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad(), WithoutBranches([branch]):
+            masked = model(x)
+        torch.testing.assert_close(smaller(x), masked, rtol=1e-3, atol=1e-4)
+
+
+def test_a_transformer_block_without_both_halves_is_gone():
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    branches = find_branches(model, torch.randn(2, 3, 160, 160))
+    gone = [b.name for b in branches if b.block == "blocks.2"]
+    assert len(gone) == 2
+    assert Removal.of(branches, gone) == Removal(blocks=("blocks.2",))
+    smaller = remove_branches(model, Removal.of(branches, gone[:1]))
+    names = {name for name, _ in smaller.named_parameters()}
+    assert not any(name.startswith("blocks.2.norm1") for name in names)  # no dead parameters
+    assert any(name.startswith("blocks.2.norm2") for name in names)
+
+
+# ---- scores ---------------------------------------------------------------------------------
+
+
+def test_scores_of_a_network_that_is_linear_in_its_branches():
+    """The change is linear in what the last block adds: the score is the variance itself."""
+    model = built()
+    model.head = nn.Linear(6, 1).double()  # one output: every direction tells all
+    branches = find_branches(model, X)
+    scores = branch_scores(model, branches, [X[:2], X[2:]], compensated=False, num_probes=1)
+    with torch.no_grad(), WithoutBranches([branches[-1]]):
+        changed = model(X)
+    truth = (changed - model(X)).square().sum(1).mean()
+    torch.testing.assert_close(scores["blocks.2"], float(truth.detach()))
+
+
+def test_first_order_by_autograd():
+    model = built(num=2)
+    branches = find_branches(model, X)
+    scores = branch_scores(model, branches, [X], compensated=False, num_probes=3000)
+
+    def outputs(scale):
+        x = torch.relu(model.stem(X))
+        added = model.blocks[0](x) - x
+        return model.head(model.blocks[1](x + scale * added).mean((2, 3)))
+
+    change = torch.autograd.functional.jacobian(outputs, torch.ones((), dtype=torch.float64))
+    truth = float(change.square().sum(1).mean())
+    assert scores["blocks.0"] == pytest.approx(truth, rel=0.1)
+
+
+def test_what_a_linear_map_stands_in_for_is_free():
+    model = built(num=2)
+    model.blocks[0].norm = nn.Identity()
+    model.blocks[0].conv1 = nn.Conv2d(6, 4, 1).double()
+
+    class Linear(Block):
+        def forward(self, x):
+            return x + self.conv2(self.conv1(x))
+
+    model.blocks[0].__class__ = Linear
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    branches = find_branches(model, x[:2])
+    plain, compensated = (
+        branch_scores(model, branches, x.split(16), compensated=c) for c in (False, True)
+    )
+    assert compensated["blocks.0"] < 1e-4 * plain["blocks.0"]
+    assert all(compensated[name] <= plain[name] * (1 + 1e-9) for name in plain)
+
+
+def test_scores_depend_neither_on_batches_nor_on_others():
+    model = built()
+    branches = find_branches(model, X)
+    whole = branch_scores(model, branches, [X], compensated=False)
+    parts = branch_scores(model, branches, X.split(1), compensated=False)
+    assert whole.keys() == parts.keys()
+    alone = branch_scores(model, branches[1:2], [X], compensated=False)
+    assert alone["blocks.1"] == pytest.approx(whole["blocks.1"])
+
+
+def test_removal_of_what_is_not_there_is_refused():
+    model = built()
+    for removal in (
+        Removal(blocks=("blocks.7",)),
+        Removal(blocks=("stem",)),
+        Removal(blocks=("",)),
+        Removal(blocks=("blocks.0",), zeroed=("blocks.0.conv2",)),
+    ):
+        with pytest.raises(ValueError, match="removed: expected"):
+            remove_branches(model, removal)
+    assert dataclasses.asdict(Removal()) == {"blocks": (), "zeroed": (), "passed": ()}

@@ -1,0 +1,150 @@
+"""Branches beside channels: the budget, the repair behind a gap, and what is saved."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tpvprune import compensate_weights, find_groups, load_pruned, prune, save_pruned
+from tpvprune.depth import Removal, find_branches, remove_branches
+from tpvprune.passes.evaluation import difference
+from tpvprune.passes.unseen import with_unseen
+from tpvprune.repairs.branches import Plan
+from tpvprune.repairs.targets import dense_targets
+
+NUM = 96
+
+
+class Linear(nn.Module):
+    """x + W x."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.expand = nn.Conv2d(width, width, 1)
+        self.project = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.project(self.expand(x))
+
+
+class Net(nn.Module):
+    def __init__(self, norm=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.blocks = nn.Sequential(*(Linear(6) for _ in range(3)))
+        self.conv = nn.Conv2d(6, 5, 3, padding=1)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(self.blocks(self.norm(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def images(num=NUM, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def without(model, gone, x):
+    """Return the network without branches, and the dense one as its repair sees it."""
+    removal = Removal.of(find_branches(model, x[:2]), gone)
+    aligned = with_unseen(model, removal.blocks, (*removal.zeroed, *removal.passed))
+    return remove_branches(model, removal), aligned
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("gone", [["blocks.0"], ["blocks.1"], ["blocks.0", "blocks.1", "blocks.2"]])
+def test_linear_branches_leave_no_trace(norm, gone):
+    """What is left takes over all that linear branches did, on other images, too."""
+    torch.manual_seed(0)
+    model = Net(norm).double().eval()
+    smaller, aligned = without(model, gone, images())
+    groups = find_groups(smaller, images(2))
+    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
+    repaired = compensate_weights(
+        smaller, aligned, images().split(32), groups=groups, kept=kept, ridge=1e-10
+    )
+    others = [images(seed=1)]
+    before, after = (difference(m, model, others).share for m in (smaller, repaired))
+    assert after < 1e-6 * before
+
+
+def test_the_aligned_network_is_the_dense_one():
+    model = Net().double().eval()
+    _, aligned = without(model, ["blocks.1"], images())
+    x = images(4)
+    torch.testing.assert_close(aligned(x), model(x))
+    assert next(aligned.parameters()) is next(model.parameters())
+
+
+def test_the_layer_before_a_gap_aims_behind_it():
+    model = Net().double().eval()
+    x = images(4)
+    _, aligned = without(model, ["blocks.1"], x)
+    whole, aimed = (dense_targets(m, [x], Plan(4, 1, 1e9, 0)) for m in (model, aligned))
+    assert aimed.before_unseen == 2  # stem, and the two layers of the first block
+    # Calls: stem 0, first block 1 and 2, second block 3 and 4 (unseen), third 5 and 6.
+    torch.testing.assert_close(aimed.sums[2], whole.sums[4])
+    torch.testing.assert_close(aimed.sums[4], whole.sums[6])
+
+
+@pytest.mark.parametrize("granularity", [("branch",), ("channel", "branch")])
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_the_budget_is_met_and_the_model_saved(granularity, of, tmp_path):
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    x = torch.randn(24, 3, 160, 160)
+    result = prune(
+        model, x.split(8), keep=0.7, of=of, granularity=granularity, repair="compensate",
+        max_depth_removed=0.75,
+    )  # fmt: skip
+    assert result.reached
+    report = result.report
+    gone = [b["name"] for b in report["branches"] if b["gone"]]
+    assert len(gone) <= 0.75 * len(report["branches"])
+    assert gone or granularity != ("branch",)
+    assert report["dense"]["macs"] == find_groups(model, x[:1]).macs()
+    assert report["pruned"]["params"] == sum(p.numel() for p in result.model.parameters())
+    if granularity == ("branch",):
+        assert all(bool(mask.all()) for mask in result.kept.values())
+    save_pruned(result, tmp_path / "out")
+    loaded = load_pruned(tmp_path / "out")
+    torch.testing.assert_close(loaded(x[:2]), result.model(x[:2]), rtol=0, atol=0)
+    # Trained on, saved again from where it came.
+    save_pruned(loaded, tmp_path / "again", origin=tmp_path / "out")
+    again = load_pruned(tmp_path / "again")
+    torch.testing.assert_close(again(x[:2]), result.model(x[:2]), rtol=0, atol=0)
+
+
+def test_a_network_without_branches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).double()
+    with pytest.raises(ValueError, match="found none that can go whole: prune channels"):
+        prune(model, [images(16)], granularity=["branch"])
+    result = prune(model, [images(16)], granularity=["channel", "branch"], repair="none")
+    assert result.reached
+    assert any("no residual branch" in warning for warning in result.warnings)
+
+
+def test_strange_granularity_is_refused():
+    for wrong in ((), ("depth",), "branch"):
+        with pytest.raises(ValueError, match="granularity: expected some of"):
+            prune(Net().double(), [images(8)], granularity=wrong)
+    with pytest.raises(ValueError, match="max_depth_removed: expected"):
+        prune(Net().double(), [images(8)], granularity=("branch",), max_depth_removed=1.5)
+
+
+def test_a_budget_that_branches_alone_do_not_meet():
+    result = prune(
+        Net().double().eval(), [images(32)], keep=0.2, granularity=("branch",), repair="none"
+    )
+    assert not result.reached
+
+
+def test_steps_go_on_from_the_shallower_network():
+    result = prune(
+        timm.create_model("test_convnext", num_classes=4).eval(),
+        [torch.randn(16, 3, 64, 64)], keep=0.5, granularity=("channel", "branch"), steps=2,
+        repair="bn",
+    )  # fmt: skip
+    assert result.reached
