@@ -62,11 +62,11 @@ def dense_targets(
         The targets.
     """
     run = _DenseRun(layers_by_weight(dense, without), plan)
-    with evaluating(dense), torch.no_grad(), run.watching(dense):
+    with evaluating(dense), torch.no_grad():
         for x in inputs:
             run.start_batch(len(x))
             moved = fast_layout(on_device(x, dense), dense)
-            with run:
+            with run.watching(dense), run:
                 dense(moved)
     return run.finish()
 
