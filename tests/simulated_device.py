@@ -1,16 +1,13 @@
 """A second device without the hardware: it computes on the CPU, and is as strict as a GPU.
 
-Its tensors say that they are on the device type "lazy", whose own kernels are replaced here. As on
-a GPU, tensors of two devices do not meet in one operation, but for single numbers and indices, and
-what crosses over is counted: ``uploads``, and ``waits``, where the host must know a number and so
-would wait for all that the device was told to do. Results are those of the CPU, bit for bit.
+Its tensors are of torch's device type "lazy", which has no kernels of its own. As on a GPU, tensors
+of two devices do not meet in one operation, single numbers and indices aside, and it is counted
+where the host must know a number, and so waits for all that the device was told to do. Results are
+those of the CPU, bit for bit. What it does not show: other rounding, and memory that is written
+again before a transfer out of it is done.
 """
 
-from __future__ import annotations
-
-import copy
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -21,24 +18,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("lazy:0")
 
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-_WAITS = {
+_MASKS = (torch.bool, torch.uint8)
+_WAITING = {
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
     "aten::_linalg_check_errors", "aten::unique_consecutive", "aten::unique_dim", "aten::_unique2",
     "aten::bincount", "aten::repeat_interleave",
 }  # fmt: skip
-_crossings: Counter[str] = Counter()
-_where: Counter[str] = Counter()
+_waits = Counter()
 
 
 class Far(torch.Tensor):
-    """A tensor of the device: ``held`` has its numbers."""
+    """A tensor of the device; ``held`` has its numbers."""
 
-    held: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> Far:
-        """Return a tensor with the shape, strides and type of ``held``."""
+    def __new__(cls, held):
+        """Return a tensor with the shape, strides and type of another."""
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
             dtype=held.dtype, device=DEVICE,
@@ -46,81 +42,71 @@ class Far(torch.Tensor):
         made.held = held
         return made
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f"Far({self.held!r})"
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Far:
-        copied = Far(self.held.clone()).requires_grad_(self.requires_grad)
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = Far(self.held.clone()).requires_grad_(self.requires_grad)
+        # Among them that it is a parameter.
         copied.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "held"}
-        memo[id(self)] = copied
         return copied
 
-    def untyped_storage(self) -> torch.UntypedStorage:
+    def untyped_storage(self):
         """Return that of the numbers, which views share."""
         return self.held.untyped_storage()
 
-    def data_ptr(self) -> int:
+    def data_ptr(self):
         """Return where the numbers are."""
         return self.held.data_ptr()
 
-    def tolist(self) -> object:
-        """Return the numbers, which the host waits for."""
+    def tolist(self):
+        """Return the numbers."""
         return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return _computed(func, args, kwargs or {})
 
 
-def _run(func, args, kwargs):
-    name = func._schema.name
-    target = kwargs.get("device")
+def _computed(func, args, kwargs):
+    name, target = func._schema.name, kwargs.get("device")
     _check(name, args, kwargs)
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    near = tree_map(lambda t: t.held if isinstance(t, Far) else t, (args, kwargs))
-    out = func(*near[0], **near[1])
-    if name == "aten::_to_copy" and target is not None and torch.device(target).type == "cpu":
-        _count("waits", name)
+    near_args, near_kwargs = tree_map(lambda t: t.held if _is_far(t) else t, (args, kwargs))
+    out = func(*near_args, **near_kwargs)
+    if target is not None and torch.device(target).type == "cpu":
+        _waits[name] += 1
         return out
-    if name == "aten::copy_" and not isinstance(args[0], Far):
-        _count("waits", name)
+    if name == "aten::copy_" and not _is_far(args[0]):
+        _waits[name] += 1
         return args[0]
     far = tree_map(lambda t: Far(t) if isinstance(t, torch.Tensor) else t, out)
     return return_and_correct_aliasing(func, args, kwargs, far)
 
 
-def _check(name, args, kwargs) -> None:
-    leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    near = [t for t in leaves if not isinstance(t, Far) and t.ndim]
-    if name in _INDEXING:
-        others = [args[0], *args[2:3]]
-        if any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if isinstance(t, Far)):
-            _count("waits", name)
-        elif near:
-            _count("uploads", name)
-        near = [t for t in others if isinstance(t, torch.Tensor) and t.ndim]
-        near = [t for t in near if not isinstance(t, Far)]
-    if name == "aten::copy_":
-        _crossings["uploads"] += bool(near) and isinstance(args[0], Far)
-    elif near:
+def _check(name, args, kwargs):
+    if name == "aten::copy_":  # which is there to cross over
+        return
+    waits = name in _WAITING
+    if name in _INDEXING:  # the indices may be on either
+        waits = any(_is_far(t) and t.dtype in _MASKS for t in args[1])
+        args = (args[0], *args[2:])
+    near = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    if not all(map(_is_far, near)):
         raise RuntimeError(f"expected all tensors on {DEVICE}, found one on the CPU in {name}")
-    if name in _WAITS:
-        _count("waits", name)
+    _waits[name] += waits
 
 
-def _count(kind, name) -> None:
-    import traceback
-    _crossings[kind] += 1
-    fr = [f for f in traceback.extract_stack() if "tpvprune/" in f.filename]
-    if fr: _where[f"{kind} {name} {fr[-1].filename.split('tpvprune/')[-1]}:{fr[-1].lineno}"] += 1
+def _is_far(value):
+    return isinstance(value, Far)
 
 
-def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+def _empty(size, dtype=None, memory_format=None, **_):
     return Far(torch.empty(size, dtype=dtype, memory_format=memory_format))
 
 
-def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+def _empty_strided(size, stride, dtype=None, **_):
     return Far(torch.empty_strided(size, stride, dtype=dtype))
 
 
@@ -130,18 +116,14 @@ def _autocast(device_type, dtype=None, enabled=True):
 
 
 @contextmanager
-def simulated_device() -> Iterator[Counter[str]]:
-    """Let tensors be made on the device.
-
-    Yields:
-        How many crossings there were, by kind; may be cleared.
-    """
+def simulated_device():
+    """Let tensors be made on the device; yields how often the host waits, by operation."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("empty.memory_format", _empty, "Lazy", allow_override=True)
-    library.impl("empty_strided", _empty_strided, "Lazy", allow_override=True)
-    _crossings.clear()
+    library.impl("empty.memory_format", _empty, "Lazy")
+    library.impl("empty_strided", _empty_strided, "Lazy")
+    _waits.clear()
     try:
         with patch("torch.autocast", _autocast):
-            yield _crossings
+            yield _waits
     finally:
         library._destroy()

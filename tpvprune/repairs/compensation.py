@@ -252,7 +252,7 @@ def refits_towards(
         The fits, none of them solved.
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
-    rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
+    rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
     targets = targets or dense_targets(dense, chunks, plan, without=without)
     if constrain is not None or not nonlinear:
         targets.activations.clear()
@@ -317,10 +317,10 @@ class _LargestOutput(TorchFunctionMode):
         return out
 
 
-def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -> Tensor | None:
-    for dim, axis in groups.param_axes.get(f"{module}.weight", ()):
+def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], layer: Layer) -> Tensor | None:
+    for dim, axis in groups.param_axes.get(f"{layer.name}.weight", ()):
         if dim == 0:
-            return axis.kept(kept).nonzero().squeeze(1)
+            return axis.kept(kept).nonzero().squeeze(1).to(layer.module.weight.device)
     return None
 
 

@@ -83,7 +83,7 @@ class GradientMoments:
                 [len(r.index)] * (2 if r.call in mapped else 1),
                 dtype=torch.float64,
                 device=self._device,
-            )  # fmt: skip
+            )
             for g in groups
             for r in g.readers
         }
