@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpvprune.passes.crossing import sent
 from tpvprune.processes.membership import num_processes
 
 _END = object()
@@ -53,7 +54,8 @@ class UnlabeledBatches:
         for batch in private_randomness(self._batches, seed=self._seed):
             inputs = _checked(_inputs(batch), count)
             count += 1
-            yield inputs.to(device=self._device, dtype=self._dtype)
+            device = inputs.device if self._device is None else torch.device(self._device)
+            yield sent(inputs, device, self._dtype)
         # Of very few images some processes may have none.
         if count == 0 and num_processes() == 1:
             raise ValueError("batches: expected at least one batch, found none: pass images")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tpvprune.passes.crossing import sent
 from tpvprune.passes.running import evaluating, frozen
 
 
@@ -148,9 +149,8 @@ def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
     def moved(argument: Any) -> Any:
         if not isinstance(argument, Tensor):
             return argument
-        if floats and argument.is_floating_point():
-            return argument.to(device, floats[0])
-        return argument.to(device)
+        dtype = floats[0] if floats and argument.is_floating_point() else None
+        return sent(argument, device, dtype)
 
     return tuple(moved(argument) for argument in arguments)
 

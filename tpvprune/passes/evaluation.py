@@ -100,13 +100,14 @@ def evaluate(
             labels = class_indices(labels, found)
             ranked = _top_classes(found, min(5, num_classes))
             hits = ranked == labels[:, None]
-            totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            totals = totals.to(found.device)
+            totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
             if reference is not None:
                 totals[2:] += _comparison(found, _call(reference, inputs))
             elif held is not None:
                 totals[2:] += _comparison(found, _of_batch(held, number))
             num_images += len(labels)
-    totals, num_images = _over_all(totals, num_images)
+    totals, num_images = _over_all(totals.cpu(), num_images)
     if not num_images or first is None:
         raise ValueError(
             "labelled_batches: expected at least one batch, found none: check the data folder"
@@ -253,24 +254,31 @@ class _Tally:
 
     def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take in the outputs [B, ...] of both models, the dense one's second."""
+        device = pairs[0][0].device  # where the sums stay until all images have been seen
+        self._changed, self._agree = self._changed.to(device), self._agree.to(device)
         for i, (ours, theirs) in enumerate(pairs):
             compared = _comparison(ours, theirs)
             rows = _without_shift(theirs).flatten(1)
-            apart = (_without_shift(ours).flatten(1) - rows).square().sum().cpu()
+            apart = (_without_shift(ours).flatten(1) - rows).square().sum()
             self._changed[:, i] += torch.stack([compared[1], apart])
             if len(self._spread) == i:
-                self._spread.append(Moments(rows.shape[1]))
-            self._spread[i].add(rows.cpu())
+                self._spread.append(Moments(rows.shape[1], device=device))
+            self._spread[i].add(rows)
             if i == 0:
                 self._agree += compared[0]
                 counts = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in pairs[0]]
-                chosen = torch.stack(counts).cpu().double()
+                chosen = torch.stack(counts).double()
                 self._chosen = chosen + self._chosen if self._num else chosen
                 num = len(ours)
         self._num += num
 
     def difference(self, outputs: Outputs) -> Difference:
         """Return the means over the images of all processes."""
+        self._changed, self._agree, self._chosen = (
+            t.cpu() for t in (self._changed, self._agree, self._chosen)
+        )
+        for m in self._spread:
+            m.mean, m.spread = m.mean.cpu(), m.spread.cpu()
         # A process may have no image at all, and learns here how many numbers there are.
         here = [self._chosen.shape[1], *(len(m.mean) for m in self._spread)] if self._num else []
         sizes = torch.zeros(2 + self._changed.shape[1], dtype=torch.float64)
@@ -322,7 +330,7 @@ def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
 
 
 def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
-    # Sums over the batch [2], on the CPU: agreements, squared output changes.
+    # Sums over the batch [2]: agreements, squared output changes.
     dense_outputs = dense_outputs.to(outputs.device)
     if outputs.shape != dense_outputs.shape:
         raise ValueError(
@@ -333,7 +341,7 @@ def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
         1, keepdim=True
     )
     share = agree.double().flatten(1).mean(1).sum()
-    return torch.stack([share, (outputs - dense_outputs).square().sum()]).cpu()
+    return torch.stack([share, (outputs - dense_outputs).square().sum()])
 
 
 def _top_classes(outputs: Tensor, num: int) -> Tensor:

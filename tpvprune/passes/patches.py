@@ -38,6 +38,22 @@ class Window:
         )
         return high, wide
 
+    def stays_inside(self, i: int, j: int, x: Tensor) -> bool:
+        """Tell whether entry (i, j) of the kernel meets no padding, wherever it looks.
+
+        Args:
+            i: Its row.
+            j: Its column.
+            x: The input [B, C, (H,) W].
+
+        Returns:
+            True if so.
+        """
+        sizes, outputs = [1, *x.shape[2:]][-2:], self.outputs(x)
+        firsts = [k * d - b for k, d, b in zip((i, j), self.dilation, self.before, strict=True)]
+        lasts = [f + (n - 1) * s for f, n, s in zip(firsts, outputs, self.stride, strict=True)]
+        return min(firsts) >= 0 and all(at < n for at, n in zip(lasts, sizes, strict=True))
+
 
 def window_of(args: Any, kwargs: Any) -> Window | None:
     """Return the window of a call with these arguments: None for a linear layer."""
@@ -94,10 +110,12 @@ def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int 
     for i in range(window.kernel[0]):
         for j in range(window.kernel[1]):
             at, across = rows + i * window.dilation[0], columns + j * window.dilation[1]
-            inside = (at >= 0) & (at < high) & (across >= 0) & (across < wide)
             place = first + at.clamp(0, high - 1) * wide + across.clamp(0, wide - 1)
             seen = maps.index_select(0, place.flatten())  # whole rows: channels lie side by side
-            taps.append(seen if bool(inside.all()) else seen * inside.reshape(-1, 1))
+            if len(x) != num or not window.stays_inside(i, j, x):
+                inside = (at >= 0) & (at < high) & (across >= 0) & (across < wide)
+                seen = seen * inside.reshape(-1, 1)
+            taps.append(seen)
     if len(taps) == 1 and groups == 1:
         return taps[0].unsqueeze(0)
     patches = torch.stack(taps, 2)  # [rows, C, k]

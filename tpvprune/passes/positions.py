@@ -85,9 +85,9 @@ def sampled_rows(a: Tensor, indices: Tensor, limit: int) -> Tensor:
     limit = -(-limit // windows)
     by_position = a.transpose(1, 2)
     if positions > limit:
-        each = torch.arange(limit * windows, dtype=torch.float64)
-        order = indices[:, None] * (windows * limit) + each
+        each = torch.arange(limit * windows, dtype=torch.float64, device=a.device)
+        order = indices.to(a.device)[:, None] * (windows * limit) + each
         place = ((order * _GOLDEN) % 1 * positions).long().clamp_(max=positions - 1)
         rows = torch.arange(num, device=a.device)[:, None]
-        by_position = by_position[rows, place.view(num, limit).to(a.device)]
+        by_position = by_position[rows, place.view(num, limit)]
     return by_position.reshape(-1, inputs)

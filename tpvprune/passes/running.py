@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tpvprune.passes.crossing import sent
+
 _TAKES_CHANNELS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -86,7 +88,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def on_device(x: Tensor, model: nn.Module) -> Tensor:
     """Return ``x`` on the device and in the dtype of the model's parameters."""
     p = next(model.parameters())
-    return x.to(p.device, p.dtype) if x.is_floating_point() else x.to(p.device)
+    return sent(x, p.device, p.dtype if x.is_floating_point() else None)
 
 
 def fast_layout(x: Tensor, model: nn.Module) -> Tensor:

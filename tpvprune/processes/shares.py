@@ -47,9 +47,9 @@ def share(num: int) -> int:
     return len(range(rank(), num, num_processes()))
 
 
-def global_indices(first: int, num: int) -> Tensor:
+def global_indices(first: int, num: int, device: torch.device | None = None) -> Tensor:
     """Return where in the whole set the samples first, ..., first + num - 1 of here stand."""
-    return torch.arange(first, first + num) * num_processes() + rank()
+    return torch.arange(first, first + num, device=device) * num_processes() + rank()
 
 
 class _Shard:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpvprune.passes.crossing import sent
 from tpvprune.processes.shares import summed, total
 from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments
 
@@ -138,11 +139,11 @@ class ActivationFit:
             x: [groups, rows, unknowns].
             present: What the activation reads with the present weights [groups, rows, outputs].
             wanted: What it reads in the dense network, likewise.
-            held: Which rows only judge [rows].
+            held: Which rows only judge [rows], on the CPU.
         """
-        rows, held = _Rows(x, present, wanted), held.to(x.device)
-        self._fit.append(rows.at(~held))
-        self._held.append(rows.at(held))
+        rows = _Rows(x, present, wanted)
+        for part, mask in ((self._fit, ~held), (self._held, held)):
+            part.append(rows.at(sent(mask.nonzero().squeeze(1), x.device)))
 
     def improved(self, linear: Fit, *, given: bool = False) -> Fit:
         """Return the fit through the activation, from the ridge of the linear one.

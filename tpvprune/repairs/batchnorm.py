@@ -115,7 +115,8 @@ def _add(sums: Moments, norm: Any, x: Tensor) -> None:
     """Add one batch, and let the layer normalise by its statistics, as in training."""
     dims = [d for d in range(x.ndim) if d != 1]
     x = x.double()
-    num, total = summed(x.new_tensor(x.numel() / x.shape[1]), x.sum(dims))
+    here = torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)  # the host asks for it below
+    num, total = summed(here, x.sum(dims))
     mean = total / num
     centred = x - mean.reshape(-1, *[1] * (x.ndim - 2))
     var = summed(centred.square().sum(dims))[0] / num

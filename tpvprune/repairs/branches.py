@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.batch_norms import BatchNormCall
+from tpvprune.passes.crossing import sent
 from tpvprune.passes.operations import CONTRACTIONS, function_name
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import own
@@ -61,7 +62,7 @@ class Plan:
 
     ``all_inputs`` are those of all processes, by default these.
     ``common`` are the calls that see no input, such as those that make a table of positions: their
-    layers stay as they are.
+    layers stay as they are. The positions are drawn on the CPU, and kept on ``device``.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Plan:
         *,
         all_inputs: int | None = None,
         fewer: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
         self.all_inputs = num_inputs if all_inputs is None else all_inputs
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
+        self._device = torch.device("cpu") if device is None else device
         self._positions: dict[int, Tensor] = {}
 
     def thinned(self, factor: float) -> Plan:
@@ -91,7 +94,7 @@ class Plan:
     def _with(self, rows_per_input: float, min_rows: float, common: frozenset[int]) -> Plan:
         return Plan(
             self.num_inputs, rows_per_input, min_rows, self._seed, common,
-            all_inputs=self.all_inputs, fewer=self._fewer,
+            all_inputs=self.all_inputs, fewer=self._fewer, device=self._device,
         )  # fmt: skip
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
@@ -109,13 +112,13 @@ class Plan:
         if call not in self._positions:
             per_input = self._per_input(layer, num_positions)
             if per_input == num_positions:
-                drawn = torch.arange(num_positions).expand(self.num_inputs, -1)
+                every = torch.arange(num_positions, device=self._device)
+                self._positions[call] = every.expand(self.num_inputs, -1)
             else:
                 generator = torch.Generator().manual_seed(self._seed * 100003 + call)
                 num = self.num_inputs * num_processes()
                 noise = own(torch.rand(num, num_positions, generator=generator))
-                drawn = noise.topk(per_input, 1).indices
-            self._positions[call] = drawn
+                self._positions[call] = sent(noise.topk(per_input, 1).indices, self._device)
         return self._positions[call]
 
 

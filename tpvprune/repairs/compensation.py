@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.crossing import sent
 from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import (
     is_lack_of_memory,
@@ -210,7 +211,10 @@ def wanted_of(
         Positions and values.
     """
     num = sum(map(len, inputs))
-    plan = Plan(num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS)
+    plan = Plan(
+        num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS,
+        device=next(dense.parameters()).device,
+    )  # fmt: skip
     plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
     return Wanted(plan, dense_targets(dense, inputs, plan))
 
@@ -248,7 +252,7 @@ def refits_towards(
         The fits, none of them solved.
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
-    rows = {r.name: _kept_rows(groups, kept, r.name) for r in layers if groups is not None}
+    rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
     targets = targets or dense_targets(dense, chunks, plan, without=without)
     if constrain is not None or not nonlinear:
         targets.activations.clear()
@@ -314,10 +318,10 @@ class _LargestOutput(TorchFunctionMode):
         return out
 
 
-def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], module: str) -> Tensor | None:
-    for dim, axis in groups.param_axes.get(f"{module}.weight", ()):
+def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], layer: Layer) -> Tensor | None:
+    for dim, axis in groups.param_axes.get(f"{layer.name}.weight", ()):
         if dim == 0:
-            return axis.kept(kept).nonzero().squeeze(1)
+            return axis.kept(kept).nonzero().squeeze(1).to(layer.module.weight.device)
     return None
 
 
@@ -406,11 +410,12 @@ class Refits:
         fed.linear.add(patches, by_group(target - present), rows_held)
         if fed.through is None:
             return
-        some = torch.arange(num_rows) % per_input < fed.positions
+        some = (torch.arange(num_rows) % per_input < fed.positions).nonzero().squeeze(1)
+        rows_held, some = rows_held[some], sent(some, patches.device)
         scale = 1.0 if branch.scale is None else in_single(branch.scale)
         offset = in_single(offset).expand(len(held), per_input, -1).reshape(num_rows, -1)[some]
         now, wanted = (by_group(scale * y[some] + offset) for y in (present, target))
-        fed.through.add(patches[:, some], now, wanted, rows_held[some])
+        fed.through.add(patches[:, some], now, wanted, rows_held)
 
     def _problem(self, pending: _Pending, branch: Branch, per_input: int) -> _Fed:
         module, num = pending.layer.module, self.plan.all_inputs * per_input

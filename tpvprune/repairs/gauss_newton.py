@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from tpvprune.passes.batch_norms import AffineNorms
+from tpvprune.passes.crossing import fetched
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
 
@@ -86,7 +87,7 @@ class GaussNewton:
         params = {n: module.get_parameter(n).detach() for layer in layers for n in layer.names}
         params = {n: _fast(p) for n, p in params.items()} if self.fast else params
         loss = loss_of(module, params, held)
-        size = sum(float(c.out.square().sum(dtype=torch.float64)) for c in held)
+        size = sum(_numbers(c.out.square().sum(dtype=torch.float64) for c in held))
         for _ in range(self.rounds):
             if loss <= _EQUAL * size:
                 break
@@ -192,8 +193,9 @@ class Linearised:
 
     def _step(self, v: Params) -> float:
         """Return how far along v to go: no weight tensor is changed by more than a small part."""
-        sizes = {n: float(p.norm()) for n, p in self._params.items()}
-        parts = [float(v[n].norm()) / size for n, size in sizes.items() if size and v[n].ndim > 1]
+        sizes, moves = (_numbers(t[n].norm() for n in self._params) for t in (self._params, v))
+        found = zip(self._params.values(), sizes, moves, strict=True)
+        parts = [move / size for p, size, move in found if size and p.ndim > 1]
         small = max((torch.finfo(p.dtype).eps for p in self._params.values()), default=1.0) ** 0.4
         return small / max([p for p in parts if p > 0], default=1.0)
 
@@ -242,7 +244,7 @@ def loss_of(module: nn.Module, params: Params, data: list[BlockCall]) -> float:
     """
     with torch.no_grad():
         errors = (_run(module, c, params) - c.out for c in data)
-        return sum(float(e.square().sum(dtype=torch.float64)) for e in errors)
+        return sum(_numbers(e.square().sum(dtype=torch.float64) for e in errors))
 
 
 def _path(params: Params, steps: Iterator[Params]) -> Iterator[Params]:
@@ -288,4 +290,9 @@ def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:
 
 
 def _dot(a: Params, b: Params) -> float:
-    return sum(float((a[n].double() * b[n].double()).sum()) for n in a)
+    return sum(_numbers((a[n].double() * b[n].double()).sum() for n in a))
+
+
+def _numbers(scalars: Iterable[Tensor]) -> list[float]:
+    """Return what the host wants to know, after one wait for all."""
+    return [float(number) for number in fetched(*scalars)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvprune.passes.crossing import sent
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import gathered, summed
 
@@ -135,9 +136,9 @@ class LeastSquares:
         Args:
             x: [groups, rows, unknowns].
             e: [groups, rows, outputs].
-            held: Which rows only judge the ridge [rows].
+            held: Which rows only judge the ridge [rows], on the CPU.
         """
-        self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held.to(x.device)))
+        self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held))
         self._num_rows += x.shape[1]
         # Products of a few rows at a time would be all overhead.
         if not self._few and self._num_rows >= max(_ROWS_AT_ONCE, x.shape[2]):
@@ -153,7 +154,11 @@ class LeastSquares:
             return
         x, e, held = self._joined()
         for fold, mask in enumerate((~held, held)):
-            found = moments(x, e) if bool(mask.all()) else moments(x[:, mask], e[:, mask])
+            if not bool(mask.all()):
+                rows = sent(mask.nonzero().squeeze(1), x.device)
+                found = moments(x[:, rows], e[:, rows])
+            else:
+                found = moments(x, e)
             known = self._folds[fold]
             self._folds[fold] = found if known is None else known + found
 

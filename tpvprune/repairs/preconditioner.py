@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.passes.batch_norms import BatchNormCall
+from tpvprune.passes.crossing import random_signs, sent
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.operations import function_name
 from tpvprune.passes.patches import count_positions, patches_of, window_of
@@ -164,9 +165,9 @@ class KroneckerFactors:
                 break
             looked += len(call.out)
             seen, out = _with_graph(module, list(wanted), call)
-            signs = torch.randint(0, 2, out.shape, generator=generator) * 2 - 1
+            signs = random_signs(out.shape, generator, out)
             outputs = [s.out for s in seen.values()]
-            grads = torch.autograd.grad(out, outputs, signs.to(out), allow_unused=True)
+            grads = torch.autograd.grad(out, outputs, signs, allow_unused=True)
             for (name, s), grad in zip(seen.items(), grads, strict=True):
                 if grad is not None:
                     known = sums.get(name)
@@ -224,7 +225,7 @@ def _moments(weight: Tensor, seen: _Seen, grad: Tensor, generator: torch.Generat
     wanted = -(-_ROWS_PER_UNKNOWN * weight[0].numel() // num)
     per_input = min(num_positions, max(wanted, 64))
     noise = torch.rand(num, num_positions, generator=generator)
-    positions = noise.topk(per_input, 1).indices.to(x.device)
+    positions = sent(noise.topk(per_input, 1).indices, x.device)
     patches = patches_of(x, window, positions, groups)
     patches = in_single(torch.cat([patches, torch.ones_like(patches[..., :1])], 2))
     g = in_single(rows).reshape(len(rows), groups, -1).transpose(0, 1)

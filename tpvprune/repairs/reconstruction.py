@@ -136,7 +136,10 @@ def reconstruct_blocks(
     copies, num = views.num_views, views.num_views * views.num_images
     stages = [s for s in stages if s.macs * limits.in_products(s, num) <= _LARGEST]
     plan = plan_for(
-        Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS), dense, first[:1], TARGET_BYTES
+        Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS, device=first.device),
+        dense,
+        first[:1],
+        TARGET_BYTES,
     )
     # The fit of a block sees the activations itself, and comes further from the linear fits.
     refits = partial(

@@ -24,6 +24,7 @@ from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
 from tpvprune.groups.budget import Budget, unit_costs
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Progress
+from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.outputs import Chosen, Outputs
@@ -152,7 +153,7 @@ def variance_curves(
         calls = {r.call for g in groups if g.name in narrow for r in g.readers}
         precisions = {}
         if stand_in == "map":
-            precisions = {c: ridge_inverse(moments[c][1].cpu(), ridge) for c in calls & set(means)}
+            precisions = {c: ridge_inverse(moments[c][1], ridge) for c in calls & set(means)}
         del moments
         curves: dict[str, Curve] = {}
 
@@ -259,27 +260,28 @@ def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
 
 
 def _inputs(fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]) -> Inputs:
-    return Inputs(fit[0].cpu(), shrunk_precision(_on_cpu(fit), _on_cpu(held)))
-
-
-def _on_cpu(moments: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
-    return moments[0].cpu(), moments[1].cpu()
+    return Inputs(fit[0], shrunk_precision(fit[:2], held[:2]))
 
 
 # ---- statistics -----------------------------------------------------------------------------
 
 
 class _Cut:
-    """One reader of a group: S [own, rows, n] (or u [own, rows, 1]), and the stand-in map."""
+    """One reader of a group: S [own, rows, n] (or u [own, rows, 1]), and the stand-in map.
 
-    def __init__(self, reader: Reader, precision: Tensor | None, num_rows: int) -> None:
+    Both are where the network is; which columns are whose, and are left, the host keeps.
+    """
+
+    def __init__(
+        self, reader: Reader, precision: Tensor | None, num_rows: int, device: torch.device
+    ) -> None:
         self.index, self.channel = reader.index, reader.channel
-        self.columns = _columns(reader.index)
+        self.columns = _columns(reader.index, device)
         self.precision = precision
         # Filled batch by batch: joining thousands of parts would need twice the memory, and leave
         # it in pieces.
         width = 1 if precision is None else len(precision)
-        self.s = torch.empty(len(reader.index), num_rows, width)
+        self.s = torch.empty(len(reader.index), num_rows, width, device=device)
         self._filled = 0
 
     def add(self, rows: Tensor) -> None:
@@ -291,20 +293,21 @@ class _Cut:
         """Return u [C, rows]: what each channel's leaving now would change."""
         rows = self.s.shape[1]
         if not len(self.index):
-            return torch.zeros(num_channels, rows)
+            return self.s.new_zeros(num_channels, rows)
         if self.precision is None:
             per_column = self.s[:, :, 0]
         else:
             weights = residual_map(self.precision, [(self.index, self.channel)])[:, self.index]
             per_column = torch.bmm(self.s, weights.T.float().unsqueeze(2)).squeeze(2)
-        return torch.zeros(num_channels, rows).index_add_(0, self.channel, per_column)
+        changes = self.s.new_zeros(num_channels, rows)
+        return changes.index_add_(0, self.channel.to(changes.device), per_column)
 
     def remove(self, channels: Tensor) -> Tensor:
         """Return the joint change [rows] of channels that leave now; the others take over."""
         gone = torch.isin(self.channel, channels)
         columns = gone.nonzero().squeeze(1)
         if not len(columns):
-            return torch.zeros(self.s.shape[1])
+            return self.s.new_zeros(self.s.shape[1])
         leaving, inputs = self.s[columns], self.index[columns]
         self._drop(gone)
         if self.precision is None:
@@ -381,6 +384,7 @@ def _collect(
     sizes: Mapping[str, _Size],
     gradients: GradientMoments | None = None,
 ) -> dict[str, list[_Cut]]:
+    device = next(model.parameters()).device
     plan = reader_plan(groups)
     cuts: dict[tuple[str, int], _Cut] = {}
     # The first images of the whole set, with all of their directions.
@@ -390,7 +394,7 @@ def _collect(
         for r in group.readers:
             precision = precisions.get(r.call)
             num_rows = wanted[group.name] * probes
-            cuts[group.name, r.call] = _Cut(r, precision, num_rows)
+            cuts[group.name, r.call] = _Cut(r, precision, num_rows, device)
     seen, most = 0, max(wanted.values(), default=0)
     if not groups and gradients is None:
         return {}
@@ -444,11 +448,11 @@ def _collect(
     return found
 
 
-def _columns(index: Tensor) -> slice | Tensor:
+def _columns(index: Tensor, device: torch.device) -> slice | Tensor:
     """Return what selects these positions: those that follow one another need no copy."""
     num, first = len(index), int(index[0]) if len(index) else 0
     run = torch.equal(index, torch.arange(first, first + num))
-    return slice(first, first + num) if run else index
+    return slice(first, first + num) if run else index.to(device)
 
 
 def _by_sample(reader: Reader, t: Tensor, num: int) -> Tensor:
@@ -464,7 +468,7 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
     num = group.num_channels
     block = -(-num // _MAX_STEPS)
     left = torch.ones(num, dtype=torch.bool)
-    joint = torch.zeros(cuts[0].s.shape[1])
+    joint = cuts[0].s.new_zeros(cuts[0].s.shape[1])
     num_rows = total(len(joint))
 
     def mean_power(changes: Tensor, power: int = 2) -> Tensor:
@@ -477,11 +481,12 @@ def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
 
     now = 0.0
     first = each()
-    alone, fourth = mean_power(first), mean_power(first, 4)
+    alone, fourth = fetched(mean_power(first), mean_power(first, 4))
     order: list[Tensor] = []
     variance = [0.0]
     while (num_left := int(left.sum())) > 1:
-        growth = mean_power(joint + (each() if order else first)) - now
+        (power,) = fetched(mean_power(joint + (each() if order else first)))
+        growth = power - now
         # Where units save the same this is the order of the variances themselves. Ranked are those
         # that are left, and no others: then every step makes progress, whatever the numbers.
         candidates = left.nonzero().squeeze(1)

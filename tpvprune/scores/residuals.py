@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups
+from tpvprune.passes.crossing import sent
 from tpvprune.passes.moments import Moments, in_single
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.positions import sampled_rows
@@ -194,6 +195,20 @@ def is_held(first: int, num: int) -> Tensor:
     return global_indices(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
 
 
+def fold_indices(first: int, num: int) -> tuple[Tensor, Tensor]:
+    """Return which of some inputs of here take part in a fit, and which judge it, as numbers.
+
+    Args:
+        first: See :func:`is_held`.
+        num: Likewise.
+
+    Returns:
+        Indices below ``num``, together all of them.
+    """
+    held = is_held(first, num)
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
 def input_covariances(
     model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], **limits: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
@@ -239,20 +254,20 @@ def folded_covariances(
     plan = reader_plan(groups)
     moments: dict[int, tuple[Moments, Moments]] = {}
     seen = num = 0
-    mask = torch.zeros(0, dtype=torch.bool)
+    at = torch.zeros(0)
+    folds: list[Tensor] = []
 
     def observe(call: int, a: Tensor) -> None:
         reader = plan[call][0][1]
         width = a.shape[reader.channel_dim]
         if width > max_inputs:
             return
-        rows = sampled_rows(reader.by_channel(a, num), global_indices(seen, num), max_positions)
+        rows = sampled_rows(reader.by_channel(a, num), at, max_positions).view(num, -1, width)
         if call not in moments:
             fit, held = (Moments(width, joint=True, device=a.device) for _ in range(2))
             moments[call] = fit, held
-        of_held = mask.repeat_interleave(len(rows) // num).to(rows.device)
-        moments[call][0].add(rows[~of_held])
-        moments[call][1].add(rows[of_held])
+        for part, samples in zip(moments[call], folds, strict=True):
+            part.add(rows[samples].flatten(0, 1))
 
     with evaluating(model), torch.no_grad():
         for batch in inputs:
@@ -260,8 +275,9 @@ def folded_covariances(
             num = len(x)
             if not num:
                 break
-            mask = is_held(seen, num)
             moved = fast_layout(on_device(x, model), model)
+            at = global_indices(seen, num, moved.device)
+            folds = [sent(fold, moved.device) for fold in fold_indices(seen, num)]
             with Observer(set(plan), observe):
                 model(moved)
             seen += num

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, Reader
+from tpvprune.passes.crossing import fetched, sent
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.processes.shares import summed, total
 from tpvprune.scores.residuals import Inputs
@@ -73,12 +74,15 @@ class GradientMoments:
     ) -> None:
         self._white = probing.metric in {"logits", "features"}  # E v v^T = I
         self._num_probes = probing.num_probes
-        self.groups, self.plan = groups, reader_plan(groups)
+        self._device = next(model.parameters()).device
+        self.groups, self.plan = groups, reader_plan(groups, self._device)
         self._modules = dict(model.named_modules())
         self._mapped, self._means = mapped, means
         self._sums = {
             (g.name, r.call): torch.zeros(
-                [len(r.index)] * (2 if r.call in mapped else 1), dtype=torch.float64
+                [len(r.index)] * (2 if r.call in mapped else 1),
+                dtype=torch.float64,
+                device=self._device,
             )
             for g in groups
             for r in g.readers
@@ -92,24 +96,29 @@ class GradientMoments:
 
     def begin(self, at: Tensor, mask: Tensor) -> None:
         """Announce a pass over images at these places of the whole set [B]; ``mask`` [B] count."""
-        self._at, self._mask = at, mask & (at < _MAX_IMAGES)
+        chosen = (mask & (at < _MAX_IMAGES)).nonzero().squeeze(1)
+        self._num, self._at = len(mask), at[chosen].tolist()
+        self._chosen = sent(chosen, self._device)
         self._next = int(at[-1]) + 1
-        self._count += int(self._mask.sum())
+        self._count += len(chosen)
 
     def add(self, call: int, a: Tensor, grad: Tensor, v: Tensor) -> None:
         """Take in what a reader reads, and the gradient there, for directions v [B, K]."""
-        mask = self._mask.to(a.device)
-        if not bool(mask.any()):
+        if not self._at:
             return
         for group, reader in self.plan[call]:
             if call in self._mapped:
                 layer = self._modules[reader.module]
                 exact = _exact_gram(layer, reader, grad, v) if self._white else None
-                found = _gram(reader, grad, self._at, mask) if exact is None else exact * mask.sum()
+                if exact is None:
+                    d = reader.by_channel(grad, self._num).unflatten(0, (self._num, -1))
+                    found = _gram(d[self._chosen][:, :, reader.index], self._at)
+                else:
+                    found = exact * len(self._at)
             else:
-                u = _changes(reader, a, grad, len(mask), self._means.get(call))
-                found = u[mask].square().sum(0)
-            self._sums[group.name, call] += found.double().cpu()
+                u = _changes(reader, a, grad, self._num, self._means.get(call))
+                found = u[self._chosen].square().sum(0)
+            self._sums[group.name, call] += found.double()
 
     def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
         """Return the parts of every group's readers.
@@ -154,17 +163,15 @@ def _exact_gram(layer: nn.Module, reader: Reader, grad: Tensor, v: Tensor) -> Te
     return own.T @ own if same else None
 
 
-def _gram(reader: Reader, grad: Tensor, at: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over the images of ``mask`` and their positions of d d^T, own inputs only.
+def _gram(d: Tensor, at: Sequence[int]) -> Tensor:
+    """Return the sum over images, their windows and positions of d d^T: [own, own].
 
-    ``at`` is where in the whole set each image stands [B]: of large maps every so manieth position
-    is read, from one that varies from image to image.
+    ``d`` is [images, windows, own, positions], ``at`` where in the whole set each image stands: of
+    large maps every so manieth position is read, from one that varies from image to image.
     """
-    d = reader.by_channel(grad, len(mask))
-    windows, positions = len(d) // len(mask), d.shape[2]
-    chosen = mask.repeat_interleave(windows)
-    starts = at[mask.cpu()].repeat_interleave(windows).tolist()
-    d = d[chosen][:, reader.index].float()
+    windows, positions = d.shape[1], d.shape[3]
+    starts = [i for i in at for _ in range(windows)]
+    d = d.flatten(0, 1).float()
     step = max(1, min(positions, positions * windows // _MAX_POSITIONS))
     if step == 1:
         flat = d.transpose(0, 1).flatten(1)
@@ -191,11 +198,11 @@ class _Left:
     def __init__(self, part: Part) -> None:
         assert part.inputs is not None
         self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
-        self._index, self._channel = part.reader.index, part.reader.channel
+        self._index, self._channel = (t.cpu() for t in (part.reader.index, part.reader.channel))
 
     def costs(self, num_channels: int) -> Tensor:
         """Return tr(G_cc P_cc^-1) of every unit [C]."""
-        costs = torch.zeros(num_channels, dtype=torch.float64)
+        costs = torch.zeros(num_channels, dtype=torch.float64, device=self._g.device)
         for unit, own in _by_unit(self._channel):
             g = self._g[own[:, :, None], own[:, None, :]]
             at = self._index[own]
@@ -238,8 +245,8 @@ class _Static:
     """A reader without a map: what a channel costs does not depend on the others."""
 
     def __init__(self, part: Part, num_channels: int) -> None:
-        zero = torch.zeros(num_channels, dtype=torch.float64)
-        self._costs = zero.index_add_(0, part.reader.channel, part.moments)
+        zero = part.moments.new_zeros(num_channels)
+        self._costs = zero.index_add_(0, part.reader.channel.to(zero.device), part.moments)
 
     def costs(self, num_channels: int) -> Tensor:
         """Return the cost of every unit [C]."""
@@ -289,6 +296,7 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
     Raises:
         NotFiniteError: If what is lost is not finite.
     """
+    # The numbers stay on their device; which channels are left, and leave, the host decides.
     left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
     block = -(-num_channels // _MAX_STEPS)
     stays = torch.ones(num_channels, dtype=torch.bool)
@@ -296,7 +304,8 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
     shape = [0.0]
 
     def each() -> Tensor:
-        return sum((p.costs(num_channels) for p in left), torch.zeros(()))
+        (costs,) = fetched(sum((p.costs(num_channels) for p in left), torch.zeros(())))
+        return costs
 
     first = each()
     while (num_left := int(stays.sum())) > 1:
@@ -355,18 +364,22 @@ def measured_variance(
         means: See :class:`GradientMoments`.
 
     Returns:
-        Group name -> the variance at :func:`measured_at`, float64.
+        Group name -> the variance at :func:`measured_at`, float64, on the CPU.
     """
-    plan = reader_plan(groups)
+    device = next(model.parameters()).device
+    plan = reader_plan(groups, device)
     gone = {g.name: _gone(orders[g.name], measured_at(g.num_channels)) for g in groups}
     maps = {
         (name, part.reader.call): _maps(part, gone[name]) for name in gone for part in parts[name]
     }
-    sums = {name: torch.zeros(len(g), dtype=torch.float64) for name, g in gone.items()}
+    gone = {name: g.to(device) for name, g in gone.items()}
+    sums = {
+        name: torch.zeros(len(g), dtype=torch.float64, device=device) for name, g in gone.items()
+    }
     seen = 0
     for x, directions, tap in passes(model, groups, batches, probing):
         for i, v in enumerate(directions, 1):
-            changes = {name: torch.zeros(len(g), len(x)) for name, g in gone.items()}
+            changes = {n: torch.zeros(len(g), len(x), device=device) for n, g in gone.items()}
 
             def collect(
                 call: int,
@@ -382,14 +395,14 @@ def measured_variance(
                         found = gone[group.name][:, reader.channel].to(u) @ u.T
                     else:
                         found = _joint(reader, a, grad, num, mean=means[call], maps=m)
-                    changes[group.name] += found.cpu()
+                    changes[group.name] += found
 
             tap.backward(v, collect, last=i == len(directions))
             for name, u in changes.items():
                 sums[name] += u.double().square().sum(1)
         seen += len(x)
     count = max(1.0, total(seen)) * probing.num_probes
-    pooled = summed(*sums.values())
+    pooled = fetched(*summed(*sums.values()))
     return {name: value / count for name, value in zip(sums, pooled, strict=True)}
 
 
@@ -404,7 +417,7 @@ def _maps(part: Part, gone: Tensor) -> Tensor | None:
     if part.inputs is None:
         return None
     p, index = part.inputs.precision, part.reader.index
-    maps = torch.zeros(len(gone), len(p), len(index))
+    maps = torch.zeros(len(gone), len(p), len(index), device=p.device)
     for m, left in zip(maps, gone[:, part.reader.channel], strict=True):
         if bool(left.any()):
             at = index[left]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, Reader
+from tpvprune.passes.crossing import random_signs, sent
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.outputs import Chosen, Outputs
@@ -100,20 +101,19 @@ def probe_directions(
     outputs = outputs.detach()
     # Sample by sample, so that the directions depend neither on how the inputs are batched nor on
     # how many processes share them.
-    num = len(outputs) * num_processes()
+    num, width = outputs.shape
     if metric in {"logits", "features"}:
-        width = outputs.shape[1]
-        signs = own(torch.randint(0, 2, (num, num_probes, width), generator=generator) * 2 - 1)
-        return list(signs.to(outputs).unbind(1))
+        return list(random_signs((num, num_probes, width), generator, outputs).unbind(1))
     if metric not in {"pseudo", "fisher"}:
         raise ValueError(f"metric: expected logits, pseudo, fisher or features, found {metric!r}.")
     p = outputs.softmax(-1)
     if metric == "pseudo":
-        return [p - nn.functional.one_hot(p.argmax(-1), p.shape[-1])]
+        return [p - nn.functional.one_hot(p.argmax(-1), width)]
+    num = num * num_processes()
     uniform = own(torch.rand(num, num_probes, generator=generator, dtype=torch.float64))
-    edges = p.cpu().double().cumsum(-1)
-    drawn = torch.searchsorted(edges, uniform.contiguous()).clamp_max(p.shape[-1] - 1)
-    return [p - nn.functional.one_hot(y, p.shape[-1]).to(p) for y in drawn.T.to(p.device)]
+    uniform = sent(uniform.contiguous(), p.device)
+    drawn = torch.searchsorted(p.double().cumsum(-1), uniform).clamp_max(width - 1)
+    return [p - nn.functional.one_hot(y, width).to(p) for y in drawn.T]
 
 
 class InputTap:
@@ -273,10 +273,13 @@ class _Inputs:
 # ---- small pieces ---------------------------------------------------------------------------
 
 
-def reader_plan(groups: Iterable[ChannelGroup]) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
-    """Return who reads at each call: call -> [(group, reader)]."""
+def reader_plan(
+    groups: Iterable[ChannelGroup], device: torch.device | None = None
+) -> dict[int, list[tuple[ChannelGroup, Reader]]]:
+    """Return who reads at each call: call -> [(group, reader)], its indices on the device."""
     plan: dict[int, list[tuple[ChannelGroup, Reader]]] = {}
     for group in groups:
-        for reader in group.readers:
-            plan.setdefault(reader.call, []).append((group, reader))
+        for r in group.readers:
+            there = replace(r, index=r.index.to(device), channel=r.channel.to(device))
+            plan.setdefault(r.call, []).append((group, there))
     return plan

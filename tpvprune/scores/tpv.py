@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.positions import contract
@@ -155,8 +156,11 @@ def _moments(
     maps = {}
     if compensated:
         maps = residual_maps(model, groups, inputs, ridge=ridge, max_samples=_MAP_SAMPLES)
-    first = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
-    second = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
+    device = next(model.parameters()).device
+    first, second = (
+        {g.name: torch.zeros(g.num_channels, dtype=torch.float64, device=device) for g in groups}
+        for _ in range(2)
+    )
     num_samples = 0
     measured = output_changes(model, groups, inputs, probing, maps=maps)
     with closing(measured):
@@ -166,8 +170,8 @@ def _moments(
                 num_samples += num
                 for name, u in changes.items():  # [probes, B, C]
                     per_sample = u.double().square().mean(0)
-                    first[name] += per_sample.sum(0).cpu()
-                    second[name] += per_sample.square().sum(0).cpu()
+                    first[name] += per_sample.sum(0)
+                    second[name] += per_sample.square().sum(0)
             if until is not None and _uncertainty(first, second, num_samples) <= until:
                 break
     mean, squares, num_samples = _means(first, second, num_samples)
@@ -183,9 +187,9 @@ def _moments(
 def _means(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], num_samples: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Return sums over the samples of here as means over those of all processes."""
+    """Return sums over the samples of here as means over those of all processes, on the CPU."""
     num_samples = int(total(num_samples))
-    sums = iter(summed(*first.values(), *second.values()))
+    sums = iter(fetched(*summed(*first.values(), *second.values())))
     mean, squares = ({name: next(sums) / num_samples for name in part} for part in (first, second))
     return mean, squares, num_samples
 
@@ -241,12 +245,8 @@ def output_changes(
     Yields:
         Batch by batch, ({group: [probes, B, C]}, B).
     """
-    plan = reader_plan(groups)
     device = next(model.parameters()).device
-    places = {
-        call: [(g, r.index.to(device), r.channel.to(device)) for g, r in readers]
-        for call, readers in plan.items()
-    }
+    plan = reader_plan(groups, device)
     maps = {call: (mean.to(device), m.to(device)) for call, (mean, m) in (maps or {}).items()}
     for x, directions, tap in passes(model, groups, inputs, probing):
         num = len(x)
@@ -255,9 +255,9 @@ def output_changes(
         def collect(call: int, a: Tensor, grad: Tensor, num: int = num, parts: Any = parts) -> None:
             a, grad = (plan[call][0][1].by_channel(t, num) for t in (a, grad))
             per_channel = contract(a, grad, num, maps.get(call))
-            for group, index, channel in places[call]:
+            for group, reader in plan[call]:
                 u = parts[-1].setdefault(group.name, per_channel.new_zeros(num, group.num_channels))
-                u.index_add_(1, channel, per_channel[:, index])
+                u.index_add_(1, reader.channel, per_channel[:, reader.index])
 
         for i, v in enumerate(directions, 1):
             parts.append({})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.crossing import fetched
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 from tpvprune.weights.elimination import Path, elimination_path
 from tpvprune.weights.masks import pattern_of
@@ -80,7 +81,7 @@ def joint_weight_masks(
     if n_of_m is not None:
         return {name: path.masks[-1] for name, path in paths.items()}, scores
     variances = _joint_variances(model, inputs, paths, num_probes, seed + 1)
-    sizes = {name: path.densities() * path.masks[0].numel() for name, path in paths.items()}
+    sizes = {name: path.densities().cpu() * path.masks[0].numel() for name, path in paths.items()}
     budget = keep * sum(w.numel() for w in weights.values())
     steps = choose_options(list(sizes.values()), list(variances.values()), budget)
     return {n: paths[n].masks[i] for n, i in zip(paths, steps, strict=True)}, scores
@@ -105,14 +106,18 @@ def _sensitivities(
 def _joint_variances(
     model: nn.Module, inputs: list[Tensor], paths: Mapping[str, Path], num_probes: int, seed: int
 ) -> dict[str, Tensor]:
-    """Return V of every layer at every step, float64 [steps]."""
-    sums = {name: torch.zeros(len(path.masks), dtype=torch.float64) for name, path in paths.items()}
+    """Return V of every layer at every step, float64 [steps], on the CPU."""
+    sums = {
+        name: torch.zeros(len(path.masks), dtype=torch.float64, device=path.masks.device)
+        for name, path in paths.items()
+    }
 
     def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
         outcome = found.dense().flatten(1) @ paths[name].changes.flatten(1).T
-        sums[name] += outcome.double().square().sum(0).cpu()
+        sums[name] += outcome.double().square().sum(0)
 
     num = sum(
         sample_gradients(model, inputs, collect, num_probes=num_probes, seed=seed, only=list(paths))
     )
-    return {name: total / (num * num_probes) for name, total in sums.items()}
+    found = zip(sums, fetched(*sums.values()), strict=True)
+    return {name: total / (num * num_probes) for name, total in found}

@@ -182,11 +182,14 @@ def input_grams(
     """
     watch = _InputGrams(layers_by_weight(model), names, max_positions, seed)
     with evaluating(model), torch.no_grad():
-        for x in unlabeled(batches):
-            watch.plan = Plan(len(x), 0, max_positions * len(x), seed + watch.num_batches)
+        for batch in unlabeled(batches):
+            x = on_device(batch, model)
+            watch.plan = Plan(
+                len(x), 0, max_positions * len(x), seed + watch.num_batches, device=x.device
+            )
             watch.num_batches += 1
             with watch:
-                model(on_device(x, model))
+                model(x)
     return {name: gram / watch.num_rows[name] for name, gram in watch.sums.items()}
 
 

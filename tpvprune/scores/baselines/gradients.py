@@ -162,7 +162,7 @@ def per_channel(
     for group in groups:
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for part in parts[group.name]:
-            owned = per_position(values[part.param], part.dim)[part.index.cpu()]
+            owned = per_position(values[part.param], part.dim).cpu()[part.index.cpu()]
             total.index_add_(0, part.channel.cpu(), owned)
         sums[group.name] = total
     return sums
@@ -176,6 +176,6 @@ def per_position(values: Tensor, dim: int) -> Tensor:
         dim: The dimension that stays.
 
     Returns:
-        Float64 [size of dim], on the CPU.
+        Float64 [size of dim].
     """
-    return values.double().movedim(dim, 0).reshape(values.shape[dim], -1).sum(1).cpu()
+    return values.double().movedim(dim, 0).reshape(values.shape[dim], -1).sum(1)

@@ -161,7 +161,7 @@ def lfh_scores(
             counts = torch.ones_like(weight)
             norm, traced, count = (
                 torch.zeros_like(total).index_add_(
-                    0, part.channel.cpu(), per_position(t, part.dim)[part.index.cpu()]
+                    0, part.channel.cpu(), per_position(t, part.dim).cpu()[part.index.cpu()]
                 )
                 for t in (weight.double().square(), trace, counts)
             )

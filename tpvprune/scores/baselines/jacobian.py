@@ -129,7 +129,7 @@ def _batch_squares(
         for key, part in sides.items():
             change = per_position(products[part.param], part.dim)
             if part.side == "producer" and _bias(part) in biases:
-                change = change + products[_bias(part)].cpu()
+                change = change + products[_bias(part)]
             squares[key] = squares[key] + change.square()
         num_samples += len(inputs)
 
@@ -138,7 +138,7 @@ def _batch_squares(
         total = torch.zeros(group.num_channels, dtype=torch.float64)
         for part in group.slices if num_samples else ():
             if part.param in scored:
-                square = squares[part.param, part.dim, part.side]
+                square = squares[part.param, part.dim, part.side].cpu()
                 total.index_add_(0, part.channel.cpu(), square[part.index.cpu()])
         values[group.name] = total
     return values, num_samples
