@@ -342,19 +342,20 @@ def _refresh_attributes(model: nn.Module) -> None:
             if isinstance(weight, Tensor):
                 module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
         elif isinstance(module, nn.GroupNorm) and weight is not None:
-            if module.num_groups > 1:  # whole groups go, so each keeps its width
-                module.num_groups = module.num_groups * len(weight) // module.num_channels
-            module.num_channels = len(weight)
+            module.num_channels = len(weight)  # num_groups is set by a rule of sizes
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
 def _refresh_conv(conv: Any) -> None:
     first, second = conv.weight.shape[:2]
+    if conv.groups > 1:
+        # Whole convolution groups go, so each keeps its width.
+        dense = conv.in_channels if conv.transposed else conv.out_channels
+        conv.groups = first // (dense // conv.groups)
     if conv.transposed:
         conv.in_channels, conv.out_channels = first, second * conv.groups
         return
-    if conv.groups > 1:
-        # Whole convolution groups go, so each keeps its width.
-        conv.groups = first // (conv.out_channels // conv.groups)
     conv.out_channels, conv.in_channels = first, second * conv.groups
 
 

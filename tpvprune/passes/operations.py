@@ -33,7 +33,7 @@ POINTWISE = ACTIVATIONS | words(
     "lerp pow rpow exp expm1 log log1p sqrt rsqrt abs neg square reciprocal erf sin cos sign "
     "clone contiguous to float double half bfloat16 type type_as detach dropout dropout1d "
     "dropout2d alpha_dropout feature_dropout softmax log_softmax normalize nan_to_num prelu "
-    "identity alias "
+    "identity alias zero fill "
     "requires_grad copy gt lt ge le eq ne logical_not logical_and logical_or"
 )
 POOLS = words(

@@ -33,10 +33,10 @@ def contract(tracker: Tracker, name: str, args: Any, kwargs: Any, out: Tensor) -
         tracker.unite(read, tracker.axis(weight, w_in, ""), f"enters {module} beside fixed inputs")
         tracker.producers.update(_owner(tracker, weight, w_out, made, module))
         tracker.consumers.update(_owner(tracker, weight, w_in, read, module))
-    elif transposed:
-        tracker.unite(read, FIXED, f"enters {module}, a grouped transposed convolution")
-        made = made.repeat(groups)
     else:
+        if transposed:  # its weight [C_in, C_out / groups, ...] has no axis of all that it makes
+            tracker.unite(read, tracker.axis(weight, 0, ""), f"enters {module} beside fixed inputs")
+            made = tracker.atoms.new(groups * len(made))
         told = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         _pass_on(tracker, read, made, told, module)
     if isinstance(bias, Tensor):
