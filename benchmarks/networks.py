@@ -6,7 +6,7 @@
 Classifiers and segmentation of torchvision, vision models of transformers, segmentation models of
 segmentation_models_pytorch; random weights, small sizes, nothing is downloaded. Each runs in a
 process of its own with a time limit, so that a crash or a hang is a row of the table. The MACs are
-those of torch's own counter, before and after.
+those of torch's own counter, before and after; seconds are those of one core.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torch._dynamo  # noqa: F401  (here, not in each process)
 from surveys import (
     Row,
     bounded,
@@ -52,31 +53,10 @@ COLUMNS = [
     "groups_seconds", "prune_seconds", "warnings", "error", "versions",
 ]  # fmt: skip
 _EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative: as find_groups verifies
-_NUM_IMAGES = 48
+_NUM_IMAGES = 24
 
 # library, name, image size, keyword arguments (of the model, of transformers its configuration)
 NETWORKS = """
-torchvision DenseNet 64 {'block_config':(2,2,2,2)}
-torchvision efficientnet_b0 64
-torchvision googlenet 64 {'init_weights':True}
-torchvision MaxVit 64 {'input_size':(64,64),'stem_channels':16,'partition_size':2,'block_channels':[16,32],'block_layers':[1,1],'head_dim':8,'stochastic_depth_prob':0.0}
-torchvision mnasnet0_5 64
-torchvision mobilenet_v2 64
-torchvision mobilenet_v3_small 64
-torchvision regnet_x_400mf 64
-torchvision regnet_y_400mf 64
-torchvision resnet18 64
-torchvision resnext50_32x4d 64
-torchvision shufflenet_v2_x0_5 64
-torchvision squeezenet1_1 64
-torchvision SwinTransformer 64 {'patch_size':[4,4],'embed_dim':24,'depths':[2,2],'num_heads':[2,4],'window_size':[4,4]}
-torchvision swin_v2_t 64
-torchvision vgg11_bn 64
-torchvision VisionTransformer 64 {'image_size':64,'patch_size':16,'num_layers':2,'num_heads':3,'hidden_dim':48,'mlp_dim':96}
-torchvision fcn_resnet50 64
-torchvision deeplabv3_mobilenet_v3_large 64
-torchvision lraspp_mobilenet_v3_large 64
-torchvision r3d_18 32
 transformers ViTForImageClassification 64 VIT
 transformers DeiTForImageClassification 64 VIT
 transformers DeiTForImageClassificationWithTeacher 64 VIT
@@ -106,7 +86,7 @@ transformers GLPNForDepthEstimation 64 {'depths':[1,1,1,1],'hidden_sizes':[16,32
 transformers PoolFormerForImageClassification 64 {'depths':[1,1,1,1],'hidden_sizes':[16,32,48,64]}
 transformers ConvNextForImageClassification 64 STAGES
 transformers ConvNextV2ForImageClassification 64 STAGES
-transformers CvtForImageClassification 64 {'embed_dim':[16,32,48],'num_heads':[1,2,3],'depth':[1,1,2],'cls_token':[False,False,True]}
+transformers CvtForImageClassification 64 {'embed_dim':[16,32,48],'num_heads':[1,2,3],'depth':[1,2,3],'cls_token':[False,False,True]}
 transformers MobileViTForImageClassification 64 MOBILEVIT
 transformers MobileViTForSemanticSegmentation 64 MOBILEVIT
 transformers MobileViTV2ForImageClassification 64 {'image_size':64,'width_multiplier':0.5}
@@ -130,6 +110,27 @@ segmentation_models_pytorch MAnet 64 {'encoder_name':'resnet18'}
 segmentation_models_pytorch PAN 128 {'encoder_name':'resnet18'}
 segmentation_models_pytorch Segformer 64 {'encoder_name':'mit_b0'}
 segmentation_models_pytorch UPerNet 64 {'encoder_name':'resnet18'}
+torchvision DenseNet 64 {'block_config':(2,2,2,2)}
+torchvision efficientnet_b0 64
+torchvision googlenet 64 {'init_weights':True}
+torchvision MaxVit 64 {'input_size':(64,64),'stem_channels':16,'partition_size':2,'block_channels':[16,32],'block_layers':[1,1],'head_dim':8,'stochastic_depth_prob':0.0}
+torchvision mnasnet0_5 64
+torchvision mobilenet_v2 64
+torchvision mobilenet_v3_small 64
+torchvision regnet_x_400mf 64
+torchvision regnet_y_400mf 64
+torchvision resnet18 64
+torchvision resnext50_32x4d 64
+torchvision shufflenet_v2_x0_5 64
+torchvision squeezenet1_1 64
+torchvision SwinTransformer 64 {'patch_size':[4,4],'embed_dim':24,'depths':[2,2],'num_heads':[2,4],'window_size':[4,4]}
+torchvision swin_v2_t 64
+torchvision vgg11_bn 64
+torchvision VisionTransformer 64 {'image_size':64,'patch_size':16,'num_layers':2,'num_heads':3,'hidden_dim':48,'mlp_dim':96}
+torchvision fcn_resnet50 64
+torchvision deeplabv3_mobilenet_v3_large 64
+torchvision lraspp_mobilenet_v3_large 64
+torchvision r3d_18 32
 """  # noqa: E501
 
 VIT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -159,6 +160,12 @@ def arguments(text: str) -> dict[str, Any]:
     if name in _SHORT:
         return {**_SHORT[name], **(ast.literal_eval(more) if more else {})}
     return dict(ast.literal_eval(text.replace(":VIT", f":{VIT}"))) if text else {}
+
+
+def parts(line: str) -> tuple[str, str, int, str]:
+    """Return library, network, image size and arguments of a line of :data:`NETWORKS`."""
+    library, name, size, *rest = line.split()
+    return library, name, int(size), rest[0] if rest else ""
 
 
 def build(library: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -241,17 +248,27 @@ def trains(model: nn.Module, x: Tensor) -> bool:
         return moved > 0 and all(bool(t.isfinite().all()) for t in real_outputs(model.eval()(x)))
 
 
-def survey(library: str, name: str, size: int, text: str, keep: float, num_images: int) -> Row:
-    """Return one row of the table."""
+def survey(line: str, keep: float, num_images: int) -> Row:
+    """Measure a network.
+
+    Args:
+        line: Of :data:`NETWORKS`.
+        keep: The fraction of the MACs that stays.
+        num_images: So many random images are what the network is pruned with.
+
+    Returns:
+        A row of the table, without the columns that name the network.
+    """
+    library, name, size, text = parts(line)
     model = tpvprune.unfuse_attention(build(library, name, arguments(text)))
     shape = (3, 8, size, size) if name.startswith("r3d") else (3, size, size)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(num_images, *shape, generator=generator)
     fresh = torch.randn(8, *shape, generator=generator)
     model = tpvprune.recalibrate_batchnorm(model, x.split(16))
-    start = time.perf_counter()
+    start = time.process_time()
     groups = tpvprune.find_groups(model, x[:2])
-    found = time.perf_counter()
+    found = time.process_time()
     row: Row = {
         "groups": len(groups),
         "blocked": len(groups.blocked),
@@ -259,7 +276,7 @@ def survey(library: str, name: str, size: int, text: str, keep: float, num_image
         "groups_seconds": round(found - start, 2),
     }
     result = tpvprune.prune(model, x.split(16), keep=keep)
-    row["prune_seconds"] = round(time.perf_counter() - found, 2)
+    row["prune_seconds"] = round(time.process_time() - found, 2)
     small = result.model.eval()
     gap, dtype = masked_gap(model, groups, result.kept, fresh[:2])
     removed = tpvprune.remove_channels(model, groups, result.kept)
@@ -341,26 +358,25 @@ def main() -> None:
     parser.add_argument("--only", default="", help="comma-separated parts of names")
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--num-images", type=int, default=_NUM_IMAGES)
-    parser.add_argument("--limit", type=float, default=120, help="seconds a network")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a network")
     parser.add_argument("--fresh", action="store_true", help="run again what the table already has")
     parser.add_argument("--failed", action="store_true", help="run again what is not ok")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = read_rows(args.output, "network")
     for line in NETWORKS.strip().splitlines():
-        library, name, size, *rest = line.split()
-        text = rest[0] if rest else ""
+        library, name, size, text = parts(line)
         known = name in rows and not (args.failed and rows[name]["verdict"] != "ok")
         if not any(part in name for part in args.only.split(",")) or (known and not args.fresh):
             continue
         row: Row = {"library": library, "network": name, "size": size, "kwargs": text}
         try:
             row["versions"] = versions(library)
+            importlib.import_module(library)  # here, not in each process
         except PackageNotFoundError:
             print(f"{name}: {library} is not installed, left out", flush=True)
             continue
-        row |= bounded(survey, args.limit, library, name, int(size), text, args.keep,
-                       args.num_images)  # fmt: skip
+        row |= bounded(survey, args.limit, line, args.keep, args.num_images)
         row["verdict"] = verdict(row, args.keep)
         row.pop("exact", None)
         rows[name] = row

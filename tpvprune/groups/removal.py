@@ -198,6 +198,7 @@ def shrink_to(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
                 )
             setattr(module, key, new_value)
+    _refresh_recurrent(model)
 
 
 class MaskedChannels(TorchFunctionMode):
@@ -329,6 +330,7 @@ def _refresh_attributes(model: nn.Module) -> None:
 
     The one place, besides tracking, that names layer types.
     """
+    _refresh_recurrent(model)
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -345,6 +347,14 @@ def _refresh_attributes(model: nn.Module) -> None:
             module.num_channels = len(weight)  # num_groups is set by a rule of sizes
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _refresh_recurrent(model: nn.Module) -> None:
+    """Let recurrent layers, which hold their weights twice, hold the same ones."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+            module.input_size = module.weight_ih_l0.shape[1]
 
 
 def _refresh_conv(conv: Any) -> None:

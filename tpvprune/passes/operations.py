@@ -11,7 +11,8 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-CONTRACTIONS = words(
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+CONTRACTIONS = RECURRENT | words(
     "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d"
 )
 NORMS = frozenset({"layer_norm", "rms_norm"})

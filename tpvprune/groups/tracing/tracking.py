@@ -47,6 +47,7 @@ from tpvprune.passes.operations import (
     NORMS,
     POINTWISE,
     POOLS,
+    RECURRENT,
     REDUCTIONS,
     function_name,
 )
@@ -203,7 +204,9 @@ class Tracker(TorchFunctionMode):
 
     def _propagate(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
-        if name in CONTRACTIONS:
+        if name in RECURRENT:
+            contractions.recur(self, args)
+        elif name in CONTRACTIONS:
             contractions.contract(self, name, args, kwargs, out)
         elif name in MATMULS:
             self._product(name, args, out)
