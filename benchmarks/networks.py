@@ -48,12 +48,12 @@ from tpvprune.groups.removal import MaskedChannels
 
 RESULTS = Path(__file__).parent / "results" / "networks.csv"
 COLUMNS = [
-    "library", "network", "size", "kwargs", "verdict", "groups", "blocked", "reasons",
+    "library", "network", "size", "kwargs", "num_images", "verdict", "groups", "blocked", "reasons",
     "macs_ratio", "reported_ratio", "gap", "effect", "repaired_share", "reload", "trains", "export",
     "groups_seconds", "prune_seconds", "warnings", "error", "versions",
 ]  # fmt: skip
 _EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative: as find_groups verifies
-_NUM_IMAGES = 24
+_NUM_IMAGES = 48
 
 # library, name, image size, keyword arguments (of the model, of transformers its configuration)
 NETWORKS = """
@@ -170,7 +170,6 @@ def parts(line: str) -> tuple[str, str, int, str]:
 
 def build(library: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Return a network with random weights in evaluation mode."""
-    torch.manual_seed(0)
     module = importlib.import_module(library)
     if library == "torchvision":
         models = module.models
@@ -248,6 +247,18 @@ def trains(model: nn.Module, x: Tensor) -> bool:
         return moved > 0 and all(bool(t.isfinite().all()) for t in real_outputs(model.eval()(x)))
 
 
+def living(library: str, name: str, kwargs: dict[str, Any], x: Tensor) -> nn.Module:
+    """Return a network with the first random weights under which every output varies with ``x``."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = tpvprune.unfuse_attention(build(library, name, kwargs))
+        model = tpvprune.recalibrate_batchnorm(model, x.split(16))
+        with torch.no_grad():
+            if all(float(t.std(0).max()) > 0 for t in real_outputs(model(x[:4]))):
+                return model
+    raise ValueError("its outputs do not depend on its input under any of 8 seeds")
+
+
 def survey(line: str, keep: float, num_images: int) -> Row:
     """Measure a network.
 
@@ -260,12 +271,11 @@ def survey(line: str, keep: float, num_images: int) -> Row:
         A row of the table, without the columns that name the network.
     """
     library, name, size, text = parts(line)
-    model = tpvprune.unfuse_attention(build(library, name, arguments(text)))
     shape = (3, 8, size, size) if name.startswith("r3d") else (3, size, size)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(num_images, *shape, generator=generator)
     fresh = torch.randn(8, *shape, generator=generator)
-    model = tpvprune.recalibrate_batchnorm(model, x.split(16))
+    model = living(library, name, arguments(text), x)
     start = time.process_time()
     groups = tpvprune.find_groups(model, x[:2])
     found = time.process_time()
@@ -369,7 +379,8 @@ def main() -> None:
         known = name in rows and not (args.failed and rows[name]["verdict"] != "ok")
         if not any(part in name for part in args.only.split(",")) or (known and not args.fresh):
             continue
-        row: Row = {"library": library, "network": name, "size": size, "kwargs": text}
+        row: Row = {"library": library, "network": name, "size": size, "kwargs": text,
+                    "num_images": args.num_images}  # fmt: skip
         try:
             row["versions"] = versions(library)
             importlib.import_module(library)  # here, not in each process

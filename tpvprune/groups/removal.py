@@ -354,7 +354,7 @@ def _refresh_recurrent(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
-            module.input_size = module.weight_ih_l0.shape[1]
+            module.input_size = module.get_parameter("weight_ih_l0").shape[1]
 
 
 def _refresh_conv(conv: Any) -> None:

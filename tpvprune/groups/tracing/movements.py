@@ -236,7 +236,7 @@ def pad(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 def embed(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Follow a table [rows, C] that is read by an index: its rows stay, its columns are channels."""
+    """Follow a table [rows, C] read by an index: its rows stay, its columns are channels."""
     weight = named(args, kwargs, ("input", "weight"))["weight"]
     columns = tracker.axis(weight, 1, "")
     tracker.pin([args[0]], "is an index")
