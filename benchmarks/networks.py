@@ -288,7 +288,7 @@ def survey(line: str, keep: float, num_images: int) -> Row:
     result = tpvprune.prune(model, x.split(16), keep=keep)
     row["prune_seconds"] = round(time.process_time() - found, 2)
     small = result.model.eval()
-    gap, dtype = masked_gap(model, groups, result.kept, fresh[:2])
+    gap, dtype = masked_gap(model, groups, result.kept, fresh)
     removed = tpvprune.remove_channels(model, groups, result.kept)
     plain, repaired = variance(removed, model, fresh), variance(small, model, fresh)
     share = max((r / p for r, p in zip(repaired, plain, strict=True) if p > 0), default=0.0)
