@@ -13,15 +13,11 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import csv
 import io
 import json
-import multiprocessing
 import os
 import platform
 import time
-import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
+from surveys import (
+    bounded,
+    equal,
+    exported,
+    read_rows,
+    real_outputs,
+    relative_gap,
+    write_rows,
+)
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, find_groups
@@ -197,16 +202,6 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return timm.create_model(name, num_classes=10, **kwargs).eval()
 
 
-def outputs(value: Any) -> Tensor:
-    if isinstance(value, (tuple, list)):
-        return torch.cat([outputs(v) for v in value], -1)
-    return value.flatten(1)
-
-
-def relative_gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-
-
 def survey(
     name: str, size: int, kwargs: dict[str, Any], keep: float, export: bool
 ) -> dict[str, Any]:
@@ -220,19 +215,19 @@ def survey(
     small = remove_channels(model, groups, kept)
     with torch.no_grad():
         with MaskedChannels(groups, kept):
-            masked = outputs(copy.deepcopy(model).double()(x.double()))
-        removed = outputs(copy.deepcopy(small).double()(x.double()))
+            masked = copy.deepcopy(model).double()(x.double())
+        removed = copy.deepcopy(small).double()(x.double())
         gap = relative_gap(removed, masked)
         rebuilt = build(name, kwargs)
         shapes = {n: tuple(t.shape) for n, t in [*small.named_parameters(), *small.named_buffers()]}
         changes = json.loads(json.dumps(attribute_changes(model, small)))
         shrink_to(rebuilt, shapes, changes)
         rebuilt.load_state_dict(small.state_dict())
-        reloaded = outputs(rebuilt(x))
-        plain = outputs(small(x))
+        reloaded = rebuilt(x)
+        plain = small(x)
     small.train()
     torch.save(small.state_dict(), io.BytesIO())
-    outputs(small(torch.cat([x, -x]))).sum().backward()
+    sum(t.sum() for t in real_outputs(small(torch.cat([x, -x])))).backward()
     row = {
         "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "groups": len(groups),
@@ -244,53 +239,11 @@ def survey(
         "smallest_ratio": round(smallest, 4),
         "verified": gap < 1e-10,
         "gap": f"{gap:.1e}",
-        "reload": torch.equal(reloaded, plain),
+        "reload": equal(reloaded, plain),
         "seconds": round(seconds, 2),
     }
     if export:
         row["export"] = exported(copy.deepcopy(small).eval(), model, x)
-    return row
-
-
-def exported(small: nn.Module, dense: nn.Module, x: Tensor) -> str:
-    """Return "True" if torch.export gives the outputs of the pruned model, else what it does."""
-    try:
-        program = torch.export.export(small, (x,))
-        with torch.no_grad():
-            gap = relative_gap(outputs(program.module()(x)), outputs(small(x)))
-        return str(gap < 1e-4)
-    except Exception as error:
-        try:
-            torch.export.export(dense, (x,))
-        except Exception:
-            return f"neither does the dense model: {type(error).__name__}"
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-
-
-def work(pipe: Connection, *args: Any) -> None:
-    torch.set_num_threads(1)
-    try:
-        pipe.send(survey(*args))
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-        pipe.send({"error": text.replace("\n", " ")[:400]})
-
-
-def bounded(limit: float, *args: Any) -> dict[str, Any]:
-    """Run :func:`work` in a process of its own for at most ``limit`` seconds."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(send, *args))
-    process.start()
-    row = {"error": f"not finished in {limit} s"}
-    if receive.poll(limit):
-        try:
-            row = receive.recv()
-        except EOFError:
-            row = {"error": f"process died with exit code {process.exitcode}"}
-    process.kill()
-    process.join()
     return row
 
 
@@ -312,10 +265,7 @@ def main() -> None:
     versions = (
         f"torch {torch.__version__}, timm {timm.__version__}, python {platform.python_version()}"
     )
-    rows = {}
-    if args.output.exists():
-        with args.output.open(newline="") as file:
-            rows = {r["model"]: r for r in csv.DictReader(file)}
+    rows = read_rows(args.output, "model")
     for line in MODELS.strip().splitlines():
         family, name, size, *rest = line.split()
         kwargs = ast.literal_eval(rest[0]) if rest else {}
@@ -325,14 +275,11 @@ def main() -> None:
         known = name in rows and (rows[name]["export"] or not args.export)
         if not wanted or (known and not args.fresh):
             continue
-        row = bounded(args.limit, name, int(size), kwargs, args.keep, args.export)
+        row = bounded(survey, args.limit, name, int(size), kwargs, args.keep, args.export)
         rows[name] = {"family": family, "model": name, "model_kwargs": rest[0] if rest else "",
                       "img_size": size, "versions": versions, **row}  # fmt: skip
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[n] for n in sorted(rows, key=lambda n: (rows[n]["family"], n)))
+        ordered = sorted(rows.values(), key=lambda r: (r["family"], r["model"]))
+        write_rows(args.output, COLUMNS, ordered)
         said = "  ".join(f"{k} {v}" for k, v in row.items() if k != "reasons")
         print(f"{family:24s} {name:32s} {said[:200]}", flush=True)
     done = list(rows.values())

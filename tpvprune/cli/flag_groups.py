@@ -37,7 +37,8 @@ def add_model(sub: Parser, *, required: bool = True) -> None:
         "--model",
         required=required,
         metavar="M",
-        help="timm's name, hf-hub:..., local-dir:..., or your own package.module:factory",
+        help="timm's name, hf-hub:..., local-dir:..., torchvision/NAME, hf:NAME (transformers), or "
+        "your own package.module:factory",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="F", help="safetensors or weights-only torch file")

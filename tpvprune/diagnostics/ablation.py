@@ -141,7 +141,7 @@ class _KnownCalls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Any] = []  # of a recurrent layer a tuple
         self._num_known = 0
         self._call = 0
 
@@ -166,8 +166,12 @@ class _KnownCalls(TorchFunctionMode):
         call, self._call = self._call, self._call + 1
         if call < self._num_known:
             # An activation may work in place on the answer: it gets its own copy.
-            return self._outputs[call].clone()
+            return _copied(self._outputs[call])
         output = func(*args, **(kwargs or {}))
         if call == len(self._outputs):
-            self._outputs.append(output.clone())
+            self._outputs.append(_copied(output))
         return output
+
+
+def _copied(output: Any) -> Any:
+    return output.clone() if isinstance(output, Tensor) else tuple(map(_copied, output))

@@ -198,6 +198,7 @@ def shrink_to(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
                 )
             setattr(module, key, new_value)
+    _refresh_recurrent(model)
 
 
 class MaskedChannels(TorchFunctionMode):
@@ -329,6 +330,7 @@ def _refresh_attributes(model: nn.Module) -> None:
 
     The one place, besides tracking, that names layer types.
     """
+    _refresh_recurrent(model)
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -342,19 +344,28 @@ def _refresh_attributes(model: nn.Module) -> None:
             if isinstance(weight, Tensor):
                 module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
         elif isinstance(module, nn.GroupNorm) and weight is not None:
-            if module.num_groups > 1:  # whole groups go, so each keeps its width
-                module.num_groups = module.num_groups * len(weight) // module.num_channels
-            module.num_channels = len(weight)
+            module.num_channels = len(weight)  # num_groups is set by a rule of sizes
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _refresh_recurrent(model: nn.Module) -> None:
+    """Let recurrent layers, which hold their weights twice, hold the same ones."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+            module.input_size = module.get_parameter("weight_ih_l0").shape[1]
 
 
 def _refresh_conv(conv: Any) -> None:
     first, second = conv.weight.shape[:2]
+    if conv.groups > 1:
+        # Whole convolution groups go, so each keeps its width.
+        dense = conv.in_channels if conv.transposed else conv.out_channels
+        conv.groups = first // (dense // conv.groups)
     if conv.transposed:
         conv.in_channels, conv.out_channels = first, second * conv.groups
         return
-    if conv.groups > 1:
-        # Whole convolution groups go, so each keeps its width.
-        conv.groups = first // (conv.out_channels // conv.groups)
     conv.out_channels, conv.in_channels = first, second * conv.groups
 
 

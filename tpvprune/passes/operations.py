@@ -11,7 +11,8 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-CONTRACTIONS = words(
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+CONTRACTIONS = RECURRENT | words(
     "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d"
 )
 NORMS = frozenset({"layer_norm", "rms_norm"})
@@ -33,7 +34,7 @@ POINTWISE = ACTIVATIONS | words(
     "lerp pow rpow exp expm1 log log1p sqrt rsqrt abs neg square reciprocal erf sin cos sign "
     "clone contiguous to float double half bfloat16 type type_as detach dropout dropout1d "
     "dropout2d alpha_dropout feature_dropout softmax log_softmax normalize nan_to_num prelu "
-    "identity alias "
+    "identity alias zero fill "
     "requires_grad copy gt lt ge le eq ne logical_not logical_and logical_or"
 )
 POOLS = words(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
 from tpvprune.groups import unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
+from tpvprune.saved.registries import is_registered, registered_model
 
 _MAX_NAMED = 3
 _FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -34,7 +36,7 @@ class ModelSource:
     """How a model was made, enough to make its architecture again.
 
     Attributes:
-        name: timm's name of the architecture, or package.module:factory.
+        name: timm's name of the architecture, package.module:factory, torchvision/NAME or hf:NAME.
         kwargs: Keyword arguments of `timm.create_model`, or of the factory.
         weights: "random", "pretrained" or the path of the checkpoint.
     """
@@ -59,7 +61,8 @@ def load_model(
 
     Args:
         name: timm's name, with or without a tag, or hf-hub:... or local-dir:..., or
-            package.module:factory, a function of the user's own that returns a module.
+            package.module:factory, a function of the user's own that returns a module, or
+            torchvision/NAME or hf:NAME (:mod:`tpvprune.saved.registries`).
         pretrained: Load timm's pretrained weights.
         checkpoint: Safetensors file, or torch file that loads as weights only.
         num_classes: Size of the classifier; read from the checkpoint if None.
@@ -80,9 +83,10 @@ def load_model(
     if pretrained and checkpoint is not None:
         raise ValueError("expected one of pretrained and a checkpoint, found both")
     if allow_import and is_factory(name):
-        if pretrained:
+        if pretrained and not is_registered(name):
             raise ValueError(f"{name}: expected a model of timm's for --pretrained")
-        return _own_model(name, checkpoint, num_classes, model_kwargs or {}, seed)
+        weights = "pretrained" if pretrained else checkpoint
+        return _own_model(name, weights, num_classes, model_kwargs or {}, seed)
     _check_name(name)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     kwargs = _input_kwargs(name, input_size) | dict(model_kwargs or {})
@@ -114,20 +118,20 @@ def load_model(
 
 
 def is_factory(name: str) -> bool:
-    """Tell whether a model's name is that of a function of the user's own.
+    """Tell whether a model's name is that of a function, of the user's own or of a library's.
 
     Args:
         name: As the user has given it.
 
     Returns:
-        True for package.module:factory.
+        True for package.module:factory, torchvision/NAME and hf:NAME.
     """
-    return _FACTORY.fullmatch(name) is not None
+    return is_registered(name) or _FACTORY.fullmatch(name) is not None
 
 
 def _own_model(
     name: str,
-    checkpoint: str | Path | None,
+    weights: str | Path | None,
     num_classes: int | None,
     model_kwargs: Mapping[str, Any],
     seed: int,
@@ -135,24 +139,27 @@ def _own_model(
     kwargs = dict(model_kwargs)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    state = None if checkpoint is None else read_checkpoint(checkpoint)
-    factory = _imported(name)
+    pretrained = weights == "pretrained"
+    state = None if pretrained or weights is None else read_checkpoint(weights)
+    if is_registered(name):
+        factory: Any = partial(registered_model, name, pretrained=pretrained)
+    else:
+        factory = _imported(name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = factory(**kwargs)
     except Exception as error:
-        raise ValueError(f"model {name!r}: cannot be built ({_first_line(error)})") from error
+        raise ValueError(f"model {name!r}: {_reason(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model {name!r}: expected a function that returns a torch.nn.Module, found one that "
             f"returns {type(model).__name__}"
         )
     if state is not None:
-        _load(model, state, str(checkpoint))
-    weights = str(checkpoint) if checkpoint else "random"
+        _load(model, state, str(weights))
     # After its weights: a checkpoint has the names of the fused modules.
-    return unfuse_attention(model).eval(), ModelSource(name, kwargs, weights)
+    return unfuse_attention(model).eval(), ModelSource(name, kwargs, str(weights or "random"))
 
 
 def _imported(name: str) -> Any:

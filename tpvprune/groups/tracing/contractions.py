@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from tpvprune.groups.tracing.calls import Call, named
-from tpvprune.groups.tracing.fields import FIXED, Field, along, right_align, unite_all_but, varying
+from tpvprune.groups.tracing.fields import (
+    FIXED,
+    Field,
+    along,
+    flatten,
+    right_align,
+    unite_all_but,
+    varying,
+)
 
 if TYPE_CHECKING:
     from tpvprune.groups.tracing.tracking import Tracker
@@ -33,10 +41,10 @@ def contract(tracker: Tracker, name: str, args: Any, kwargs: Any, out: Tensor) -
         tracker.unite(read, tracker.axis(weight, w_in, ""), f"enters {module} beside fixed inputs")
         tracker.producers.update(_owner(tracker, weight, w_out, made, module))
         tracker.consumers.update(_owner(tracker, weight, w_in, read, module))
-    elif transposed:
-        tracker.unite(read, FIXED, f"enters {module}, a grouped transposed convolution")
-        made = made.repeat(groups)
     else:
+        if transposed:  # its weight [C_in, C_out / groups, ...] has no axis of all that it makes
+            tracker.unite(read, tracker.axis(weight, 0, ""), f"enters {module} beside fixed inputs")
+            made = tracker.atoms.new(groups * len(made))
         told = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         _pass_on(tracker, read, made, told, module)
     if isinstance(bias, Tensor):
@@ -54,6 +62,37 @@ def contract(tracker: Tracker, name: str, args: Any, kwargs: Any, out: Tensor) -
              positions * weight.numel() / tracker.batch_size,
              factors + tuple(f.reshape(-1) for f in passing))
     )  # fmt: skip
+
+
+def recur(tracker: Tracker, args: Any) -> None:
+    """Follow a recurrent layer: its inputs may shrink, what it makes stays."""
+    x, state, weights = args[:3]
+    module = tracker.module_path[-1]
+    tracker.pin(flatten(state), f"is the first state of {module}")
+    first = [w for w in weights if _reads_inputs(tracker, w)] if isinstance(weights, list) else []
+    if not first:
+        tracker.pin([x], f"enters {module} as a packed sequence, which is not followed")
+        return
+    read = tracker.axis(x, -1, f"is read jointly by {module}")
+    for weight in first:
+        tracker.unite(read, tracker.axis(weight, 1, ""), f"enters {module} beside fixed inputs")
+        tracker.consumers.update(_owner(tracker, weight, 1, read, module))
+    for field in tracker.labels(x):
+        if field.shape[-1] == 1:
+            tracker.unite(field, FIXED, f"are steps or samples of {module}")
+    steps = x.numel() / x.shape[-1] / tracker.batch_size
+    reading = sum(w.numel() for w in first)
+    others = sum(w.numel() for w in weights if w.ndim > 1) - reading
+    ordinal = tracker.num_contractions - 1
+    tracker.calls += [
+        Call(ordinal, module, x.ndim - 1, read, steps * reading, (read,)),
+        Call(None, module, 0, None, steps * others, ()),
+    ]
+
+
+def _reads_inputs(tracker: Tracker, weight: Tensor) -> bool:
+    name = tracker.names[id(weight)][0] if id(weight) in tracker.names else ""
+    return name.rpartition(".")[2] in {"weight_ih_l0", "weight_ih_l0_reverse"}
 
 
 def _owner(

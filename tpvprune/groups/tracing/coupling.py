@@ -89,6 +89,12 @@ class Coupling:
         if isinstance(value, TracedInt) and fields:
             self._uses.append((expression_of(value), _Axis(tuple(fields), dim, size), size))
 
+    def compared(self, size: Expression, value: Expression) -> None:
+        """Note that a model checks the size of a dimension against ``value``, which it equals."""
+        if isinstance(size, AxisSize) and isinstance(value, Attribute):
+            axis = self._axes[size.number]
+            self._uses.append((value, axis, axis.size))
+
     def equal(self, first: Sequence[Field], second: Sequence[Field], dim: int, size: int) -> None:
         """Ask that two equally wide pieces lose the same positions."""
         self._equal.append((_Axis(tuple(first), dim, size), _Axis(tuple(second), dim, size)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpvprune.groups.tracing.calls import ChannelPad
+from tpvprune.groups.tracing.calls import ChannelPad, named
 from tpvprune.groups.tracing.fields import FIXED, Field, along, flatten, substitute_tensors, varying
 from tpvprune.groups.tracing.sizes import TracedInt
 from tpvprune.passes.operations import JOINS, SHAPED, SPLITS
@@ -230,3 +230,36 @@ def pad(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
             field = torch.cat([pieces[0], field, pieces[1]], dim)
         fields.append(field)
     tracker.set_labels(out, fields)
+
+
+# ---- what has a meaning for channels ------------------------------------------------------------
+
+
+def embed(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Follow a table [rows, C] read by an index: its rows stay, its columns are channels."""
+    weight = named(args, kwargs, ("input", "weight"))["weight"]
+    columns = tracker.axis(weight, 1, "")
+    tracker.pin([args[0]], "is an index")
+    tracker.set_labels(out, [along(columns, out.ndim - 1, out.ndim)])
+
+
+def glu(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Follow a gated linear unit: each channel of the first half goes with one of the second."""
+    dim = int(named(args, kwargs, ("input", "dim")).get("dim", -1)) % out.ndim
+    halves = []
+    for field in tracker.labels(args[0]):
+        first, second = field.tensor_split(2, dim) if field.shape[dim] > 1 else (field, field)
+        tracker.unite(first, second, "is gated by channels that must stay")
+        halves.append(first)
+    tracker.set_labels(out, halves)
+
+
+def fold(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Follow the sum of patches [B, C * P, L] into [B, C, H, W]: P rows are one channel."""
+    tracker.level(args[0], [args[0].ndim - 1], "varies over the positions that fold puts together")
+    rows = tracker.axis(args[0], -2, "is folded jointly").reshape(out.shape[-3], -1)
+    tracker.unite(rows, rows[:, :1], "is folded beside fixed inputs")
+    tracker.set_labels(out, [along(rows[:, 0], out.ndim - 3, out.ndim)])
+
+
+ON_CHANNELS = {"embedding": embed, "glu": glu, "fold": fold}

@@ -56,15 +56,37 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
 
 
 class TracedInt(int):
-    """An integer that remembers how it was computed."""
+    """An integer that remembers how it was computed.
+
+    ``compared`` is called with its expression and that of a traced integer it is found equal to.
+    """
 
     expression: Expression
+    compared: Callable[[Expression, Expression], None] | None
 
-    def __new__(cls, value: int, expression: Expression) -> TracedInt:
+    def __new__(
+        cls,
+        value: int,
+        expression: Expression,
+        compared: Callable[[Expression, Expression], None] | None = None,
+    ) -> TracedInt:
         """Make the integer ``value``, computed by ``expression``."""
         self = super().__new__(cls, value)
-        self.expression = expression
+        self.expression, self.compared = expression, compared
         return self
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other) if isinstance(other, int) else other == int(self)
+        if same is True and isinstance(other, TracedInt):
+            for one, two in ((self, other), (other, self)):
+                if one.compared is not None:
+                    one.compared(one.expression, two.expression)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
@@ -80,6 +102,8 @@ def _traced(op: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
         value = plain(self, other)
         if value is NotImplemented or not isinstance(other, int):
             return value
+        if op == "mul" and other == 1:
+            return self
         pair = (expression_of(self), expression_of(other))
         return TracedInt(value, Operation(op, *(reversed(pair) if reflected else pair)))
 
@@ -113,6 +137,10 @@ def substitute(expression: Expression, axis_of: Callable[[AxisSize], AxisSize]) 
     return axis_of(expression) if isinstance(expression, AxisSize) else expression
 
 
+# Sizes that torch's own layers hand to a function, and that no shape of a parameter tells.
+_USED_BY_TORCH = frozenset({"normalized_shape", "num_groups"})
+
+
 def trace_attributes(model: nn.Module) -> None:
     """Make the integer attributes of a private copy traceable, in place.
 
@@ -121,7 +149,7 @@ def trace_attributes(model: nn.Module) -> None:
     for path, module in model.named_modules():
         torchs = type(module).__module__.startswith("torch.")
         for name, value in list(vars(module).items()):
-            if name.startswith("_") or (torchs and name != "normalized_shape"):
+            if name.startswith("_") or (torchs and name not in _USED_BY_TORCH):
                 continue
             if _is_size(value):
                 vars(module)[name] = TracedInt(value, Attribute(path, name))

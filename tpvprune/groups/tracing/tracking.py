@@ -16,6 +16,8 @@ not matter; 4. sizes that a model writes down are traced to its attributes (``si
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import mul
 from typing import Any
 
 import torch
@@ -45,12 +47,14 @@ from tpvprune.passes.operations import (
     NORMS,
     POINTWISE,
     POOLS,
+    RECURRENT,
     REDUCTIONS,
     function_name,
 )
 
 _REMEDIES = {
     "multi_head_attention_forward": ": prune what tpvprune.unfuse_attention(model) returns",
+    "local_response_norm": ": without a channel its neighbours would be normalised by others",
 }
 
 
@@ -171,6 +175,8 @@ class Tracker(TorchFunctionMode):
         if name == "size" and isinstance(out, int):
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._traced_size(args[0], args[0].shape)[dim]
+        if name == "numel" and self.labels(args[0]):
+            return reduce(mul, self._traced_size(args[0], args[0].shape), 1)
         if name == "set" or (
             not any(isinstance(o, Tensor) for o in flatten(out)) and name != "setitem"
         ):
@@ -190,7 +196,7 @@ class Tracker(TorchFunctionMode):
         if not fields:
             return size
         return torch.Size(
-            TracedInt(s, AxisSize(self.coupling.number(fields, d, s)))
+            TracedInt(s, AxisSize(self.coupling.number(fields, d, s)), self.coupling.compared)
             if any(f.shape[d] > 1 for f in fields)
             else s
             for d, s in enumerate(size)
@@ -198,7 +204,9 @@ class Tracker(TorchFunctionMode):
 
     def _propagate(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
-        if name in CONTRACTIONS:
+        if name in RECURRENT:
+            contractions.recur(self, args)
+        elif name in CONTRACTIONS:
             contractions.contract(self, name, args, kwargs, out)
         elif name in MATMULS:
             self._product(name, args, out)
@@ -223,6 +231,8 @@ class Tracker(TorchFunctionMode):
             movements.pad(self, args, kwargs, out)
         elif name == "setitem":
             movements.set_item(self, args)
+        elif name in movements.ON_CHANNELS:
+            movements.ON_CHANNELS[name](self, args, kwargs, out)
         elif name == "prelu":
             self._prelu(args[0], args[1], out)
         elif name in POINTWISE:
@@ -380,6 +390,7 @@ class Tracker(TorchFunctionMode):
         else:
             blocks = atoms.reshape(num_groups, -1)
             self.unite(blocks, blocks[:, :1], "")
+            self.coupling.size(values["num_groups"], [blocks[:, 0]], 0, num_groups)
 
 
 def track(model: nn.Module, inputs: tuple[Any, ...]) -> Tracker:
