@@ -15,6 +15,7 @@ from tpvprune.groups.budget import check_budget
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.drawing import NUM_IMAGES
+from tpvprune.passes.forwards import Forward, own_forward
 from tpvprune.passes.outputs import Chosen
 from tpvprune.pipeline.checks import Of, Repair, check_repairs
 from tpvprune.pipeline.report import report_of
@@ -79,6 +80,7 @@ def prune(
     latency_batch_size: int = 1,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
+    forward: Forward | None = None,
     state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -124,6 +126,10 @@ def prune(
             of its own second moment; None: all, alike. A name is the keys or places on the way to
             the tensor, joined by dots: ``"logits"``, ``"0"``, ``"aux.1"``. Agreement is that of the
             first.
+        forward: Called as ``forward(model, x)`` in the place of the model's own call, and scored,
+            verified, measured and repaired along what it returns; the result is the model under
+            its own call. None: the model's own call, but for torchvision's detectors what they
+            return before their post-processing (:mod:`tpvprune.passes.detection`).
         state: File for the state of the unfinished run, written whenever channels have left; if
             it is that of the same model, inputs and arguments, the run goes on from there to the
             same result. The caller removes it. Among several processes it is not used.
@@ -143,7 +149,7 @@ def prune(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
         allocation=allocation, limits=limits, repair_factors=repair_factors,
         num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
-        outputs=outputs, seed=seed, progress=progress,
+        outputs=outputs, forward=forward, seed=seed, progress=progress,
     )  # fmt: skip
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
@@ -167,7 +173,7 @@ def prune(
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)
     best = guard.best_repair(measured, repair)
     report = report_of(run, rounds, measured, best)
-    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report)
+    return PruningResult(own_forward(candidates[best]), groups, rounds.ranking, rounds.kept, report)
 
 
 def rank_channels(
@@ -184,6 +190,7 @@ def rank_channels(
     latency_batch_size: int = 1,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
+    forward: Forward | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Ranking:
@@ -205,6 +212,7 @@ def rank_channels(
         latency_batch_size: Inputs of one call.
         probing: How the passes of ``"tpv"`` are run.
         outputs: What counts.
+        forward: What is called.
         seed: Of everything random.
         progress: Called with (stage, done, total).
 
@@ -218,8 +226,8 @@ def rank_channels(
     return set_up(
         model, batches, of=of, criterion=criterion, planned_repair=repair, allocation=allocation,
         limits=limits, repair_factors=repair_factors, num_images=num_images,
-        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs, seed=seed,
-        progress=progress,
+        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs,
+        forward=forward, seed=seed, progress=progress,
     ).ranked()  # fmt: skip
 
 
