@@ -217,6 +217,8 @@ BAD_INPUT = {
     "no probes": (["--num-probes", "0"], "--num-probes: expected a whole number of at least 1"),
     "no such output": (["--outputs", "seg"], "outputs: expected some of output, found seg"),
     "no weight": (["--outputs", "output=0"], "--outputs: expected a number above 0"),
+    "no forward": (["--forward", "math:pi"], "forward: expected package.module:function"),
+    "no such forward": (["--forward", "math:no"], "forward math:no: cannot be imported"),
     "no such output of weights": (
         ["--outputs", "seg", "--granularity", "weight"],
         "outputs: expected some of output, found seg",

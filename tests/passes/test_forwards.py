@@ -64,7 +64,7 @@ def test_weights_are_shared_and_copies_stand_alone():
     with torch.no_grad():
         shared.f.bias.add_(1)
     assert torch.equal(shared(x), model.logits(x))
-    assert torch.equal(copied(x) + 1, shared(x))
+    assert torch.allclose(copied(x) + 1, shared(x))
     assert isinstance(own_forward(copied)(x), list)
     assert own_forward(model) is model
     assert shared.state_dict().keys() == model.state_dict().keys()
@@ -109,20 +109,20 @@ def test_forwards_that_are_none_are_said(name, said):
 
 
 class Backbone(nn.Sequential):
-    out_channels = 16
+    out_channels = 32
 
     def __init__(self):
         super().__init__(
             *(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
             *(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
-            *(nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()),
         )
 
 
 def detector(kind):
     pytest.importorskip("torchvision", reason="its detectors are what is pruned")
     from torchvision.models import detection
-    from torchvision.models.detection import anchor_utils, ssd
+    from torchvision.models.detection import anchor_utils, faster_rcnn, mask_rcnn, ssd
     from torchvision.ops import MultiScaleRoIAlign
 
     torch.manual_seed(0)
@@ -135,14 +135,22 @@ def detector(kind):
         return detection.FCOS(Backbone(), 3, anchor_generator=single, **size)
     if kind == "ssd":
         boxes = anchor_utils.DefaultBoxGenerator([[2]])
-        head = ssd.SSDHead([16], boxes.num_anchors_per_location(), 3)
+        head = ssd.SSDHead([32], boxes.num_anchors_per_location(), 3)
         return ssd.SSD(Backbone(), boxes, (64, 64), 3, head=head)
     pool = MultiScaleRoIAlign(["0"], 3, 2)
-    options = {"rpn_anchor_generator": anchors, "box_roi_pool": pool, **size}
+    options = {
+        "rpn_anchor_generator": anchors,
+        "box_roi_pool": pool,
+        "box_head": faster_rcnn.TwoMLPHead(32 * 9, 24),
+        "box_predictor": faster_rcnn.FastRCNNPredictor(24, 3),
+        **size,
+    }
     if kind == "maskrcnn":
         options["mask_roi_pool"] = MultiScaleRoIAlign(["0"], 4, 2)
-        return detection.MaskRCNN(Backbone(), 3, **options)
-    return detection.FasterRCNN(Backbone(), 3, **options)
+        options["mask_head"] = mask_rcnn.MaskRCNNHeads(32, (8,), 1)
+        options["mask_predictor"] = mask_rcnn.MaskRCNNPredictor(8, 8, 3)
+        return detection.MaskRCNN(Backbone(), None, **options)
+    return detection.FasterRCNN(Backbone(), None, **options)
 
 
 def targets(num):
