@@ -105,8 +105,6 @@ def calls(model):
     curves = tpvprune.variance_curves(model, groups, data)
     found = {
         "find_groups": lambda: tpvprune.find_groups(model, example),
-        "with_forward": lambda: tpvprune.with_forward(model, lambda m, x: m(x))(example),
-        "own_forward": lambda: tpvprune.own_forward(model)(example),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),
         "tpv_scores plain": lambda: tpvprune.tpv_scores(model, groups, data, compensated=False),
         "variance_curves": lambda: tpvprune.variance_curves(model, groups, data),
