@@ -86,6 +86,9 @@ def test_pruning_returns_the_model_under_its_own_call():
     assert torch.equal(result.model.logits(x[0]), plain.model(x[0]))
     assert isinstance(result.model(x[0]), list)
     assert any("along logits(model, x), not the model's own call" in w for w in result.warnings)
+    assert torch.equal(
+        prune(with_forward(model, logits), x, keep=0.6).model(x[0]), plain.model(x[0])
+    )
     taught = distill(with_forward(result.model, logits), with_forward(model, logits), x, epochs=1)
     assert isinstance(own_forward(taught)(x[0]), list)
 
@@ -167,7 +170,7 @@ def test_detectors_are_pruned_along_backbone_and_heads(kind):
     x = list(torch.rand(40, 3, 64, 64, generator=generator).split(10))
     result = prune(model, x, keep=0.6, repair_factors=False)
     assert result.reached
-    assert any("suppression are" in w and "left out" in w for w in result.warnings)
+    assert any("left out are" in w and "suppression" in w for w in result.warnings)
     names = {g.name for g in result.groups}
     assert {"backbone.0", "backbone.3"} <= names
     heads = ("rpn.head.", "roi_heads.") if "rcnn" in kind else ("head.",)

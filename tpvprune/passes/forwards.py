@@ -56,6 +56,12 @@ def own_forward(model: nn.Module) -> nn.Module:
     return shared
 
 
+def called_as(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return a model under the forward that another was given, or its own if that has its own."""
+    given: Forward | None = like.__dict__.get(_NAME)
+    return own_forward(model) if given is None else with_forward(model, given)
+
+
 def forward_of(model: nn.Module) -> Forward | None:
     """Return the forward that counts for a model, or None where that is its own.
 
@@ -101,7 +107,7 @@ def said_of_forward(forward: Forward | None) -> list[str]:
         return []
     left_out = getattr(forward, "left_out", None)
     name = getattr(forward, "__qualname__", repr(forward))
-    more = f": {left_out} left out" if left_out else ""
+    more = f": left out are {left_out}" if left_out else ""
     return [f"scored, verified and repaired along {name}(model, x), not the model's own call{more}"]
 
 

@@ -15,7 +15,7 @@ from tpvprune.groups.budget import check_budget
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.drawing import NUM_IMAGES
-from tpvprune.passes.forwards import Forward, own_forward
+from tpvprune.passes.forwards import Forward, called_as
 from tpvprune.passes.outputs import Chosen
 from tpvprune.pipeline.checks import Of, Repair, check_repairs
 from tpvprune.pipeline.report import report_of
@@ -127,8 +127,8 @@ def prune(
             the tensor, joined by dots: ``"logits"``, ``"0"``, ``"aux.1"``. Agreement is that of the
             first.
         forward: Called as ``forward(model, x)`` in the place of the model's own call, and scored,
-            verified, measured and repaired along what it returns; the result is the model under
-            its own call. None: the model's own call, but for torchvision's detectors what they
+            verified, measured and repaired along what it returns; the result is called as the
+            model is. None: the model's own call, but for torchvision's detectors what they
             return before their post-processing (:mod:`tpvprune.passes.detection`).
         state: File for the state of the unfinished run, written whenever channels have left; if
             it is that of the same model, inputs and arguments, the run goes on from there to the
@@ -173,7 +173,9 @@ def prune(
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)
     best = guard.best_repair(measured, repair)
     report = report_of(run, rounds, measured, best)
-    return PruningResult(own_forward(candidates[best]), groups, rounds.ranking, rounds.kept, report)
+    return PruningResult(
+        called_as(candidates[best], model), groups, rounds.ranking, rounds.kept, report
+    )
 
 
 def rank_channels(

@@ -127,7 +127,7 @@ def _joint_variances(
     num_probes: int,
     seed: int,
     *,
-    counted: Outputs,
+    counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return V of every layer at every step, float64 [steps]."""
     sums = {name: torch.zeros(len(path.masks), dtype=torch.float64) for name, path in paths.items()}
