@@ -90,8 +90,8 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 dense_detections.left_out = "its boxes, scores and their suppression"  # type: ignore[attr-defined]
 region_detections.left_out = (  # type: ignore[attr-defined]
-    "proposals, boxes and their suppression (its heads see a fixed grid of boxes, and MACs are those "
-    "of this grid)"
+    "proposals, boxes and their suppression (its heads see a fixed grid of boxes, and MACs are "
+    "those of this grid)"
 )
 
 

@@ -98,7 +98,7 @@ def _sensitivities(
     num_probes: int,
     seed: int,
     *,
-    counted: Outputs,
+    counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return E_x E_v sum_p delta_o(x, p)^2 of every layer's outputs [out]."""
     sums = {name: torch.zeros(len(w)).to(w.device).double() for name, w in weights.items()}
