@@ -80,7 +80,7 @@ class TestSet:
 
     name: str
     batches: Any
-    outputs: list[Tensor]
+    outputs: list[dict[str, Tensor]]
     top1: float
 
 
@@ -95,7 +95,9 @@ class Subject:
     @cached_property
     def dense_variance(self) -> float:
         """E‖f - E f‖² of the dense outputs over all test images."""
-        outputs = torch.cat([x for test in self.tests for x in test.outputs])
+        outputs = torch.cat(
+            [next(iter(found.values())) for test in self.tests for found in test.outputs]
+        )
         return float(outputs.var(0, correction=0).sum())
 
 
@@ -342,7 +344,8 @@ def opened(args: argparse.Namespace) -> Subject:
         batches = images(args, model, source, num=args.num_test, labelled=True, crop_pct=crop)
         outputs = model_outputs(model, batches)
         labels = torch.cat([y for _, y in batches])
-        top1 = (torch.cat(outputs).argmax(1).cpu() == labels).double().mean().item()
+        classes = torch.cat([next(iter(found.values())) for found in outputs]).argmax(1).cpu()
+        top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
     return Subject(model, tests)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tpvprune.groups.removal import remove_channels
     from tpvprune.passes.costs import count_macs, count_params, measure_latency
     from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
+    from tpvprune.passes.forwards import own_forward, with_forward
     from tpvprune.pipeline import PruningResult, prune, rank_channels
     from tpvprune.repairs.batchnorm import recalibrate_batchnorm
     from tpvprune.repairs.compensation import compensate_weights
@@ -48,6 +49,8 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     # groups -> scores -> selection -> removal
     "find_groups",
     "unfuse_attention",
+    "with_forward",
+    "own_forward",
     "ChannelGroup",
     "ChannelGroups",
     "ParamSlice",
@@ -90,6 +93,7 @@ _MODULES = {
     "repairs.distillation": ("distill",),
     "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
     "saved.export": ("export_model",),
+    "passes.forwards": ("own_forward", "with_forward"),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
     "saved.hub": ("push_to_hub",),
     "scores.importance": ("TPVImportance",),

@@ -217,9 +217,11 @@ BAD_INPUT = {
     "no probes": (["--num-probes", "0"], "--num-probes: expected a whole number of at least 1"),
     "no such output": (["--outputs", "seg"], "outputs: expected some of output, found seg"),
     "no weight": (["--outputs", "output=0"], "--outputs: expected a number above 0"),
-    "outputs of weights": (
-        ["--outputs", "output", "--granularity", "weight"],
-        "--outputs: expected channels or heads to be pruned, found weight",
+    "no forward": (["--forward", "math:pi"], "forward: expected package.module:function"),
+    "no such forward": (["--forward", "math:no"], "forward math:no: cannot be imported"),
+    "no such output of weights": (
+        ["--outputs", "seg", "--granularity", "weight"],
+        "outputs: expected some of output, found seg",
     ),
     "unknown flag": (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     "unknown layer": (["--ignore", "layer1.0.conv"], "has no such layer: did you mean layer1"),
@@ -269,8 +271,8 @@ class TestBadInput:
             (["prune", "--model", "test_resnet", "--output", "never"], "no images given"),
             (["score", "--model", "test_resnet", "--output", "flat"], "found a folder"),
             (
-                ["score", "--model", "m", "--output", "s", "--criterion", "jbr", "--outputs", "0"],
-                "--outputs: expected --criterion tpv, found jbr",
+                ["score", "--model", "m", "--output", "s", "--criterion", "fpgm", "--outputs", "0"],
+                "--outputs: expected a criterion that looks at outputs, found fpgm",
             ),
             (["score", "--model", "test_resnet", "--output", "weights.pt"], "exists already"),
             (["evaluate", "--data-dir", "flat"], "either the folder of a pruned model or"),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from tpvprune.diagnostics import tpv
 from tpvprune.diagnostics.jacobian_norms import Estimate, jacobian_norms
 from tpvprune.groups import find_groups
+from tpvprune.passes.outputs import Outputs
 from tpvprune.reports.scatter import scatter_chart
 from tpvprune.scores import sample_gradients as module
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
@@ -78,7 +79,9 @@ def test_gradients_are_those_of_the_dense_jacobian(case, large, monkeypatch, unt
 
 def test_what_layers_do_not_know_is_found_out():
     model = build(Odd)
-    known = module._known(model.requires_grad_(False), dict(model.named_parameters()), images(4))
+    counted = Outputs.measured(model, [images(4)])
+    wanted = dict(model.requires_grad_(False).named_parameters())
+    known = module._known(model, wanted, images(4), counted)
     unknown = {n for n, _ in model.named_parameters()} - known
     assert unknown == {
         "position", "twice.weight", "twice.bias", "standard.weight", "table.weight", "table.bias"

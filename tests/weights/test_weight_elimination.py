@@ -119,7 +119,8 @@ def test_variances_are_those_of_the_dense_jacobian():
 
 def test_sensitivity_is_the_squared_gradient_of_the_layer_output():
     model, x = build("chain"), images(5)
-    found = _sensitivities(model, [x], ["conv2.weight", "fc.weight"], 1, 0)
+    weights = {name: model.get_parameter(name) for name in ("conv2.weight", "fc.weight")}
+    found = _sensitivities(model, [x], weights, 1, 0)
     signs = torch.randint(0, 2, (5, 1, 3), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     # The gradient of the last layer's output is the direction itself.
     assert torch.allclose(found["fc.weight"], torch.ones(3).double())

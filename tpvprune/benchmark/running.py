@@ -78,7 +78,7 @@ class Dense(NamedTuple):
     """What the dense model does with the test set."""
 
     top1: float
-    outputs: list[Tensor]
+    outputs: list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, .
 
 
 def _measured(
-    task: Task, material: Material, test: Any, answers: list[Tensor]
+    task: Task, material: Material, test: Any, answers: list[dict[str, Tensor]]
 ) -> Iterator[Row | LeftOut]:
     """Yield the rows of a task, but for the dense accuracy."""
     plan, series, _ = task

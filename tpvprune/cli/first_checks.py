@@ -19,7 +19,7 @@ from tpvprune.disk.path_checks import (
     check_saved,
     check_writable,
 )
-from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
@@ -57,15 +57,10 @@ def _check_auto(args: argparse.Namespace) -> None:
 def _check_outputs(args: argparse.Namespace) -> None:
     if getattr(args, "outputs", None) is None:
         return
-    if getattr(args, "granularity", "channel") not in STRUCTURES:
+    if args.command == "score" and args.criterion not in READS_OUTPUTS:
         raise ValueError(
-            f"--outputs: expected channels or heads to be pruned, found {args.granularity}, which "
-            "looks at the first output: leave it out"
-        )
-    if args.command == "score" and args.criterion != "tpv":
-        raise ValueError(
-            f"--outputs: expected --criterion tpv, found {args.criterion}, which looks at no "
-            "outputs or at the first: leave it out"
+            f"--outputs: expected a criterion that looks at outputs, found {args.criterion}: "
+            "leave one of them out"
         )
 
 

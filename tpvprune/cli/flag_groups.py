@@ -60,6 +60,11 @@ def add_own_model(sub: Parser) -> None:
 
 def _add_model_kwargs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--forward",
+        metavar="F",
+        help="package.module:function(model, x), whose outputs count in the place of the model's",
+    )
+    group.add_argument(
         "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V", help="model arguments"
     )
 

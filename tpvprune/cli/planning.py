@@ -31,7 +31,7 @@ from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.budget import Budget, cost
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
-from tpvprune.passes.running import evaluating, first_output, frozen
+from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
@@ -353,7 +353,8 @@ def _passes(model: nn.Module, inputs: torch.Tensor) -> tuple[float, float]:
     with evaluating(model), frozen(model), torch.enable_grad():
         inputs = inputs.clone().requires_grad_(True)
         start = time.perf_counter()
-        outputs = first_output(model(inputs)).sum().cpu()
+        returned = tensors_of(model(inputs))
+        outputs = torch.stack([t.sum().cpu() for t in returned if t.requires_grad]).sum()
         middle = time.perf_counter()
         torch.autograd.grad(outputs, inputs)[0].cpu()
         return middle - start, time.perf_counter() - middle

@@ -55,7 +55,8 @@ def ranking_options(
 
 def outputs_of(args: argparse.Namespace) -> dict[str, float] | None:
     """Return which outputs count by the flags, and how much; None: all."""
-    return None if args.outputs is None else dict(args.outputs)
+    given = getattr(args, "outputs", None)
+    return None if given is None else dict(given)
 
 
 def limits_of(args: argparse.Namespace, *, ignore: Sequence[str] = ()) -> Limits:
@@ -80,4 +81,6 @@ def weight_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags say to :func:`tpvprune.weights.pruning.prune_weights`."""
     named = {name: getattr(args, name) for name in ("keep", "criterion", "repair", "num_probes")}
     pattern = None if args.granularity == "weight" else args.granularity
-    return {**named, "pattern": pattern, "seed": args.seed, **_ALL_IMAGES}
+    return {
+        **named, "pattern": pattern, "outputs": outputs_of(args), "seed": args.seed, **_ALL_IMAGES
+    }  # fmt: skip

@@ -18,7 +18,8 @@ from tpvprune.cli.console import say
 from tpvprune.cli.first_checks import NEITHER
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.running import first_output
+from tpvprune.passes.forwards import forward_of, load_forward, said_of_forward, with_forward
+from tpvprune.passes.running import tensors_of
 from tpvprune.processes.shares import check_same
 from tpvprune.saved.checkpoint import load_pruned, read_config, saved_masks
 from tpvprune.saved.downloads import local_folder
@@ -130,7 +131,7 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
         model_kwargs=kwargs,
         allow_import=own,
     )
-    return subject, dense.to(device)
+    return subject, _called_as_asked(args, dense)[0].to(device)
 
 
 def _checked_subject(
@@ -145,6 +146,7 @@ def _checked_subject(
         interpolation=args.interpolation,
     )
     check_same("weights", model)
+    model, notes = _called_as_asked(args, model)
     subject = Subject(model.to(device), made, preprocessing, device)
     try:
         with torch.no_grad():
@@ -154,8 +156,19 @@ def _checked_subject(
         raise ValueError(
             f"{made.name} does not run on inputs of {size} ({_reason(error)}): set --input-size"
         ) from error
-    check_outputs(model, subject.example, first_output(outputs))
+    for output in tensors_of(outputs):
+        check_outputs(model, subject.example, output)
+    for note in notes:
+        say(f"note: {note}")
     return subject
+
+
+def _called_as_asked(args: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return the model under the forward that counts, and what is to be said of it."""
+    name = getattr(args, "forward", None)
+    forward = load_forward(name) if name else forward_of(model)
+    model = model if forward is None else with_forward(model, forward)
+    return model, said_of_forward(forward)
 
 
 def _device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.cli.pruning_options import outputs_of
 from tpvprune.cli.session import Subject, provenance
 from tpvprune.cli.session_images import EvalImages, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
@@ -106,7 +107,7 @@ def measured(
         return facts[0], facts[1]
     with clock("top-1"):
         for model, fact in zip(models, facts, strict=True):
-            scored = evaluate(model, Shown(labelled, "top-1"))
+            scored = evaluate(model, Shown(labelled, "top-1"), outputs=outputs_of(args))
             fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
     return facts[0], facts[1]
 
@@ -144,8 +145,9 @@ def shown_changes(
         return {}
     config = subject.preprocessing.config
     found = disagreement(
-        model, dense, Shown(batches, "comparing"), mean=config["mean"], std=config["std"]
-    )
+        model, dense, Shown(batches, "comparing"), mean=config["mean"], std=config["std"],
+        outputs=outputs_of(args),
+    )  # fmt: skip
     return {"disagreement": found, "class_names": class_names(args)}
 
 

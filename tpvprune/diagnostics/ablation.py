@@ -13,7 +13,8 @@ from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.groups.removal import MaskedChannels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.operations import CONTRACTIONS, function_name
-from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.tpv import Scores
 
 
@@ -25,6 +26,7 @@ def ablation_scores(
     *,
     max_channels: int | None = None,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Measure how much the outputs change when each channel alone is removed.
 
@@ -39,10 +41,12 @@ def ablation_scores(
         max_channels: Channels measured per group, a random choice of them, >= 1;
             None measures all.
         seed: Seed of that choice.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
-        Scores in squared output units, float64 [C] per group, NaN where a channel was
-        not measured; `stderr` over samples likewise.
+        Scores in squared output units (of several outputs without unit), float64 [C] per group,
+        NaN where a channel was not measured; `stderr` over samples likewise.
 
     Raises:
         ValueError: If max_channels is below 1.
@@ -58,19 +62,20 @@ def ablation_scores(
     }
     sums = {group.name: torch.zeros(2, group.num_channels).double() for group in groups}
     num_samples = 0
+    counted = Outputs.measured(model, unlabeled(batches), outputs)
     with evaluating(model):
         for inputs in unlabeled(batches):
             num_samples += len(inputs)
             x = on_device(inputs, model)
             known = _KnownCalls()
             with known:
-                dense = first_output(model(x))
+                dense = counted.joined(model(x), len(x))
             for group in groups:
                 known.replay_before(min(reader.call for reader in group.readers))
                 for channel in chosen[group.name]:
                     with known, MaskedChannels(groups, {group.name: _without(group, channel)}):
-                        change = first_output(model(x)) - dense
-                    moved = change.double().square().reshape(len(x), -1).sum(1)
+                        change = counted.joined(model(x), len(x)) - dense
+                    moved = change.double().square().sum(1)
                     sums[group.name][:, channel] += torch.stack(
                         [moved.sum(), moved.square().sum()]
                     ).cpu()

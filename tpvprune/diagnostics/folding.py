@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.passes.running import evaluating, on_device, relative_gap
 
 Contraction = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TOLERANCE = 1e-8  # relative, float64: folding only reorders products
@@ -89,15 +89,14 @@ def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[s
     # On the CPU: not every accelerator computes in float64.
     private = copy.deepcopy(model).eval().cpu().double()
     x = on_device(example_inputs, private)
-    wanted = first_output(private(x))
+    wanted = private(x)
     modules = dict(private.named_modules())
     for norm in filter(_is_fixed_norm, modules.values()):
         _make_affine(norm)
     for layer in layers:
         if layer.norm is not None:
             _fold(modules[layer.name], modules[layer.norm])
-    found = first_output(private(x))
-    gap = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    gap = relative_gap(private(x), wanted)
     if not bool(gap <= _TOLERANCE):
         raise ValueError(
             f"folding BatchNorm: expected the same outputs, found them apart by {float(gap):.1e} "

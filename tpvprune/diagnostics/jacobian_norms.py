@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 
 
@@ -58,7 +59,12 @@ class JacobianNorms:
 
 
 def jacobian_norms(
-    model: nn.Module, batches: Iterable[Any], *, num_probes: int = 1, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    num_probes: int = 1,
+    seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> JacobianNorms:
     r"""Estimate E_x ||J_p(x)||_F^2 of every parameter p of a model.
 
@@ -75,6 +81,8 @@ def jacobian_norms(
         num_probes: Directions per sample, >= 1. More cost a backward each and lower the part of
             the error that comes from directions, not the part that comes from samples.
         seed: Of the directions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         The norms of every sample.
@@ -97,7 +105,7 @@ def jacobian_norms(
         batch.append((column[name], samples, found.squared_norms()))
 
     for num in sample_gradients(
-        model, unlabeled(batches), collect, num_probes=num_probes, seed=seed
+        model, unlabeled(batches), collect, num_probes=num_probes, seed=seed, outputs=outputs
     ):
         table = torch.zeros(num, len(names), dtype=torch.float64)
         for i, samples, squares in batch:

@@ -22,6 +22,7 @@ from tpvprune.diagnostics.folding import folded
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import class_indices
+from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.scores.tpv import Scores, tpv_scores
 
@@ -43,7 +44,7 @@ def own_predictions(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Tens
     Cost: one forward.
 
     Args:
-        model: Classifier with outputs [B, K].
+        model: Classifier whose first output is [B, K].
         batches: Inputs; labels are dropped.
 
     Returns:
@@ -111,8 +112,8 @@ def path_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
     r"""Compute the path norm: the root of the sum over paths of their squared weights' products.
 
     One forward of the network with squared weights on an input of ones; a bias is a path that
-    begins at a constant. Rescaling a ReLU network leaves every path's product as it is. Cost:
-    one forward; no labels.
+    begins at a constant; every output counts. Rescaling a ReLU network leaves every path's product
+    as it is. Cost: one forward; no labels.
 
     Args:
         model: A network of convolutions, linear layers, BatchNorm, ReLU, pooling and sums.
@@ -137,11 +138,12 @@ def path_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
             )
         parameter.square_()
     ones = torch.ones(1, *example_inputs.shape[1:], dtype=torch.float64)
-    total = first_output(private(ones)).sum()
+    counted = Outputs.among(private(ones), 1)
+    total = counted.joined(private(ones), 1).sum()
     for name, parameter in private.named_parameters():
         if name.rpartition(".")[2] == "bias":
             parameter.zero_()
-    once, twice = (first_output(private(scale * ones)) for scale in (1.0, 2.0))
+    once, twice = (counted.joined(private(scale * ones), 1) for scale in (1.0, 2.0))
     if not torch.allclose(twice, 2 * once, rtol=1e-9, atol=0):
         raise ValueError(
             "path norm: expected ReLU-like activations, found one that does not pass positive "
@@ -161,7 +163,7 @@ def sharpness(
     backwards; needs labels, or `own_predictions`.
 
     Args:
-        model: Classifier with outputs [B, K].
+        model: Classifier whose first output is [B, K].
         labelled_batches: Pairs of inputs [B, ...] and class indices [B].
         num_probes: Vectors z for each batch, >= 1.
         seed: Of these vectors.

@@ -48,7 +48,7 @@ def normalized_loss(model: nn.Module, labelled_batches: Labelled) -> NormalizedL
     within a layer do not. Cost: one forward; needs labels, or ``own_predictions``.
 
     Args:
-        model: Classifier with outputs [B, K].
+        model: Classifier whose first output is [B, K].
         labelled_batches: Pairs of inputs [B, ...] and class indices [B].
 
     Returns:

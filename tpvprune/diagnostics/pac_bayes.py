@@ -34,7 +34,7 @@ def pac_bayes_origin(
     `own_predictions`.
 
     Args:
-        model: Classifier with outputs [B, K].
+        model: Classifier whose first output is [B, K].
         labelled_batches: Pairs of inputs [B, ...] and class indices [B].
         more_errors: Fraction of the images that sigma turns wrong, in (0, 1).
         num_draws: Draws of the noise, the same at every sigma, >= 1.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tpvprune.diagnostics.folding import Contraction, layers_of
 from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice
-from tpvprune.passes.running import first_output
+from tpvprune.passes.running import relative_gap
 
 _TOLERANCE = 1e-9  # relative, float64; factors are powers of two, which round nothing
 _LOUD = 64.0  # inputs so many times larger find activations that level off, such as ReLU6
@@ -107,19 +107,18 @@ class _Trial:
         self._inputs = torch.cat([x, _LOUD * x])
         self._normed = normed
         with torch.no_grad():
-            self._wanted = first_output(self._model(self._inputs))
-        self._scale = self._wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+            self._wanted = self._model(self._inputs)
 
     def passes(self, pairs: Sequence[tuple[ChannelGroup, Tensor]]) -> bool:
         try:
             for group, alpha in pairs:
                 _scale(self._model, group, alpha, self._normed)
             with torch.no_grad():
-                found = first_output(self._model(self._inputs))
+                found = self._model(self._inputs)
         finally:
             for group, alpha in pairs:
                 _scale(self._model, group, 1 / alpha, self._normed)
-        return bool((found - self._wanted).abs().max() <= _TOLERANCE * self._scale)
+        return bool(relative_gap(found, self._wanted) <= _TOLERANCE)
 
     def failing(self, factors: Mapping[str, Tensor], groups: ChannelGroups) -> list[str]:
         """Return the groups without which the others pass together."""

@@ -32,7 +32,8 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import output_variance
-from tpvprune.passes.running import evaluating, first_output, on_device, prepare_forward_mode
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device, prepare_forward_mode
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import output_changes
 
@@ -122,6 +123,7 @@ def perturbed_variance(
     *,
     num_draws: int = 20,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Estimate:
     """Measure E_dw E_x ||f(x; w + dw) - f(x; w)||^2 by drawing dw: the Monte-Carlo form of TPV.
 
@@ -131,6 +133,8 @@ def perturbed_variance(
         draw: The perturbation of a parameter.
         num_draws: Perturbed networks, >= 1; a forward over all inputs each.
         seed: Of the draws.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         The variance in squared output units; the standard error is over draws, for these inputs.
@@ -142,15 +146,17 @@ def perturbed_variance(
         raise ValueError(f"num_draws: expected at least 1, found {num_draws}")
     generator = torch.Generator().manual_seed(seed)
     inputs = [on_device(x, model) for x in unlabeled(batches)]
+    counted = Outputs.measured(model, inputs, outputs)
     perturbed = copy.deepcopy(model)
     weights, noisy = _floating(model), _floating(perturbed)
     found = []
     with evaluating(model, perturbed):
-        dense = [first_output(model(x)) for x in inputs]
+        dense = [counted.joined(model(x), len(x)) for x in inputs]
         for _ in range(num_draws):
             for name, p in noisy.items():
                 p.copy_(weights[name] + draw(name, p, generator).to(p))
-            found.append(_distance([first_output(perturbed(x)) for x in inputs], dense))
+            moved = [counted.joined(perturbed(x), len(x)) for x in inputs]
+            found.append(_distance(moved, dense))
     return mean_and_error(torch.tensor(found, dtype=torch.float64))
 
 
@@ -169,6 +175,7 @@ def label_noise_variance(
     lr: float = 1e-4,
     momentum: float = 0.9,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> list[Estimate]:
     r"""Measure how far noise on the training targets moves the outputs.
 
@@ -189,6 +196,8 @@ def label_noise_variance(
         lr: Learning rate.
         momentum: Of SGD.
         seed: Of the noise.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         An estimate for each measured set, in squared output units; standard errors over draws.
@@ -203,23 +212,24 @@ def label_noise_variance(
     measured = [[on_device(x, model) for x in unlabeled(b)] for b in measured_batches]
     weights = {name: p.detach() for name, p in _floating(model).items()}
     found: list[list[float]] = [[] for _ in measured]
+    counted = Outputs.measured(model, train, outputs)
     with evaluating(model):
 
-        def outputs(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            return first_output(functional_call(model, parameters, (x,))).flatten(1)
+        def rows(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            return counted.joined(functional_call(model, parameters, (x,)), len(x))
 
         with torch.no_grad():
-            dense = [outputs(weights, x) for x in train]
-            before = [[outputs(weights, x) for x in inputs] for inputs in measured]
+            dense = [rows(weights, x) for x in train]
+            before = [[rows(weights, x) for x in inputs] for inputs in measured]
         scale = noise * torch.cat(dense).abs().mean()
         for _ in range(num_draws):
             eps = [torch.randn(f.shape, generator=generator).to(f) * scale for f in dense]
             noisy = list(zip(train, dense, eps, strict=True))
             moved = _trained(
-                outputs, weights, noisy, linear=linear, epochs=epochs, lr=lr, momentum=momentum
+                rows, weights, noisy, linear=linear, epochs=epochs, lr=lr, momentum=momentum
             )
             for inputs, fs, values in zip(measured, before, found, strict=True):
-                after = [_outputs_at(outputs, weights, moved, x, linear) for x in inputs]
+                after = [_outputs_at(rows, weights, moved, x, linear) for x in inputs]
                 values.append(_distance(after, [0 * f if linear else f for f in fs]))
     estimates = [mean_and_error(torch.tensor(v, dtype=torch.float64)) for v in found]
     if any(e.value != e.value or e.value == float("inf") for e in estimates):
@@ -279,6 +289,7 @@ def selection_variance(
     *,
     num_probes: int = 1,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> tuple[Estimate, float]:
     r"""Predict the output variance of removing a whole selection, and measure it.
 
@@ -295,19 +306,23 @@ def selection_variance(
         batches: Re-iterable of unlabeled inputs.
         num_probes: Directions per sample.
         seed: Of the directions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         The prediction, with its standard error over samples, and what was measured.
     """
     inputs = unlabeled(batches)
     gone = {name: ~mask for name, mask in kept.items() if not bool(mask.all())}
-    probing = Probing(num_probes=num_probes, seed=seed)
+    counted = Outputs.measured(model, inputs, outputs)
+    probing = Probing(num_probes=num_probes, seed=seed, outputs=counted)
     rows = []
     for changes, _ in output_changes(model, groups, inputs, probing):
         sums = [changes[name][:, :, mask].double().sum(2) for name, mask in gone.items()]
         rows.append(torch.stack(sums).sum(0).square().mean(0).cpu())
     pruned = remove_channels(model, groups, kept)
-    return mean_and_error(torch.cat(rows)), output_variance(pruned, model, inputs)
+    found = output_variance(pruned, model, inputs, outputs=counted)
+    return mean_and_error(torch.cat(rows)), found
 
 
 # ---- training set against held-out set ------------------------------------------------------
@@ -326,6 +341,7 @@ def stability_rows(
     num_draws: int = 20,
     label_noise: Mapping[str, Any] | None = None,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> list[dict[str, Any]]:
     """Compare TPV on the training set with TPV on a held-out set, perturbation by perturbation.
 
@@ -345,6 +361,8 @@ def stability_rows(
         num_draws: Of the Monte-Carlo forms.
         label_noise: Options of :func:`label_noise_variance`; None leaves label noise out.
         seed: Of all draws.
+        outputs: Of a model with several outputs those that count, each in units of its own second
+            moment on the training inputs; None: all, alike.
 
     Returns:
         Rows of plain data: ``perturbation``, ``form`` ("trace", "monte carlo", and "rounding" for
@@ -352,7 +370,9 @@ def stability_rows(
         ``ratio`` (train / held-out).
     """
     sets = [list(unlabeled(train_batches)), list(unlabeled(held_out_batches))]
-    norms = [jacobian_norms(model, s, num_probes=num_probes, seed=seed) for s in sets]
+    counted = Outputs.measured(model, sets[0], outputs)
+    of: dict[str, Any] = {"seed": seed, "outputs": counted}
+    norms = [jacobian_norms(model, s, num_probes=num_probes, **of) for s in sets]
     rows = []
 
     def add(perturbation: str, form: str, found: Sequence[Estimate]) -> None:
@@ -360,7 +380,7 @@ def stability_rows(
 
     def both(perturbation: str, variances: Mapping[str, float], draw: Draw) -> None:
         add(perturbation, "trace", [n.trace(variances) for n in norms])
-        drawn = [perturbed_variance(model, s, draw, num_draws=num_draws, seed=seed) for s in sets]
+        drawn = [perturbed_variance(model, s, draw, num_draws=num_draws, **of) for s in sets]
         add(perturbation, "monte carlo", drawn)
 
     variances = sgd_variances(model, lr=lr, batch_size=batch_size)
@@ -369,11 +389,12 @@ def stability_rows(
         steps = quantization_steps(model, bits=b, step_of=step_of)
         both(f"{b}-bit quantization", {n: d * d / 12 for n, d in steps.items()}, uniform(steps))
         rounded = quantized(model, bits=b, step_of=step_of)
-        exact = [Estimate(output_variance(rounded, model, s), float("nan")) for s in sets]
+        moved = [output_variance(rounded, model, s, outputs=counted) for s in sets]
+        exact = [Estimate(value, float("nan")) for value in moved]
         add(f"{b}-bit quantization", "rounding", exact)
     if label_noise is not None:
         for form, linear in (("trace", True), ("monte carlo", False)):
-            options = {"seed": seed, **label_noise, "linear": linear}
+            options = {**of, **label_noise, "linear": linear}
             add("label noise", form, label_noise_variance(model, sets[0], sets, **options))
     return rows
 

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tpvprune.diagnostics.folding import layers_of
 from tpvprune.diagnostics.measures import Measurement
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.running import evaluating, first_output, frozen, on_device
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, frozen, on_device
 
 
 def input_lipschitz(
@@ -27,6 +28,7 @@ def input_lipschitz(
     *,
     num_iterations: int = 12,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Measurement:
     r"""Compute the average Lipschitz constant of the network near images.
 
@@ -41,6 +43,8 @@ def input_lipschitz(
         batches: Inputs; labels are dropped.
         num_iterations: Rounds, >= 1.
         seed: Of the first vectors.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         The mean, in output units per unit of the (preprocessed) input, and its error over images.
@@ -55,18 +59,19 @@ def input_lipschitz(
         raise ValueError(f"num_iterations: expected at least 1, found {num_iterations}")
     generator = torch.Generator().manual_seed(seed)
     found = []
+    counted = Outputs.measured(model, unlabeled(batches), outputs)
     # Fused attention cannot be differentiated twice.
     with evaluating(model), frozen(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in unlabeled(batches):
             x = on_device(batch.detach(), model).clone().requires_grad_()
-            outputs = first_output(model(x)).flatten(1)
+            rows = counted.joined(model(x), len(x))
             # J^T c is linear in c, so its gradient by c along u is J u.
-            c = torch.zeros_like(outputs, requires_grad=True)
-            (pulled,) = torch.autograd.grad(outputs, x, c, create_graph=True)
-            v = torch.randn(outputs.shape, generator=generator).to(outputs)
+            c = torch.zeros_like(rows, requires_grad=True)
+            (pulled,) = torch.autograd.grad(rows, x, c, create_graph=True)
+            v = torch.randn(rows.shape, generator=generator).to(rows)
             for _ in range(num_iterations):
                 v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-                (back,) = torch.autograd.grad(outputs, x, v, retain_graph=True)
+                (back,) = torch.autograd.grad(rows, x, v, retain_graph=True)
                 (v,) = torch.autograd.grad(pulled, c, back, retain_graph=True)
             found.append(back.flatten(1).norm(dim=1).double().cpu())
     values = torch.cat(found)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
 
 _RADIUS_TOLERANCE = 1e-3
 _MAX_EVALUATIONS = 40
@@ -67,6 +68,7 @@ def local_volume(
     coordinates: Literal["relative", "absolute"] = "relative",
     num_directions: int = 8,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> LocalVolume:
     r"""Estimate the log-volume of the weights that change the outputs by little.
 
@@ -87,6 +89,8 @@ def local_volume(
         coordinates: Units of the weights, see above.
         num_directions: Random directions, >= 2.
         seed: Of these directions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         The log-volume and its errors.
@@ -104,7 +108,8 @@ def local_volume(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), evaluating(model):
         inputs = [on_device(x, model) for x in unlabeled(batches)]
-        dense = [first_output(model(x)).flatten(1) for x in inputs]
+        counted = Outputs.measured(model, inputs, outputs)
+        dense = [counted.joined(model(x), len(x)) for x in inputs]
         threshold = share * _spread(dense)
         weights = {n: p.detach() for n, p in model.named_parameters()}
         scales = {n: w.abs() if coordinates == "relative" else (w != 0).to(w) for n, w in
@@ -117,7 +122,7 @@ def local_volume(
 
             def variance(r: float, direction: Mapping[str, Tensor] = direction) -> float:
                 moved = {n: w + r * direction[n] for n, w in weights.items()}
-                return _variance(model, moved, inputs, dense)
+                return _variance(model, moved, inputs, dense, counted)
 
             radius = _radius(variance, threshold, start)
             start = radius
@@ -175,10 +180,11 @@ def _variance(
     moved: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     dense: Sequence[Tensor],
+    counted: Outputs,
 ) -> float:
     total = 0.0
-    for x, outputs in zip(inputs, dense, strict=True):
-        change = first_output(functional_call(model, dict(moved), (x,))).flatten(1) - outputs
+    for x, rows in zip(inputs, dense, strict=True):
+        change = counted.joined(functional_call(model, dict(moved), (x,)), len(x)) - rows
         total += float(change.double().square().sum())
     return total / sum(map(len, inputs))
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import call_arguments
-from tpvprune.passes.running import evaluating, first_output
+from tpvprune.passes.outputs import Chosen, Outputs, logits_of
+from tpvprune.passes.running import evaluating
 from tpvprune.processes.shares import summed
 
 _THUMBNAIL = 96  # pixels of the longer side
@@ -29,6 +30,7 @@ def disagreement(
     mean: Sequence[float],
     std: Sequence[float],
     num_samples: int = 12,
+    outputs: Outputs | Chosen | None = None,
 ) -> dict[str, Any] | None:
     """Count agreement by the class that the dense model chooses, and show images that changed.
 
@@ -43,6 +45,8 @@ def disagreement(
         mean: Of the preprocessing, per channel, in [0, 1].
         std: Likewise.
         num_samples: Images shown at most.
+        outputs: Of a model with several outputs those that count: the classes are those of the
+            first of them; None: the first.
 
     Returns:
         ``classes``: for every class that the dense model chooses, its index, ``num_images`` and
@@ -56,7 +60,8 @@ def disagreement(
     with evaluating(model, dense):
         for inputs in unlabeled(batches):
             ours, theirs = (
-                first_output(m(*call_arguments(m, inputs))).double().cpu() for m in (model, dense)
+                logits_of(m(*call_arguments(m, inputs)), outputs).double().cpu()
+                for m in (model, dense)
             )
             if theirs.ndim != 2 or theirs.shape != ours.shape or theirs.shape[1] < 2:
                 counts = None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tpvprune.passes.batches import private_randomness, unlabeled
 from tpvprune.passes.costs import Latency, call_arguments, count_macs, count_params, measure_latency
 from tpvprune.passes.moments import Moments
-from tpvprune.passes.outputs import Chosen, Outputs
-from tpvprune.passes.running import evaluating, fast_layout, first_output
+from tpvprune.passes.outputs import Chosen, Outputs, logits_of
+from tpvprune.passes.running import evaluating, fast_layout
 from tpvprune.processes.shares import summed, total
 
 __all__ = [
@@ -40,7 +40,8 @@ class Evaluation:
         top1: Fraction whose most likely class is the label, in [0, 1].
         top5: Fraction whose label is among the five most likely; ``None`` below 5 classes.
         agreement: Fraction of equal top-1 with the dense model, in [0, 1].
-        output_variance: E‖f_pruned − f_dense‖², in squared output units.
+        output_variance: E‖f_pruned − f_dense‖², in squared output units; of several outputs the
+            sum, each in units of its second moment.
         macs: Multiply-accumulates for one input.
         params: Number of parameters.
         latency_ms: Median time of one call, in milliseconds.
@@ -65,13 +66,15 @@ def evaluate(
     model: nn.Module,
     labelled_batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    dense: nn.Module | Sequence[Tensor] | None = None,
+    dense: nn.Module | Sequence[Mapping[str, Tensor]] | None = None,
     latency_repeats: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Evaluation:
     """Measure accuracy and cost of a model on labelled images.
 
-    An image whose outputs are not all finite counts as wrong. Where a model returns a
-    tuple or a mapping, its first tensor is taken. Sums run in float64.
+    An image whose outputs are not all finite counts as wrong. Of a model with several outputs
+    the first that counts are the logits: top-1, top-5 and agreement are theirs. Sums run in
+    float64.
 
     Args:
         model: Classifier with outputs [B, K].
@@ -79,6 +82,7 @@ def evaluate(
         dense: Model to compare with, or its :func:`model_outputs` on these batches where several
             models are compared with it; gives ``agreement`` and ``output_variance``.
         latency_repeats: Timed calls on the first batch, >= 2; 0 leaves the time out.
+        outputs: What counts of what the model returns; see :func:`difference`.
 
     Returns:
         An ``Evaluation``.
@@ -91,21 +95,29 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, agreement, variance
     num_images, num_classes = 0, 0
     reference, held = (dense, None) if isinstance(dense, nn.Module) else (None, dense)
+    if reference is not None:
+        outputs = Outputs.measured(reference, unlabeled(labelled_batches), outputs)
+    elif held is not None:
+        outputs = Outputs.of_sizes(held, outputs)
     with evaluating(model, reference):
         for number, batch in enumerate(private_randomness(labelled_batches)):
             inputs, labels = _labelled(batch)
             first = inputs if first is None else first
-            found = _call(model, inputs)
+            returned = _returned(model, inputs)
+            found = _logits(returned, outputs)
             num_classes = found.shape[-1]
             labels = class_indices(labels, found)
             ranked = _top_classes(found, min(5, num_classes))
             hits = ranked == labels[:, None]
             totals = totals.to(found.device)
             totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
-            if reference is not None:
-                totals[2:] += _comparison(found, _call(reference, inputs))
-            elif held is not None:
-                totals[2:] += _comparison(found, _of_batch(held, number))
+            if isinstance(outputs, Outputs) and dense is not None:
+                theirs = (
+                    outputs.of(_returned(reference, inputs))
+                    if reference is not None
+                    else _of_batch(held or (), number)
+                )
+                totals[2:] += _compared(outputs, outputs.of(returned), theirs)
             num_images += len(labels)
     totals, num_images = _over_all(totals.cpu(), num_images)
     if not num_images or first is None:
@@ -129,18 +141,24 @@ def evaluate(
 
 
 @torch.no_grad()
-def model_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """Return what a model says to each batch, float64 [B, ...], for :func:`evaluate`.
+def model_outputs(
+    model: nn.Module, batches: Iterable[Any], *, outputs: Outputs | Chosen | None = None
+) -> list[dict[str, Tensor]]:
+    """Return what a model says to each batch, for :func:`evaluate`.
 
     Args:
         model: The model, usually the dense one.
         batches: Inputs [B, ...]; labels are dropped.
+        outputs: What counts of what it returns; None: all.
 
     Returns:
-        One tensor per batch.
+        For each batch, name of an output -> float64 [B, ...].
     """
+    inputs = unlabeled(batches)
+    counted = Outputs.measured(model, inputs, outputs)
     with evaluating(model):
-        return [_call(model, inputs) for inputs in unlabeled(batches)]
+        found = [counted.of(_returned(model, x)) for x in inputs]
+    return [{name: output.double() for name, output in each.items()} for each in found]
 
 
 def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
@@ -315,7 +333,7 @@ def _without_shift(outputs: Tensor) -> Tensor:
     return outputs - outputs.mean(1, keepdim=True) if outputs.shape[1] > 1 else outputs
 
 
-def _of_batch(dense_outputs: Sequence[Tensor], number: int) -> Tensor:
+def _of_batch(dense_outputs: Sequence[Mapping[str, Tensor]], number: int) -> Mapping[str, Tensor]:
     if number >= len(dense_outputs):
         raise ValueError(
             f"dense: expected outputs for every batch, found {len(dense_outputs)}: pass the "
@@ -327,6 +345,13 @@ def _of_batch(dense_outputs: Sequence[Tensor], number: int) -> Tensor:
 def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
     """Return sums, and the number of inputs, of all processes."""
     return summed(totals)[0], int(total(num))
+
+
+def _compared(outputs: Outputs, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
+    """Return sums over the batch [2]: agreements of the first, squared changes of all."""
+    found = torch.stack([_comparison(ours[n].double(), theirs[n].double()) for n in outputs.scales])
+    weights = torch.tensor(list(outputs.scales.values()), dtype=found.dtype).square()
+    return torch.stack([found[0, 0], weights @ found[:, 1]])
 
 
 def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
@@ -354,14 +379,14 @@ def _top_classes(outputs: Tensor, num: int) -> Tensor:
     return ranked.where(outputs.isfinite().all(1, keepdim=True), -1)
 
 
-def _call(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs = first_output(_returned(model, inputs))
-    if outputs.ndim < 2:
+def _logits(returned: Any, outputs: Outputs | Chosen | None) -> Tensor:
+    logits = logits_of(returned, outputs)
+    if logits.ndim < 2:
         raise ValueError(
-            f"expected model outputs [batch, outputs], found shape {tuple(outputs.shape)}: "
+            f"expected model outputs [batch, outputs], found shape {tuple(logits.shape)}: "
             "wrap the model so that it returns one row per input"
         )
-    return outputs.double()
+    return logits.double()
 
 
 def _returned(model: nn.Module, inputs: Tensor) -> Any:

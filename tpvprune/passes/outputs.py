@@ -86,12 +86,35 @@ class Outputs:
                 for name in squares:
                     squares[name] += float(returned[name].double().square().sum())
                 num += len(x)
-        sums = summed(torch.tensor(list(squares.values()), dtype=torch.float64))[0] / total(num)
-        scales = {
-            name: (weight / float(size)) ** 0.5 if float(size) else 0.0
-            for (name, weight), size in zip(wanted.items(), sums, strict=True)
+        return cls(_scales(wanted, squares, num), left_out)
+
+    @classmethod
+    def of_sizes(
+        cls, returned: Sequence[Mapping[str, Tensor]], chosen: Outputs | Chosen | None = None
+    ) -> Outputs:
+        """Return the same from what a network returned for each batch.
+
+        Args:
+            returned: For each batch, name -> [B, ...]; all count but for those not chosen.
+            chosen: See :meth:`measured`.
+
+        Returns:
+            The outputs.
+
+        Raises:
+            ValueError: If there is none of a chosen name.
+        """
+        if isinstance(chosen, Outputs):
+            return chosen
+        names = list(returned[0]) if returned else []
+        wanted = dict.fromkeys(names, 1.0) if chosen is None else _weights(chosen, names)
+        if len(wanted) <= 1:
+            return cls(dict.fromkeys(wanted, 1.0))
+        squares = {
+            name: sum(float(each[name].double().square().sum()) for each in returned)
+            for name in wanted
         }
-        return cls(scales, left_out)
+        return cls(_scales(wanted, squares, sum(len(each[names[0]]) for each in returned)))
 
     @classmethod
     def among(cls, returned: Any, num: int) -> Outputs:
@@ -123,6 +146,21 @@ class Outputs:
                 )
         return {name: found[name] for name in self.scales}
 
+    def said(self) -> list[str]:
+        """Return what is to be said of outputs that do not count, and of how several do."""
+        lines = [
+            f"output {name!r} {reason}: it is neither scored nor measured"
+            for name, reason in self.left_out.items()
+        ]
+        if len(self.scales) > 1:
+            names = ", ".join(map(repr, self.scales))
+            lines.append(
+                f"the model returns {len(self.scales)} outputs that count, {names}: scores and "
+                "output variance are those of all, each in units of its own second moment; "
+                "agreement is that of the first"
+            )
+        return lines
+
     def joined(self, returned: Any, num: int) -> Tensor:
         """Return what counts as one row for each image, scaled.
 
@@ -139,6 +177,27 @@ class Outputs:
         return torch.cat(
             [r * scale for r, scale in zip(rows, self.scales.values(), strict=True)], 1
         )
+
+
+def logits_of(returned: Any, outputs: Outputs | Chosen | None = None) -> Tensor:
+    """Return the first output that counts: the only one where a quantity is defined for classes.
+
+    Args:
+        returned: What a model returned.
+        outputs: What counts; None: the first tensor of real numbers.
+
+    Returns:
+        That tensor.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if outputs is None:
+        return first_output(returned)
+    if isinstance(outputs, Outputs):
+        return next(iter(outputs.first.of(returned).values()))
+    found = dict(named_outputs(returned))
+    return found[next(iter(_weights(outputs, list(found))))]
 
 
 def _of_each_image(model: nn.Module, inputs: Iterable[Tensor]) -> tuple[list[str], dict[str, str]]:
@@ -159,6 +218,17 @@ def _of_each_image(model: nn.Module, inputs: Iterable[Tensor]) -> tuple[list[str
     if not found:
         by_image(first_output(twice), 2)  # which says what is wrong
     return found, left_out
+
+
+def _scales(
+    wanted: Mapping[str, float], squares: Mapping[str, float], num: int
+) -> dict[str, float]:
+    """Return the scales of outputs from their summed squares on ``num`` images of this process."""
+    sums = summed(torch.tensor(list(squares.values()), dtype=torch.float64))[0] / total(num)
+    return {
+        name: (weight / float(size)) ** 0.5 if float(size) else 0.0
+        for (name, weight), size in zip(wanted.items(), sums, strict=True)
+    }
 
 
 def _weights(chosen: Chosen, found: Sequence[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tpvprune.passes.crossing import sent
 
+_TINY = torch.finfo(torch.float64).tiny
 _TAKES_CHANNELS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -152,6 +153,26 @@ def first_output(outputs: Any) -> Tensor:
     )
 
 
+def relative_gap(found: Any, wanted: Any) -> Tensor:
+    """Return how far two returned values are apart, each output by its own scale.
+
+    Args:
+        found: What a model returned; see :func:`named_outputs`.
+        wanted: Likewise, with tensors of the same shapes.
+
+    Returns:
+        The largest difference over the largest value of any output of real numbers; NaN where
+        one is not a number.
+    """
+    pairs = zip(tensors_of(found), tensors_of(wanted), strict=True)
+    gaps = [
+        (a - b).abs().max().double() / b.abs().max().double().clamp_min(_TINY)
+        for a, b in pairs
+        if b.is_floating_point() and b.numel()
+    ]
+    return torch.stack([*gaps, torch.zeros((), dtype=torch.float64)]).max()
+
+
 def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of what a model returns, in order, with its name.
 
@@ -203,6 +224,7 @@ def by_image(outputs: Tensor, num: int) -> Tensor:
     if outputs.ndim < 2 or len(outputs) != num:
         raise ValueError(
             f"expected outputs with one entry per image along dimension 0, found shape "
-            f"{list(outputs.shape)} for {num} images: wrap the model so that it returns its logits"
+            f"{list(outputs.shape)} for {num} images: wrap the model so that it returns its "
+            "logits, or say what it should compute (tpvprune.with_forward)"
         )
     return outputs.reshape(num, -1)

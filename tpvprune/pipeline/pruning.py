@@ -16,6 +16,7 @@ from tpvprune.groups.budget import check_budget
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.drawing import NUM_IMAGES
+from tpvprune.passes.forwards import Forward, called_as
 from tpvprune.passes.outputs import Chosen
 from tpvprune.pipeline.checks import (
     Granularity,
@@ -91,6 +92,7 @@ def prune(
     latency_batch_size: int = 1,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
+    forward: Forward | None = None,
     state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -140,6 +142,10 @@ def prune(
             of its own second moment; None: all, alike. A name is the keys or places on the way to
             the tensor, joined by dots: ``"logits"``, ``"0"``, ``"aux.1"``. Agreement is that of the
             first.
+        forward: Called as ``forward(model, x)`` in the place of the model's own call, and scored,
+            verified, measured and repaired along what it returns; the result is called as the
+            model is. None: the model's own call, but for torchvision's detectors what they
+            return before their post-processing (:mod:`tpvprune.passes.detection`).
         state: File for the state of the unfinished run, written whenever channels have left; if
             it is that of the same model, inputs and arguments, the run goes on from there to the
             same result. The caller removes it. Among several processes it is not used.
@@ -160,7 +166,7 @@ def prune(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
         allocation=allocation, limits=limits, repair_factors=repair_factors,
         num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
-        outputs=outputs, seed=seed, progress=progress,
+        outputs=outputs, forward=forward, seed=seed, progress=progress,
     )  # fmt: skip
     whole, parts = given, _parts_of(ranking)
     if "branch" in granularity:
@@ -190,7 +196,8 @@ def prune(
     best = guard.best_repair(measured, repair)
     report = report_of(run, rounds, measured, best)
     gone = given.depth.removal if given.depth else Removal()
-    return PruningResult(candidates[best], groups, rounds.ranking, rounds.kept, report, gone)
+    found = called_as(candidates[best], model)
+    return PruningResult(found, groups, rounds.ranking, rounds.kept, report, gone)
 
 
 def rank_channels(
@@ -207,6 +214,7 @@ def rank_channels(
     latency_batch_size: int = 1,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
+    forward: Forward | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Ranking:
@@ -228,6 +236,7 @@ def rank_channels(
         latency_batch_size: Inputs of one call.
         probing: How the passes of ``"tpv"`` are run.
         outputs: What counts.
+        forward: What is called.
         seed: Of everything random.
         progress: Called with (stage, done, total).
 
@@ -241,8 +250,8 @@ def rank_channels(
     return set_up(
         model, batches, of=of, criterion=criterion, planned_repair=repair, allocation=allocation,
         limits=limits, repair_factors=repair_factors, num_images=num_images,
-        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs, seed=seed,
-        progress=progress,
+        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs,
+        forward=forward, seed=seed, progress=progress,
     ).ranked()  # fmt: skip
 
 

@@ -22,11 +22,19 @@ from tpvprune.groups.reaching import unseen
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.finite import check_outputs
+from tpvprune.passes.forwards import (
+    Forward,
+    forward_of,
+    own_forward,
+    said_of_forward,
+    with_forward,
+)
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.pipeline.checks import Of, Repair, agreed, check_ranking, check_rounding, prunable
 from tpvprune.processes.shares import by_first, from_first, total
 from tpvprune.scores.criteria import Scorer
+from tpvprune.scores.criterion_names import READS_CLASSES
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
 from tpvprune.widths.latency import latency_table
@@ -124,7 +132,7 @@ class Setup:
         return [
             self.dense, dict(enumerate(self.fit)), self.of, len(self.batch), self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
-            [g.name for g in self.groups], self.depth.gone if self.depth else (),
+            [g.name for g in self.groups], self.depth.gone if self.depth else (), self.notes,
         ]  # fmt: skip
 
     def ranked(self, given: Ranking | None = None) -> Ranking:
@@ -171,6 +179,7 @@ def set_up(
     latency_batch_size: int,
     probing: Probing | None,
     outputs: Chosen | None,
+    forward: Forward | None,
     seed: int,
     progress: Progress | None,
 ) -> Setup:
@@ -182,8 +191,11 @@ def set_up(
         What a run is given.
     """
     limits, clock = limits or Limits(), Clock(progress)
+    forward = forward or forward_of(model)
+    model = own_forward(model)
     fused = fused_attention(model)
     model = unfuse_attention(model) if fused else model
+    model = model if forward is None else with_forward(model, forward)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
         counted = Outputs.measured(model, fit, outputs)
@@ -201,7 +213,10 @@ def set_up(
     return Setup(
         model, groups, fit, held, batch, counted, of, budget, _rounded(limits, budget),
         replace(by, of=budget), _images_for_factors(repair_factors, by, groups, fit), clock,
-        [*_said_of(counted), *_said_of_fused(fused), *groups.notes],
+        [
+            *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
+            *_said_of_fused(fused), *groups.notes,
+        ],
     )  # fmt: skip
 
 
@@ -228,20 +243,12 @@ def _example(model: nn.Module, fit: list[Tensor], outputs: Outputs) -> Tensor:
     return example
 
 
-def _said_of(outputs: Outputs) -> list[str]:
-    """Return what is to be said of outputs that do not count, and of how several do."""
-    lines = [
-        f"output {name!r} {reason}: it is neither scored nor measured"
-        for name, reason in outputs.left_out.items()
-    ]
-    if len(outputs.scales) > 1:
-        names = ", ".join(map(repr, outputs.scales))
-        lines.append(
-            f"the model returns {len(outputs.scales)} outputs that count, {names}: scores and "
-            "output variance are those of all, each in units of its own second moment; agreement "
-            "is that of the first"
-        )
-    return lines
+def _said_of_criterion(by: RankBy, outputs: Outputs) -> list[str]:
+    """Return which of several outputs a criterion reads that is defined for classes alone."""
+    if by.name not in READS_CLASSES or len(outputs.scales) < 2:
+        return []
+    first = next(iter(outputs.scales))
+    return [f"criterion {by.name} is defined for class logits: it reads output {first!r} alone"]
 
 
 def _said_of_fused(names: list[str]) -> list[str]:

@@ -189,11 +189,14 @@ class _Mirrored(nn.Module):
         self.num_classes = getattr(dense, "num_classes", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = first_output(self.dense(x))
-        if x.ndim != 4 or outputs.ndim != 2:
+        returned = self.dense(x)
+        outputs = first_output(returned)
+        several = len(Outputs.among(returned, len(x)).scales) > 1
+        if x.ndim != 4 or outputs.ndim != 2 or several:
             raise ValueError(
                 "mirrored: expected inputs [B, C, H, W] and outputs [B, K], found "
-                f"{tuple(x.shape)} and {tuple(outputs.shape)}: distil without it"
+                f"{tuple(x.shape)} and {'several' if several else tuple(outputs.shape)}: distil "
+                "without it"
             )
         return (outputs + first_output(self.dense(x.flip(-1)))) / 2
 

@@ -16,6 +16,12 @@ NEEDS_LABELS: frozenset[str] = frozenset(
 )
 """Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""
 
+READS_CLASSES: frozenset[str] = NEEDS_LABELS | {"jbr"}
+"""Criteria with a cross-entropy: of several outputs they read the first, as class logits."""
+
+READS_OUTPUTS: frozenset[str] = READS_CLASSES | {"tpv", "lfh"}
+"""Criteria that depend on what the network returns, and take ``outputs``."""
+
 NAMES: tuple[str, ...] = (
     "tpv",
     "jbr",

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.passes.operations import function_name
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.patches import window_of
-from tpvprune.passes.running import evaluating, first_output, frozen, on_device
+from tpvprune.passes.running import evaluating, frozen, on_device
 from tpvprune.scores.taps import Metric, probe_directions
 
 _CHUNK = 1 << 22  # elements of unfolded inputs, or of products, at a time: they stay near the cache
@@ -92,6 +93,7 @@ def sample_gradients(
     num_probes: int = 1,
     seed: int = 0,
     only: Iterable[str] | None = None,
+    outputs: Outputs | Chosen | None = None,
 ) -> Iterator[int]:
     """Show the gradient of v^T f by every parameter, for every sample and direction v.
 
@@ -106,6 +108,8 @@ def sample_gradients(
         num_probes: Directions per sample.
         seed: Of the directions.
         only: Names of the parameters looked at; None for all.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Yields:
         The size of each batch when all of its gradients have been shown.
@@ -115,17 +119,18 @@ def sample_gradients(
     if only is not None:
         wanted = {name: wanted[name] for name in only}
     by_layer: set[str] | None = None
+    counted = Outputs.measured(model, inputs, outputs)
     with evaluating(model), frozen(model), torch.enable_grad():
         for batch in inputs:
             x = on_device(batch.detach(), model)
             if by_layer is None:
-                by_layer = _known(model, wanted, x)
-            tap = WeightTap(model, x, {id(wanted[name]): name for name in by_layer})
+                by_layer = _known(model, wanted, x, counted)
+            tap = WeightTap(model, x, {id(wanted[name]): name for name in by_layer}, counted)
             directions = probe_directions(tap.outputs, metric, num_probes, generator)
             rest = {name: p.detach() for name, p in wanted.items() if name not in by_layer}
             for probe, v in enumerate(directions):
                 tap.backward(v, partial(_numbered, collect, probe), last=v is directions[-1])
-                for name, dense in _by_autograd(model, rest, x, v).items():
+                for name, dense in _by_autograd(model, rest, x, v, counted).items():
                     collect(name, probe, slice(0, len(x)), _undivided(dense))
             tap.close()
             yield len(x)
@@ -134,11 +139,13 @@ def sample_gradients(
 class WeightTap:
     """One forward that remembers what every layer read, for backwards that follow."""
 
-    def __init__(self, model: nn.Module, x: Tensor, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, model: nn.Module, x: Tensor, names: Mapping[int, str], counted: Outputs
+    ) -> None:
         """Run a model whose parameters require no gradients; names: parameters by identity."""
         self._watch = _Watch(names, len(x))
         with self._watch:
-            self.outputs = first_output(model(x)).flatten(1)
+            self.outputs = counted.joined(model(x), len(x))
 
     def backward(
         self, v: Tensor, collect: Callable[[str, slice, SampleGradients], None], *, last: bool
@@ -290,7 +297,7 @@ def _numbered(
 # ---- what layers do not know ----------------------------------------------------------------
 
 
-def _known(model: nn.Module, wanted: Mapping[str, Tensor], x: Tensor) -> set[str]:
+def _known(model: nn.Module, wanted: Mapping[str, Tensor], x: Tensor, counted: Outputs) -> set[str]:
     """Return the parameters whose gradients layer by layer are those of autograd, on one sample."""
     two = x[:2] if len(x) > 1 else torch.cat([x, x])
     found: dict[str, list[Tensor]] = {}
@@ -298,15 +305,17 @@ def _known(model: nn.Module, wanted: Mapping[str, Tensor], x: Tensor) -> set[str
     def note(name: str, samples: slice, gradients: SampleGradients) -> None:
         found.setdefault(name, []).append(gradients.dense()[: 1 if samples.start == 0 else 0])
 
-    tap = WeightTap(model, two, {id(p): name for name, p in wanted.items()})
+    tap = WeightTap(model, two, {id(p): name for name, p in wanted.items()}, counted)
     v = probe_directions(tap.outputs, "logits", 1, torch.Generator().manual_seed(0))[0]
     tap.backward(v, note, last=True)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in wanted.items()}
-    outputs = first_output(functional_call(model, leaves, (two[:1],))).flatten(1)
+    outputs = counted.joined(functional_call(model, leaves, (two[:1],)), 1)
     exact = torch.autograd.grad(outputs, list(leaves.values()), v[:1], allow_unused=True)
     known = set()
     for name, truth in zip(leaves, exact, strict=True):
         parts = [part[0] for part in found.get(name, ()) if len(part)]
+        if truth is None and not parts:  # what counts does not depend on it
+            known.add(name)
         if len(parts) != 1 or truth is None:
             continue
         error, size = (parts[0] - truth).norm(), truth.norm()
@@ -316,13 +325,13 @@ def _known(model: nn.Module, wanted: Mapping[str, Tensor], x: Tensor) -> set[str
 
 
 def _by_autograd(
-    model: nn.Module, rest: Mapping[str, Tensor], x: Tensor, v: Tensor
+    model: nn.Module, rest: Mapping[str, Tensor], x: Tensor, v: Tensor, counted: Outputs
 ) -> dict[str, Tensor]:
     if not rest:
         return {}
 
     def projected(parameters: dict[str, Tensor], one: Tensor, along: Tensor) -> Tensor:
-        return first_output(functional_call(model, parameters, (one[None],))).flatten() @ along
+        return counted.joined(functional_call(model, parameters, (one[None],)), 1)[0] @ along
 
     try:
         return dict(vmap(grad(projected), (None, 0, 0))(dict(rest), x, v))

@@ -262,4 +262,7 @@ def output_changes(
         for i, v in enumerate(directions, 1):
             parts.append({})
             tap.backward(v, collect, last=i == len(directions))
-        yield {g.name: torch.stack([p[g.name] for p in parts]) for g in groups}, num
+        # What does not reach an output that counts changes nothing.
+        none = {g.name: x.new_zeros(num, g.num_channels) for g in groups if g.name not in parts[0]}
+        found = [none | part for part in parts]
+        yield {g.name: torch.stack([part[g.name] for part in found]) for g in groups}, num

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.crossing import fetched
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 from tpvprune.weights.elimination import Path, elimination_path
 from tpvprune.weights.masks import pattern_of
@@ -28,6 +29,7 @@ def joint_weight_masks(
     ridge: float = 1e-2,
     ignore: Iterable[str] = (),
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     r"""Choose the weights that stay so that what leaves together changes the outputs least.
 
@@ -50,6 +52,8 @@ def joint_weight_masks(
         ridge: Relative to the mean square of a layer's inputs.
         ignore: Layers that stay whole.
         seed: Of directions and sampled positions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         Masks by parameter name, True = stays, and scores: the fraction of the steps at which a
@@ -65,7 +69,8 @@ def joint_weight_masks(
     n_of_m = None if pattern is None else pattern_of(pattern)
     inputs = list(unlabeled(batches))
     weights = prunable_weights(model, ignore=ignore)
-    sensitivity = _sensitivities(model, inputs, weights, num_probes, seed)
+    counted = Outputs.measured(model, inputs, outputs)
+    sensitivity = _sensitivities(model, inputs, weights, num_probes, seed, counted=counted)
     grams = input_grams(model, inputs, set(weights), seed=seed)
     paths = {}
     for name, weight in weights.items():
@@ -80,7 +85,7 @@ def joint_weight_masks(
     scores = {name: path.masks.double().mean(0) for name, path in paths.items()}
     if n_of_m is not None:
         return {name: path.masks[-1] for name, path in paths.items()}, scores
-    variances = _joint_variances(model, inputs, paths, num_probes, seed + 1)
+    variances = _joint_variances(model, inputs, paths, num_probes, seed + 1, counted=counted)
     sizes = {name: path.densities().cpu() * path.masks[0].numel() for name, path in paths.items()}
     budget = keep * sum(w.numel() for w in weights.values())
     steps = choose_options(list(sizes.values()), list(variances.values()), budget)
@@ -88,23 +93,42 @@ def joint_weight_masks(
 
 
 def _sensitivities(
-    model: nn.Module, inputs: list[Tensor], names: Iterable[str], num_probes: int, seed: int
+    model: nn.Module,
+    inputs: list[Tensor],
+    weights: Mapping[str, Tensor],
+    num_probes: int,
+    seed: int,
+    *,
+    counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return E_x E_v sum_p delta_o(x, p)^2 of every layer's outputs [out]."""
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(len(w)).to(w.device).double() for name, w in weights.items()}
 
     def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
-        squares = found.left.double().square().sum((0, 3)).reshape(-1)
-        sums[name] = sums[name] + squares if name in sums else squares
+        sums[name] += found.left.double().square().sum((0, 3)).reshape(-1)
 
     num = sum(
-        sample_gradients(model, inputs, collect, num_probes=num_probes, seed=seed, only=list(names))
+        sample_gradients(
+            model,
+            inputs,
+            collect,
+            num_probes=num_probes,
+            seed=seed,
+            only=list(weights),
+            outputs=counted,
+        )
     )
     return {name: total / (num * num_probes) for name, total in sums.items()}
 
 
 def _joint_variances(
-    model: nn.Module, inputs: list[Tensor], paths: Mapping[str, Path], num_probes: int, seed: int
+    model: nn.Module,
+    inputs: list[Tensor],
+    paths: Mapping[str, Path],
+    num_probes: int,
+    seed: int,
+    *,
+    counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return V of every layer at every step, float64 [steps], on the CPU."""
     sums = {
@@ -117,7 +141,15 @@ def _joint_variances(
         sums[name] += outcome.double().square().sum(0)
 
     num = sum(
-        sample_gradients(model, inputs, collect, num_probes=num_probes, seed=seed, only=list(paths))
+        sample_gradients(
+            model,
+            inputs,
+            collect,
+            num_probes=num_probes,
+            seed=seed,
+            only=list(paths),
+            outputs=counted,
+        )
     )
     found = zip(sums, fetched(*sums.values()), strict=True)
     return {name: total / (num * num_probes) for name, total in found}

@@ -12,6 +12,7 @@ from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
 from tpvprune.passes.evaluation import difference
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import on_device
 from tpvprune.repairs.guard import facts, warnings_of
 from tpvprune.repairs.targets import blind_layers
@@ -52,6 +53,7 @@ def prune_weights(
     repair: WeightRepair = "compensate",
     num_probes: int = 1,
     ignore: Iterable[str] = (),
+    outputs: Chosen | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> WeightPruningResult:
@@ -73,6 +75,7 @@ def prune_weights(
         repair: ``"compensate"`` refits what stays, ``"none"`` does not.
         num_probes: Random output directions per input (``"tpv"``).
         ignore: Layers that stay whole.
+        outputs: See :func:`tpvprune.prune`.
         seed: Of everything random.
         progress: Called with (stage, done, total).
 
@@ -102,14 +105,16 @@ def prune_weights(
     scope = scope or _SCOPES[criterion]
     blind = blind_layers(model, fit[0][:1])
     ignore = [*ignore, *blind]
+    counted = Outputs.measured(model, fit, outputs)
     with clock("scores"):
         if scope == "joint":
             masks, scores = joint_weight_masks(
                 model, fit,
                 keep=keep, pattern=pattern, num_probes=num_probes, ignore=ignore, seed=seed,
+                outputs=counted,
             )  # fmt: skip
         else:
-            options = {"num_probes": num_probes} if criterion == "tpv" else {}
+            options = {"num_probes": num_probes, "outputs": counted} if criterion == "tpv" else {}
             score = WEIGHT_SCORERS[criterion]
             scores = score(model, fit, ignore=ignore, seed=seed, **options)
             masks = _select(scores, keep, pattern, scope)
@@ -120,7 +125,7 @@ def prune_weights(
             pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
     with clock("measurement"):
-        measured = {n: difference(m, model, held) for n, m in models.items()}
+        measured = {n: difference(m, model, held, outputs=counted) for n, m in models.items()}
     name = repair if repair == "none" else "weights"
     more = "a larger keep" if pattern is None else "a pattern that keeps more"
     report = {
@@ -136,7 +141,10 @@ def prune_weights(
         "num_images": sum(map(len, fit)),
         "num_held_back": sum(map(len, held)),
         "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
-        "warnings": warnings_of({name: measured[repair]}, name, name, keep=more),
+        "warnings": [
+            *warnings_of({name: measured[repair]}, name, name, keep=more),
+            *counted.said(),
+        ],
         "held_back": facts(measured[repair]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},

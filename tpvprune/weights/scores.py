@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.operations import function_name
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.patches import count_positions, patches_of, window_of
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.repairs.branches import Layer, Plan, layers_by_weight
@@ -93,6 +94,7 @@ def tpv_weight_scores(
     ridge: float = 1e-2,
     ignore: Iterable[str] = (),
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> dict[str, Tensor]:
     r"""Score every weight by the output variance that its removal causes.
 
@@ -111,6 +113,8 @@ def tpv_weight_scores(
         ridge: lambda, relative to the mean square of the layer's inputs.
         ignore: Layers that stay whole.
         seed: Of directions and sampled positions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
         Scores by parameter name, in squared output units.
@@ -136,7 +140,13 @@ def tpv_weight_scores(
 
     num_samples = sum(
         sample_gradients(
-            model, inputs, collect, num_probes=num_probes, seed=seed, only=list(weights)
+            model,
+            inputs,
+            collect,
+            num_probes=num_probes,
+            seed=seed,
+            only=list(weights),
+            outputs=outputs,
         )
     )
     scores = {}

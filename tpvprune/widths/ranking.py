@@ -18,6 +18,7 @@ from tpvprune.groups.budget import Budget, reaches
 from tpvprune.passes.clock import Clock, Counted
 from tpvprune.processes.shares import check_same, total
 from tpvprune.scores.criteria import NEEDS_LABELS, Labelled, Scorer, scorer
+from tpvprune.scores.criterion_names import READS_OUTPUTS
 from tpvprune.scores.curves import Curve, StandIn, variance_curves
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
@@ -228,6 +229,11 @@ class RankBy:
         """How widths follow."""
         return self.allocation or ("curves" if self.criterion == "tpv" else "rank")
 
+    @property
+    def _reads_outputs(self) -> bool:
+        # A scorer of one's own is called with a seed alone.
+        return isinstance(self.criterion, (str, Labelled)) and self.name in READS_OUTPUTS
+
     def ranked(
         self,
         model: nn.Module,
@@ -263,6 +269,8 @@ class RankBy:
     def _scored(self, model: nn.Module, groups: ChannelGroups, batches: Counted) -> Scores:
         score = scorer(self.criterion) if isinstance(self.criterion, str) else self.criterion
         options: dict[str, Any] = {"seed": self.probing.seed}
+        if self._reads_outputs:
+            options["outputs"] = self.probing.outputs
         if self.criterion == "tpv":
             options = {**vars(self.probing), "compensated": self.stand_in != "zero"}
         return score(model, groups, batches, **options)

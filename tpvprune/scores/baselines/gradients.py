@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tpvprune.groups import ChannelGroups, ParamSlice
+from tpvprune.passes.outputs import Chosen, Outputs, logits_of
 from tpvprune.passes.running import on_device
 
 
@@ -48,7 +49,12 @@ def weight_gradients(
 
 
 def loss_gradients(
-    model: nn.Module, names: Collection[str], inputs: Tensor, targets: Tensor
+    model: nn.Module,
+    names: Collection[str],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    outputs: Outputs | Chosen | None = None,
 ) -> dict[str, Tensor]:
     """Compute the gradient of the mean cross-entropy by each of the named parameters.
 
@@ -57,13 +63,14 @@ def loss_gradients(
         names: Qualified names of parameters.
         inputs: One batch [B, ...].
         targets: Class indices [B].
+        outputs: What counts, of which the first are the class scores; None: the first.
 
     Returns:
         Parameter name -> gradient, of the parameter's shape.
     """
 
-    def loss(outputs: Any) -> Tensor:
-        return F.cross_entropy(class_scores(outputs), _usable(targets))
+    def loss(returned: Any) -> Tensor:
+        return F.cross_entropy(class_scores(returned, outputs), _usable(targets))
 
     return weight_gradients(model, names, inputs, loss)
 
@@ -73,25 +80,26 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def class_scores(outputs: object) -> Tensor:
-    """Return the outputs of a classifier.
+def class_scores(returned: Any, outputs: Outputs | Chosen | None = None) -> Tensor:
+    """Return the class scores of what a classifier returned: the first output that counts.
 
     Args:
-        outputs: What a model returned.
+        returned: What a model returned.
+        outputs: What counts; None: the first tensor of real numbers.
 
     Returns:
-        The same, [B, K].
+        Class scores [B, K].
 
     Raises:
         ValueError: If they are anything else.
     """
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs)
+    scores = logits_of(returned, outputs)
+    if scores.ndim != 2:
         raise ValueError(
-            f"cross-entropy needs class scores [N, K], found {found}: "
+            f"cross-entropy needs class scores [N, K], found {tuple(scores.shape)}: "
             "use a criterion without a loss, such as tpv"
         )
-    return outputs
+    return scores
 
 
 def labelled_pairs(

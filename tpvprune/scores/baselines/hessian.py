@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, ParamSlice
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.running import evaluating, first_output, on_device
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.baselines.gradients import (
     labelled_pairs,
     loss_gradients,
@@ -37,6 +38,7 @@ def hessian_scores(
     *,
     variant: HessianVariant = "fixed",
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Score channels by Optimal Brain Damage with the diagonal empirical Fisher. Needs labels.
 
@@ -62,6 +64,7 @@ def hessian_scores(
         batches: Labelled batches: pairs of inputs and class indices [N].
         variant: Which formula.
         seed: Ignored; the criterion is deterministic.
+        outputs: Names of the outputs that count: the first of them is read; None: the first.
 
     Returns:
         Scores, float64 [C] per group, in squared units of the loss.
@@ -79,7 +82,7 @@ def hessian_scores(
         for inputs, targets in labelled_pairs(_NAMES[variant], model, batches):
             first = len(inputs) - 1 if variant == "torch_pruning" else 0
             for x, y in zip(inputs[first:].split(1), targets[first:].split(1), strict=True):
-                gradients = loss_gradients(model, names, x, y)
+                gradients = loss_gradients(model, names, x, y, outputs=outputs)
                 _add_squares(squares, gradients, anew=variant == "torch_pruning")
             num_samples += len(inputs)
             num_batches += 1
@@ -105,6 +108,7 @@ def lfh_scores(
     *,
     num_probes: int = 1,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Score channels by the label-free Hessian: trace times mean squared weight.
 
@@ -118,14 +122,16 @@ def lfh_scores(
     32 images. Images pass one by one.
 
     Args:
-        model: Any model; its first output counts.
+        model: Any model.
         groups: Channel groups to score.
         batches: Inputs; labels are dropped.
         num_probes: Directions per image, >= 1; each costs a forward and a backward.
         seed: Of the directions.
+        outputs: Of a model with several outputs those that count, or how much each counts, in units
+            of its own second moment; None: all, alike.
 
     Returns:
-        Scores in squared output units, float64 [C] per group.
+        Scores in squared output units (of several outputs without unit), float64 [C] per group.
 
     Raises:
         ValueError: If num_probes is below 1.
@@ -143,12 +149,13 @@ def lfh_scores(
     }
     names = {part.param for owned in parts.values() for part in owned}
     generator = torch.Generator().manual_seed(seed)
+    counted = Outputs.measured(model, unlabeled(batches), outputs)
     squares: dict[str, Tensor] = {}
     num_samples = 0
     with evaluating(model):
         for batch in unlabeled(batches):
             for x in on_device(batch, model).split(1):
-                for gradients in _probed(model, names, x, num_probes, generator):
+                for gradients in _probed(model, names, x, num_probes, generator, counted=counted):
                     _add_squares(squares, gradients)
             num_samples += len(batch)
     parameters = dict(model.named_parameters())
@@ -181,12 +188,18 @@ def _counted(
 
 
 def _probed(
-    model: nn.Module, names: Collection[str], x: Tensor, num: int, generator: torch.Generator
+    model: nn.Module,
+    names: Collection[str],
+    x: Tensor,
+    num: int,
+    generator: torch.Generator,
+    *,
+    counted: Outputs,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the gradients of vᵀf(x) for random signs v, drawn image by image."""
 
-    def along_signs(outputs: Any) -> Tensor:
-        f = first_output(outputs).flatten()
+    def along_signs(returned: Any) -> Tensor:
+        (f,) = counted.joined(returned, 1)
         signs = torch.randint(0, 2, (len(f),), generator=generator) * 2 - 1
         return f @ signs.to(f)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups, ParamSlice
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.baselines.gradients import (
     class_scores,
@@ -27,6 +28,7 @@ def jacobian_scores(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Score channels by the Jacobian criterion of Optimal Brain Connection. Needs labels.
 
@@ -45,6 +47,7 @@ def jacobian_scores(
         groups: Channel groups to score.
         batches: Labelled batches: pairs of inputs and class indices [N].
         seed: Ignored; the criterion is deterministic.
+        outputs: Names of the outputs that count: the first of them is read; None: the first.
 
     Returns:
         Scores, float64 [C] per group, in squared units of the loss.
@@ -56,7 +59,7 @@ def jacobian_scores(
     """
     with evaluating(model):
         values, num_samples = _batch_squares(
-            model, groups, labelled_pairs("jacobian", model, batches)
+            model, groups, labelled_pairs("jacobian", model, batches), outputs
         )
     return Scores(values, num_samples=num_samples, criterion="jacobian", used_labels=True)
 
@@ -69,6 +72,7 @@ def jbr_scores(
     confidence: float = 0.9,
     dense: nn.Module | None = None,
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Score channels by Jacobian-based rebalancing, as its reference code does.
 
@@ -84,6 +88,7 @@ def jbr_scores(
         confidence: Softmax that an image must exceed, in [0, 1).
         dense: Model whose predictions are the pseudo-labels; by default `model`.
         seed: Ignored; the criterion is deterministic.
+        outputs: Names of the outputs that count: the first of them is read; None: the first.
 
     Returns:
         Scores, float64 [C] per group; `num_samples` counts the confident images.
@@ -98,7 +103,7 @@ def jbr_scores(
     teacher = model if dense is None else dense
     with evaluating(model, teacher):
         values, num_samples = _batch_squares(
-            model, groups, _confident(teacher, batches, confidence)
+            model, groups, _confident(teacher, batches, confidence, outputs), outputs
         )
     if not num_samples:
         raise ValueError(
@@ -109,7 +114,10 @@ def jbr_scores(
 
 
 def _batch_squares(
-    model: nn.Module, groups: ChannelGroups, pairs: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    groups: ChannelGroups,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    outputs: Outputs | Chosen | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Return Σ_m Σ_b (Σ w·∂L_b/∂w)² per group, float64 [C], and the number of images."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -124,7 +132,7 @@ def _batch_squares(
     )
     num_samples = 0
     for inputs, targets in pairs:
-        gradients = loss_gradients(model, names, inputs, targets)
+        gradients = loss_gradients(model, names, inputs, targets, outputs=outputs)
         products = {n: parameters[n].detach().double() * g for n, g in gradients.items()}
         for key, part in sides.items():
             change = per_position(products[part.param], part.dim)
@@ -149,7 +157,10 @@ def _bias(part: ParamSlice) -> str:
 
 
 def _confident(
-    teacher: nn.Module, batches: Iterable[Tensor], confidence: float
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    confidence: float,
+    outputs: Outputs | Chosen | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield full batches of confident images and their predicted classes.
 
@@ -163,7 +174,7 @@ def _confident(
         inputs = on_device(batch, teacher)
         size = size or len(inputs)
         with torch.no_grad():
-            top = class_scores(teacher(inputs)).softmax(1).max(1)
+            top = class_scores(teacher(inputs), outputs).softmax(1).max(1)
         sure = top.values > confidence
         images = [torch.cat([*images, inputs[sure]])]
         classes = [torch.cat([*classes, top.indices[sure]])]

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups
+from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating
 from tpvprune.scores.baselines.gradients import (
     labelled_pairs,
@@ -25,6 +26,7 @@ def taylor_scores(
     *,
     variant: Literal["fixed", "torch_pruning"] = "fixed",
     seed: int = 0,
+    outputs: Outputs | Chosen | None = None,
 ) -> Scores:
     """Score channels by the first-order change of the labelled loss. Needs labels.
 
@@ -45,6 +47,7 @@ def taylor_scores(
         batches: Labelled batches: pairs of inputs and class indices [N].
         variant: Which formula.
         seed: Ignored; the criterion is deterministic.
+        outputs: Names of the outputs that count: the first of them is read; None: the first.
 
     Returns:
         Scores, float64 [C] per group, in units of the loss.
@@ -69,7 +72,8 @@ def taylor_scores(
     with evaluating(model):
         for inputs, targets in labelled_pairs("taylor", model, batches):
             weight = len(inputs) if fixed else 1
-            for name, gradient in loss_gradients(model, names, inputs, targets).items():
+            found = loss_gradients(model, names, inputs, targets, outputs=outputs)
+            for name, gradient in found.items():
                 step = gradient.double() * weight
                 gradients[name] = gradients[name] + step if name in gradients else step
             num_samples += len(inputs)

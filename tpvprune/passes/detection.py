@@ -1,0 +1,114 @@
+"""What a torchvision detector computes before its post-processing: one entry per image and anchor.
+
+Anchors are matched, boxes clipped, sorted and suppressed without weights; how many are left depends
+on the image. In front of that every detector has dense outputs, which these functions return.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CELLS = 21  # of a feature map along the side of a box: torchvision's levels give a box 14 to 28
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def detector_forward(model: nn.Module) -> Forward | None:
+    """Return the forward without post-processing of a torchvision detector.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        :func:`dense_detections`, :func:`region_detections`, or None for other models.
+    """
+    if "torchvision.models.detection" not in sys.modules:  # then it is none of its classes
+        return None
+    from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+    from torchvision.models.detection.ssd import SSD
+
+    if isinstance(model, (RetinaNet, FCOS, SSD)):
+        return dense_detections
+    return region_detections if isinstance(model, FasterRCNN) else None
+
+
+def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of the heads of a RetinaNet, FCOS or SSD, as ``model.head`` names them.
+
+    Args:
+        model: The detector.
+        x: Images [B, C, H, W] as it takes them, all of one size.
+
+    Returns:
+        Class logits [B, anchors, K], box regressions [B, anchors, 4] and the like.
+    """
+    outputs: dict[str, Tensor] = model.head(_features(model, x))
+    return outputs
+
+
+def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of the region proposal network, and of the heads on a fixed grid of boxes.
+
+    The model itself lets the heads look at those boxes that it proposes: these depend on the image.
+    Here boxes of 21 x 21 cells tile every level of the feature pyramid, and the heads see each
+    pooled to the size that they expect.
+
+    Args:
+        model: A Faster, Mask or Keypoint R-CNN.
+        x: Images [B, C, H, W] as it takes them, all of one size.
+
+    Returns:
+        ``objectness`` [B, anchors] and ``anchor_regression`` [B, 4 anchors] over all levels;
+        ``class_logits`` [B, boxes, K], ``box_regression`` [B, boxes, 4 K], and those of masks and
+        keypoints [B, boxes, ...].
+    """
+    features, heads = _features(model, x), model.roi_heads
+    objectness, deltas = model.rpn.head(features)
+    found = {
+        "objectness": torch.cat([level.flatten(1) for level in objectness], 1),
+        "anchor_regression": torch.cat([level.flatten(1) for level in deltas], 1),
+    }
+    boxes = heads.box_head(_grid(features, heads.box_roi_pool))
+    classes, regressions = heads.box_predictor(boxes)
+    parts = {"class_logits": classes, "box_regression": regressions}
+    for kind in ("mask", "keypoint"):
+        if getattr(heads, f"has_{kind}")():
+            pooled = _grid(features, getattr(heads, f"{kind}_roi_pool"))
+            rows = getattr(heads, f"{kind}_head")(pooled)
+            parts[f"{kind}_logits"] = getattr(heads, f"{kind}_predictor")(rows)
+    return {
+        **found,
+        **{name: part.reshape(len(x), -1, *part.shape[1:]) for name, part in parts.items()},
+    }
+
+
+dense_detections.left_out = "its boxes, scores and their suppression"  # type: ignore[attr-defined]
+region_detections.left_out = (  # type: ignore[attr-defined]
+    "proposals, boxes and their suppression (its heads see a fixed grid of boxes, and MACs are "
+    "those of this grid)"
+)
+
+
+def _features(model: Any, x: Tensor) -> list[Tensor]:
+    """Return the feature maps of every level, [B, C, H, W] each."""
+    images, _ = model.transform(list(x))
+    features = model.backbone(images.tensors)
+    return [features] if isinstance(features, Tensor) else list(features.values())
+
+
+def _grid(features: list[Tensor], pool: Any) -> Tensor:
+    """Return boxes that tile the feature maps of a pooler, [B * boxes, C, h, w], image by image."""
+    high, wide = pool.output_size
+    levels = []
+    for level in features[: len(pool.featmap_names)]:
+        rows, columns = (max(1, round(size / _CELLS)) for size in level.shape[2:])
+        pooled = F.adaptive_avg_pool2d(level, (rows * high, columns * wide))
+        cells = pooled.unflatten(3, (columns, wide)).unflatten(2, (rows, high))
+        levels.append(cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2))  # [B, boxes, C, h, w]
+    return torch.cat(levels, 1).flatten(0, 1)
