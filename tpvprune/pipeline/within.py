@@ -70,7 +70,8 @@ def prune_within(
             model chooses no classes.
     """
     check_max_loss(max_loss, num_sizes)
-    source, outputs = labelled, options.get("outputs")
+    outputs = options.get("outputs")
+    source: Iterable[Any] | None = labelled
     if labelled is None:
         wanted = num_measured(max_loss) if images_to_measure is None else images_to_measure
         aside = partial(num_aside, num_images=num_images, wanted=wanted)
