@@ -44,7 +44,7 @@ def quality(document: Mapping[str, Any]) -> list[str]:
     lines = [
         f"at most {facts['max_loss']:g} points of {facts['of']} lost: {kept}",
         f"promised: {Loss(**facts['promised'])}, on the images that decided",
-        f"measured: {Loss(**facts['measured'])}, on images that took no part; the table is of these",
+        f"measured: {Loss(**facts['measured'])}, on images that took no part, as the table",
     ]
     if labelled:
         lines.append("labels chose between sizes alone: no score, width or repair has seen one")

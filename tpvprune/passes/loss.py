@@ -132,7 +132,7 @@ class Losses:
         outputs: Of a model with several outputs those that count, the first of which is meant.
 
     Raises:
-        ValueError: If the models choose no classes, when the first is measured.
+        ValueError: If the dense model chooses no classes, once it is run.
     """
 
     def __init__(
@@ -151,6 +151,16 @@ class Losses:
         self._known: list[Tensor] = []
 
     @torch.no_grad()
+    def prepare(self) -> None:
+        """Note which classes the dense model chooses, once."""
+        if self._outputs is not None:
+            return
+        self._outputs = Outputs.measured(self.dense, self._inputs, self._chosen).first
+        with evaluating(self.dense):
+            outputs = (self._returned(self.dense, x) for x in private_randomness(self._inputs))
+            self._known = [found.argmax(1).cpu() for found in outputs]
+
+    @torch.no_grad()
     def of(self, model: nn.Module) -> Loss:
         """Measure what a model loses.
 
@@ -160,22 +170,20 @@ class Losses:
         Returns:
             The loss.
         """
+        self.prepare()
         counts = torch.zeros(3, dtype=torch.float64)  # lost, won, images
-        if self._outputs is None:
-            self._outputs = Outputs.measured(self.dense, self._inputs, self._chosen).first
-        with evaluating(model, self.dense):
-            for number, batch in enumerate(private_randomness(self._batches)):
-                counts += self._counts(model, number, batch)
+        with evaluating(model):
+            batches = private_randomness(self._batches)
+            for dense, batch in zip(self._known, batches, strict=True):
+                counts += self._counts(model, dense, batch)
         lost, won, num = summed(counts)[0].tolist()
         if self.labelled:
             return Loss.of_top1(lost, won, round(num))
         return Loss.of_agreement(lost, round(num))
 
-    def _counts(self, model: nn.Module, number: int, batch: Any) -> Tensor:
+    def _counts(self, model: nn.Module, dense: Tensor, batch: Any) -> Tensor:
         x = batch[0] if self.labelled else batch
-        if number == len(self._known):
-            self._known.append(self._classes(self.dense, x).argmax(1).cpu())
-        outputs, dense = self._classes(model, x), self._known[number]
+        outputs = self._returned(model, x)
         ours = outputs.argmax(1).where(outputs.isfinite().all(1), -1).cpu()
         if not self.labelled:
             lost = (ours != dense).double().reshape(len(x), -1).mean(1).sum()
@@ -185,7 +193,7 @@ class Losses:
         lost_won = [float((a & ~b).sum()) for a, b in ((was_right, right), (right, was_right))]
         return torch.tensor([*lost_won, len(x)], dtype=torch.float64)
 
-    def _classes(self, model: nn.Module, x: Tensor) -> Tensor:
+    def _returned(self, model: nn.Module, x: Tensor) -> Tensor:
         assert self._outputs is not None
         (found,) = self._outputs.of(model(on_device(x, model))).values()
         if found.ndim < 2 or found.shape[1] < 2:

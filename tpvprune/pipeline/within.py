@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back, num_set_aside
 from tpvprune.passes.loss import CONFIDENCE, Loss, Losses, halves, num_measured
 from tpvprune.pipeline.pruning import PruningResult, prune
+from tpvprune.processes.membership import num_processes
 from tpvprune.widths.ranking import Ranking
 
 NUM_SIZES = 5  # to a 32nd of the cost; one repair each
@@ -121,10 +122,10 @@ def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "b
         ValueError: If that leaves none to decide, to judge, or to fit to.
     """
     found = num_set_aside(num, num_images=num_images, wanted=wanted)
-    if not 2 <= found <= num - 2:
+    if not 2 * num_processes() <= found <= num - 2 * num_processes():
         raise ValueError(
-            f"{source}: expected at least 8 images, two of which are set aside to measure a loss, "
-            f"found {num}: a few thousand work well"
+            f"{source}: expected at least {8 * num_processes()} images, some of which are set "
+            f"aside to measure a loss, found {num}: a few thousand work well"
         )
     return found
 
@@ -214,6 +215,7 @@ def smallest_within(
             best, chosen = result, size
         return size.share, size.loss.points
 
+    deciding.prepare()  # a model without classes is refused before any work
     bisect(tried, max_loss, num_sizes)
     assert best is not None and chosen is not None
     measured = judging.of(best.model)
@@ -227,7 +229,10 @@ def smallest_within(
         "measured": asdict(measured),
         "sizes": [asdict(size) for size in sizes],
     }
-    lines = [*best.report["warnings"], *_warnings(chosen, measured, max_loss)]
+    lines = [
+        *best.report["warnings"],
+        *_warnings(chosen, measured, max_loss, best.report["repair"]),
+    ]
     report = {**best.report, "reached": met, "quality": quality, "warnings": lines}
     return replace(best, report=report)
 
@@ -239,19 +244,19 @@ def _size_of(result: PruningResult, loss: Loss) -> Size:
     return Size(report["keep"], float(share), pruned["macs"], pruned["params"], loss)
 
 
-def _warnings(chosen: Size, measured: Loss, max_loss: float) -> list[str]:
+def _warnings(chosen: Size, measured: Loss, max_loss: float, repair: str) -> list[str]:
     """Return what the user must know of the loss, a line each."""
     lines, promised = [], chosen.loss
+    better = "distillation" if repair == "reconstruct" else "repair reconstruct"
     if promised.points > max_loss:
         lines.append(
             f"even keep {chosen.keep:g}, the largest size tried, loses {promised.points:.2f} "
-            f"points, more than {max_loss:g}: try repair reconstruct, more images, or a larger "
-            "max_loss"
+            f"points, more than {max_loss:g}: try {better}, more images, or a larger limit"
         )
     elif measured.low > max_loss:
         lines.append(
             f"on images that took no part {measured} are lost, more than {max_loss:g}: try a "
-            "smaller max_loss, or more images to decide by"
+            "smaller limit, or more images to decide by"
         )
     if promised.width > max_loss:
         lines.append(
