@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back, num_set_aside
 from tpvprune.passes.loss import CONFIDENCE, Loss, Losses, halves, num_measured
 from tpvprune.pipeline.pruning import PruningResult, prune
@@ -215,8 +216,10 @@ def smallest_within(
             best, chosen = result, size
         return size.share, size.loss.points
 
-    deciding.prepare()  # a model without classes is refused before any work
-    bisect(tried, max_loss, num_sizes)
+    clock = Clock(None)
+    with clock("all sizes"):
+        deciding.prepare()  # a model without classes is refused before any work
+        bisect(tried, max_loss, num_sizes)
     assert best is not None and chosen is not None
     measured = judging.of(best.model)
     met = chosen.loss.points <= max_loss
@@ -233,7 +236,9 @@ def smallest_within(
         *best.report["warnings"],
         *_warnings(chosen, measured, max_loss, best.report["repair"]),
     ]
-    report = {**best.report, "reached": met, "quality": quality, "warnings": lines}
+    said = {"reached": met, "quality": quality, "warnings": lines}
+    timings = {**best.report["timings"], **clock.seconds}
+    report = {**best.report, **said, "timings": timings}
     return replace(best, report=report)
 
 
