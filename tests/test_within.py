@@ -116,6 +116,12 @@ def test_a_limit_that_cannot_be_kept_is_said_with_the_largest_size(monkeypatch):
     assert not result.reached and result.report["keep"] == 0.875
     assert any(line.startswith("even keep 0.875, the largest size") for line in result.warnings)
     assert any("10 images decide, which leaves an interval of" in line for line in result.warnings)
+    assert not any("the ranking was given" in line for line in result.warnings)
+    again = tpvprune.prune_within(
+        build(Residual), batches(48, 8), max_loss=5, num_sizes=1, repair="none",
+        ranking=result.ranking,
+    )  # fmt: skip
+    assert any("the ranking was given" in line for line in again.warnings)
     assert [line.split(":")[0] for line in said] == [f"size {i} of at most 3" for i in (1, 2, 3)]
 
 

@@ -17,6 +17,10 @@ from tpvprune.processes.membership import num_processes
 from tpvprune.widths.ranking import Ranking
 
 NUM_SIZES = 5  # to a 32nd of the cost; one repair each
+_OLD_RANKING = (
+    "the ranking was given: images that decide or judge here may have taken part in it, unless it "
+    "was made under a limit of loss, of the same images and seed"
+)
 PruneTo = Callable[[float, Ranking | None], PruningResult]
 
 
@@ -57,7 +61,8 @@ def prune_within(
         images_to_measure: So many are set aside if ``batches`` has them beside ``num_images``, else
             a quarter of all; None: as many as make the intervals no wider than ``max_loss``, at
             most 10,000. Where ``labelled`` is given none are.
-        ranking: As in :func:`tpvprune.prune`.
+        ranking: As in :func:`tpvprune.prune`; one that was made of other images than those set
+            aside, or these have taken part in it.
         seed: Of everything random.
         notice: Told in a line what each size loses.
         **options: Others of :func:`tpvprune.prune`, but ``keep``.
@@ -202,12 +207,12 @@ def smallest_within(
     sizes: list[Size] = []
     best: PruningResult | None = None
     chosen: Size | None = None
+    notes, found = [] if ranking is None else [_OLD_RANKING], ranking
 
     def tried(keep: float) -> tuple[float, float]:
-        nonlocal best, chosen, ranking
-        result = prune_to(keep, ranking)
-        ranking = result.ranking
-        size = _size_of(result, deciding.of(result.model))
+        nonlocal best, chosen, found
+        result = prune_to(keep, found)
+        found, size = result.ranking, _size_of(result, deciding.of(result.model))
         sizes.append(size)
         if notice is not None:
             notice(f"size {len(sizes)} of at most {num_sizes}: keep {keep:g} loses {size.loss}")
@@ -221,25 +226,24 @@ def smallest_within(
         deciding.prepare()  # a model without classes is refused before any work
         bisect(tried, max_loss, num_sizes)
     assert best is not None and chosen is not None
-    measured = judging.of(best.model)
-    met = chosen.loss.points <= max_loss
+    measured, report = judging.of(best.model), best.report
     quality = {
         "max_loss": max_loss,
         "of": "top-1" if deciding.labelled else "agreement",
         "confidence": CONFIDENCE,
-        "met": met,
+        "met": chosen.loss.points <= max_loss,
         "promised": asdict(chosen.loss),
         "measured": asdict(measured),
         "sizes": [asdict(size) for size in sizes],
     }
-    lines = [
-        *best.report["warnings"],
-        *_warnings(chosen, measured, max_loss, best.report["repair"]),
-    ]
-    said = {"reached": met, "quality": quality, "warnings": lines}
-    timings = {**best.report["timings"], **clock.seconds}
-    report = {**best.report, **said, "timings": timings}
-    return replace(best, report=report)
+    more = _warnings(chosen, measured, max_loss, report["repair"])
+    said = {
+        "reached": quality["met"],
+        "quality": quality,
+        "warnings": [*report["warnings"], *more, *notes],
+        "timings": {**report["timings"], **clock.seconds},
+    }
+    return replace(best, report={**report, **said})
 
 
 def _size_of(result: PruningResult, loss: Loss) -> Size:
