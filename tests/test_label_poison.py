@@ -29,6 +29,7 @@ def calls(model, data):
     shown = {"mean": [0.5] * 3, "std": [0.5] * 3}
     found = {
         "prune": lambda: tpvprune.prune(model, data, keep=0.6, repair="auto"),
+        "prune_within": lambda: tpvprune.prune_within(model, data, max_loss=50, num_sizes=2),
         "rank_channels": lambda: tpvprune.rank_channels(model, data),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),
         "tpv_scores until": lambda: tpvprune.tpv_scores(model, groups, data, until=0.5),

@@ -124,6 +124,7 @@ def calls(model):
         "count_macs": lambda: tpvprune.count_macs(model, example),
         "measure_latency": lambda: tpvprune.measure_latency(model, example, repeats=2, warmup=0),
         "prune": lambda: tpvprune.prune(model, data, keep=0.6, repair="auto"),
+        "prune_within": lambda: tpvprune.prune_within(model, data, max_loss=50, num_sizes=2),
         "prune in steps": lambda: tpvprune.prune(model, data, steps=2, allocation="rank"),
     }
     for name, scorer in SCORERS.items():

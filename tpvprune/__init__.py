@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tpvprune.passes.costs import count_macs, count_params, measure_latency
     from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
     from tpvprune.passes.forwards import own_forward, with_forward
-    from tpvprune.pipeline import PruningResult, prune, rank_channels
+    from tpvprune.pipeline import PruningResult, prune, prune_within, rank_channels
     from tpvprune.repairs.batchnorm import recalibrate_batchnorm
     from tpvprune.repairs.compensation import compensate_weights
     from tpvprune.repairs.distillation import distill
@@ -40,6 +40,7 @@ __version__: str
 __all__ = [  # noqa: RUF022  (in the order of the flow)
     # the flow in one call
     "prune",
+    "prune_within",
     "rank_channels",
     "PruningResult",
     "Limits",
@@ -97,7 +98,7 @@ _MODULES = {
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
     "saved.hub": ("push_to_hub",),
     "scores.importance": ("TPVImportance",),
-    "pipeline": ("PruningResult", "prune", "rank_channels"),
+    "pipeline": ("PruningResult", "prune", "prune_within", "rank_channels"),
     "repairs.reconstruction": ("reconstruct_blocks",),
     "groups.removal": ("remove_channels",),
     "scores.taps": ("Probing",),

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -153,6 +154,7 @@ def test_estimates_come_from_a_trial_of_the_whole_run(run, tmp_path, monkeypatch
     def slow(_, batches, **options):
         tried.append((sum(map(len, batches)), options["steps"], options["repair"]))
         time.sleep(0.3)
+        return SimpleNamespace(ranking=None)
 
     monkeypatch.setattr(planning, "prune", slow)
     monkeypatch.setattr(planning, "prune_weights", lambda _, batches, **__: tried.append("weights"))

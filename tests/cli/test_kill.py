@@ -32,6 +32,11 @@ COMMANDS = {
         *("prune", *DENSE, "--num-images", "8", "--latency-repeats", "0", "--output", "out"),
         *("--overwrite", "--criterion", "activation_variance", "--repair", "bn"),
     ],
+    "prune within a limit": [
+        *("prune", *DENSE, "--num-images", "8", "--latency-repeats", "0", "--output", "out"),
+        *("--overwrite", "--criterion", "activation_variance", "--repair", "none"),
+        *("--max-loss", "60"),
+    ],
     "prune weights": [
         *("prune", *DENSE, "--num-images", "8", "--latency-repeats", "0", "--output", "out"),
         *("--overwrite", "--granularity", "2:4", "--criterion", "magnitude", "--repair", "none"),

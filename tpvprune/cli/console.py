@@ -203,7 +203,9 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
     if line := outcome.images_used(document):
         say(line)
-    if not document["reached"]:
+    for line in outcome.quality(document):
+        say(line, indent="  ")
+    if not (document["reached"] or document.get("quality")):
         of, speed = document["of"], document.get("speed")
         left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]
         say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")

@@ -38,6 +38,7 @@ def check_first(args: argparse.Namespace) -> None:
     _check_auto(args)
     _check_outputs(args)
     _check_training(args)
+    _check_max_loss(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
@@ -73,6 +74,21 @@ def _check_training(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}: expected only with --repair distill, found --repair "
                 f"{args.repair}: leave one of them out"
             )
+
+
+def _check_max_loss(args: argparse.Namespace) -> None:
+    if getattr(args, "max_loss", None) is None:
+        return
+    if args.granularity not in {"channel", "head"}:
+        raise ValueError(
+            "--max-loss: expected channels or heads to be pruned, found --granularity "
+            f"{args.granularity}: pass --keep"
+        )
+    if args.repair == "distill":
+        raise ValueError(
+            "--max-loss: expected a repair without training, which each size would need, found "
+            "--repair distill: leave it out, and run `distill` on what comes out"
+        )
 
 
 def _check_given(args: argparse.Namespace) -> None:

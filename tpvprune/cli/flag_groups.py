@@ -314,6 +314,7 @@ def _checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], what: s
 
 
 fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
+points = _checked(float, lambda x: 0 < x < 100, "points above 0 and below 100")
 # Tensors of 32 bits hold no numbers above 3e38.
 positive = _checked(float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30")
 count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")

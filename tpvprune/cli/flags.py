@@ -29,6 +29,7 @@ from tpvprune.cli.flag_groups import (
     fraction,
     granularity,
     listed,
+    points,
     word,
 )
 
@@ -124,7 +125,8 @@ def _add_prune(sub: Parser) -> None:
         "branch (whole residual branches), channel,branch (both under one budget), weight (single "
         "ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
     )
-    how.add_argument(
+    size = how.add_mutually_exclusive_group()
+    size.add_argument(
         "--keep",
         dest="keeps",
         type=fraction,
@@ -133,6 +135,14 @@ def _add_prune(sub: Parser) -> None:
         metavar="X",
         help="fraction that stays, 0 to 1 (0.5); of several each gets a folder in OUT, from one "
         "ranking, and a page compares them",
+    )
+    size.add_argument(
+        "--max-loss",
+        type=points,
+        metavar="X",
+        help="instead of --keep: the smallest model that loses at most X points of agreement, of "
+        "top-1 with --eval-dir; tries up to five sizes, a repair each, and sets images aside, half "
+        "of which decide and half of which judge",
     )
     how.add_argument(
         "--ranking",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tpvprune.passes.loss import Loss
+
 _NOT_BLOCKS = ("selection", "repair", "layers")
 
 
@@ -30,6 +32,23 @@ def held_back(document: Mapping[str, Any]) -> str | None:
         f"chance {_percent(facts['chance_agreement'])}), output variance "
         f"{facts['variance_share']:.2g} of the dense model's own"
     )
+
+
+def quality(document: Mapping[str, Any]) -> list[str]:
+    """Return what was promised of a limit of loss and what was measured, a line each."""
+    facts = document.get("quality")
+    if not facts:
+        return []
+    labelled = facts["of"] == "top-1"
+    kept = "kept" if facts["met"] else "NOT KEPT: the largest size that was tried is saved"
+    lines = [
+        f"at most {facts['max_loss']:g} points of {facts['of']} lost: {kept}",
+        f"promised: {Loss(**facts['promised'])}, on the images that decided",
+        f"measured: {Loss(**facts['measured'])}, on images that took no part, as the table",
+    ]
+    if labelled:
+        lines.append("labels chose between sizes alone: no score, width or repair has seen one")
+    return lines
 
 
 def images_used(document: Mapping[str, Any]) -> str | None:

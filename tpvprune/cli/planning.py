@@ -14,6 +14,7 @@ from torch import nn
 from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, percent, say, short
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
+from tpvprune.cli.pruning import num_apart
 from tpvprune.cli.pruning_options import (
     limits_of,
     pruning_options,
@@ -33,6 +34,7 @@ from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
+from tpvprune.pipeline.within import NUM_SIZES
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
 from tpvprune.scores.criterion_names import is_labelled
@@ -64,7 +66,8 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     layers = ignored(args, subject)
     images = open_data(args, labelled=used_labels)
     groups = find_groups(subject.model, subject.example, ignore=layers)
-    num = _num_images(args, images)
+    apart = num_apart(args, images)
+    num = _num_images(args, images, apart)
     forward, backward = _seconds(subject)
 
     # The clock is left alone, and so is what takes minutes on noise, too.
@@ -72,28 +75,34 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.repair == "reconstruct":
         quicker["repair"] = "compensate"
 
+    num_sizes = 1 if args.max_loss is None else NUM_SIZES
+
     def whole(batches: list[torch.Tensor]) -> None:
-        labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches]
-        prune(
-            subject.model,
-            batches,
-            **{**pruning_options(args), **quicker},
-            **ranking_options(args, labelled, ignore=layers),
-        )
+        labelled, ranking = [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches], None
+        for _ in range(num_sizes):
+            ranking = prune(
+                subject.model,
+                batches,
+                **{**pruning_options(args), **quicker},
+                **ranking_options(args, labelled, ignore=layers),
+                ranking=ranking,
+            ).ranking
 
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
-    expected = _expected(subject, whole, num, args.steps * passes + 4 * forward)
+    expected = _expected(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
     more = _MORE.get(args.repair, "")
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
         expected = replace(expected, seconds=expected.seconds + training)
     document = _document(args, subject, groups, expected.seconds, num_images=num)
     _say_groups(document, groups)
-    reached = True  # of milliseconds only the clock knows
+    reached = True  # of milliseconds, and of what is lost, only the run knows
     if "branch" in STRUCTURES[args.granularity]:
         document |= _branches(args, subject, groups, document["smallest"])
-    if args.of == "latency":
+    if args.max_loss is not None:
+        _say_limit(args, apart)
+    elif args.of == "latency":
         say(f"budget: {percent(args.keep)} of the latency that is then measured")
     else:
         share = document["smallest"][args.of] / document["dense"][args.of]
@@ -129,6 +138,16 @@ def _branches(
     if "channel" in STRUCTURES[args.granularity]:
         smallest = {of: min(smallest[of], narrowest[of]) for of in smallest}
     return {"branches": [b.name for b in found], "smallest": smallest}
+
+
+def _say_limit(args: argparse.Namespace, apart: int) -> None:
+    """Say what may be lost, and on which images that is measured."""
+    of = "agreement" if args.eval_dir is None else "top-1"
+    where = f"{apart} images more" if apart else f"the images of {args.eval_dir}"
+    say(
+        f"budget: at most {args.max_loss:g} points of {of} lost: up to {NUM_SIZES} sizes of one "
+        f"ranking; {where} decide and judge"
+    )
 
 
 def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -231,10 +250,10 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return 0, document
 
 
-def _num_images(args: argparse.Namespace, images: ImageSource) -> int:
+def _num_images(args: argparse.Namespace, images: ImageSource, apart: int = 0) -> int:
     """Return how many images a run will see; for auto, which only the run can tell, a guess."""
     wanted = _GUESS if args.num_images == AUTO else args.num_images
-    return int(wanted if images.count is None else min(wanted, images.count))
+    return int(wanted if images.count is None else min(wanted, images.count - apart))
 
 
 def _images(num: int, images: ImageSource) -> str:
@@ -254,7 +273,8 @@ def _document(
     return {
         **provenance(args, subject),
         "dry_run": True,
-        "keep": args.keep,
+        "keep": args.keep if getattr(args, "max_loss", None) is None else None,
+        "max_loss": getattr(args, "max_loss", None),
         "num_images": num_images,
         "dense": {"macs": groups.macs(), "params": groups.params()},
         "smallest": {

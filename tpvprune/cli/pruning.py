@@ -1,4 +1,4 @@
-"""`prune`: one size, or several from one ranking."""
+"""`prune`: one size, several from one ranking, or the smallest that loses little enough."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from tpvprune.groups import find_groups
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
+from tpvprune.passes.loss import Losses, halves, num_measured
 from tpvprune.pipeline import PruningResult, prune
+from tpvprune.pipeline.within import num_aside, smallest_within
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import read_report, report_data
 from tpvprune.saved.checkpoint import save_pruned
@@ -78,12 +81,16 @@ def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: in
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """What all sizes share: the model, and the images to prune and to measure with."""
+    """What all sizes share: the model, and the images to prune and to measure with.
+
+    With ``--max-loss`` some decide on the size, and what measures the result has not seen them.
+    """
 
     subject: Subject
     layers: tuple[str, ...]
     images: ImageSource
     batches: Any
+    deciding: Any
     labelled: Any
     eval_images: EvalImages
     seconds: dict[str, float]
@@ -96,20 +103,39 @@ class _Opened:
         if args.granularity == "head":
             layers += single_weights.all_but_heads(subject, layers)
         images = open_data(args, labelled=used_labels)
+        apart = num_apart(args, images)
         if args.num_images == AUTO:
             groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
-            scored = scored_until_known(args, subject, images, groups)
+            scored = scored_until_known(args, subject, images, groups, apart=apart)
             args.num_images = max(_FEWEST, scored.num_samples)
         clock = Clock(None)
         with clock("reading images"):
             batches, labelled, eval_images = images_to_prune_with(
-                args,
-                subject,
-                images,
-                labelled=used_labels,
-                apart=training.num_held_back(images) if args.repair == "distill" else 0,
+                args, subject, images, labelled=used_labels, apart=apart
             )
-        return cls(subject, layers, images, batches, labelled, eval_images, clock.seconds)
+        deciding = None
+        if args.max_loss is not None:
+            deciding, judging = halves(eval_images.batches)
+            labelled = None if labelled is None else judging
+            eval_images = replace(eval_images, batches=judging)
+        return cls(subject, layers, images, batches, deciding, labelled, eval_images, clock.seconds)
+
+    def measured(self, batches: Any) -> Losses:
+        """Return what measures losses: of top-1 where a labelled set is given."""
+        return Losses(self.subject.model, batches, labelled=self.labelled is not None)
+
+
+def num_apart(args: argparse.Namespace, images: ImageSource) -> int:
+    """Return how many images ranking and repair may not see."""
+    if args.repair == "distill":
+        return training.num_held_back(images)
+    if args.max_loss is None or args.eval_dir is not None:
+        return 0
+    wanted = num_measured(args.max_loss)
+    if images.count is None:
+        return wanted
+    num = None if args.num_images == AUTO else args.num_images
+    return num_aside(images.count, num_images=num, wanted=wanted, source=images.name)
 
 
 def _pruned(
@@ -120,16 +146,8 @@ def _pruned(
     clock = Clock(None)
     clock.seconds = dict(opened.seconds)
     state = training.state_file(args.output, "unfinished-pruning")
-    with stages() as progress, _only_for_stops(state):
-        result = prune(
-            subject.model,
-            unlabeled(batches, device=subject.device),
-            **pruning_options(args),
-            **ranking_options(args, batches, ignore=opened.layers),
-            ranking=ranking,
-            state=state,
-            progress=progress,
-        )
+    with _only_for_stops(state):
+        result = _result(args, opened, ranking, state)
     _say_unrounded(args, result)
     if args.repair == "distill":
         with clock("training"):
@@ -155,6 +173,30 @@ def _pruned(
         by_first(unfinished.unlink, missing_ok=True)
     show_pruned(document)
     return result.ranking, (0 if result.report["reached"] else 3), document
+
+
+def _result(
+    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None, state: Path
+) -> PruningResult:
+    """Prune to the size that the flags ask for, or to the smallest that loses no more than that."""
+    subject, batches = opened.subject, opened.batches
+
+    def prune_to(keep: float, found: Ranking | None) -> PruningResult:
+        with stages() as progress:
+            return prune(
+                subject.model,
+                unlabeled(batches, device=subject.device),
+                **{**pruning_options(args), "keep": keep},
+                **ranking_options(args, batches, ignore=opened.layers),
+                ranking=found,
+                state=state if found is ranking else None,  # of several sizes the first one ranks
+                progress=progress,
+            )
+
+    if args.max_loss is None:
+        return prune_to(args.keep, ranking)
+    losses = opened.measured(opened.deciding), opened.measured(opened.eval_images.batches)
+    return smallest_within(prune_to, *losses, max_loss=args.max_loss, ranking=ranking, notice=say)
 
 
 @contextlib.contextmanager

@@ -113,10 +113,19 @@ def _images_per_batch(subject: Subject) -> int:
 
 
 def scored_until_known(
-    args: argparse.Namespace, subject: Subject, images: ImageSource, groups: ChannelGroups
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    groups: ChannelGroups,
+    *,
+    apart: int = 0,
 ) -> Scores:
-    """Score with ``--num-images auto``: until half of the scores are known well enough."""
-    chosen = choose(args, subject, images, images.count)
+    """Score with ``--num-images auto``: until half of the scores are known well enough.
+
+    Images set apart are not looked at.
+    """
+    num, skip = all_but(apart, images, images.count)
+    chosen = choose(args, subject, images, num, skip=skip)
     scores = tpv_scores(
         subject.model,
         groups,

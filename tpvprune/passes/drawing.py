@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -36,7 +36,11 @@ _MOST_HELD_BACK = 128  # enough to tell repairs apart; every further image is mi
 
 
 def hold_back(
-    batches: Iterable[Any], *, num_images: int | None = None, seed: int = 0
+    batches: Iterable[Any],
+    *,
+    num_images: int | None = None,
+    seed: int = 0,
+    held: Callable[[int], int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (fit, held): a random tenth of the drawn inputs, 1 to 128, is held back to measure.
 
@@ -45,6 +49,7 @@ def hold_back(
             whole: of a DataLoader over a larger dataset only what is drawn is loaded.
         num_images: So many inputs are drawn; None, or fewer than that: all.
         seed: Of the draw.
+        held: How many of so many drawn inputs are held back, if not :func:`num_held`.
 
     Returns:
         Two lists of batches of the size of the loader's first; inputs of other shapes are not
@@ -60,7 +65,7 @@ def hold_back(
         source = source.replaced(partial(_few, num_images=num_images, seed=seed))
     drawn, size = _drawn(source, num_images, seed)
     num = int(total(len(drawn)))
-    num_fit = num - num_held(num)
+    num_fit = num - (held or num_held)(num)
     if num_fit < num_processes():
         raise ValueError(
             f"batches: expected at least {num_processes() + 1} inputs, found {num}; a few hundred "
@@ -92,6 +97,22 @@ def drawn_indices(
 def num_held(num: int) -> int:
     """Return how many of so many drawn images are held back."""
     return min(_MOST_HELD_BACK, max(1, num // 10))
+
+
+def num_set_aside(num: int, *, num_images: int | None, wanted: int) -> int:
+    """Return how many images of a set neither scores nor repairs may see.
+
+    Args:
+        num: Images in the set.
+        num_images: What scores and repairs ask for; None: all.
+        wanted: What measuring asks for.
+
+    Returns:
+        All that measuring asks for where the set has them beside the others; else a quarter of the
+        set, or what the others leave if that is more.
+    """
+    left = 0 if num_images is None else num - num_images
+    return min(wanted, max(left, num // 4))
 
 
 # ---- a large dataset: only what is drawn is loaded ----------------------------------------------

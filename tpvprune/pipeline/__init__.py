@@ -1,11 +1,13 @@
 """The whole method: groups, ranking, widths, removal, repair, measurement.
 
 - ``pruning``: :func:`tpvprune.prune`, on one screen, and :func:`tpvprune.rank_channels`;
+- ``within``: :func:`tpvprune.prune_within`, several sizes of one ranking under a limit of loss;
 - ``setup``: what it is given: the network, its groups, the images that are drawn, the budget;
 - ``run``: its rounds, each a cut, a repair and a measurement;
 - ``report``: what is said of it; ``checks``: arguments that do not go together.
 """
 
 from tpvprune.pipeline.pruning import PruningResult, prune, rank_channels
+from tpvprune.pipeline.within import prune_within
 
-__all__ = ["PruningResult", "prune", "rank_channels"]
+__all__ = ["PruningResult", "prune", "prune_within", "rank_channels"]

@@ -57,14 +57,28 @@ class _Shard:
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
-        start = 0
-        for batch in self._batches:
-            parts = batch if isinstance(batch, (tuple, list)) else (batch,)
-            first = (rank() - start) % num_processes()
-            start += len(parts[0])
-            mine = [part[first :: num_processes()] for part in parts]
-            if len(mine[0]):
-                yield mine[0] if isinstance(batch, Tensor) else tuple(mine)
+        return every(self._batches, rank(), num_processes())
+
+
+def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
+    """Take every so many samples of batches, wherever one batch ends and the next begins.
+
+    Args:
+        batches: Tensors [B, ...], or tuples of such.
+        first: Which of the first ``step`` samples.
+        step: Distance of the samples.
+
+    Yields:
+        Of every batch its part; where there is none the batch is left out.
+    """
+    start = 0
+    for batch in batches:
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        begin = (first - start) % step
+        start += len(parts[0])
+        mine = [part[begin::step] for part in parts]
+        if len(mine[0]):
+            yield mine[0] if isinstance(batch, Tensor) else tuple(mine)
 
 
 def shard(batches: Iterable[Any]) -> Iterable[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tpvprune.reports.changes import classes, samples
 from tpvprune.reports.page import page
 from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
+from tpvprune.reports.quality import sizes_tried
 from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
 from tpvprune.reports.training import training
 
@@ -21,8 +22,8 @@ DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, R
 """What comes of a page that is made of data of the wrong kind."""
 _MAX_BYTES = 256 * 2**20
 _SECTIONS = (
-    before_after, comparison, training, widths, weights, steps, classes, samples, scores, repairs,
-    blocked, making,
+    before_after, sizes_tried, comparison, training, widths, weights, steps, classes, samples,
+    scores, repairs, blocked, making,
 )  # fmt: skip
 
 

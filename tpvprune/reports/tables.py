@@ -54,7 +54,11 @@ def header(data: Mapping[str, Any]) -> str:
         sentences.append(f"The criterion {cell(data.get('criterion'))} used labels.")
     lead = f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ""
     warnings = "".join(f'<p class="warn">{cell(line)}</p>' for line in data.get("warnings") or ())
-    if data.get("reached") is False:
+    if data.get("reached") is False and data.get("quality"):
+        warnings += (
+            '<p class="warn"><strong>The limit of loss was not kept</strong> by any size.</p>'
+        )
+    elif data.get("reached") is False:
         share = _ratio(pruned, dense, str(data.get("of") or "macs"))
         found = f": it stopped at {percent(share)}" if share is not None else ""
         warnings += (

@@ -1,0 +1,224 @@
+"""What a model loses against the dense one on images, in points, with its confidence interval.
+
+A point is one image of a hundred. Of unlabeled images it is one on which the two models choose
+different classes, of labelled ones a point of top-1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.batches import private_randomness, unlabeled
+from tpvprune.passes.evaluation import class_indices
+from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.running import evaluating, on_device
+from tpvprune.processes.shares import every, summed
+
+CONFIDENCE = 0.95
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+_MOST_MEASURED = 10_000
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a model loses.
+
+    Attributes:
+        points: The estimate, in points: above 0 where the model is worse than the dense one.
+        low: The lower end of its 95 % confidence interval, in points.
+        high: The upper end.
+        num_images: On how many images it was measured.
+    """
+
+    points: float
+    low: float
+    high: float
+    num_images: int
+
+    @classmethod
+    def of_agreement(cls, lost: float, num: int) -> Loss:
+        """Return the loss of agreement, with the interval of Wilson (1927).
+
+        Args:
+            lost: Images on which the classes differ. Of a model that chooses one at each position
+                the sum over images of the fraction that differs, for which the interval is rather
+                too wide.
+            num: Images.
+
+        Returns:
+            The loss.
+        """
+        share, z2 = lost / num, _Z * _Z
+        middle = (lost + z2 / 2) / (num + z2)
+        half = _Z * math.sqrt(num * share * (1 - share) + z2 / 4) / (num + z2)
+        return cls(100 * share, 100 * max(0.0, middle - half), 100 * (middle + half), num)
+
+    @classmethod
+    def of_top1(cls, lost: float, won: float, num: int) -> Loss:
+        """Return the loss of top-1, with the interval of Bonett and Price (2012) for paired images.
+
+        Args:
+            lost: Images that the dense model alone classifies rightly.
+            won: Images that the other model alone does.
+            num: Images.
+
+        Returns:
+            The loss.
+        """
+        lost_share, won_share = (lost + 1) / (num + 2), (won + 1) / (num + 2)
+        middle = lost_share - won_share
+        half = _Z * math.sqrt((lost_share + won_share - middle**2) / (num + 2))
+        return cls(100 * (lost - won) / num, 100 * (middle - half), 100 * (middle + half), num)
+
+    @property
+    def width(self) -> float:
+        """How wide the interval is, in points."""
+        return self.high - self.low
+
+    def needed(self, width: float) -> int:
+        """Return on about how many images the interval would be no wider than so many points."""
+        return math.ceil(self.num_images * (self.width / width) ** 2)
+
+    def __str__(self) -> str:
+        """Return it in words, for people."""
+        return (
+            f"{self.points:.2f} points ({CONFIDENCE:.0%} interval {self.low:.2f} to "
+            f"{self.high:.2f}, {self.num_images} images)"
+        )
+
+
+def images_needed(points: float, width: float) -> int:
+    """Return on how many images the interval of a loss of agreement is no wider than this.
+
+    Args:
+        points: The loss, in points from 0 to 100.
+        width: Of the interval, in points above 0.
+
+    Returns:
+        The smallest such number: that of Wilson's interval, solved for it.
+    """
+    share, width, z2 = points / 100, width / 100, _Z * _Z
+    spread = share * (1 - share)
+    root = math.sqrt((2 * z2 * spread) ** 2 + (width * z2) ** 2 * (1 - 4 * spread))
+    return max(1, math.ceil((2 * z2 * spread + root) / width**2 - z2))
+
+
+def num_measured(max_loss: float) -> int:
+    """Return how many images tell such a loss apart: half of them to decide, half to judge.
+
+    Args:
+        max_loss: In points. Of both the interval is then no wider than this.
+
+    Returns:
+        Images, at most 10,000.
+    """
+    return min(_MOST_MEASURED, 2 * images_needed(max_loss, max_loss))
+
+
+class Losses:
+    """Measures what models lose against one dense model on the same images.
+
+    Args:
+        dense: The dense model; its classes are computed once.
+        batches: Re-iterable of inputs [B, ...]; of labelled ones pairs with class indices [B].
+        labelled: Whether top-1 counts, else agreement; then labels are dropped unread.
+        outputs: Of a model with several outputs those that count, the first of which is meant.
+
+    Raises:
+        ValueError: If the dense model chooses no classes, once it is run.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        batches: Iterable[Any],
+        *,
+        labelled: bool = False,
+        outputs: Chosen | None = None,
+    ) -> None:
+        """Note what to measure, and with what."""
+        self.dense, self.labelled, self._chosen = dense, labelled, outputs
+        self._inputs = unlabeled(batches)
+        self._batches = batches if labelled else self._inputs
+        self._outputs: Outputs | None = None
+        self._known: list[Tensor] = []
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Note which classes the dense model chooses, once."""
+        if self._outputs is not None:
+            return
+        self._outputs = Outputs.measured(self.dense, self._inputs, self._chosen).first
+        with evaluating(self.dense):
+            outputs = (self._returned(self.dense, x) for x in private_randomness(self._inputs))
+            self._known = [found.argmax(1).cpu() for found in outputs]
+
+    @torch.no_grad()
+    def of(self, model: nn.Module) -> Loss:
+        """Measure what a model loses.
+
+        Args:
+            model: With the outputs of the dense one.
+
+        Returns:
+            The loss.
+        """
+        self.prepare()
+        counts = torch.zeros(3, dtype=torch.float64)  # lost, won, images
+        with evaluating(model):
+            batches = private_randomness(self._batches)
+            for dense, batch in zip(self._known, batches, strict=True):
+                counts += self._counts(model, dense, batch)
+        lost, won, num = summed(counts)[0].tolist()
+        if self.labelled:
+            return Loss.of_top1(lost, won, round(num))
+        return Loss.of_agreement(lost, round(num))
+
+    def _counts(self, model: nn.Module, dense: Tensor, batch: Any) -> Tensor:
+        x = batch[0] if self.labelled else batch
+        outputs = self._returned(model, x)
+        ours = outputs.argmax(1).where(outputs.isfinite().all(1), -1).cpu()
+        if not self.labelled:
+            lost = (ours != dense).double().reshape(len(x), -1).mean(1).sum()
+            return torch.tensor([float(lost), 0.0, len(x)], dtype=torch.float64)
+        labels = class_indices(batch[1], outputs).cpu()
+        right, was_right = ours == labels, dense == labels
+        lost_won = [float((a & ~b).sum()) for a, b in ((was_right, right), (right, was_right))]
+        return torch.tensor([*lost_won, len(x)], dtype=torch.float64)
+
+    def _returned(self, model: nn.Module, x: Tensor) -> Tensor:
+        assert self._outputs is not None
+        (found,) = self._outputs.of(model(on_device(x, model))).values()
+        if found.ndim < 2 or found.shape[1] < 2:
+            raise ValueError(
+                "max_loss: expected a model that chooses among classes, found outputs of shape "
+                f"{tuple(found.shape)}: choose a size with keep"
+            )
+        return found
+
+
+class _Half:
+    def __init__(self, batches: Iterable[Any], number: int) -> None:
+        self._batches, self._number = batches, number
+
+    def __iter__(self) -> Iterator[Any]:
+        return every(self._batches, self._number, 2)
+
+
+def halves(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Split images into two halves without a common one: every other image, whatever the batches.
+
+    Args:
+        batches: Re-iterable of tensors [B, ...], or of tuples of such.
+
+    Returns:
+        Two re-iterables of the same.
+    """
+    return _Half(batches, 0), _Half(batches, 1)

@@ -1,0 +1,54 @@
+"""The report's sizes that were tried under a limit of loss, and what was promised and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpvprune.reports.charts import percent, short, whole
+from tpvprune.reports.tables import section
+from tpvprune.reports.text import cell
+
+
+def sizes_tried(data: Mapping[str, Any]) -> str:
+    """Tabulate the sizes; nothing where no limit was set."""
+    quality = data.get("quality")
+    if not quality:
+        return ""
+    names = ("Kept", "MACs", "Parameters", "Points lost", "Interval")
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
+    body = "".join(_row(size, data.get("keep")) for size in quality["sizes"])
+    of = cell(quality["of"])
+    about = (
+        f"<p>The smallest size that loses at most {float(quality['max_loss']):g} points of {of}, "
+        f"by bisection over one ranking; each size was repaired. The saved one stands out.</p>"
+        f"<p>Promised, on the images that decided: {_loss(quality['promised'])}.</p>"
+        f"<p>Measured, on images that took no part: {_loss(quality['measured'])}.</p>"
+        f"<p>In brackets and in the table: {percent(quality['confidence'], 0)} intervals.</p>"
+    )
+    if quality["of"] == "top-1":
+        about += "<p>Labels chose between these sizes alone: no score, width or repair saw one.</p>"
+    return section(
+        "Sizes tried", about, f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _row(size: Mapping[str, Any], keep: Any) -> str:
+    loss = size["loss"]
+    cells = (
+        percent(size["share"]), short(size["macs"]), short(size["params"]), _points(loss["points"]),
+        f"{_points(loss['low'])} to {_points(loss['high'])}",
+    )  # fmt: skip
+    mark = " class=ours" if size["keep"] == keep else ""
+    return f"<tr{mark}>{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
+
+
+def _loss(loss: Mapping[str, Any]) -> str:
+    return (
+        f"{_points(loss['points'])} points ({_points(loss['low'])} to {_points(loss['high'])}) on "
+        f"{whole(loss['num_images'])} images"
+    )
+
+
+def _points(number: float) -> str:
+    return f"{number:.2f}".replace("-", "\u2212")
