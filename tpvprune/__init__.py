@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tpvprune.saved.checkpoint import load_pruned, save_pruned
     from tpvprune.saved.export import export_model
     from tpvprune.saved.hub import push_to_hub
+    from tpvprune.saved.int8 import export_int8
     from tpvprune.scores.criteria import SCORERS, with_labels
     from tpvprune.scores.curves import variance_curves
     from tpvprune.scores.importance import TPVImportance
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "load_pruned",
     "push_to_hub",
     "export_model",
+    "export_int8",
     "TPVImportance",
     "__version__",
 ]
@@ -92,6 +94,7 @@ _MODULES = {
     "saved.export": ("export_model",),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
     "saved.hub": ("push_to_hub",),
+    "saved.int8": ("export_int8",),
     "scores.importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune", "rank_channels"),
     "repairs.reconstruction": ("reconstruct_blocks",),
