@@ -152,6 +152,15 @@ def test_dense_and_pruned_are_compared_with_dense_and_batches_may_be_free(tmp_pa
     assert len(session.run(None, {"images": shown[:7].numpy()})[0]) == 7
 
 
+def test_a_fixed_batch_size_is_that_of_calls_and_of_images_used(tmp_path):
+    found = export_int8(
+        model_of(), [images(14)], tmp_path / "x.onnx", batch_size=4, ranges=["min-max"],
+        latency_repeats=2,
+    )  # fmt: skip
+    assert found.input_shape[0] == found.batch_size == 4
+    assert (found.num_calibration, found.num_choosing, found.num_measured) == (4, 4, 4)
+
+
 class Outlier(nn.Module):
     """One channel that nothing reads is a million times as large as those that matter."""
 
@@ -178,11 +187,11 @@ def test_a_file_that_is_broken_is_called_so(tmp_path, written):
 
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
     run = partial(export_int8, model_of(), [images(2)], tmp_path / "x.onnx")
-    with pytest.raises(ValueError, match="at least 3 images .* found 2: pass more"):
+    with pytest.raises(ValueError, match=r"at least 3 images .* found 2: pass more"):
         run()
     with pytest.raises(ValueError, match="at least 12 images"):
         run(batch_size=4)
-    with pytest.raises(ValueError, match="ranges of min-max, percentile, entropy .* found kl"):
+    with pytest.raises(ValueError, match=r"ranges of min-max, percentile, entropy .* found kl"):
         run(ranges=["kl"])
     with pytest.raises(ValueError, match="at least 2, found min-max and 1"):
         run(ranges=["min-max"], latency_repeats=1)
@@ -227,7 +236,7 @@ def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
         (["--int8"], "--int8: expected images to calibrate with: pass --data-dir D"),
         (["--int8", "--format", "pt2"], "--int8: expected --format onnx, found pt2"),
         (["--ranges", "entropy"], "--ranges: expected only with --int8"),
-        (["--dense", "x.pt"], "--dense: expected only with --int8"),
+        (["--dense", "pretrained"], "--dense: expected only with --int8"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, tmp_path, capsys):

@@ -31,6 +31,9 @@ _RANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "entropy": ("Entropy", {}),
 }
 RANGES = tuple(_RANGES)
+# Where there are any of these only products are quantized, else nothing is left of a ViT.
+_DELICATE = {"Softmax", "LayerNormalization"}
+_PRODUCTS = ["Conv", "Gemm", "MatMul"]
 _CALIBRATED = 64  # images at most: more take longer, and only widen the ranges of min-max
 
 
@@ -113,7 +116,8 @@ def export_int8(
     weights to int8 with a scale per output channel, activations to uint8 (on x86 the faster kind)
     with one range per tensor. Ranges are the smallest and largest value (``"min-max"``), without
     the outer 0.01 % (``"percentile"``), or of least divergence (``"entropy"``), whichever agrees
-    best with the float32 file. Of the images a third, at most 64, calibrates, half of the others
+    best with the float32 file. In a network with LayerNorm or softmax only convolutions and matrix
+    products are quantized, else every operator that can be. Of the images a third, at most 64, calibrates, half of the others
     chooses the ranges, the rest measures; a seed says which is which.
 
     Weights are not equalised across layers, nor biases corrected: with a scale per channel the
@@ -217,12 +221,14 @@ def _best(tried: Mapping[str, Difference]) -> str:
 def _quantize(whole: Path, small: Path, calibration: Sequence[Tensor], ranges: str) -> None:
     tools = importlib.import_module("onnxruntime.quantization")
     method, options = _RANGES[ranges]
+    kinds = {node.op_type for node in importlib.import_module("onnx").load(whole).graph.node}
     with _quiet():
         try:
             tools.quantize_static(
                 whole,
                 small,
                 _reader(calibration),
+                op_types_to_quantize=_PRODUCTS if kinds & _DELICATE else None,
                 per_channel=True,
                 activation_type=tools.QuantType.QUInt8,
                 weight_type=tools.QuantType.QInt8,
@@ -282,15 +288,27 @@ class _Session(nn.Module):
         self._session = runtime.InferenceSession(
             str(file), options, providers=["CPUExecutionProvider"]
         )
+        size = self._session.get_inputs()[0].shape[0]
+        self._size = size if isinstance(size, int) else None
+        # Says where, and in what type, it runs.
+        self._parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, images: Tensor) -> Any:
-        """Run the file on images [B, ...].
+        """Run the file on images [B, ...], those beyond its own batch size in further calls.
 
         Returns:
             Its output, or a tuple of several.
         """
-        found = self._session.run(None, {"images": images.numpy()})
-        outputs = tuple(map(torch.from_numpy, found))
+        size = self._size or len(images)
+        short = images[:1].expand(-len(images) % size, *images.shape[1:])  # nothing, mostly
+        calls = [
+            self._session.run(None, {"images": part.contiguous().numpy()})
+            for part in torch.cat([images, short]).split(size)
+        ]
+        outputs = tuple(
+            torch.cat(list(map(torch.from_numpy, parts)))[: len(images)]
+            for parts in zip(*calls, strict=True)
+        )
         return outputs[0] if len(outputs) == 1 else outputs
 
 
