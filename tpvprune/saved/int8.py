@@ -117,8 +117,8 @@ def export_int8(
     with one range per tensor. Ranges are the smallest and largest value (``"min-max"``), without
     the outer 0.01 % (``"percentile"``), or of least divergence (``"entropy"``), whichever agrees
     best with the float32 file. In a network with LayerNorm or softmax only convolutions and matrix
-    products are quantized, else every operator that can be. Of the images a third, at most 64, calibrates, half of the others
-    chooses the ranges, the rest measures; a seed says which is which.
+    products are quantized, else every operator that can be. Of the images a third, at most 64,
+    calibrates, half of the others chooses the ranges, the rest measures; a seed says which is which.
 
     Weights are not equalised across layers, nor biases corrected: with a scale per channel the
     mean shift of the logits was 3 to 10 % of their squared error on ``cifar_resnet56`` and
