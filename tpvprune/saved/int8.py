@@ -171,9 +171,18 @@ def export_int8(
         runs = _measured(sessions, files, measuring, latency_repeats)
         apart = difference(sessions["int8"], sessions["float32"], measuring)
         shutil.copyfile(files["int8"], unfinished)
-    counts = [sum(map(len, part)) for part in (calibration, choosing, measuring)]
-    best, size = _best(tried[""]), len(measuring[0])
-    return Quantized(file, exported.input_shape, best, *counts, tried[""], apart, runs, size)
+    return Quantized(
+        file=file,
+        input_shape=exported.input_shape,
+        ranges=_best(tried[""]),
+        num_calibration=sum(map(len, calibration)),
+        num_choosing=sum(map(len, choosing)),
+        num_measured=sum(map(len, measuring)),
+        tried=tried[""],
+        difference=apart,
+        runs=runs,
+        batch_size=len(measuring[0]),
+    )
 
 
 def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
@@ -332,7 +341,7 @@ def _timed(sessions: Mapping[str, _Session], x: Tensor, repeats: int) -> dict[st
             start = time.perf_counter()
             session(x)
             times[name].append(1e3 * (time.perf_counter() - start))
-    found = {}
+    found: dict[str, Sequence[Any]] = {}
     for name, all_of in times.items():
         low, middle, high = statistics.quantiles(all_of[2:], n=4, method="inclusive")
         found[name] = (middle, (low, high))
