@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tpvprune.saved.checkpoint import load_pruned, save_pruned
     from tpvprune.saved.export import export_model
     from tpvprune.saved.hub import push_to_hub
+    from tpvprune.saved.int8 import export_int8
     from tpvprune.scores.criteria import SCORERS, with_labels
     from tpvprune.scores.curves import variance_curves
     from tpvprune.scores.importance import TPVImportance
@@ -79,6 +80,7 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "load_pruned",
     "push_to_hub",
     "export_model",
+    "export_int8",
     "TPVImportance",
     "__version__",
 ]
@@ -97,6 +99,7 @@ _MODULES = {
     "passes.forwards": ("own_forward", "with_forward"),
     "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
     "saved.hub": ("push_to_hub",),
+    "saved.int8": ("export_int8",),
     "scores.importance": ("TPVImportance",),
     "pipeline": ("PruningResult", "prune", "prune_within", "rank_channels"),
     "repairs.reconstruction": ("reconstruct_blocks",),

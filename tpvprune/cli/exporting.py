@@ -3,55 +3,158 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpvprune.cli.console import bar, say
-from tpvprune.cli.session import open_evaluated, provenance
-from tpvprune.cli.session_images import choose, open_data
+from torch import nn
+
+from tpvprune.cli.console import bar, percent, say, table
+from tpvprune.cli.session import Subject, open_evaluated, provenance
+from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
 from tpvprune.saved.export import Exported, export_model
+from tpvprune.saved.int8 import RANGES, Quantized, Run, export_int8
+
+_NUM_IMAGES, _NUM_INT8_IMAGES = 64, 512
+_NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
 
 
 def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Export, compare, and say how close the file's outputs are."""
+    given = any((args.data_dir is not None, args.data_list is not None, args.dataset))
+    _check(args, given=given)
+    name = f"model-int8.{args.format}" if args.int8 else f"model.{args.format}"
+    file = args.output or Path(args.folder) / name
+    check_file(file, overwrite=args.overwrite)
+    args.device = "cpu"
+    args.num_images = args.num_images or (_NUM_INT8_IMAGES if args.int8 else _NUM_IMAGES)
+    subject, dense = open_evaluated(args)
+    batches = _images(args, subject) if given else ()
+    document: dict[str, Any] = provenance(args, subject)
+    write = partial(_int8, dense=dense) if args.int8 else _float
+    document |= {"output": str(file), "format": args.format}
+    document |= write(args, subject, batches, file, {name: document[name] for name in _NOTES})
+    say(f"saved: {file}")
+    return 0, document
+
+
+def _check(args: argparse.Namespace, *, given: bool) -> None:
     if args.output is None and args.folder is None:
         raise ValueError("--output F: expected the name of the file to write")
-    file = args.output or Path(args.folder) / f"model.{args.format}"
-    check_file(file, overwrite=args.overwrite)
-    args.device, args.dense = "cpu", None
-    subject, _ = open_evaluated(args)
-    batches: Any = ()
-    if args.data_dir is not None or args.data_list is not None or args.dataset:
-        images = open_data(args, labelled=False)
-        batches = in_memory(
-            choose(args, subject, images, args.num_images), progress=bar("reading images")
-        )
-    size = args.batch_size if args.batch_size and not args.dynamic_batch else 1
-    document: dict[str, Any] = provenance(args, subject)
-    notes = ("model", "model_kwargs", "weights", "preprocessing", "versions")
+    if args.int8 and args.format != "onnx":
+        raise ValueError(f"--int8: expected --format onnx, found {args.format}")
+    if args.int8 and not given:
+        raise ValueError("--int8: expected images to calibrate with: pass --data-dir D")
+    for flag in ("dense", "ranges"):
+        if getattr(args, flag) is not None and not args.int8:
+            raise ValueError(f"--{flag}: expected only with --int8")
+
+
+def _images(args: argparse.Namespace, subject: Subject) -> Any:
+    """Choose images; for int8 the last of the draw, since an earlier `prune` took the first."""
+    images = open_data(args, labelled=False)
+    if args.int8 and images.count is not None:
+        args.num_images = min(args.num_images, images.count)
+    pick = choose_apart if args.int8 else choose
+    return in_memory(pick(args, subject, images, args.num_images), progress=bar("reading images"))
+
+
+def _float(
+    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, notes: dict[str, Any]
+) -> dict[str, Any]:
     exported = export_model(
         subject.model,
-        subject.example[:1].expand(size, -1, -1, -1),
+        subject.example[:1].expand(_batch_size(args), -1, -1, -1),
         file,
         format=args.format,
         dynamic_batch=args.dynamic_batch,
         batches=batches,
         overwrite=args.overwrite,
-        metadata={name: document[name] for name in notes},
+        metadata=notes,
     )
-    document |= {
-        "output": str(exported.file),
-        "format": exported.format,
-        "bytes": exported.file.stat().st_size,
+    num_bytes = exported.file.stat().st_size
+    _show(exported, num_bytes)
+    return {
+        "bytes": num_bytes,
         "input_shape": exported.input_shape,
         "num_random": exported.num_random,
         "num_images": exported.num_given,
         "difference": exported.difference,
     }
-    _show(exported, document["bytes"])
-    return 0, document
+
+
+def _int8(
+    args: argparse.Namespace,
+    subject: Subject,
+    batches: Any,
+    file: Path,
+    notes: dict[str, Any],
+    *,
+    dense: nn.Module | None,
+) -> dict[str, Any]:
+    found = export_int8(
+        subject.model,
+        batches,
+        file,
+        dense=dense,
+        ranges=args.ranges or RANGES,
+        batch_size=_batch_size(args),
+        dynamic_batch=args.dynamic_batch,
+        latency_repeats=args.latency_repeats,
+        overwrite=args.overwrite,
+        metadata=notes,
+        seed=args.seed,
+    )
+    _show_int8(found)
+    return {
+        "bytes": found.runs["int8"].num_bytes,
+        "input_shape": found.input_shape,
+        "ranges": found.ranges,
+        "tried": {name: entry.agreement for name, entry in found.tried.items()},
+        "num_calibration": found.num_calibration,
+        "num_choosing": found.num_choosing,
+        "num_images": found.num_measured,
+        "agreement": found.difference.agreement,
+        "variance_share": found.difference.share,
+        "broken": found.difference.is_broken,
+        "latency_batch_size": found.batch_size,
+        "runs": {name: asdict(run) for name, run in found.runs.items()},
+    }
+
+
+def _batch_size(args: argparse.Namespace) -> int:
+    return args.batch_size if args.batch_size and not args.dynamic_batch else 1
+
+
+def _show_int8(found: Quantized) -> None:
+    if found.warning:
+        say(found.warning)
+    other = "dense float32" if "dense float32" in found.runs else "float32"
+    rows = [("", f"agreement with {other}", "MB", f"ms, batch of {found.batch_size}")]
+    for name, run in found.runs.items():
+        rows.append((name, percent(run.agreement), f"{run.num_bytes / 1e6:.2f}", _spread(run)))
+    table(rows)
+    tried = ", ".join(f"{name} {percent(entry.agreement)}" for name, entry in found.tried.items())
+    say(
+        f"int8 agrees with its float32 on {percent(found.difference.agreement)} of "
+        f"{found.num_measured} images held back (squared difference "
+        f"{found.difference.share:.2g} of the outputs' variance)"
+    )
+    say(
+        f"ranges of activations from {found.num_calibration} images: {found.ranges}, the best on "
+        f"{found.num_choosing} others ({tried})"
+    )
+    say("ONNX Runtime, one thread; ms: median (quartiles)")
+
+
+def _spread(run: Run) -> str:
+    if run.latency_ms is None or run.latency_range_ms is None:
+        return "-"
+    low, high = run.latency_range_ms
+    return f"{run.latency_ms:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _show(exported: Exported, num_bytes: int) -> None:
@@ -64,4 +167,3 @@ def _show(exported: Exported, num_bytes: int) -> None:
     )
     if not exported.num_given:
         say("note: no images were compared: --data-dir D adds some")
-    say(f"saved: {exported.file}")

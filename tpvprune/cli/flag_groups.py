@@ -74,10 +74,11 @@ def add_data(
     *,
     num_images: bool,
     split: str | None = None,
-    default: int = 1024,
+    default: int | None = 1024,
+    shown: str | None = None,
     auto: bool = False,
 ) -> None:
-    """Add which images, and how they are read; `default` many of them if `num_images`."""
+    """Add which images, and how they are read; `default` (as `shown`) many if `num_images`."""
     group = sub.section("images")
     group.add_argument(
         "--data-dir", metavar="D", help="folder, .tar or .npy of images, no labels needed"
@@ -103,7 +104,7 @@ def add_data(
         type=_count_or_auto if auto else count,
         default=default if num_images else None,
         metavar="N",
-        help=f"images used, drawn by the seed ({default if num_images else 'all'})"
+        help=f"images used, drawn by the seed ({shown or (default if num_images else 'all')})"
         + ("; auto: until half of the scores are known to 10 %%" if auto else ""),
     )
     group.add_argument(

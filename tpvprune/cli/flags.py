@@ -335,9 +335,29 @@ def _add_export(sub: Parser) -> None:
     how.add_argument(
         "--dynamic-batch", action="store_true", help="leave the batch size free (else -b, or 1)"
     )
-    how.add_argument("--output", type=Path, metavar="F", help="file to write (OUT/model.FORMAT)")
+    how.add_argument(
+        "--output", type=Path, metavar="F", help="file to write (OUT/model[-int8].FORMAT)"
+    )
     how.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    add_data(sub, num_images=True, default=64)
+    how.add_argument(
+        "--int8",
+        action="store_true",
+        help="weights and activations in int8 (onnx), ranges from --data-dir; float32 and int8 are "
+        "compared on other images of it",
+    )
+    how.add_argument(
+        "--ranges",
+        nargs="+",
+        metavar="R",
+        help="of activations, with --int8: the best of min-max, percentile, entropy (all three)",
+    )
+    sub.section("model").add_argument(
+        "--dense",
+        metavar="F",
+        help="checkpoint of the dense model, or `pretrained`, to compare OUT with (--int8)",
+    )
+    add_data(sub, num_images=True, default=None, shown="64, with --int8 512")
+    add_latency(sub)
 
 
 def _add_audit(sub: Parser) -> None:

@@ -90,7 +90,7 @@ def export_model(
             precision).
     """
     file = Path(file).expanduser()
-    _check(file, format, overwrite=overwrite)
+    check_target(file, format, overwrite=overwrite)
     size = max(2, len(example_inputs)) if dynamic_batch else len(example_inputs)
     still = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     example = call_arguments(still, _random((size, *example_inputs.shape[1:])))[0]
@@ -104,7 +104,7 @@ def export_model(
             except Exception as error:  # whatever the exporter makes of a model
                 if isinstance(error, OSError):  # that is the disk
                     raise
-                raise ValueError(f"cannot be exported to {format} ({_reason(error)})") from error
+                raise ValueError(f"cannot be exported to {format} ({reason(error)})") from error
         sizes = _SIZES if dynamic_batch else (size,)
         random = [_random((n, *example.shape[1:]), seed=n) for n in sizes]
         parts = given if dynamic_batch else [p for b in given for p in b.split(size)]
@@ -159,7 +159,17 @@ def _program(model: nn.Module, example: Tensor, *, dynamic: bool) -> Any:
 # ---- checks ----------------------------------------------------------------------------------
 
 
-def _check(file: Path, format: str, *, overwrite: bool) -> None:
+def check_target(file: Path, format: str, *, overwrite: bool) -> None:
+    """Find out before any work is done whether a file of this format can be written.
+
+    Args:
+        file: Where it is to go.
+        format: ``"onnx"`` or ``"pt2"``.
+        overwrite: Whether one that is there already may be replaced.
+
+    Raises:
+        ValueError: If not, or if a package that the format needs is missing.
+    """
     if format not in get_args(Format):
         raise ValueError(f"format: expected 'onnx' or 'pt2', found {format!r}")
     if file.is_dir():
@@ -197,7 +207,7 @@ def _compared(model: nn.Module, call: Call, batches: list[Tensor], format: Forma
             found = call(inputs)
         except Exception as error:  # whatever the engine makes of the file
             raise ValueError(
-                f"the {format} file does not run on a batch of {len(inputs)} ({_reason(error)})"
+                f"the {format} file does not run on a batch of {len(inputs)} ({reason(error)})"
             ) from error
         if [x.shape for x in expected] != [x.shape for x in found]:
             raise ValueError(
@@ -237,7 +247,15 @@ def _random(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the first line of what lies behind an error.
+
+    Args:
+        error: Of another program.
+
+    Returns:
+        At most 160 characters.
+    """
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
