@@ -69,6 +69,7 @@ COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "repair_used", "images_used",
     "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
+_USUAL = {"granularity": "channel", "of": "macs"}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -91,6 +92,7 @@ class Subject:
     model: nn.Module
     tests: list[TestSet]
     rankings: dict[Any, Ranking] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def dense_variance(self) -> float:
@@ -163,6 +165,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=["curves", "per_cost"],
         choices=list(RANKINGS),
         help="(curves and per_cost; curves concern tpv alone)",
+    )
+    how.add_argument(
+        "--granularity",
+        choices=["channel", "branch", "channel,branch"],
+        default="channel",
+        help="of our criteria: what is removed (channel)",
+    )
+    how.add_argument(
+        "--of",
+        choices=["macs", "params", "latency"],
+        default="macs",
+        help="of our criteria: what --keep is a fraction of (macs)",
     )
     how.add_argument("--keep", type=fraction, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     how.add_argument("--repair", nargs="+", default=["compensate"], metavar="NAME")
@@ -273,6 +287,11 @@ def settings_of(args: argparse.Namespace) -> Row:
     given = {
         "size": _input_size(args) and "x".join(map(str, _input_size(args) or ())),
         **{name: getattr(args, name) for name in ("mean", "std", "crop_pct", "interpolation")},
+        **{
+            name: getattr(args, name)
+            for name, usual in _USUAL.items()
+            if getattr(args, name) != usual
+        },
         **dict(args.model_kwargs),
     }
     sets = [(Path(path).name, crop) for path, crop in map(_with_crop, args.test_dir)]
@@ -347,7 +366,8 @@ def opened(args: argparse.Namespace) -> Subject:
         classes = torch.cat([next(iter(found.values())) for found in outputs]).argmax(1).cpu()
         top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
-    return Subject(model, tests)
+    options = {"of": args.of, "granularity": args.granularity.split(",")}
+    return Subject(model, tests, options=options)
 
 
 def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled: bool) -> list[Any]:
@@ -492,6 +512,7 @@ def _ours(
         allocation=allocation,
         repair=repair,
         seed=series.seed,
+        **subject.options,
     )
     subject.rankings[key] = result.ranking
     report = result.report
