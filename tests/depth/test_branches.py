@@ -166,9 +166,30 @@ def test_scores_depend_neither_on_batches_nor_on_others():
     branches = find_branches(model, X)
     whole = branch_scores(model, branches, [X], compensated=False)
     parts = branch_scores(model, branches, X.split(1), compensated=False)
-    assert whole.keys() == parts.keys()
+    assert parts == pytest.approx(whole)
     alone = branch_scores(model, branches[1:2], [X], compensated=False)
     assert alone["blocks.1"] == pytest.approx(whole["blocks.1"])
+
+
+def test_an_embedding_added_to_a_batch_of_one_changes_no_score():
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    x = torch.randn(3, 3, 160, 160)
+    branches = find_branches(model, x)
+    assert find_branches(model, x[:1]) == branches
+    whole, parts = (
+        branch_scores(model, branches, batches, compensated=False) for batches in ([x], x.split(1))
+    )
+    for name, score in whole.items():
+        assert parts[name] == pytest.approx(score, rel=1e-3)
+
+
+def test_two_removals_one_after_the_other():
+    first = Removal(("blocks.1",), ("blocks.0.attn",), ("blocks.0.norm1",))
+    second = Removal(("blocks.0",), ("blocks.2.mlp",), ("blocks.2.norm2",))
+    assert second.behind(first) == Removal(
+        ("blocks.1", "blocks.0"), ("blocks.2.mlp",), ("blocks.2.norm2",)
+    )
+    assert first.behind(Removal()) == first
 
 
 def test_removal_of_what_is_not_there_is_refused():

@@ -116,6 +116,19 @@ def test_the_budget_is_met_and_the_model_saved(granularity, of, tmp_path):
     torch.testing.assert_close(again(x[:2]), result.model(x[:2]), rtol=0, atol=0)
 
 
+def test_pruned_again(tmp_path):
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    x = torch.randn(16, 3, 160, 160)
+    options = {"granularity": ("branch",), "repair": "none", "max_depth_removed": 0.9}
+    save_pruned(prune(model, [x], keep=0.8, **options), tmp_path / "first")
+    first = load_pruned(tmp_path / "first")
+    result = prune(first, [x], keep=0.8, **options)
+    assert result.removed
+    save_pruned(result, tmp_path / "second", origin=tmp_path / "first")
+    second = load_pruned(tmp_path / "second")
+    torch.testing.assert_close(second(x[:2]), result.model(x[:2]), rtol=0, atol=0)
+
+
 def test_a_network_without_branches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).double()

@@ -1,4 +1,4 @@
-"""Follow the additions of two tensors of one shape, by their order in a forward."""
+"""Follow the additions of two tensors, by their order in a forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tpvprune.passes.operations import function_name
 
 
 def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether a call adds two tensors of one shape.
+    """Tell whether a call adds two tensors.
+
+    Of any shapes: a batch of one image meets an embedding in its own shape, as no other batch does,
+    and the order of the additions must not depend on that.
 
     Args:
         func: A torch function.
@@ -25,12 +28,14 @@ def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
     """
     if function_name(func) != "add" or len(args) != 2 or kwargs:
         return False
-    a, b = args
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b
+    return all(isinstance(term, Tensor) for term in args)
 
 
 class AdditionMode(TorchFunctionMode):
-    """Sees every addition of a forward; :meth:`on_addition` may replace its result."""
+    """Sees every addition of a forward; :meth:`on_addition` may replace its result.
+
+    One at a time: what it does to replace a sum, another one would take for additions.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ class Branch:
         name: Of the block that it is, or of the last of its modules.
         block: Member of a sequence of modules that goes with its branches; None: none does.
         modules: What nothing else needs, in the order of the calls: the outermost modules.
-        addition: Which addition of two tensors of one shape ends it, in the order of a forward.
+        addition: Which addition of two tensors ends it, in the order of a forward.
         identity: Which term of that is x: 0 or 1.
         channel_dim: Of x and F(x).
     """
@@ -48,6 +48,20 @@ class Removal:
     def modules(self) -> tuple[str, ...]:
         """All modules that go."""
         return (*self.blocks, *self.zeroed, *self.passed)
+
+    def behind(self, earlier: Removal) -> Removal:
+        """Return what left a network in two removals, this one the second."""
+        blocks = (*earlier.blocks, *self.blocks)
+        gone = tuple(f"{name}." for name in blocks)
+
+        def left(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if not name.startswith(gone))
+
+        return Removal(
+            tuple(name for name in blocks if not name.startswith(gone)),
+            (*left(earlier.zeroed), *left(self.zeroed)),
+            (*left(earlier.passed), *left(self.passed)),
+        )
 
     @classmethod
     def read(cls, saved: Mapping[str, Sequence[str]]) -> Removal:

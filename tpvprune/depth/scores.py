@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.depth.additions import AdditionMode, WithoutBranches
+from tpvprune.depth.additions import WithoutBranches
 from tpvprune.depth.records import Branch
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device
 from tpvprune.processes.shares import summed, total
 from tpvprune.repairs.least_squares import LeastSquares
+from tpvprune.scores.taps import probe_directions
 
 _ROWS_PER_IMAGE = 32
 _HELD = 4  # every so manieth image judges the ridge
@@ -64,11 +65,10 @@ def branch_scores(
     with evaluating(model), frozen(model), torch.enable_grad():
         for batch in inputs:
             x = fast_layout(on_device(batch.detach(), model), model).requires_grad_()
-            with WithoutBranches(gone), _Watched(branches, maps) as watched:
+            with _Watched(branches, gone, maps) as watched:
                 returned = counted.joined(model(x), len(x))
-            shape = (num_probes, *returned.shape)
-            signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-            changes = [watched.changes(returned, v) for v in signs.to(returned)]
+            directions = probe_directions(returned, "logits", num_probes, generator)
+            changes = [watched.changes(returned, v) for v in directions]
             squares += torch.stack(changes).square().mean(0).sum(2).cpu()
     means = summed(squares)[0].amin(0) / total(sum(map(len, inputs)))
     return {b.name: float(mean) for b, mean in zip(branches, means, strict=True)}
@@ -77,11 +77,13 @@ def branch_scores(
 Map = tuple[Tensor, Tensor]  # A [C, C], c [C]: x A + c
 
 
-class _Watched(AdditionMode):
+class _Watched(WithoutBranches):
     """Knows what the branches add, and what of it no map of x predicts."""
 
-    def __init__(self, branches: Sequence[Branch], maps: Mapping[str, Map]) -> None:
-        super().__init__()
+    def __init__(
+        self, branches: Sequence[Branch], gone: Sequence[Branch], maps: Mapping[str, Map]
+    ) -> None:
+        super().__init__(gone)
         self._branches = {b.addition: b for b in branches}
         self._maps = maps
         self._added: list[Tensor] = []
@@ -90,7 +92,7 @@ class _Watched(AdditionMode):
     def on_addition(self, number: int, args: Any) -> Tensor | None:
         branch = self._branches.get(number)
         if branch is None:
-            return None
+            return super().on_addition(number, args)
         x, added = args[branch.identity], args[1 - branch.identity].clone()
         whole = added.detach()
         self._added.append(added)
@@ -134,21 +136,23 @@ def _stand_ins(
     Returns:
         Name of the branch -> map.
     """
-    rows = _Rows(branches, torch.Generator().manual_seed(seed))
+    rows = _Rows(branches, gone, torch.Generator().manual_seed(seed))
     with evaluating(model), torch.no_grad():
         for batch in inputs:
             rows.restart()
-            with WithoutBranches(gone), rows:
+            with rows:
                 model(fast_layout(on_device(batch, model), model))
     fits = {name: problem.solve() for name, problem in rows.problems.items()}
     return {name: (fit.change[0], fit.intercept[0, 0]) for name, fit in fits.items()}
 
 
-class _Rows(AdditionMode):
+class _Rows(WithoutBranches):
     """Feeds the least squares problem of each branch."""
 
-    def __init__(self, branches: Sequence[Branch], generator: torch.Generator) -> None:
-        super().__init__()
+    def __init__(
+        self, branches: Sequence[Branch], gone: Sequence[Branch], generator: torch.Generator
+    ) -> None:
+        super().__init__(gone)
         self._branches = {b.addition: b for b in branches}
         self._generator = generator
         self.problems = {b.name: LeastSquares(free=True) for b in branches}
@@ -165,4 +169,4 @@ class _Rows(AdditionMode):
             picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
             x, added = (t[:, picked].flatten(0, 1)[None] for t in (x, added))
             self.problems[branch.name].add(x, added, held.repeat_interleave(num))
-        return None
+        return super().on_addition(number, args)

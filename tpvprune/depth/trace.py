@@ -39,7 +39,7 @@ class Node:
 class Addition:
     """A sum of two tensors of one shape: the nodes of it and of its terms.
 
-    ``number`` counts the additions of such tensors in a forward.
+    ``number`` counts the additions of any two tensors in a forward.
     """
 
     number: int
@@ -146,7 +146,8 @@ class _Recorder(TorchFunctionMode):
             self.trace.nodes.append(node)
         if adds:
             left, right = terms
-            if left is not None and right is not None and left != right:
+            is_one_shape = args[0].shape == args[1].shape
+            if left is not None and right is not None and left != right and is_one_shape:
                 number = len(self.trace.nodes) - 1
                 self.trace.additions.append(Addition(self._num_additions, number, (left, right)))
             self._num_additions += 1

@@ -23,6 +23,7 @@ from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
+from tpvprune.processes.shares import by_first
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import refitted
 from tpvprune.widths.ranking import Ranking
@@ -52,7 +53,7 @@ def shallower(
     """
     clock = given.clock
     with clock("branches"):
-        branches = find_branches(given.dense, given.fit[0][:2], outputs=given.outputs)
+        branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
         if not branches:
             if not by_channel:
                 raise ValueError(
@@ -61,7 +62,7 @@ def shallower(
                 )
             given.notes.append("no residual branch can go whole: channels alone were pruned")
             return given
-        saved = savings(given.dense, given.groups, branches, given.budget, given.batch)
+        saved = by_first(savings, given.dense, given.groups, branches, given.budget, given.batch)
         images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
         order, scores = branch_order(
             given.dense, branches, images, saved, most=int(most * len(branches)),

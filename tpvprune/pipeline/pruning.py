@@ -130,7 +130,7 @@ def prune(
         repair_factors: Scale the curves by how much of an early, middle or late cut the repair
             makes up for (:mod:`tpvprune.widths.repair_factors`), at four compensations more; None:
             where the planned repair refits weights and that is cheap (256 of the images, or all,
-            at 2e11 MACs of forwards at most).
+            at 1.2e11 MACs of forwards at most).
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         num_images: So many images are drawn at random from ``batches``, or all where there are no
             more, or with None; a random tenth of them, at most 128, is held back to measure

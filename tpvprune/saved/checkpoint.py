@@ -109,7 +109,7 @@ def save_pruned(
         model_name = model_name or earlier["model"]
         model_kwargs = earlier["model_kwargs"] if model_kwargs is None else model_kwargs
         masks = saved_masks(str(origin)) if masks is None else masks
-    gone = removed or Removal.read(earlier.get("removed", {}))
+    gone = (removed or Removal()).behind(Removal.read(earlier.get("removed", {})))
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense, gone)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
     chain, source = {}, {}
