@@ -439,7 +439,7 @@ def test_command_prunes_heads_alone(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--granularity", "row"], "expected channel, head, weight or 2:4, found 'row'"),
+        (["--granularity", "row"], "channel,branch, weight or 2:4, found 'row'"),
         (["--granularity", "4:2"], "expected n:m with 0 < n < m"),
         (["--granularity", "2:4", "--keep", "0.3"], "2 of 4 weights stay"),
         (["--granularity", "weight", "--round-to", "8"], "--round-to: does not apply"),
