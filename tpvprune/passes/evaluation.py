@@ -350,7 +350,8 @@ def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
 def _compared(outputs: Outputs, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
     """Return sums over the batch [2]: agreements of the first, squared changes of all."""
     found = torch.stack([_comparison(ours[n].double(), theirs[n].double()) for n in outputs.scales])
-    weights = found.new_tensor(list(outputs.scales.values())).square()
+    weights = torch.tensor(list(outputs.scales.values()), dtype=found.dtype).square()
+    weights = weights.to(found.device)
     return torch.stack([found[0, 0], weights @ found[:, 1]])
 
 
