@@ -195,6 +195,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     )
     if document.get("speed"):
         speed_line(document["speed"])
+    if line := outcome.branches(document):
+        say(line)
     blocked_lines(document["blocked"])
     if "training" in document:
         trained_line(document["training"])

@@ -51,6 +51,16 @@ def quality(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def branches(document: Mapping[str, Any]) -> str | None:
+    """Return which residual branches left, where they could."""
+    found = document.get("branches")
+    if not found:
+        return None
+    gone = [branch["name"] for branch in found if branch["gone"]]
+    names = f": {', '.join(gone)}" if gone else ": width alone leaves less damage"
+    return f"residual branches removed: {len(gone)} of {len(found)}{names}"
+
+
 def images_used(document: Mapping[str, Any]) -> str | None:
     """Return how many images each step used."""
     used = document.get("images_used")

@@ -72,15 +72,9 @@ def shallower(
     with clock("depth"):
         trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores)
         num = best_depth(trials.damage, len(order))
-        given.notes.append(_said(branches, [b.name for b in order[:num]]))
         found = trials.setup(num, verify=True)
         limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
         return replace(found, limits=limits)
-
-
-def _said(branches: Sequence[Branch], gone: Sequence[str]) -> str:
-    names = f": {', '.join(sorted(gone))}" if gone else ""
-    return f"{len(gone)} of {len(branches)} residual branches were removed{names}"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,13 @@ def figures(data: Mapping[str, Any]) -> str:
     return f'<dl class="figures">{items}</dl>' if items else ""
 
 
+def _removed(branches: Any) -> dict[str, str]:
+    """Return how many residual branches left, and which, where they could."""
+    found = [b for b in branches if isinstance(b, Mapping)] if isinstance(branches, list) else []
+    gone = [str(branch.get("name")) for branch in found if branch.get("gone")]
+    return {f"{len(gone)} of {len(found)}": ", ".join(gone) or "none"} if found else {}
+
+
 def before_after(data: Mapping[str, Any]) -> str:
     """Tabulate every measured number of both models."""
     dense, pruned = both(data)
@@ -200,6 +207,7 @@ def making(data: Mapping[str, Any]) -> str:
     lists = (
         ("Settings", settings),
         ("Images used", used),
+        ("Residual branches removed", _removed(data.get("branches"))),
         ("Preprocessing", data.get("preprocessing") or {}),
         ("Time", timings),
         ("Versions", data.get("versions") or {}),
