@@ -1,7 +1,5 @@
 """How many branches go: the best of few trials."""
 
-import math
-
 import pytest
 
 from tpvprune.depth.choice import best_depth
@@ -14,13 +12,13 @@ def test_near_the_least_of_a_valley(most, best):
 
     def damage(num):
         tried.append(num)
-        return (num - best * most) ** 2
+        return 0.0, (num - best * most) ** 2
 
     found = best_depth(damage, most)
     assert abs(found - best * most) <= max(0.5, most / 8)
     assert len(tried) == len(set(tried)) <= 9
 
 
-def test_what_is_infinite_is_not_taken():
-    assert best_depth(lambda num: math.inf if num < 3 else num, 8) == 3
-    assert best_depth(lambda _: math.inf, 8) == 0
+def test_the_budget_counts_first():
+    assert best_depth(lambda num: (max(0, 3 - num), num), 8) == 3
+    assert best_depth(lambda num: (9 - num, num), 8) == 8

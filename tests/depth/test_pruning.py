@@ -1,11 +1,15 @@
 """Branches beside channels: the budget, the repair behind a gap, and what is saved."""
 
+import json
+
 import pytest
 import timm
 import torch
+from image_cases import write_images
 from torch import nn
 
 from tpvprune import compensate_weights, find_groups, load_pruned, prune, save_pruned
+from tpvprune.cli.entry import main
 from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.passes.evaluation import difference
 from tpvprune.passes.unseen import with_unseen
@@ -152,6 +156,7 @@ def test_a_budget_that_branches_alone_do_not_meet():
         Net().double().eval(), [images(32)], keep=0.2, granularity=("branch",), repair="none"
     )
     assert not result.reached
+    assert [b["gone"] for b in result.report["branches"]].count(True) == 1  # half of three
 
 
 def test_steps_go_on_from_the_shallower_network():
@@ -161,3 +166,20 @@ def test_steps_go_on_from_the_shallower_network():
         repair="bn",
     )  # fmt: skip
     assert result.reached
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 24)
+    flags = [
+        *("--model", "test_vit", "--data-dir", "images", "--img-size", "160", "--keep", "0.7"),
+        *("--granularity", "channel,branch", "--latency-repeats", "0", "--num-images", "24"),
+    ]
+    assert main(["prune", *flags, "--dry-run", "--output", "out"]) == 0
+    assert "residual branches: 12, of which 6 may go" in capsys.readouterr().err
+    assert main(["prune", *flags, "--json", "--output", "out"]) == 0
+    out, err = capsys.readouterr()
+    branches = json.loads(out)["branches"]
+    assert f"residual branches removed: {sum(b['gone'] for b in branches)} of 12" in err
+    assert "Residual branches removed" in (tmp_path / "out" / "report.html").read_text()
+    assert main(["evaluate", "out", "--data-dir", "images", "--latency-repeats", "0"]) in {0, 2}

@@ -57,7 +57,7 @@ def branches(document: Mapping[str, Any]) -> str | None:
     if not found:
         return None
     gone = [branch["name"] for branch in found if branch["gone"]]
-    names = f": {', '.join(gone)}" if gone else ": width alone leaves less damage"
+    names = f": {', '.join(gone)}" if gone else ""
     return f"residual branches removed: {len(gone)} of {len(found)}{names}"
 
 

@@ -8,19 +8,22 @@ from functools import cache
 _PARTS = 4  # of the range, at whose ends the first trials are
 
 
-def best_depth(damage: Callable[[int], float], most: int) -> int:
+Damage = tuple[float, float]  # how far beyond the budget, and the output variance
+
+
+def best_depth(damage: Callable[[int], Damage], most: int) -> int:
     """Return the number of branches whose removal leaves the least damage.
 
     First a few numbers all over the range are tried, then those between the best one and its
     neighbours.
 
     Args:
-        damage: Number of branches -> what is lost when so many go and the widths make up for the
-            rest of the budget; infinite where that cannot be met.
+        damage: Number of branches -> how far what is left exceeds the budget, which is then as
+            small as it gets, and what is lost.
         most: How many may go.
 
     Returns:
-        The number; 0 where every trial is infinite.
+        The number; where no trial meets the budget that which is closest to it.
     """
     known = cache(damage)
     tried = sorted({round(i * most / _PARTS) for i in range(_PARTS + 1)})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
-from tpvprune.depth.choice import best_depth
+from tpvprune.depth.choice import Damage, best_depth
 from tpvprune.depth.order import branch_order
 from tpvprune.depth.savings import savings, table_without
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
@@ -114,10 +114,10 @@ class _Trials:
         )
         return replace(given, groups=groups, budget=budget, depth=depth)
 
-    def damage(self, num: int) -> float:
-        """Return the output variance that is left without the first ``num`` branches.
+    def damage(self, num: int) -> Damage:
+        """Return how far the network without ``num`` branches exceeds the budget, and its variance.
 
-        Infinite where the budget is not met.
+        Where it does, it is as narrow as it gets.
         """
         there = self.setup(num)
         target = self.keep * there.dense_cost
@@ -127,13 +127,13 @@ class _Trials:
             kept = self.ranking.choose(
                 there.groups, keep=target / whole, of=there.budget, limits=there.limits
             )
-        if cost(there.groups, kept, there.budget) > target * (1 + 1e-9):
-            return float("inf")
+        over = cost(there.groups, kept, there.budget) / target - 1
+        if over > 1e-9:
+            return over, float("inf")
         cut = remove_channels(there.start, there.groups, kept)
         fit, held = self._images()
-        return output_variance(
-            self._repaired(cut, there, kept, fit), there.dense, held, outputs=there.outputs
-        )
+        repaired = self._repaired(cut, there, kept, fit)
+        return 0.0, output_variance(repaired, there.dense, held, outputs=there.outputs)
 
     def _images(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return images to fit with, and others to measure on."""
