@@ -78,6 +78,19 @@ def test_what_does_more_than_its_branch_stays():
     assert set(removal.passed) == {"blocks.0.conv1", "blocks.0.norm"}
 
 
+def test_what_the_first_forward_keeps_does_not_count():
+    class Keeping(Net):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.zeros(6, 1, 1).double() + torch.ones(6, 1, 1).double()
+            return super().forward(x) * self.table.mean()
+
+    torch.manual_seed(0)
+    assert len(find_branches(Keeping().double().eval(), X)) == 3
+
+
 def test_a_module_that_runs_twice_is_no_branch():
     assert find_branches(built("twice"), X) == ()
 

@@ -87,7 +87,7 @@ class Trace:
 
 @torch.no_grad()
 def traced(model: nn.Module, x: Tensor) -> Trace:
-    """Run a network once, in eval mode.
+    """Follow a forward of a network, in eval mode.
 
     Args:
         model: The network.
@@ -97,8 +97,10 @@ def traced(model: nn.Module, x: Tensor) -> Trace:
         What was computed from what.
     """
     recorder = _Recorder(x)
-    with evaluating(model), recorder.watching(model), recorder:
-        model(x)
+    with evaluating(model):
+        model(x)  # what it computes once and keeps, such as a table of positions, is there then
+        with recorder.watching(model), recorder:
+            model(x)
     return recorder.trace
 
 
