@@ -24,7 +24,8 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
     Groups without scores get None, which torch-pruning leaves whole: blocked or ignored ones, and
     those whose unit is a "conv group", because torch-pruning does not remove such units but one
     channel of each. The scores hold for one model only: once it has been pruned, score it again
-    and set ``pruner.importance`` before the next step.
+    and set ``pruner.importance`` before the next step. It ranks channels alone; whole residual
+    branches are removed by ``tpvprune.prune(granularity=...)``.
 
     Args:
         scores: Group name -> Tensor [C], bigger = keep; groups not named are left whole.
