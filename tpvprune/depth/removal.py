@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.depth.records import Removal
+from tpvprune.passes.running import sharing_copy
 
 SEQUENCES = (nn.Sequential, nn.ModuleList)
 
@@ -48,7 +49,7 @@ def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) 
         ValueError: If a module is not there, or a block is not a member of a sequence.
     """
     check_removal(model, removal)
-    smaller = copy.deepcopy(model, _own_tensors(model) if share else {})
+    smaller = sharing_copy(model) if share else copy.deepcopy(model)
     for name in removal.blocks:
         parent, child = _parent(smaller, name)
         del parent._modules[child]
@@ -81,8 +82,3 @@ def check_removal(model: nn.Module, removal: Removal) -> None:
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, child = name.rpartition(".")
     return model.get_submodule(path), child
-
-
-def _own_tensors(model: nn.Module) -> dict[int, Any]:
-    tensors = [*model.parameters(), *model.buffers()]
-    return {id(t): t for t in tensors}

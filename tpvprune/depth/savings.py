@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -68,7 +68,7 @@ def savings(
 
 
 def table_without(
-    table: LatencyTable, branches: Sequence[Branch], milliseconds: dict[str, float]
+    table: LatencyTable, branches: Sequence[Branch], milliseconds: Mapping[str, float]
 ) -> LatencyTable:
     """Return the times of the layers of a network without branches.
 

@@ -20,6 +20,7 @@ from tpvprune.groups.axes import Axis
 from tpvprune.groups.records import ChannelGroups
 from tpvprune.groups.tracing.sizes import set_attribute, solve
 from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
+from tpvprune.passes.running import sharing_copy
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples and lists of ints) and their values."""
@@ -49,8 +50,7 @@ def remove_channels(
 def removed_view(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:
     """Return what :func:`remove_channels` does, but share parameters that stay whole."""
     check_kept(groups, kept)
-    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return _removed(copy.deepcopy(model, shared), groups, kept)
+    return _removed(sharing_copy(model), groups, kept)
 
 
 def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,6 +73,18 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's modules, with the same parameters and buffers.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The copy; what changes in its structure leaves the model as it is.
+    """
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+
+from tpvprune.passes.running import sharing_copy
 
 
 class Unseen:
@@ -55,8 +56,7 @@ def with_unseen(model: nn.Module, blocks: Collection[str], modules: Collection[s
     Returns:
         The copy.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(t): t for t in tensors})
+    copied = sharing_copy(model)
     for names, is_block in ((blocks, True), (modules, False)):
         for name in names:
             module = copied.get_submodule(name)

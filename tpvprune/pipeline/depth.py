@@ -27,10 +27,10 @@ from tpvprune.processes.shares import by_first
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import refitted
 from tpvprune.widths.ranking import Ranking
+from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
-_ROWS_PER_INPUT, _MIN_ROWS = 12, 16384  # a linear fit does with fewer
 
 
 def shallower(
@@ -70,11 +70,18 @@ def shallower(
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
     with clock("depth"):
-        trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores)
+        images = split_inputs(given.fit, _affordable(given))
+        trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores, *images)
         num = best_depth(trials.damage, len(order))
         found = trials.setup(num, verify=True)
         limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
         return replace(found, limits=limits)
+
+
+def _affordable(given: Setup) -> int:
+    """Return on how many images a trial is fitted and measured."""
+    least, most = _TRIAL_IMAGES
+    return min(most, max(least, int(_TRIAL_MACS / max(given.groups.macs(), 1.0))))
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class _Trials:
     order: Sequence[Branch]
     saved: Mapping[str, float]
     scores: Mapping[str, float]
+    fit: Sequence[Tensor]
+    held: Sequence[Tensor]
 
     def setup(self, num: int, *, verify: bool = False) -> Setup:
         """Return the run without the first ``num`` branches."""
@@ -102,7 +111,7 @@ class _Trials:
         groups = with_blocked(groups, _not_ranked(groups, given.groups))
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
-            budget = table_without(budget, gone, dict(self.saved))
+            budget = table_without(budget, gone, self.saved)
         depth = Depth(
             network,
             with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
@@ -131,27 +140,15 @@ class _Trials:
         if over > 1e-9:
             return over, float("inf")
         cut = remove_channels(there.start, there.groups, kept)
-        fit, held = self._images()
-        repaired = self._repaired(cut, there, kept, fit)
-        return 0.0, output_variance(repaired, there.dense, held, outputs=there.outputs)
+        repaired = self._repaired(cut, there, kept)
+        return 0.0, output_variance(repaired, there.dense, self.held, outputs=there.outputs)
 
-    def _images(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return images to fit with, and others to measure on."""
-        least, most = _TRIAL_IMAGES
-        affordable = int(_TRIAL_MACS / max(self.given.groups.macs(), 1.0))
-        images = torch.cat(self.given.fit)[: min(most, max(least, affordable))]
-        size = len(self.given.fit[0])
-        num = len(images) - len(images) // 4
-        return images[:num].split(size), (images[num:] if num < len(images) else images).split(size)
-
-    def _repaired(
-        self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor], fit: Sequence[Tensor]
-    ) -> nn.Module:
-        by = there.by
+    def _repaired(self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor]) -> nn.Module:
+        by, fit = there.by, self.fit
         if by.stand_in == "map":
             return refitted(
                 cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
-                rows_per_input=_ROWS_PER_INPUT, min_rows=_MIN_ROWS, seed=by.probing.seed,
+                **ROUGHLY, seed=by.probing.seed,
             )  # fmt: skip
         return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
 

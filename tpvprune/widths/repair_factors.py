@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tpvprune.repairs.compensation import refitted, wanted_of
 from tpvprune.scores.curves import Curve
 
 _RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
-_ROWS_PER_INPUT, _MIN_ROWS = 12, 16384  # a linear fit does with fewer
+ROUGHLY: dict[str, Any] = {"rows_per_input": 12, "min_rows": 16384}  # a linear fit does with fewer
 
 
 def repair_factors(
@@ -73,10 +74,10 @@ def repair_factors(
                 num_segments=num_segments, max_inputs=max_inputs, seed=seed, outputs=outputs,
                 progress=progress,
             )  # fmt: skip
-    fit, held = _split(inputs, max_inputs)
+    fit, held = split_inputs(inputs, max_inputs)
     predicted, measured = 0.0, 0.0
     segment_of: dict[str, float] = {}
-    wanted = wanted_of(model, fit, _ROWS_PER_INPUT, _MIN_ROWS, seed=seed)
+    wanted = wanted_of(model, fit, **ROUGHLY, seed=seed)
     segments = _segments(groups, kept, curves, num_segments)
     for number, segment in enumerate(segments, 1):
         expected = sum(_damage(g, kept, curves) for g in segment)
@@ -86,7 +87,7 @@ def repair_factors(
         smaller = remove_channels(model, groups, cut)
         repaired = refitted(
             smaller, model, fit, groups=groups, kept=cut, ridge=None, seed=seed, wanted=wanted,
-            rows_per_input=_ROWS_PER_INPUT, min_rows=_MIN_ROWS,
+            **ROUGHLY,
         )  # fmt: skip
         found = output_variance(repaired, model, held, outputs=outputs)
         predicted, measured = predicted + expected, measured + found
@@ -103,8 +104,16 @@ def scaled(curves: Mapping[str, Curve], factors: Mapping[str, float]) -> dict[st
     return {n: replace(c, variance=c.variance * factors.get(n, 1.0)) for n, c in curves.items()}
 
 
-def _split(inputs: Sequence[Tensor], max_inputs: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return inputs to fit with and inputs to measure on; the same where there is only one."""
+def split_inputs(inputs: Sequence[Tensor], max_inputs: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return inputs to fit with and inputs to measure on; the same where there is only one.
+
+    Args:
+        inputs: Batches [B, ...].
+        max_inputs: At most so many are used, a quarter of them to measure.
+
+    Returns:
+        Batches of both.
+    """
     whole = torch.cat(list(inputs))[:max_inputs]
     size = max(1, len(inputs[0]))
     num = len(whole) - len(whole) // 4
