@@ -223,8 +223,10 @@ class _Watch(threading.Thread):
         self._store.set(self._names[rank], "0")
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Listen no longer; a call of the store that Python leaves running at its end aborts."""
         self._done.set()
+        if self.is_alive():
+            self.join(_GRACE)
 
     def leave(self) -> None:
         """Tell the others that silence means nothing from now on."""
