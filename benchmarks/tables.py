@@ -1,4 +1,4 @@
-"""The tables of README.md and benchmarks/README.md, made from results/.
+"""The tables of the README, of docs and of benchmarks/README.md, made from results/.
 
     python benchmarks/tables.py
 
@@ -18,7 +18,9 @@ from tpvprune.benchmark.plan import REPAIRS
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
 
 RESULTS = Path(__file__).parent / "results"
-PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md")]
+PAGES += [ROOT / "docs" / name for name in ("results.md", "models.md")]
 MODELS = {"vit_tiny_patch16_224": "small ViT"}
 NAMES = {
     "magnitude": "magnitude, L2",
@@ -79,6 +81,16 @@ def photographs() -> str:
     """Return top-1 on photographs by network, repair and budget: TPV with its default widths."""
     found = [s for s in summarise(_photograph_rows()) if _criterion(s) == "TPV, curves"]
     return _by_budget(["network", "repair", "images", "dense"], found, _unranked)
+
+
+def headline() -> str:
+    """Return what the default keeps on photographs at 0.8 of the MACs, a line per network."""
+    lines = [
+        [f"`{s.model}`", f"{s.keep:g}", f"{s.dense_top1:.1f}", f"{s.top1:.1f}"]
+        for s in summarise(_photograph_rows())
+        if (_criterion(s), s.repair, s.keep) == ("TPV, curves", "compensate", 0.8)
+    ]
+    return markdown(["network", "MACs that stay", "top-1 before", "after"], lines)
 
 
 def photographs_criteria() -> str:
@@ -284,12 +296,40 @@ def cost() -> str:
     return markdown(["", *(f"`{m}`" for m in models)], lines)
 
 
+def timm_modules() -> str:
+    """Return what prunes of timm, a line per module."""
+    families = grouped(RESULTS / "coverage.csv", ("family",))
+    lines = []
+    for (family,), rows in families.items():
+        names = ", ".join(dict.fromkeys(f"`{r['model']}`" for r in rows))
+        least = max(float(r["smallest_ratio"]) for r in rows)
+        whole = [r["blocked"] for r in rows]
+        groups = ", ".join(r["groups"] for r in rows)
+        lines.append([f"`{family}`", names, groups, ", ".join(whole), f"{least:.2f}"])
+    head = ["module", "tried", "groups that prune", "that stay whole", "smallest share of MACs"]
+    return markdown(head, lines)
+
+
+def other_networks() -> str:
+    """Return what prunes of other libraries, a line per network."""
+    rows = grouped(RESULTS / "networks.csv", ("library", "network"))
+    lines = [
+        [library, f"`{name}`", r["verdict"], r["groups"], r["blocked"], r["macs_ratio"]]
+        for (library, name), (r, *_) in rows.items()
+    ]
+    head = ["library", "network", "at 0.6 of MACs", "groups that prune", "that stay whole", "MACs"]
+    return markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost)
-}
+    for f in (
+        accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost,
+        timm_modules, other_networks,
+    )
+}  # fmt: skip
 if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table
-    TABLES |= {f.__name__: f for f in (photographs, photographs_criteria)}
+    TABLES |= {f.__name__: f for f in (headline, photographs, photographs_criteria)}
 
 if __name__ == "__main__":
     raise SystemExit(main())

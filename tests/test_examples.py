@@ -1,4 +1,4 @@
-"""The examples and every code block of the README run as they are written."""
+"""The examples and every code block of the README and the guide run as they are written."""
 
 import re
 import runpy
@@ -16,8 +16,9 @@ from tpvprune.cli.flags import build_parser
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(language):
-    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+def blocks(language, pages=("README.md",)):
+    text = "\n".join((ROOT / page).read_text("utf-8") for page in pages)
+    found = re.findall(rf"```{language}\n(.*?)```", text, re.S)
     assert found
     return found
 
@@ -64,13 +65,16 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     }
 
 
-def test_commands_of_the_readme_are_understood():
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("tpvprune ")]
+def test_commands_of_the_documents_are_understood():
+    lines = (
+        "\n".join(blocks("sh", ("README.md", "docs/guide.md"))).replace("\\\n", " ").splitlines()
+    )
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line[:9] == "tpvprune "]
     found = {build_parser().parse_args(command).command for command in commands}
-    assert found == {"prune", "evaluate", "compare", "export", "distill"}
+    assert found == {"groups", "prune", "evaluate", "compare", "export", "distill"}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
-    assert {line.split()[1] for line in lines if line.startswith("make ")} <= set(targets)
+    named = re.findall(r"`make (\w+)`", (ROOT / "README.md").read_text("utf-8"))
+    assert {"demo", "test"} <= {*named} <= {*targets}
 
 
 def test_links_of_the_documents_lead_somewhere():

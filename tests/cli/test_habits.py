@@ -381,7 +381,7 @@ def test_exit_codes_are_the_same_everywhere(capsys):
     known = {cli.DONE, cli.BUG, cli.BAD_INPUT, cli.NOT_REACHED, cli.LOST, cli.INTERRUPTED}
     with pytest.raises(SystemExit):
         main(["--help"])
-    page = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
     for text in (capsys.readouterr().out, page):
         (listed,) = re.findall(r"exit codes: (.*?130 \w+)\.", " ".join(text.split()), re.I)
         assert {int(number) for number in re.findall(r"\b(\d+) ", listed)} == known
