@@ -141,7 +141,7 @@ def lying(model, groups, *args, **kwargs):
 
 def test_curves_that_lie_are_found_out(monkeypatch):
     model, data = build(Chain, 12), batches(80, 20)
-    given = {"keep": 0.5, "repair": "none", "repair_factors": False}
+    given = {"keep": 0.5, "repair": "none", "allocation": "curves", "repair_factors": False}
     monkeypatch.setattr(ranking, "variance_curves", lying)
     report = prune(model, data, **given).report
     monkeypatch.setattr("tpvprune.repairs.guard.cannot_be_true", lambda *_: False)
@@ -150,6 +150,18 @@ def test_curves_that_lie_are_found_out(monkeypatch):
     assert believed["warnings"][0].startswith("BROKEN")
     assert any("ranked" in line for line in report["warnings"])
     assert report["held_back"]["variance_share"] < believed["held_back"]["variance_share"]
+
+
+@pytest.mark.parametrize("repair", ["none", "bn"])
+@pytest.mark.parametrize("case", ["residual", "depthwise"])
+def test_without_a_refit_the_better_of_curves_and_ranks_is_the_default(case, repair):
+    model, data = build(case), batches(80, 20)
+
+    def left(allocation):
+        report = prune(model, data, keep=0.4, repair=repair, allocation=allocation).report
+        return report["variance_share"][repair]
+
+    assert left(None) == pytest.approx(min(left("curves"), left("rank")), rel=1e-6)
 
 
 def test_nothing_of_it_reads_a_label():

@@ -176,20 +176,24 @@ def prune(
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
     record = Record.of(state, *given.parts(), keep, repair, steps, *parts)
-    rounds = record.load(given.start, groups) or Rounds(
-        given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted
-    )
+    rounds = record.load(given.start, groups)
+    if rounds is None:
+        ranked = whole.ranked(ranking)
+        rounds = Rounds(
+            given.start, _whole(groups), ranked, predicted=given.predicted, seconds=clock.seconds
+        )
+        record.save(rounds)
     clock.seconds = {**clock.seconds, **rounds.seconds}
-    for step in range(max(1, rounds.chosen), steps + 1):
+    for step in range(rounds.chosen + 1, steps + 1):
         before = replace(rounds)
-        if step > rounds.chosen:
-            run.cut(rounds, step)
-            record.save(rounds)
+        run.cut(rounds, step)
         refits, outcome = run.repaired(rounds, step)
-        if rounds.chosen > before.chosen and guard.cannot_be_true(outcome, rounds.predicted):
-            refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
+        refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
         costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
         rounds.history.append({**costs, **guard.facts(outcome)})
+        if step < steps:
+            rounds.seconds = clock.seconds
+            record.save(rounds)
     with clock("repair"):
         removed = remove_channels(given.start, groups, rounds.kept)
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)

@@ -21,7 +21,6 @@ from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
-from tpvprune.widths.ranking import RankBy
 from tpvprune.widths.rounds import Rounds
 
 
@@ -36,15 +35,16 @@ class Run:
     notes: list[str] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
 
-    def cut(self, rounds: Rounds, step: int, *, by: RankBy | None = None) -> None:
+    def cut(self, rounds: Rounds, step: int, *, by_scores: bool = False) -> None:
         """Rank the channels of the network as it is, choose widths, and remove what must go."""
         given, model, ranking = self.given, rounds.model, rounds.ranking
         groups = given.groups
         if step > 1:
             groups = _regrouped(model, given.groups, rounds.kept, given.batch[:1])
-        if step > 1 or by is not None:
-            found = (by or given.by).ranked(model, groups, given.fit, given.clock)
+            found = given.by.ranked(model, groups, given.fit, given.clock)
             ranking = replace(found, factors=ranking.factors)
+        if by_scores:
+            ranking = ranking.by_scores(groups, given.by.of)
         with given.clock("selection", step, self.steps):
             target = self.keep ** (step / self.steps) * given.dense_cost
             target = min(1.0, target / cost(groups, {}, given.budget))
@@ -54,7 +54,7 @@ class Run:
         with given.clock("removal", step, self.steps):
             rounds.model = remove_channels(model, groups, chosen)
             rounds.kept = compose(rounds.kept, chosen)
-        rounds.chosen, rounds.seconds = step, given.clock.seconds
+        rounds.chosen = step
 
     def _chosen(
         self,
@@ -84,6 +84,8 @@ class Run:
         given, cut, refits = self.given, rounds.model, {}
         options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
         options["seed"] = given.by.probing.seed
+        if self.repair == "bn":
+            refits["bn"] = recalibrate_batchnorm(cut, given.fit)
         if self.repair in {"compensate", "reconstruct", "auto"}:
             with given.clock("compensation", step, self.steps):
                 refits["compensate"] = compensate_weights(cut, given.aligned, given.fit, **options)
@@ -109,16 +111,22 @@ class Run:
         refits: dict[str, nn.Module],
         outcome: Difference,
     ) -> tuple[dict[str, nn.Module], Difference]:
-        """Rank single channels where curves promised far less damage than there is.
+        """Choose widths by the scores of single channels where curves may be wrong.
+
+        That is where they promised far less damage than there is, and, unless they were asked for,
+        where no weights are refitted: deep cuts are not of the first order then.
 
         Returns:
             Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
         """
-        if self.given.by.how != "curves":
+        by = self.given.by
+        doubted = by.allocation is None and self.repair in {"none", "bn"}
+        wrong = guard.cannot_be_true(outcome, rounds.predicted)
+        if by.how != "curves" or not (doubted or wrong):
             return refits, outcome
-        self.cut(before, step, by=replace(self.given.by, allocation="rank"))
+        self.cut(before, step, by_scores=True)
         others, second = self.repaired(before, step)
-        if second.share >= outcome.share:
+        if not second.share < outcome.share:
             return refits, outcome
         self.notes.append(
             f"step {step}: widths by variance curves left {outcome.share:.2g} of the dense "
@@ -139,7 +147,7 @@ class Run:
         Of the last of them this is known.
         """
         candidates, fit = {"none": removed}, self.given.fit
-        if self.repair in {"bn", "auto"}:
+        if self.repair == "auto":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
         candidates |= refits
         if self.repair == "auto":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -167,6 +167,21 @@ class Ranking:
             kept = narrowest(groups, of, ranks=ranks, limits=limits)
         check_same("channels to cut", kept)
         return kept
+
+    def by_scores(self, groups: ChannelGroups, of: Budget) -> Ranking:
+        """Return the ranking of the channels by what each is worth by itself.
+
+        Args:
+            groups: The groups that were ranked.
+            of: The budget: what is cheap to keep is worth keeping.
+
+        Returns:
+            The same scores, with widths that follow them.
+        """
+        return replace(
+            self, curves=ranked_by_scores(groups, self.scores, of=of), allocation="rank",
+            factors=None,
+        )  # fmt: skip
 
     def predicted(self, kept: Kept) -> float:
         """Return the output variance that curves promise of a choice; 0 of scores."""

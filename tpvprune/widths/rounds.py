@@ -28,7 +28,7 @@ class Rounds:
         kept: What stays of the dense channels.
         ranking: Of the dense network.
         chosen: Number of the round, from 1; 0: nothing has left.
-        history: One entry for every round that is also repaired.
+        history: One entry for every round.
         speed: As it was measured, where milliseconds are the budget.
         seconds: By stage.
         predicted: The output variance that curves promised so far.
