@@ -29,7 +29,7 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.saved.models import load_model
-from tpvprune.widths.latency import compare_latency
+from tpvprune.widths.speed import compare_latency
 
 COLUMNS = [
     "model", "image_size", "batch_size", "of", "keep", "macs_kept", "dense_ms", "pruned_ms",

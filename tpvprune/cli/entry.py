@@ -31,6 +31,7 @@ _HOMES = {
     "distill": "training",
     "export": "exporting",
     "finetune": "training",
+    "latency-table": "latency",
     "prune": "pruning",
 }
 
@@ -41,6 +42,7 @@ _AFTER = {
     "distill": f"{_GOES_ON} finished epoch",
     "export": _UNTOUCHED,
     "finetune": f"{_GOES_ON} finished epoch",
+    "latency-table": _UNTOUCHED,
     "prune": f"{_GOES_ON} finished selection or epoch",
     "score": _UNTOUCHED,
 }
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry = getattr(args, "dry_run", False)
             home = "planning" if dry else _HOMES.get(args.command, "commands")
             module = importlib.import_module(f"tpvprune.cli.{home}")
-            run = getattr(module, f"{'plan' if dry else 'run'}_{args.command}")
+            name = args.command.replace("-", "_")
+            run = getattr(module, f"{'plan' if dry else 'run'}_{name}")
             memory = importlib.import_module("tpvprune.cli.memory")
             code, document = memory.within_memory(run, args)
     except KeyboardInterrupt:
@@ -79,8 +82,9 @@ def _ask_for_large_pages(args: Any) -> None:
 
     Who scores, repairs and trains makes and drops tensors of tens of megabytes all the time, and
     mapping each anew in pages of 4 KiB may take a third of the time. What states milliseconds as
-    its result does without (``--of latency``, ``evaluate``, ``export``): they are to be those of a
-    plain process, as the model will run in. A value that the user has set stays.
+    its result does without (``--of latency``, ``latency-table``, ``evaluate``, ``export``): they
+    are to be those of a plain process, as the model will run in. A value that the user has set
+    stays.
     """
     timed = getattr(args, "of", None) == "latency"
     wanted = args.command in _IN_LARGE_PAGES and not timed

@@ -17,14 +17,16 @@ from tpvprune.disk.path_checks import (
     check_ranking,
     check_run,
     check_saved,
+    check_table,
     check_writable,
 )
+from tpvprune.runtimes.names import TABLE, check_runtime
 from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
 _WRITE_A_MODEL = frozenset({"prune", "distill", "finetune", "demo"})
-_WRITE_A_FILE = frozenset({"score", "compare", "export"})
+_WRITE_A_FILE = frozenset({"score", "compare", "export", "latency-table"})
 _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 
 
@@ -39,6 +41,7 @@ def check_first(args: argparse.Namespace) -> None:
     _check_outputs(args)
     _check_training(args)
     _check_max_loss(args)
+    _check_latency(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
@@ -89,6 +92,30 @@ def _check_max_loss(args: argparse.Namespace) -> None:
             "--max-loss: expected a repair without training, which each size would need, found "
             "--repair distill: leave it out, and run `distill` on what comes out"
         )
+
+
+def _check_latency(args: argparse.Namespace) -> None:
+    if "latency_runtime" not in args:
+        return
+    runtime, table = args.latency_runtime, getattr(args, "latency_table", None)
+    for flag, given in (
+        ("runtime", runtime != "eager"),
+        ("table", table is not None),
+        ("threads", args.latency_threads is not None),
+    ):
+        if given and getattr(args, "of", "latency") != "latency":
+            raise ValueError(
+                f"--latency-{flag}: expected only with --of latency, found --of {args.of}: leave "
+                "one of them out"
+            )
+    if (runtime == TABLE) != (table is not None):
+        raise ValueError(
+            "expected --latency-runtime table and --latency-table F together, found one of them"
+        )
+    if table is not None:
+        check_table(table)
+    else:
+        check_runtime(runtime)
 
 
 def _check_given(args: argparse.Namespace) -> None:
