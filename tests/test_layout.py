@@ -16,7 +16,18 @@ sys.path.remove(BENCHMARKS)
 
 # Each may import those before it.
 LINE = [
-    *("disk", "processes", "passes", "runtimes", "images", "groups", "scores", "repairs", "widths", "depth"),
+    *(
+        "disk",
+        "processes",
+        "passes",
+        "runtimes",
+        "images",
+        "groups",
+        "scores",
+        "repairs",
+        "widths",
+        "depth",
+    ),
     "pipeline",
     *("weights", "diagnostics", "reports", "saved", "benchmark", "cli"),
 ]

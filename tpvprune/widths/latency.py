@@ -45,7 +45,7 @@ from tpvprune.widths.latency_file import (
     shapes_digest,
     write_latency_table,
 )
-from tpvprune.widths.speed import Speed, Stopwatch, once
+from tpvprune.widths.speed import Speed, Stopwatch, clock_of, once
 
 _SHARES = (0.15, 0.4, 0.7, 1.0)
 _SECONDS, _FEWEST, _MOST = 0.02, 4, 40  # for one number: at least so long, so many calls
@@ -206,7 +206,8 @@ class _Timer:
         """
         own = runs_in_torch(self.runtime) and self.device.type == "cpu"
         # Too coarse on Windows.
-        clock = time.thread_time if own and sys.platform != "win32" else time.perf_counter
+        alone = own and sys.platform != "win32"
+        clock = time.thread_time if alone else clock_of(self.device)
         return _least(partial(once, call, self.device, clock), fewest=fewest)
 
 
