@@ -1,7 +1,7 @@
 """Milliseconds of a runtime, or of a table of another device, as a budget on the command line."""
 
 import json
-import pathlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ PRUNE = [
     *("prune", *MODEL, "--data-dir", "flat", "--num-images", "16", "-b", "8", "-j", "1"),
     *("--criterion", "magnitude", "--repair", "none", "--latency-repeats", "0", "--of", "latency"),
 ]
+
+TABLE = ["--latency-runtime", "table", "--latency-table", "t.json"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def run(place, monkeypatch, capsys):
 
 
 def test_a_table_is_written_and_aimed_at(run, tmp_path):
-    table = json.loads(pathlib.Path("t.json").open(encoding="utf-8").read())
+    table = json.loads(Path("t.json").read_text("utf-8"))
     assert (table["batch_size"], table["num_threads"], table["model"]) == (2, 1, "cifar_resnet20")
     table["device"] = "a board"
     (tmp_path / "t.json").write_text(json.dumps(table))
@@ -96,11 +98,11 @@ def test_a_runtime_is_measured_and_shown(run, tmp_path, monkeypatch):
             "--latency-runtime: expected only with --of latency, found --of params",
         ),
         (
-            ["--latency-runtime", "table", "--latency-table", "t.json", "--img-size", "24"],
+            [*TABLE, "--img-size", "24"],
             "expected one for inputs of 3 x 24 x 24, found one for 3 x 16 x 16",
         ),
         (
-            ["--latency-runtime", "table", "--latency-table", "t.json", "--model", "test_resnet"],
+            [*TABLE, "--model", "test_resnet"],
             "expected one of this model, found one of cifar_resnet20",
         ),
         (
