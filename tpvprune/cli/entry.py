@@ -18,6 +18,7 @@ from typing import Any
 
 from tpvprune.cli.first_checks import check_first
 from tpvprune.cli.flags import build_parser
+from tpvprune.cli.recipes import parsed
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ""
     try:
         argv = sys.argv[1:] if argv is None else argv
-        args = build_parser().parse_args(argv)
+        args = parsed(build_parser(), argv)
         command = args.command
         if "keeps" in args:
             args.keep = min(args.keeps)  # what a plan goes by

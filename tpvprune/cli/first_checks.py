@@ -151,8 +151,8 @@ def _check_sizes(args: argparse.Namespace) -> None:
             f"--keep: expected one size with --granularity {args.granularity}, found "
             f"{len(args.keeps)}: run them one by one"
         )
-    for folder in sizes.folders(args).values():
-        if not sizes.is_done(args, folder):
+    for keep, folder in sizes.folders(args).items():
+        if not sizes.is_done(args, keep, folder):
             check_writable(check_folder(folder, overwrite=args.overwrite))
     if args.ranking is not None:
         check_ranking(args.ranking)

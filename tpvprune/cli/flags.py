@@ -116,6 +116,16 @@ def _add_prune(sub: Parser) -> None:
     add_data(sub, num_images=True, auto=True)
     add_eval_dir(sub)
     add_criterion(sub)
+    recipe = sub.section("recipe (flags win)").add_mutually_exclusive_group()
+    recipe.add_argument(
+        "--like", metavar="OUT", help="folder of an earlier run, whose choices are repeated"
+    )
+    recipe.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="F",
+        help='TOML or .json file of choices: keep = 0.6, repair = "reconstruct", ...',
+    )
     how = sub.section("pruning")
     how.add_argument(
         "--granularity",

@@ -70,6 +70,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     if subject.folder is None:  # else those of what the folder came from
         digest = file_digest(args.checkpoint) if args.checkpoint else None
         weights = {"weights": subject.made.weights, "weights_sha256": digest}
+    recipe = {"recipe": args.choices} if "choices" in args else {}
     return {
         "overwrite": args.overwrite,
         "origin": subject.folder,
@@ -85,6 +86,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
             "command": args.command_line,
             **weights,
             "seed": args.seed,
+            **recipe,
             **facts,
         },
     }
