@@ -6,7 +6,8 @@
         --num-test 64 --train-dir cifar10-train.tar --test-dir cifar10-test.tar
 
 Every model is timed by turns with the dense one, with `--latency-runtime` in that runtime.
-Agreement with the dense model is measured on unlabeled images of the test set; without a checkpoint the weights are random and it means little.
+Agreement with the dense model is measured on unlabeled images of the test set; without a
+checkpoint the weights are random and it means little.
 Between the models that were cut to MACs, agreement is interpolated to the latency that the one
 cut to milliseconds has: which of the two budgets leaves a better model at the same speed?
 """
