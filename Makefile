@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := bash
 
 # What the API reference shows; the command line is described by its own --help.
-API := tpvprune tpvprune.groups tpvprune.scores.baselines tpvprune.widths.latency \
+API := tpvprune tpvprune.groups tpvprune.scores.baselines tpvprune.widths.latency tpvprune.widths.latency_file \
   tpvprune.weights.scores tpvprune.weights.masks tpvprune.weights.repair tpvprune.weights.pruning \
   tpvprune.passes.batches tpvprune.images.sources tpvprune.images.preprocessing \
   tpvprune.images.augmentation tpvprune.saved.models tpvprune.diagnostics tpvprune.cifar_resnet

@@ -5,8 +5,9 @@
     python benchmarks/latency.py --model resnet50 --macs-keep 0.5 --num-images 512 \
         --num-test 64 --train-dir cifar10-train.tar --test-dir cifar10-test.tar
 
-Every model is timed by turns with the dense one. Agreement with the dense model is measured on
-unlabeled images of the test set; without a checkpoint the weights are random and it means little.
+Every model is timed by turns with the dense one, with `--latency-runtime` in that runtime.
+Agreement with the dense model is measured on unlabeled images of the test set; without a
+checkpoint the weights are random and it means little.
 Between the models that were cut to MACs, agreement is interpolated to the latency that the one
 cut to milliseconds has: which of the two budgets leaves a better model at the same speed?
 """
@@ -28,8 +29,9 @@ from rows import append, interpolated
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
+from tpvprune.runtimes.names import RUNTIMES
 from tpvprune.saved.models import load_model
-from tpvprune.widths.latency import compare_latency
+from tpvprune.widths.speed import compare_latency
 
 COLUMNS = [
     "model", "image_size", "batch_size", "of", "keep", "macs_kept", "dense_ms", "pruned_ms",
@@ -45,12 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = list(unlabeled(images(args, model, args.train_dir, args.num_images, args.seed)))
     test = list(unlabeled(images(args, model, args.test_dir, args.num_test, args.seed)))
     rows: list[dict[str, Any]] = []
-    path = args.output / f"latency-{args.model}.csv"
+    where = "" if args.latency_runtime == "eager" else f"-{args.latency_runtime}"
+    path = args.output / f"latency-{args.model}{where}.csv"
     path.unlink(missing_ok=True)
 
     def measured(of: str, keep: float, sizes: Sequence[int]) -> None:
         start = time.perf_counter()
-        result = prune(model, train, keep=keep, of=of, latency_batch_size=sizes[0], seed=args.seed)
+        where = {"latency_runtime": args.latency_runtime} if of == "latency" else {}
+        result = prune(
+            model, train, keep=keep, of=of, latency_batch_size=sizes[0], seed=args.seed, **where
+        )
         seconds = time.perf_counter() - start
         same = agreement(result.model, model, test)
         for size in sizes:
@@ -60,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def row(result: PruningResult, size: int, same: float, seconds: float) -> dict[str, Any]:
         batch = torch.cat(test)[:1].repeat_interleave(size, 0)
-        speed = compare_latency(model, result.model, batch, rounds=args.rounds)
+        speed = compare_latency(
+            model, result.model, batch, rounds=args.rounds, runtime=args.latency_runtime
+        )
         return {
             "model": args.model,
             "image_size": batch.shape[-1],
@@ -104,6 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--macs-keep", type=float, nargs="+", default=[0.6, 0.45, 0.35, 0.25, 0.15, 0.1]
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--latency-runtime", choices=RUNTIMES, default="eager")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-test", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=25)

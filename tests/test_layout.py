@@ -16,8 +16,8 @@ sys.path.remove(BENCHMARKS)
 
 # Each may import those before it.
 LINE = [
-    *("disk", "processes", "passes", "images", "groups", "scores", "repairs", "widths", "depth"),
-    "pipeline",
+    *("disk", "processes", "passes", "runtimes", "images", "groups", "scores", "repairs"),
+    *("widths", "depth", "pipeline"),
     *("weights", "diagnostics", "reports", "saved", "benchmark", "cli"),
 ]
 SURROUNDINGS = {"__init__", "__main__", "cifar_resnet"}

@@ -144,7 +144,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_known", lambda package: package != "onnxscript")
+    monkeypatch.setattr(export, "missing", lambda packages: ["onnxscript"])
     with pytest.raises(ValueError, match=r"found no onnxscript: pip install 'tpvprune\[onnx\]'"):
         export_model(model_of(), images(1), tmp_path / "model.onnx")
 

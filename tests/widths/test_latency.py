@@ -5,6 +5,7 @@ Times of this machine enter two tests only, in ratios that no load can turn roun
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 import tpvprune
 from tpvprune.groups.budget import CostModel, LatencyTable, LayerTime, cost, unit_costs
 from tpvprune.pipeline import run, setup
-from tpvprune.widths import latency
-from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
+from tpvprune.widths import latency, latency_file
+from tpvprune.widths import speed as speed_module
+from tpvprune.widths.speed import Speed, as_fast_as, compare_latency
 
 LAYERS = ("stem", "conv1", "conv2", "conv3", "conv4", "fc")
 
@@ -112,7 +114,7 @@ def test_interpolation_is_exact_at_what_was_measured_and_between(points, x):
 
 
 def speed(ratio):
-    return Speed(1.0, ratio, ratio, ratio, ratio, 1, 9)
+    return Speed(1.0, ratio, ratio, ratio, ratio, 1, 9, 1.0, 1.0, ratio, ratio, "eager", "here")
 
 
 @pytest.mark.parametrize(
@@ -133,16 +135,24 @@ def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path)
     model, groups = chain
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
     table = table_of(groups, model, lambda i, o: i * o)
-    monkeypatch.setattr(setup, "latency_table", lambda *_: table)
+    asked = []
 
-    def by_params(dense, pruned, x):
-        assert x.shape[0] == 3
-        return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(dense))
+    def measured(*_, **where):
+        asked.append(where)
+        return replace(table, runtime=where["runtime"], num_threads=2)
 
-    monkeypatch.setattr(run, "compare_latency", by_params)
+    def by_params(watch, pruned):
+        assert watch.x.shape[0] == 3
+        assert (watch.runtime, watch.num_threads) == ("openvino", 2)
+        return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(watch.dense))
+
+    monkeypatch.setattr(setup, "latency_table", measured)
+    monkeypatch.setattr(run.Stopwatch, "compare", by_params)
     result = tpvprune.prune(
-        model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none"
-    )
+        model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none",
+        latency_runtime="openvino", latency_threads=2,
+    )  # fmt: skip
+    assert asked == [{"runtime": "openvino", "num_threads": 2}]
     assert result.report["reached"]
     assert result.report["speed"]["ratio"] <= 0.6
     json.dumps(result.report)
@@ -172,7 +182,7 @@ def test_a_measured_table_is_kept_and_read_again(tmp_path, monkeypatch, untouche
     assert latency.latency_table(model, groups, x, cache=tmp_path) == table
     (file,) = tmp_path.glob("*.json")
     monkeypatch.setattr(latency, "_measure", lambda *_: replace(table, constant_ms=7.0))
-    for damage in ("", "[]", '{"format": 1}', '{"format": 0, "layers": {}}'):
+    for damage in ("", "[]", '{"format": 2}', '{"format": 0, "layers": {}}'):
         file.write_text(damage)
         assert latency.latency_table(model, groups, x, cache=tmp_path).constant_ms == 7.0
 
@@ -189,6 +199,160 @@ def test_turns_show_which_model_is_faster():
 def test_slow_models_are_timed_in_fewer_rounds(monkeypatch):
     models, x = (build(Chain), build(Chain)), images(1)
     assert compare_latency(*models, x, rounds=25).rounds == 25
-    monkeypatch.setattr(latency, "_PATIENCE", 0.0)
+    monkeypatch.setattr(speed_module, "_PATIENCE", 0.0)
     assert compare_latency(*models, x, rounds=25).rounds == 6
     assert compare_latency(*models, x, rounds=4).rounds == 4
+
+
+# ---- other runtimes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_turns_in_a_runtime_show_which_model_is_faster(runtime):
+    pytest.importorskip(runtime)
+    narrow, wide = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 256, 3)
+    x = torch.randn(2, 3, 48, 48)
+    found = compare_latency(wide, narrow, x, rounds=8, runtime=runtime, num_threads=1)
+    assert found.ratio_low <= found.ratio <= found.ratio_high
+    assert found.dense_low_ms <= found.dense_ms <= found.dense_high_ms
+    assert found.ratio < 0.8
+    assert found.runtime == runtime
+    assert runtime in found.device
+    assert "1 thread" in found.device
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_table_of_a_runtime_sums_to_the_whole_network(runtime, monkeypatch, untouched):
+    pytest.importorskip(runtime)
+    model, x = Wide(), torch.randn(1, 3, 16, 16)
+    groups = tpvprune.find_groups(model, x, verify=False)
+    monkeypatch.setattr(latency, "_SECONDS", 0.001)
+    monkeypatch.setattr(latency, "_STEPS", (1,))
+    totals = []
+    whole = latency._Timer.model
+    monkeypatch.setattr(
+        latency._Timer, "model", lambda *args: totals.append(whole(*args)) or totals[-1]
+    )
+    threads = torch.get_num_threads()
+    with untouched(model):
+        table = latency.measured_table(model, groups, x, runtime=runtime, num_threads=1)
+    assert torch.get_num_threads() == threads
+    assert (table.runtime, table.num_threads, table.input_shape) == (runtime, 1, (3, 16, 16))
+    assert table.layers.keys() == {"conv1", "conv2", "fc"}
+    assert cost(groups, {}, table) == pytest.approx(totals[0])
+
+
+@pytest.mark.parametrize("truth", [(10.0, 7.0), (10.0, 1.0), (10.0, 10.5)])
+def test_a_calibrated_table_says_what_was_measured(chain, monkeypatch, truth):
+    model, groups = chain
+    table = replace(table_of(groups, model, lambda i, o: i * o), ms_per_value=0.5)
+    dense_ms, half_ms = truth
+    measured = replace(speed(half_ms / dense_ms), dense_ms=dense_ms, pruned_ms=half_ms)
+    monkeypatch.setattr(speed_module.Stopwatch, "compare", lambda *_: measured)
+    found, _ = latency.calibrated(table, model, groups, batches()[0][:1])
+    half = {g.name: torch.arange(g.num_channels) < max(1, g.num_channels // 2) for g in groups}
+    assert cost(groups, {}, found) == pytest.approx(dense_ms)
+    least = dense_ms * cost(groups, half, table) / cost(groups, {}, table)
+    # A constant below 0 there is not, nor channels that cost less than nothing.
+    assert cost(groups, half, found) == pytest.approx(min(max(half_ms, least), dense_ms))
+    assert found.constant_ms >= 0
+
+
+def test_a_table_of_another_device_is_taken_at_its_word(chain, monkeypatch):
+    model, groups = chain
+    x = batches()[0][:1]
+    table = replace(
+        table_of(groups, model, lambda i, o: i * o), batch_size=4, runtime="onnxruntime",
+        device="a board", shapes=latency_file.shapes_digest(model), input_shape=tuple(x.shape[1:]),
+    )  # fmt: skip
+    monkeypatch.setattr(speed_module.Stopwatch, "compare", None)
+    prune = partial(
+        tpvprune.prune, model, batches(), keep=0.6, of="latency", repair="none",
+        latency_runtime=table,
+    )  # fmt: skip
+    result = prune()
+    found = result.report["speed"]
+    assert result.reached
+    assert (found["rounds"], found["runtime"], found["device"]) == (0, "table", "a board")
+    assert found["batch_size"] == 4
+    assert found["pruned_ms"] == pytest.approx(cost(groups, result.kept, table))
+    assert found["ratio"] <= 0.6 * (1 + 1e-9)
+    json.dumps(result.report)
+    twice = prune(steps=2)
+    assert twice.report["speed"]["pruned_ms"] == pytest.approx(cost(groups, twice.kept, table))
+    with pytest.raises(ValueError, match="expected 4, that of the table, found 2"):
+        prune(latency_batch_size=2)
+    with pytest.raises(ValueError, match="expected one of this model, found one of another model"):
+        prune(latency_runtime=replace(table, shapes="0"))
+    with pytest.raises(ValueError, match=r"inputs of 3 x 8 x 8, found one for 3 x 9 x 9"):
+        prune(latency_runtime=replace(table, input_shape=(3, 9, 9)))
+    with pytest.raises(ValueError, match="only with a budget of latency, found one of macs"):
+        prune(of="macs")
+
+
+def test_runtimes_are_checked():
+    prune = partial(tpvprune.prune, build("residual"), batches(), of="latency")
+    with pytest.raises(ValueError, match=r"expected one of eager, compile.*found 'tensorrt'"):
+        prune(latency_runtime="tensorrt")
+    with pytest.raises(ValueError, match="expected at least 1, found 1 and 0"):
+        prune(latency_threads=0)
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(chain, tmp_path):
+    model, groups = chain
+    table = replace(table_of(groups, model, lambda i, o: i * o), input_shape=(3, 8, 8), model="m")
+    latency_file.write_latency_table(tmp_path / "t.json", table)
+    return tmp_path / "t.json", table
+
+
+def test_a_table_is_read_as_it_was_written(written):
+    path, table = written
+    assert latency_file.read_latency_table(path) == table
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", 0), ("batch_size", "x"), ("constant_ms", -1), ("ms_per_value", float("nan")),
+        ("device", 3), ("layers", []), ("layers", {"fc": 1}), ("input_shape", 3),
+    ],
+)  # fmt: skip
+def test_a_damaged_table_is_refused_in_one_line(written, key, value):
+    path, _ = written
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, key: value}))
+    with pytest.raises(ValueError, match=r"t\.json: this latency table is damaged") as caught:
+        latency_file.read_latency_table(path)
+    assert "\n" not in str(caught.value)
+    del found[key]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"t\.json: (this latency table|expected a table)"):
+        latency_file.read_latency_table(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ins", []), ("outs", [2, 1]), ("ms", [[1.0]]), ("values", -1),
+        ("ms", [[float("inf")] * 3] * 5), ("ms", None),
+    ],
+)  # fmt: skip
+def test_a_damaged_layer_is_refused(written, key, value):
+    path, _ = written
+    found = json.loads(path.read_text())
+    found["layers"]["fc"][key] = value
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="this latency table is damaged"):
+        latency_file.read_latency_table(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "layers": {}}', "\udcff"])
+def test_other_files_are_no_tables(tmp_path, text):
+    path = tmp_path / "t.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"t\.json: expected a .*table"):
+        latency_file.read_latency_table(path)

@@ -153,7 +153,7 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
         rows.append((name, short(before), short(after), f"{after / before:.3f}"))
     if pruned.get("latency_ms") is not None:
         ratio = pruned["latency_ms"] / dense["latency_ms"]
-        rows.append(("latency, 1 image", _latency(dense), _latency(pruned), f"{ratio:.3f}"))
+        rows.append((_latency_label(pruned), _latency(dense), _latency(pruned), f"{ratio:.3f}"))
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if pruned.get(key) is not None:
             before, after = dense[key], pruned[key]
@@ -165,6 +165,11 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
     _say_spread(pruned)
 
 
+def _latency_label(side: Mapping[str, Any]) -> str:
+    where = f", {side['latency_runtime']}" if side.get("latency_runtime") else ""
+    return f"latency, {counted(side.get('latency_batch_size') or 1, 'image')}{where}"
+
+
 def _latency(side: Mapping[str, Any]) -> str:
     spread = side.get("latency_range_ms")
     return f"{side['latency_ms']:.2f}" + (
@@ -173,7 +178,9 @@ def _latency(side: Mapping[str, Any]) -> str:
 
 
 def _say_spread(side: Mapping[str, Any]) -> None:
-    if side.get("latency_range_ms"):
+    if side.get("latency_runtime"):
+        say(f"latency: median ± half of what lies between the quartiles, {side['latency_device']}")
+    elif side.get("latency_range_ms"):
         say("latency: median of five rounds ± half of what lies between fastest and slowest")
 
 
@@ -240,9 +247,17 @@ def _say_outcome(document: Mapping[str, Any], head: str) -> None:
 
 
 def speed_line(speed: Mapping[str, Any]) -> None:
-    """Print what the clock says of both models."""
+    """Print what the clock, or a table, says of both models."""
+    if not speed["rounds"]:
+        say(
+            f"by the table of {speed['device']}: {speed['dense_ms']:.2f} ms dense, "
+            f"{speed['pruned_ms']:.2f} ms pruned, ratio {speed['ratio']:.3f}; nothing was timed "
+            "here"
+        )
+        return
     say(
-        f"timed by turns, {speed['batch_size']} images a call: {speed['dense_ms']:.2f} ms dense, "
+        f"timed by turns, {counted(speed['batch_size'], 'image')} a call, {speed['runtime']}: "
+        f"{speed['dense_ms']:.2f} ms dense, "
         f"{speed['pruned_ms']:.2f} ms pruned, ratio {speed['ratio']:.3f} (quartiles "
         f"{speed['ratio_low']:.3f} to {speed['ratio_high']:.3f} of {speed['rounds']} rounds)"
     )

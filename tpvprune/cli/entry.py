@@ -18,6 +18,7 @@ from typing import Any
 
 from tpvprune.cli.first_checks import check_first
 from tpvprune.cli.flags import build_parser
+from tpvprune.cli.recipes import parsed
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
@@ -31,6 +32,7 @@ _HOMES = {
     "distill": "training",
     "export": "exporting",
     "finetune": "training",
+    "latency-table": "latency",
     "prune": "pruning",
 }
 
@@ -41,6 +43,7 @@ _AFTER = {
     "distill": f"{_GOES_ON} finished epoch",
     "export": _UNTOUCHED,
     "finetune": f"{_GOES_ON} finished epoch",
+    "latency-table": _UNTOUCHED,
     "prune": f"{_GOES_ON} finished selection or epoch",
     "score": _UNTOUCHED,
 }
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ""
     try:
         argv = sys.argv[1:] if argv is None else argv
-        args = build_parser().parse_args(argv)
+        args = parsed(build_parser(), argv)
         command = args.command
         if "keeps" in args:
             args.keep = min(args.keeps)  # what a plan goes by
@@ -62,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry = getattr(args, "dry_run", False)
             home = "planning" if dry else _HOMES.get(args.command, "commands")
             module = importlib.import_module(f"tpvprune.cli.{home}")
-            run = getattr(module, f"{'plan' if dry else 'run'}_{args.command}")
+            name = args.command.replace("-", "_")
+            run = getattr(module, f"{'plan' if dry else 'run'}_{name}")
             memory = importlib.import_module("tpvprune.cli.memory")
             code, document = memory.within_memory(run, args)
     except KeyboardInterrupt:
@@ -79,8 +83,9 @@ def _ask_for_large_pages(args: Any) -> None:
 
     Who scores, repairs and trains makes and drops tensors of tens of megabytes all the time, and
     mapping each anew in pages of 4 KiB may take a third of the time. What states milliseconds as
-    its result does without (``--of latency``, ``evaluate``, ``export``): they are to be those of a
-    plain process, as the model will run in. A value that the user has set stays.
+    its result does without (``--of latency``, ``latency-table``, ``evaluate``, ``export``): they
+    are to be those of a plain process, as the model will run in. A value that the user has set
+    stays.
     """
     timed = getattr(args, "of", None) == "latency"
     wanted = args.command in _IN_LARGE_PAGES and not timed

@@ -17,14 +17,16 @@ from tpvprune.disk.path_checks import (
     check_ranking,
     check_run,
     check_saved,
+    check_table,
     check_writable,
 )
+from tpvprune.runtimes.names import TABLE, check_runtime
 from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
 _WRITE_A_MODEL = frozenset({"prune", "distill", "finetune", "demo"})
-_WRITE_A_FILE = frozenset({"score", "compare", "export"})
+_WRITE_A_FILE = frozenset({"score", "compare", "export", "latency-table"})
 _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 
 
@@ -39,6 +41,7 @@ def check_first(args: argparse.Namespace) -> None:
     _check_outputs(args)
     _check_training(args)
     _check_max_loss(args)
+    _check_latency(args)
     _check_subject(args)
     if "data_dir" in args:
         _check_images(args)
@@ -91,6 +94,30 @@ def _check_max_loss(args: argparse.Namespace) -> None:
         )
 
 
+def _check_latency(args: argparse.Namespace) -> None:
+    if "latency_runtime" not in args:
+        return
+    runtime, table = args.latency_runtime, getattr(args, "latency_table", None)
+    for flag, given in (
+        ("runtime", runtime != "eager"),
+        ("table", table is not None),
+        ("threads", args.latency_threads is not None),
+    ):
+        if given and getattr(args, "of", "latency") != "latency":
+            raise ValueError(
+                f"--latency-{flag}: expected only with --of latency, found --of {args.of}: leave "
+                "one of them out"
+            )
+    if (runtime == TABLE) != (table is not None):
+        raise ValueError(
+            "expected --latency-runtime table and --latency-table F together, found one of them"
+        )
+    if table is not None:
+        check_table(table)
+    else:
+        check_runtime(runtime)
+
+
 def _check_given(args: argparse.Namespace) -> None:
     if args.data_dir is None and not args.dataset and getattr(args, "data_list", None) is None:
         raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
@@ -124,8 +151,8 @@ def _check_sizes(args: argparse.Namespace) -> None:
             f"--keep: expected one size with --granularity {args.granularity}, found "
             f"{len(args.keeps)}: run them one by one"
         )
-    for folder in sizes.folders(args).values():
-        if not sizes.is_done(args, folder):
+    for keep, folder in sizes.folders(args).items():
+        if not sizes.is_done(args, keep, folder):
             check_writable(check_folder(folder, overwrite=args.overwrite))
     if args.ranking is not None:
         check_ranking(args.ranking)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tpvprune.runtimes.names import RUNTIMES, TABLE
+
 AUTO = "auto"  # for --num-images: as many as the scores need
 
 
@@ -256,6 +258,37 @@ def add_latency(sub: Parser) -> None:
         default=50,
         metavar="N",
         help="timed calls of each model by turns, 0 for none (50)",
+    )
+
+
+def add_latency_budget(group: Any, *, table: bool = True) -> None:
+    """Add where milliseconds are measured that a budget counts, or that a table may hold."""
+    group.add_argument(
+        "--latency-runtime",
+        choices=(*RUNTIMES, TABLE) if table else RUNTIMES,
+        default="eager",
+        help="where the model will run: PyTorch as it is or compiled on --device, or ONNX Runtime "
+        "or OpenVINO on the CPU" + ("; table: what --latency-table says" if table else "")
+        + " (eager)",
+    )  # fmt: skip
+    if table:
+        group.add_argument(
+            "--latency-table",
+            metavar="F",
+            help="file that `latency-table` wrote on the device where the model will run",
+        )
+    group.add_argument(
+        "--latency-batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="images of one call" + (", with --of latency (1)" if table else " (1)"),
+    )
+    group.add_argument(
+        "--latency-threads",
+        type=count,
+        metavar="N",
+        help="threads of one call on a CPU (as many as PyTorch uses)",
     )
 
 

@@ -20,6 +20,7 @@ from tpvprune.cli.flag_groups import (
     add_eval_dir,
     add_ignore,
     add_latency,
+    add_latency_budget,
     add_model,
     add_output,
     add_own_model,
@@ -115,6 +116,16 @@ def _add_prune(sub: Parser) -> None:
     add_data(sub, num_images=True, auto=True)
     add_eval_dir(sub)
     add_criterion(sub)
+    recipe = sub.section("recipe (flags win)").add_mutually_exclusive_group()
+    recipe.add_argument(
+        "--like", metavar="OUT", help="folder of an earlier run, whose choices are repeated"
+    )
+    recipe.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="F",
+        help='TOML or .json file of choices: keep = 0.6, repair = "reconstruct", ...',
+    )
     how = sub.section("pruning")
     how.add_argument(
         "--granularity",
@@ -153,15 +164,9 @@ def _add_prune(sub: Parser) -> None:
         "--of",
         choices=("macs", "params", "latency"),
         default="macs",
-        help="what --keep is a fraction of; latency: milliseconds measured on --device (macs)",
+        help="what --keep is a fraction of; latency: milliseconds by --latency-runtime (macs)",
     )
-    how.add_argument(
-        "--latency-batch-size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="images of one call, with --of latency (1)",
-    )
+    add_latency_budget(how)
     how.add_argument(
         "--repair",
         choices=("none", "bn", "compensate", "reconstruct", "auto", "distill"),
@@ -261,6 +266,14 @@ def _add_trained(sub: Parser) -> None:
     add_latency(sub)
     add_output(sub, "folder for the trained model and its report")
     add_dry_run(sub)
+
+
+def _add_latency_table(sub: Parser) -> None:
+    add_model(sub)
+    add_preprocessing(sub)
+    add_latency_budget(sub.section("time"), table=False)
+    add_device(sub)
+    add_output(sub, "JSON file for the table")
 
 
 def _add_benchmark(sub: Parser) -> None:
@@ -449,6 +462,12 @@ _COMMANDS: tuple[tuple[str, Callable[[Parser], None], str, str], ...] = (
         _add_export,
         "(OUT | --model M) [--format onnx|pt2] [options]",
         "Write a model as one ONNX or torch.export file and compare its outputs.",
+    ),
+    (
+        "latency-table",
+        _add_latency_table,
+        "--model M --output F [options]",
+        "Measure what widths cost on this device, for `prune --latency-runtime table` on another.",
     ),
     (
         "audit",

@@ -71,7 +71,10 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     forward, backward = _seconds(subject)
 
     # The clock is left alone, and so is what takes minutes on noise, too.
-    quicker: dict[str, Any] = {"of": "macs", "granularity": ("channel",)}
+    quicker: dict[str, Any] = {
+        "of": "macs", "latency_runtime": "eager", "latency_threads": None,
+        "granularity": ("channel",),
+    }  # fmt: skip
     if args.repair == "reconstruct":
         quicker["repair"] = "compensate"
 

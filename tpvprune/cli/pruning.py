@@ -47,7 +47,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
         return single_weights.run(args)
     training.recipe_of(args)
     folders = sizes.folders(args)
-    done = [folder for folder in folders.values() if sizes.is_done(args, folder)]
+    done = [folder for keep, folder in folders.items() if sizes.is_done(args, keep, folder)]
     left = {keep: folder for keep, folder in folders.items() if folder not in done}
     ranked = args.ranking or next(iter(done), None)
     ranking = None if ranked is None else Ranking.load(ranked)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from tpvprune.cli.flag_groups import STRUCTURES
+from tpvprune.groups.budget import LatencyTable
+from tpvprune.runtimes.names import TABLE
 from tpvprune.scores.criteria import with_labels
 from tpvprune.scores.taps import Probing
+from tpvprune.widths.latency_file import read_latency_table
 from tpvprune.widths.limits import Limits
 
 _FROM_FLAGS = (
-    "keep", "of", "latency_batch_size", "steps", "allocation", "max_depth_removed",
+    "keep", "of", "latency_batch_size", "latency_threads", "steps", "allocation",
+    "max_depth_removed",
 )  # fmt: skip
 _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 
@@ -25,12 +29,20 @@ def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
     named = {name: getattr(args, name) for name in _FROM_FLAGS}
     return {
         **named,
+        "latency_runtime": latency_runtime(args),
         "repair": repair,
         "granularity": STRUCTURES[args.granularity],
         "outputs": outputs_of(args),
         "seed": args.seed,
         **_ALL_IMAGES,
     }
+
+
+def latency_runtime(args: argparse.Namespace) -> str | LatencyTable:
+    """Return where milliseconds are measured, or the table that says them."""
+    if args.latency_runtime == TABLE:
+        return read_latency_table(args.latency_table)
+    return str(args.latency_runtime)
 
 
 def ranking_options(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ def pruned_document(
     clock: Clock,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure the pruned model beside the dense one, and return all that is known of it."""
-    dense, pruned = measured(args, subject, result.model, labelled, clock)
+    dense, pruned = measured(
+        args, subject, result.model, labelled, clock, speed=result.report.get("speed")
+    )
     dense["agreement"] = 1.0
     with clock("agreement"):
         pruned["agreement"] = agreement(
@@ -68,6 +70,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     if subject.folder is None:  # else those of what the folder came from
         digest = file_digest(args.checkpoint) if args.checkpoint else None
         weights = {"weights": subject.made.weights, "weights_sha256": digest}
+    recipe = {"recipe": args.choices} if "choices" in args else {}
     return {
         "overwrite": args.overwrite,
         "origin": subject.folder,
@@ -83,6 +86,7 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
             "command": args.command_line,
             **weights,
             "seed": args.seed,
+            **recipe,
             **facts,
         },
     }
@@ -94,11 +98,14 @@ def measured(
     pruned: nn.Module,
     labelled: Any,
     clock: Clock | None = None,
+    *,
+    speed: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return latency, accuracy and non-zero parameters of the dense and of the pruned model."""
     models, clock = (subject.model, pruned), clock or Clock(None)
     with clock("latency"):
-        timings = latencies(args, subject, models)
+        in_runtime = speed is not None and speed["runtime"] != "eager"
+        timings = _timed_before(speed) if in_runtime else latencies(args, subject, models)
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
         for model, timed in zip(models, timings, strict=True)
@@ -110,6 +117,21 @@ def measured(
             scored = evaluate(model, Shown(labelled, "top-1"), outputs=outputs_of(args))
             fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
     return facts[0], facts[1]
+
+
+def _timed_before(speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the milliseconds of both models in the runtime that was asked for."""
+    assert speed is not None
+    return [
+        {
+            "latency_ms": speed[f"{side}_ms"],
+            "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
+            "latency_batch_size": speed["batch_size"],
+            "latency_runtime": speed["runtime"],
+            "latency_device": speed["device"],
+        }
+        for side in ("dense", "pruned")
+    ]
 
 
 def latencies(

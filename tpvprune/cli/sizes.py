@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from tpvprune.cli.recipes import of_size
+
 COMPARISON = "comparison.html"
 
 
@@ -17,17 +19,21 @@ def folders(args: argparse.Namespace) -> dict[float, Path]:
     return {keep: output / f"keep-{keep:g}" for keep in args.keeps}
 
 
-def is_done(args: argparse.Namespace, folder: Path) -> bool:
+def is_done(args: argparse.Namespace, keep: float, folder: Path) -> bool:
     """Tell whether a run of the same command line has left this size."""
     if args.overwrite or len(args.keeps) == 1 or not (folder / "report.json").is_file():
         return False
+    recipe = json.loads(json.dumps(of_size(args.choices, keep)))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["provenance"]["command"] == args.command_line)
+        same = config["provenance"]["command"] == args.command_line
+        return bool(same and config["provenance"].get("recipe") == recipe)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # which is then in the way, and said to be
 
 
 def of_one(args: argparse.Namespace, keep: float, folder: Path) -> argparse.Namespace:
     """Return the flags of one size."""
-    return argparse.Namespace(**{**vars(args), "keep": keep, "output": folder})
+    return argparse.Namespace(
+        **{**vars(args), "keep": keep, "output": folder, "choices": of_size(args.choices, keep)}
+    )

@@ -56,7 +56,10 @@ def savings(
         Name of the branch -> MACs of one input, parameters, or milliseconds of a call.
     """
     if isinstance(of, LatencyTable):
-        return _milliseconds(model, branches, x)
+        if of.runtime == "eager":
+            return _milliseconds(model, branches, x)
+        # Other runtimes fuse what modules do.
+        return {b.name: sum(_layer_ms(of, name) for name in _layers_of(b, of)) for b in branches}
     if of == "macs":
         amounts = [(c.module, c.macs) for c in groups.costs]
     else:
@@ -82,14 +85,21 @@ def table_without(
     """
     layers, constant = dict(table.layers), table.constant_ms
     for branch in branches:
-        own = [name for name in layers if is_inside(name, modules_of(branch))]
-        known = 0.0
+        own = _layers_of(branch, table)
+        known = sum(_layer_ms(table, name) for name in own)
         for name in own:
-            layer = layers.pop(name)
-            num_out = layer.outs[-1]
-            known += layer.at(layer.ins[-1], num_out) + table.ms_per_value * layer.values * num_out
+            layers.pop(name, None)
         constant -= max(0.0, milliseconds[branch.name] - known)
     return replace(table, layers=layers, constant_ms=max(constant, 0.0))
+
+
+def _layers_of(branch: Branch, table: LatencyTable) -> list[str]:
+    return [name for name in table.layers if is_inside(name, modules_of(branch))]
+
+
+def _layer_ms(table: LatencyTable, name: str) -> float:
+    layer = table.layers[name]
+    return layer.ms[-1][-1] + table.ms_per_value * layer.values * layer.outs[-1]
 
 
 @torch.no_grad()

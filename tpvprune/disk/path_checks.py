@@ -90,6 +90,19 @@ def check_ranking(folder: str | Path) -> None:
     _check_holds(folder, RANKING_FILE, "run of `prune`")
 
 
+def check_table(path: str | Path) -> None:
+    """Check that a table of milliseconds is there.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file: `tpvprune latency-table` writes one")
+
+
 def _check_holds(folder: str | Path, name: str, what: str) -> None:
     if not (Path(folder) / name).is_file():
         raise ValueError(f"{folder}: expected {name} of a saved {what}, found none")

@@ -48,7 +48,12 @@ class LatencyTable:
         constant_ms: What no width changes.
         step: Widths that are no multiples of it gain no time.
         batch_size: Inputs of one call.
-        device: Name of the device, and how many threads.
+        device: Runtime, name of the device, and how many threads.
+        runtime: Name of the runtime; ``"table"`` of times that cannot be measured here.
+        num_threads: Of one call on a CPU.
+        input_shape: Of one input, without the batch axis.
+        shapes: Digest of the shapes of the model's parameters.
+        model: Its name, for people.
     """
 
     layers: dict[str, LayerTime]
@@ -57,6 +62,11 @@ class LatencyTable:
     step: int
     batch_size: int
     device: str
+    runtime: str = "eager"
+    num_threads: int = 0
+    input_shape: tuple[int, ...] = ()
+    shapes: str = ""
+    model: str = ""
 
     def terms(self, groups: ChannelGroups) -> list[tuple[Term, tuple[Axis, ...]]]:
         """Return what each layer costs as a function of the shares that its axes keep."""

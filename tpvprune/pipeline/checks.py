@@ -9,7 +9,9 @@ from torch import nn
 
 from tpvprune.disk.digest import digest_of
 from tpvprune.groups import ChannelGroups
+from tpvprune.groups.budget import LatencyTable
 from tpvprune.processes.shares import check_same
+from tpvprune.runtimes.names import check_runtime
 from tpvprune.scores.criteria import SCORERS
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import RankBy, Ranking
@@ -45,6 +47,34 @@ def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> N
     if not 0 <= max_depth_removed <= 1:
         raise ValueError(
             f"max_depth_removed: expected a fraction in [0, 1], found {max_depth_removed}."
+        )
+
+
+def check_latency(
+    of: str, batch_size: int, runtime: str | LatencyTable, threads: int | None
+) -> None:
+    """Check where milliseconds are measured.
+
+    Raises:
+        ValueError: If the runtime is not known or not installed, a table is of calls of another
+            size, or milliseconds do not count.
+    """
+    if batch_size < 1 or (threads is not None and threads < 1):
+        raise ValueError(
+            "latency_batch_size and latency_threads: expected at least 1, found "
+            f"{batch_size} and {threads}"
+        )
+    if of != "latency" and (runtime != "eager" or threads is not None):
+        raise ValueError(
+            "latency_runtime and latency_threads: expected only with a budget of latency, found "
+            f"one of {of}: leave them out"
+        )
+    if not isinstance(runtime, LatencyTable):
+        check_runtime(runtime)
+    elif batch_size not in {1, runtime.batch_size}:
+        raise ValueError(
+            f"latency_batch_size: expected {runtime.batch_size}, that of the table, found "
+            f"{batch_size}: leave it out, or write another table"
         )
 
 

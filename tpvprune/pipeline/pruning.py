@@ -12,7 +12,7 @@ from torch import nn
 
 from tpvprune.depth import Removal
 from tpvprune.groups import ChannelGroups, Kept
-from tpvprune.groups.budget import check_budget
+from tpvprune.groups.budget import LatencyTable, check_budget
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.drawing import NUM_IMAGES
@@ -23,6 +23,7 @@ from tpvprune.pipeline.checks import (
     Of,
     Repair,
     check_granularity,
+    check_latency,
     check_repairs,
 )
 from tpvprune.pipeline.depth import shallower
@@ -30,6 +31,7 @@ from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
 from tpvprune.pipeline.setup import set_up
 from tpvprune.repairs import guard
+from tpvprune.runtimes.names import Runtime
 from tpvprune.scores.criteria import Scorer
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
@@ -90,6 +92,8 @@ def prune(
     steps: int = 1,
     num_images: int | None = NUM_IMAGES,
     latency_batch_size: int = 1,
+    latency_runtime: Runtime | LatencyTable = "eager",
+    latency_threads: int | None = None,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
     forward: Forward | None = None,
@@ -105,8 +109,8 @@ def prune(
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
             its labels are dropped before anything sees them. Order does not matter.
         keep: Fraction of the dense cost that stays, in (0, 1].
-        of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured on the device of the
-            model (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
+        of: ``"macs"``, ``"params"``, or ``"latency"``: milliseconds measured where the model will
+            run (:mod:`tpvprune.widths.latency`); ``report["speed"]`` holds what came of it.
         criterion: A key of ``tpvprune.SCORERS``, or a scorer ``(model, groups, batches, seed=0) ->
             Scores``; one that needs labels brings them (:func:`tpvprune.with_labels`).
         repair: ``"none"``, ``"bn"`` (BatchNorm recalibration), ``"compensate"`` (weight
@@ -137,6 +141,10 @@ def prune(
             repairs. The loader is never held whole in memory, and of a DataLoader over a larger
             dataset only what is drawn is loaded.
         latency_batch_size: Inputs of one call, where latency is the budget.
+        latency_runtime: Where they are measured: ``"eager"`` or ``"compile"`` on the device of the
+            model, ``"onnxruntime"`` or ``"openvino"`` on the CPU, or a table of another device
+            (:func:`tpvprune.widths.latency_file.read_latency_table`), which is taken at its word.
+        latency_threads: Of one call on a CPU; None: as many as torch is set to.
         probing: How the passes of ``"tpv"`` are run (its seed is ``seed``).
         outputs: Of a model with several outputs those that count, or how much each counts, in units
             of its own second moment; None: all, alike. A name is the keys or places on the way to
@@ -160,12 +168,14 @@ def prune(
             the state is damaged.
     """
     check_budget(keep, "macs" if of == "latency" else of)
+    check_latency(of, latency_batch_size, latency_runtime, latency_threads)
     check_repairs(steps, repair, planned_repair)
     check_granularity(granularity, max_depth_removed)
     given = set_up(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
         allocation=allocation, limits=limits, repair_factors=repair_factors,
-        num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
+        num_images=num_images, latency_batch_size=latency_batch_size,
+        latency_runtime=latency_runtime, latency_threads=latency_threads, probing=probing,
         outputs=outputs, forward=forward, seed=seed, progress=progress,
     )  # fmt: skip
     whole, parts = given, _parts_of(ranking)
@@ -216,6 +226,8 @@ def rank_channels(
     repair_factors: bool | None = None,
     num_images: int | None = NUM_IMAGES,
     latency_batch_size: int = 1,
+    latency_runtime: Runtime | LatencyTable = "eager",
+    latency_threads: int | None = None,
     probing: Probing | None = None,
     outputs: Chosen | None = None,
     forward: Forward | None = None,
@@ -238,6 +250,8 @@ def rank_channels(
         repair_factors: Whether curves are scaled by what the repair makes up for.
         num_images: So many are drawn.
         latency_batch_size: Inputs of one call.
+        latency_runtime: Where milliseconds are measured.
+        latency_threads: Of one call on a CPU.
         probing: How the passes of ``"tpv"`` are run.
         outputs: What counts.
         forward: What is called.
@@ -250,11 +264,13 @@ def rank_channels(
     Raises:
         ValueError: If an argument is out of range.
     """
+    check_latency(of, latency_batch_size, latency_runtime, latency_threads)
     check_repairs(1, repair)
     return set_up(
         model, batches, of=of, criterion=criterion, planned_repair=repair, allocation=allocation,
         limits=limits, repair_factors=repair_factors, num_images=num_images,
-        latency_batch_size=latency_batch_size, probing=probing, outputs=outputs,
+        latency_batch_size=latency_batch_size, latency_runtime=latency_runtime,
+        latency_threads=latency_threads, probing=probing, outputs=outputs,
         forward=forward, seed=seed, progress=progress,
     ).ranked()  # fmt: skip
 

@@ -40,6 +40,8 @@ def report_of(
     spent = cost(given.groups, rounds.kept, given.budget)
     reached = spent <= run.keep * given.dense_cost * (1 + 1e-9)
     speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
+    if rounds.speed is not None and rounds.speed.rounds:  # else a table says it
+        reached = rounds.speed.ratio <= run.keep
     return {
         "keep": run.keep,
         "of": given.of,
@@ -57,7 +59,7 @@ def report_of(
         "num_images": num_fit,
         "num_held_back": int(total(_num(given.held))),
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
-        "reached": reached if rounds.speed is None else rounds.speed.ratio <= run.keep,
+        "reached": reached,
         **speed,
         "held_back": guard.facts(measured[best]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},

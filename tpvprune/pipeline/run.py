@@ -20,8 +20,9 @@ from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
-from tpvprune.widths.latency import Speed, as_fast_as, compare_latency
+from tpvprune.runtimes.names import TABLE
 from tpvprune.widths.rounds import Rounds
+from tpvprune.widths.speed import Speed, Stopwatch, as_fast_as
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,20 @@ class Run:
     ) -> tuple[Kept, Speed | None]:
         """Return what stays; the last choice is made by the clock where time is the budget."""
         given = self.given
-        if step < self.steps or not isinstance(given.budget, LatencyTable):
+        budget = given.budget
+        if step < self.steps or not isinstance(budget, LatencyTable):
             return choose(keep=target), None
+        if budget.runtime == TABLE:
+            chosen = choose(keep=target)
+            pruned_ms = cost(groups, chosen, budget)
+            return chosen, Speed.predicted(
+                given.dense_cost, pruned_ms, batch_size=budget.batch_size, device=budget.device
+            )
+        runtime: Any = budget.runtime
+        watch = Stopwatch(given.dense, given.batch, runtime, budget.num_threads)
 
         def measure(chosen: Kept) -> Speed:
-            smaller = remove_channels(rounds.model, groups, chosen)
-            return by_first(compare_latency, given.dense, smaller, given.batch)
+            return by_first(watch.compare, remove_channels(rounds.model, groups, chosen))
 
         return as_fast_as(self.keep, target, lambda share: choose(keep=share), measure)
 

@@ -33,11 +33,13 @@ from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.pipeline.checks import Of, Repair, agreed, check_ranking, check_rounding, prunable
 from tpvprune.processes.shares import by_first, from_first, total
+from tpvprune.runtimes.names import Runtime
 from tpvprune.scores.criteria import Scorer
 from tpvprune.scores.criterion_names import READS_CLASSES
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
 from tpvprune.widths.latency import latency_table
+from tpvprune.widths.latency_file import measured_elsewhere
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Allocation, RankBy, Ranking
 from tpvprune.widths.repair_factors import repair_factors as measured_factors
@@ -123,6 +125,12 @@ class Setup:
         return self.depth.cost if self.depth else cost(self.groups, {}, self.budget)
 
     @property
+    def timed(self) -> tuple[Any, ...]:
+        """How calls are timed where milliseconds count."""
+        where = (self.budget.device,) if isinstance(self.budget, LatencyTable) else ()
+        return (len(self.batch), *where)
+
+    @property
     def predicted(self) -> float:
         """The output variance that the scores of the branches that left promise."""
         return sum(self.depth.branches[name] for name in self.depth.gone) if self.depth else 0.0
@@ -130,7 +138,7 @@ class Setup:
     def parts(self) -> list[Any]:
         """Return what tells one run from another."""
         return [
-            self.dense, dict(enumerate(self.fit)), self.of, len(self.batch), self.by.name,
+            self.dense, dict(enumerate(self.fit)), self.of, self.timed, self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
             [g.name for g in self.groups], self.depth.gone if self.depth else (), self.notes,
         ]  # fmt: skip
@@ -177,6 +185,8 @@ def set_up(
     repair_factors: bool | None,
     num_images: int | None,
     latency_batch_size: int,
+    latency_runtime: Runtime | LatencyTable,
+    latency_threads: int | None,
     probing: Probing | None,
     outputs: Chosen | None,
     forward: Forward | None,
@@ -208,7 +218,14 @@ def set_up(
             groups = with_blocked(groups, gone)
         groups = prunable(agreed(groups))
         batch = example.repeat_interleave(latency_batch_size, 0)
-        budget = by_first(latency_table, model, groups, batch) if of == "latency" else of
+        budget: Budget = "macs" if of == "latency" else of
+        if of == "latency" and isinstance(latency_runtime, LatencyTable):
+            budget = measured_elsewhere(latency_runtime, model, batch)
+        elif of == "latency":
+            budget = by_first(
+                latency_table, model, groups, batch,
+                runtime=latency_runtime, num_threads=latency_threads,
+            )  # fmt: skip
     check_rounding(limits, groups)
     return Setup(
         model, groups, fit, held, batch, counted, of, budget, _rounded(limits, budget),

@@ -125,7 +125,9 @@ def before_after(data: Mapping[str, Any]) -> str:
         "latency_ms": ("Latency, median", lambda x: f"{significant(x)}\u202fms"),
         "latency_sd_ms": ("\u2026 standard deviation", lambda x: f"{significant(x)}\u202fms"),
         "latency_range_ms": (
-            "\u2026 fastest to slowest round",
+            "\u2026 quartiles"
+            if pruned.get("latency_runtime")
+            else "\u2026 fastest to slowest round",
             lambda x: f"{significant(x[0])} \u2013 {significant(x[1])}\u202fms",
         ),
     }
@@ -139,7 +141,8 @@ def before_after(data: Mapping[str, Any]) -> str:
     count = next((s["num_images"] for s in (pruned, dense) if s.get("num_images")), None)
     about = f"<p>Accuracy on {whole(count)} labelled images.</p>" if count else ""
     batch = pruned.get("latency_batch_size")
-    about += f"<p>Latency of one call with a batch of {cell(batch)}.</p>" if batch else ""
+    where = f", {cell(pruned['latency_device'])}" if pruned.get("latency_device") else ""
+    about += f"<p>Latency of one call with a batch of {cell(batch)}{where}.</p>" if batch else ""
     about += _held_back(data.get("held_back") or {})
     head = "<tr><th></th><th>Dense</th><th>Pruned</th></tr>"
     table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"

@@ -6,10 +6,7 @@ import copy
 import importlib
 import io
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 from tpvprune.disk.atomic import written_file
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import call_arguments
+from tpvprune.runtimes.names import WRITES_ONNX, missing
+from tpvprune.runtimes.onnx_files import onnx_program, quiet, reason
 
 Format = Literal["onnx", "pt2"]
 Call = Callable[[Tensor], list[Tensor]]
 TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2  # bfloat16 holds eight bits
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_PACKAGES = (*WRITES_ONNX, "onnxruntime")
 _SIZES = (1, 2, 5)  # batches that a file with a free batch size must take
 
 
@@ -98,7 +97,7 @@ def export_model(
     notes = {str(name): json.dumps(value) for name, value in (metadata or {}).items()}
     write = {"onnx": _write_onnx, "pt2": _write_pt2}[format]
     with written_file(file) as unfinished:
-        with _quiet():
+        with quiet():
             try:
                 call = write(still, example, unfinished, dynamic=dynamic_batch, notes=notes)
             except Exception as error:  # whatever the exporter makes of a model
@@ -135,15 +134,7 @@ def _write_onnx(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
     runtime = importlib.import_module("onnxruntime")
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        dynamic_shapes=({0: "batch"},) if dynamic else None,
-    )
-    assert program is not None
+    program = onnx_program(model, example, dynamic=dynamic)
     program.model.metadata_props.update(notes)
     program.save(file, external_data=False)
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -176,20 +167,12 @@ def check_target(file: Path, format: str, *, overwrite: bool) -> None:
         raise ValueError(f"{file}: expected a file name, found a folder")
     if file.exists() and not overwrite:
         raise ValueError(f"{file}: exists already: pass overwrite=True or another name")
-    missing = [] if format == "pt2" else [name for name in _ONNX_PACKAGES if not _known(name)]
-    if missing:
+    lacking = [] if format == "pt2" else missing(_ONNX_PACKAGES)
+    if lacking:
         raise ValueError(
             f"onnx: expected the packages {', '.join(_ONNX_PACKAGES)}, found no "
-            f"{' and no '.join(missing)}: pip install 'tpvprune[onnx]', or use format pt2"
+            f"{' and no '.join(lacking)}: pip install 'tpvprune[onnx]', or use format pt2"
         )
-
-
-def _known(package: str) -> bool:
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
 
 
 @torch.no_grad()
@@ -227,37 +210,5 @@ def _compared(model: nn.Module, call: Call, batches: list[Tensor], format: Forma
     return largest
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about their own insides from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _random(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of what lies behind an error.
-
-    Args:
-        error: Of another program.
-
-    Returns:
-        At most 160 characters.
-    """
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return (lines or [type(cause).__name__])[0][:160]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tpvprune.disk.atomic import written_file
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import Difference, difference
-from tpvprune.saved.export import check_target, export_model, reason
+from tpvprune.runtimes.onnx_files import reason
+from tpvprune.saved.export import check_target, export_model
 
 # Name -> CalibrationMethod of onnxruntime, and its options.
 _RANGES: dict[str, tuple[str, dict[str, Any]]] = {

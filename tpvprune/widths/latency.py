@@ -1,4 +1,4 @@
-"""Milliseconds as a budget: what widths really cost on the user's device.
+"""Milliseconds as a budget: what widths really cost where the model will run.
 
 Every convolution and linear layer is timed by itself at a few widths of its input and output, on
 the input that it gets in the model; what the whole model takes beyond their sum grows with the
@@ -8,125 +8,59 @@ the pruned model is faster is measured on the model itself, by turns with the de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tpvprune.disk.atomic import written_file
 from tpvprune.groups import Axis, ChannelGroups
-from tpvprune.groups.budget import LatencyTable, LayerTime
-from tpvprune.passes.costs import synchronize
+from tpvprune.groups.budget import LatencyTable, LayerTime, cost
+from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.running import evaluating, on_device
+from tpvprune.runtimes.calls import (
+    Call,
+    device_of,
+    graph_call,
+    model_call,
+    openvino_nodes_ms,
+    runs_in_torch,
+    threads,
+)
+from tpvprune.runtimes.layers import LayerCall
+from tpvprune.runtimes.names import Runtime, check_runtime
+from tpvprune.runtimes.onnx_files import onnx_node
+from tpvprune.widths.latency_file import (
+    FORMAT,
+    read_latency_table,
+    shapes_digest,
+    write_latency_table,
+)
+from tpvprune.widths.speed import Speed, Stopwatch, clock_of, once
 
 _SHARES = (0.15, 0.4, 0.7, 1.0)
 _SECONDS, _FEWEST, _MOST = 0.02, 4, 40  # for one number: at least so long, so many calls
 _STEPS = (1, 2, 4, 8, 16, 32)
 _NO_SLOWER = 1.02  # rounding up to a multiple that costs no more than this is worth it
-_FORMAT = 1
-_TRIES, _NEAR, _CAUTION = 6, 0.95, 0.985
-_ENOUGH, _PATIENCE = 6, 20.0  # rounds that do where all would take longer than these seconds
-
-T = TypeVar("T")
-
-# ---- measuring --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Two models timed by turns: medians, and the ratio with its quartiles over the rounds."""
-
-    dense_ms: float
-    pruned_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    batch_size: int
-    rounds: int
-
-
-def compare_latency(dense: nn.Module, pruned: nn.Module, x: Tensor, *, rounds: int = 25) -> Speed:
-    """Time two models by turns on one batch.
-
-    Args:
-        dense: The dense model.
-        pruned: The pruned one.
-        x: Inputs [B, ...].
-        rounds: Timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
-
-    Returns:
-        The times, and how they compare within a round.
-
-    Raises:
-        ValueError: If there are too few rounds for a spread.
-    """
-    if rounds < 4:
-        raise ValueError(f"rounds: expected at least 4, found {rounds}")
-    times: tuple[list[float], list[float]] = ([], [])
-    with evaluating(dense, pruned), torch.no_grad():
-        inputs = on_device(x, dense)
-        start = time.perf_counter()
-        for i in range(rounds + 2):
-            if i >= _ENOUGH + 2 and time.perf_counter() - start > _PATIENCE:
-                break
-            for model, found in zip((dense, pruned), times, strict=True):
-                took = _once(partial(model, inputs), inputs.device)
-                if i >= 2:
-                    found.append(took)
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    dense_ms, pruned_ms, ratio = map(statistics.median, (*times, ratios))
-    return Speed(dense_ms, pruned_ms, ratio, low, high, len(x), len(ratios))
-
-
-def as_fast_as(
-    keep: float, aim: float, choose: Callable[[float], T], measure: Callable[[T], Speed]
-) -> tuple[T, Speed]:
-    """Find the largest choice that is measured to be fast enough.
-
-    Args:
-        keep: Fraction of the dense time that may stay.
-        aim: What to ask of ``choose`` first.
-        choose: Fraction of the time, as predicted -> a choice.
-        measure: Choice -> how fast it is.
-
-    Returns:
-        The choice and its speed; the last one that was tried if none is fast enough.
-    """
-    best: tuple[T, Speed] | None = None
-    fast, slow = 0.0, 1.0  # the largest aim known to be fast enough, the least known not to be
-    for _ in range(_TRIES):
-        chosen = choose(aim)
-        speed = measure(chosen)
-        if speed.ratio <= keep:
-            fast = max(fast, aim)
-            if best is None or speed.ratio > best[1].ratio:
-                best = chosen, speed
-        else:
-            slow = min(slow, aim)
-        if best is not None and best[1].ratio > _NEAR * keep:
-            break
-        # In proportion; between what is known where that leads astray: time is not proportional.
-        aim *= _CAUTION * keep / speed.ratio
-        if not fast < aim < slow:
-            aim = (fast + slow) / 2
-    return best or (chosen, speed)
 
 
 def latency_table(
-    model: nn.Module, groups: ChannelGroups, x: Tensor, *, cache: Path | None = None
+    model: nn.Module,
+    groups: ChannelGroups,
+    x: Tensor,
+    *,
+    runtime: Runtime = "eager",
+    num_threads: int | None = None,
+    cache: Path | None = None,
 ) -> LatencyTable:
     """Time the layers of a model at several widths, or read what was measured before.
 
@@ -134,20 +68,83 @@ def latency_table(
         model: The dense model, on the device where it is to be fast.
         groups: Its channel groups.
         x: Inputs [B, ...] of the batch size that counts.
+        runtime: Where the model will run. Of ``"compile"`` only the whole network is compiled:
+            convolutions and linear layers are the same there.
+        num_threads: Of one call on a CPU; None: as many as torch is set to.
         cache: Folder of the tables, one JSON file each and safe to delete; None for the user's.
 
     Returns:
         The table.
+
     """
-    path = (cache_folder() if cache is None else cache) / f"{_key(model, groups, x)}.json"
-    known = _read(path)
-    if known is not None:
-        return known
-    with evaluating(model), torch.no_grad():
-        table = _measure(model, groups, on_device(x, model))
-    with written_file(path) as unfinished:
-        unfinished.write_text(json.dumps({"format": _FORMAT, **asdict(table)}), encoding="utf-8")
+    with threads(num_threads):
+        key = _key(model, groups, x, runtime)
+    path = (cache_folder() if cache is None else cache) / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        return read_latency_table(path)
+    table = measured_table(model, groups, x, runtime=runtime, num_threads=num_threads)
+    write_latency_table(path, table)
     return table
+
+
+def measured_table(
+    model: nn.Module,
+    groups: ChannelGroups,
+    x: Tensor,
+    *,
+    runtime: Runtime = "eager",
+    num_threads: int | None = None,
+) -> LatencyTable:
+    """Time the layers of a model at several widths.
+
+    Args:
+        model: As of :func:`latency_table`, like the others.
+        groups: Its channel groups.
+        x: Inputs [B, ...].
+        runtime: Where the model will run.
+        num_threads: Of one call on a CPU.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the runtime is not installed, or does not take the model.
+    """
+    check_runtime(runtime)
+    x = on_device(x, model)
+    with evaluating(model), threads(num_threads), torch.no_grad():
+        return _measure(model, groups, x, _Timer(runtime, x))
+
+
+def calibrated(
+    table: LatencyTable, model: nn.Module, groups: ChannelGroups, x: Tensor
+) -> tuple[LatencyTable, Speed]:
+    """Let a table say what is measured of the whole network, dense and at half of every width.
+
+    That is for a table that is read elsewhere, where nothing can put it right. What layers take is
+    scaled, and the constant takes the rest.
+
+    Args:
+        table: Of the model, measured here.
+        model: The dense model.
+        groups: Its channel groups.
+        x: Inputs [B, ...].
+
+    Returns:
+        The table, and what was measured.
+    """
+    half = {g.name: torch.arange(g.num_channels) < max(1, g.num_channels // 2) for g in groups}
+    watch = Stopwatch(model, x, cast("Runtime", table.runtime), table.num_threads)
+    speed = watch.compare(remove_channels(model, groups, half))
+    dense, small = (cost(groups, kept, table) - table.constant_ms for kept in ({}, half))
+    factor = (speed.dense_ms - speed.pruned_ms) / max(dense - small, 1e-9)
+    factor = min(max(factor, 0.0), speed.dense_ms / max(dense, 1e-9))  # no constant below 0
+    layers = {name: _scaled(layer, factor) for name, layer in table.layers.items()}
+    found = replace(
+        table, layers=layers, ms_per_value=factor * table.ms_per_value,
+        constant_ms=max(0.0, speed.dense_ms - factor * dense),
+    )  # fmt: skip
+    return found, speed
 
 
 def cache_folder() -> Path:
@@ -159,76 +156,72 @@ def cache_folder() -> Path:
     return base / "tpvprune" / "latency"
 
 
-def device_name(device: torch.device) -> str:
-    """Return what a time depends on besides the model: the processor and the threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((li.partition(":")[2].strip() for li in lines if "model name" in li), name)
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _key(model: nn.Module, groups: ChannelGroups, x: Tensor) -> str:
+def _key(model: nn.Module, groups: ChannelGroups, x: Tensor, runtime: Runtime) -> str:
     facts = [
-        _FORMAT, torch.__version__, device_name(next(model.parameters()).device),
+        FORMAT, torch.__version__, device_of(runtime, next(model.parameters()).device),
         tuple(x.shape), [(g.name, g.num_channels) for g in groups], str(model),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> LatencyTable | None:
-    """Return a table from the cache; None where there is none, or it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != _FORMAT:
-            return None
-        layers = {
-            name: LayerTime(
-                tuple(map(int, e["ins"])),
-                tuple(map(int, e["outs"])),
-                tuple(tuple(map(float, row)) for row in e["ms"]),
-                int(e["values"]),
-            )
-            for name, e in found.pop("layers").items()
-        }
-        return LatencyTable(layers=layers, **found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+class _Timer:
+    """Times layers and whole models in a runtime.
+
+    ``floor`` is what a call of a graph takes that hardly does anything, which in a whole network
+    is paid once.
+    """
+
+    def __init__(self, runtime: Runtime, x: Tensor) -> None:
+        self.runtime, self.device, self.dtype, self.floor = runtime, x.device, x.dtype, 0.0
+        if not runs_in_torch(runtime):
+            self.floor = self.least(self._scaled(1))
+
+    def layer(self, call: LayerCall, num_in: int, num_out: int) -> float:
+        """Return the milliseconds of a layer with these widths."""
+        if runs_in_torch(self.runtime):
+            return self.least(call.run(num_in, num_out, self.device))
+        graph = call.graph(num_in, num_out)
+        if self.runtime == "openvino":
+            return _least(openvino_nodes_ms(*graph))
+        return max(self.least(graph_call(self.runtime, *graph)) - self.floor, 1e-4)
+
+    def model(self, model: nn.Module, x: Tensor) -> float:
+        """Return the milliseconds of a model."""
+        return self.least(model_call(self.runtime, model, x), fewest=8)
+
+    def elementwise(self, num: int) -> float:
+        """Return the milliseconds of reading and writing so many values."""
+        return max(0.0, self.least(self._scaled(num)) - self.least(self._scaled(1)))
+
+    def _scaled(self, num: int) -> Call:
+        if runs_in_torch(self.runtime):
+            sample = torch.ones(num, device=self.device, dtype=self.dtype)
+            return lambda: sample * 2
+        return graph_call(self.runtime, onnx_node("Mul", ([num], [1])), torch.ones(num))
+
+    def least(self, call: Call, *, fewest: int = _FEWEST) -> float:
+        """Return the least milliseconds of several calls: whatever else runs only adds to it.
+
+        In torch on a CPU the time of this thread counts, from which a busy machine takes nothing.
+        """
+        own = runs_in_torch(self.runtime) and self.device.type == "cpu"
+        # Too coarse on Windows.
+        alone = own and sys.platform != "win32"
+        clock = time.thread_time if alone else clock_of(self.device)
+        return _least(partial(once, call, self.device, clock), fewest=fewest)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One layer as it is called, but for its widths."""
-
-    kind: str
-    shape: tuple[int, ...]  # of the input, 0 in the place of the channels
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: Any
-    dilation: tuple[int, ...]
-    depthwise: bool
-    dtype: torch.dtype
-
-    def run(self, num_in: int, num_out: int, device: torch.device) -> Callable[[], Tensor]:
-        """Return a call with these widths; its time knows no values."""
-        num_in = num_out if self.depthwise else num_in
-        shape = [num_in if s == 0 else s for s in self.shape]
-        x = torch.ones(shape, device=device, dtype=self.dtype)
-        inner = 1 if self.depthwise else num_in
-        weight = torch.ones(num_out, inner, *self.kernel, device=device, dtype=self.dtype)
-        if self.kind == "linear":
-            return lambda: F.linear(x, weight)
-        convolve: Any = F.conv1d if self.kind == "conv1d" else F.conv2d
-        groups = num_out if self.depthwise else 1
-        return lambda: convolve(x, weight, None, self.stride, self.padding, self.dilation, groups)
+def _least(timed: Callable[[], float], *, fewest: int = _FEWEST) -> float:
+    """Return the least of several times; the first, to warm up, does not count."""
+    timed()
+    found: list[float] = []
+    while len(found) < fewest or (sum(found) < 1e3 * _SECONDS and len(found) < _MOST):
+        found.append(timed())
+    return min(found)
 
 
-def _measure(model: nn.Module, groups: ChannelGroups, x: Tensor) -> LatencyTable:
-    device = x.device
-    calls, values, total_ms = _calls(model, x)
+def _measure(model: nn.Module, groups: ChannelGroups, x: Tensor, timer: _Timer) -> LatencyTable:
+    calls, values = _calls(model, x)
     measured: dict[Any, LayerTime] = {}
     layers = {}
     for name, call in calls.items():
@@ -239,23 +232,30 @@ def _measure(model: nn.Module, groups: ChannelGroups, x: Tensor) -> LatencyTable
         ins = (size_in,) if call.depthwise else _widths(size_in, dim=axes.get(1))
         key = call, ins, outs, values[name]
         if key not in measured:
-            ms = tuple(tuple(_least(call.run(i, o, device), device) for o in outs) for i in ins)
+            ms = tuple(tuple(timer.layer(call, i, o) for o in outs) for i in ins)
             measured[key] = LayerTime(ins, outs, ms, values[name])
         layers[name] = measured[key]
-    per_value, constant = _rest(model, x, layers, total_ms)
-    step = _step([(calls[n], layers[n]) for n in layers if len(layers[n].outs) > 1], device)
-    return LatencyTable(layers, per_value, constant, step, len(x), device_name(device))
+    total_ms = timer.model(model, x)
+    known = sum(layer.ms[-1][-1] for layer in layers.values())
+    if known > total_ms:  # layers by themselves do what a runtime leaves out between layers
+        layers = {name: _scaled(layer, total_ms / known) for name, layer in layers.items()}
+    per_value, constant = _rest(layers, total_ms, timer)
+    step = _step([(calls[n], layers[n]) for n in layers if len(layers[n].outs) > 1], timer)
+    return LatencyTable(
+        layers, per_value, constant, step, len(x), device_of(timer.runtime, x.device),
+        timer.runtime, torch.get_num_threads(), tuple(x.shape[1:]), shapes_digest(model),
+    )  # fmt: skip
 
 
-def _calls(model: nn.Module, x: Tensor) -> tuple[dict[str, _Call], dict[str, int], float]:
-    """Return how each layer that runs once is called, what it writes, and the model's time."""
-    calls: dict[str, _Call | None] = {}
+def _calls(model: nn.Module, x: Tensor) -> tuple[dict[str, LayerCall], dict[str, int]]:
+    """Return how each layer that runs once is called, and the values that a channel of it has."""
+    calls: dict[str, LayerCall | None] = {}
     values: dict[str, int] = {}
     handles = []
 
     def note(module: Any, args: Any, out: Tensor, name: str) -> None:
         values[name] = out.numel() // len(module.weight)
-        calls[name] = None if name in calls else _call(module, args[0])
+        calls[name] = None if name in calls else LayerCall.of(module, args[0])
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
@@ -265,21 +265,7 @@ def _calls(model: nn.Module, x: Tensor) -> tuple[dict[str, _Call], dict[str, int
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: call for name, call in calls.items() if call is not None}
-    return found, values, _least(partial(model, x), x.device, fewest=8)
-
-
-def _call(module: Any, x: Tensor) -> _Call | None:
-    if isinstance(module, nn.Linear):
-        return _Call("linear", (*x.shape[:-1], 0), (), (), 0, (), False, x.dtype)
-    depthwise = 1 < module.groups == module.in_channels == module.out_channels
-    if module.groups > 1 and not depthwise:
-        return None
-    kind = "conv1d" if isinstance(module, nn.Conv1d) else "conv2d"
-    return _Call(
-        kind, (x.shape[0], 0, *x.shape[2:]), module.kernel_size, module.stride, module.padding,
-        module.dilation, depthwise, x.dtype,
-    )  # fmt: skip
+    return {name: call for name, call in calls.items() if call is not None}, values
 
 
 def _widths(size: int, dim: Axis | None) -> tuple[int, ...]:
@@ -290,9 +276,11 @@ def _widths(size: int, dim: Axis | None) -> tuple[int, ...]:
     return tuple(sorted({max(1, min(size, round(s * size / unit) * unit)) for s in _SHARES}))
 
 
-def _rest(
-    model: nn.Module, x: Tensor, layers: dict[str, LayerTime], total_ms: float
-) -> tuple[float, float]:
+def _scaled(layer: LayerTime, factor: float) -> LayerTime:
+    return replace(layer, ms=tuple(tuple(factor * ms for ms in row) for row in layer.ms))
+
+
+def _rest(layers: dict[str, LayerTime], total_ms: float, timer: _Timer) -> tuple[float, float]:
     """Return what is not in the layers: milliseconds per value written, and a constant.
 
     Norms, activations and sums touch what layers write about twice more.
@@ -301,49 +289,21 @@ def _rest(
     written = sum(layer.values * layer.outs[-1] for layer in layers.values())
     rest = max(0.0, total_ms - known)
     # Reading and writing a value once more, as norms and activations do, is timed by itself.
-    sample = torch.ones(max(1, min(written, 1 << 22)), device=x.device, dtype=x.dtype)
-    small = torch.ones(1, device=x.device, dtype=x.dtype)
-    once = _least(lambda: sample * 2, x.device) - _least(lambda: small * 2, x.device)
-    per_value = min(rest / max(written, 1), 2 * max(0.0, once) / len(sample))
+    num = max(1, min(written, 1 << 22))
+    per_value = min(rest / max(written, 1), 2 * timer.elementwise(num) / num)
     return per_value, max(0.0, total_ms - known - per_value * written)
 
 
-def _step(layers: Sequence[tuple[_Call, LayerTime]], device: torch.device) -> int:
+def _step(layers: Sequence[tuple[LayerCall, LayerTime]], timer: _Timer) -> int:
     """Return the largest multiple to which widths can be rounded up at no cost in time."""
     costly = sorted({*layers}, key=lambda pair: -pair[1].ms[-1][-1])[:3]
     slower: dict[int, list[float]] = {step: [] for step in _STEPS}
     for call, layer in costly:
         top = min(layer.outs[-1], 64)
         widths = range(max(1, top - 31), top + 1)
-        ms = {w: _least(call.run(layer.ins[-1], w, device), device) for w in widths}
+        ms = {w: timer.layer(call, layer.ins[-1], w) for w in widths}
         for step, ratios in slower.items():
             rounded = [(w, -(-w // step) * step) for w in widths]
             ratios += [ms[up] / ms[w] for w, up in rounded if up in ms]
     fits = [s for s, r in slower.items() if r and statistics.mean(r) <= _NO_SLOWER]
     return max(fits, default=1)
-
-
-def _least(call: Callable[[], Any], device: torch.device, *, fewest: int = _FEWEST) -> float:
-    """Return the least milliseconds of several calls: whatever else runs only adds to it.
-
-    On a CPU the time of this thread counts, from which a busy machine takes nothing.
-    """
-    threaded = device.type == "cpu" and sys.platform != "win32"  # too coarse there
-    clock = time.thread_time if threaded else time.perf_counter
-    _once(call, device)
-    found: list[float] = []
-    while len(found) < fewest or (sum(found) < 1e3 * _SECONDS and len(found) < _MOST):
-        found.append(_once(call, device, clock))
-    return min(found)
-
-
-def _once(
-    call: Callable[[], Any],
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    synchronize(device)
-    start = clock()
-    call()
-    synchronize(device)
-    return 1e3 * (clock() - start)

@@ -13,8 +13,8 @@ from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_ten
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.processes.membership import num_processes
-from tpvprune.widths.latency import Speed
 from tpvprune.widths.ranking import PARTS, Ranking
+from tpvprune.widths.speed import Speed
 
 _PARTS = ("model", "kept", *PARTS)
 

@@ -1,0 +1,182 @@
+"""A call of a network, or of an ONNX graph, in a runtime, on as many threads as torch uses."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.running import on_device
+from tpvprune.runtimes.names import Runtime
+from tpvprune.runtimes.onnx_files import onnx_bytes, quiet, reason
+
+Call = Callable[[], Any]
+
+
+@contextmanager
+def threads(num: int | None) -> Iterator[None]:
+    """Let torch use so many threads, and the runtimes with it.
+
+    Args:
+        num: None leaves it as it is.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def runs_in_torch(runtime: Runtime) -> bool:
+    """Tell whether a runtime is PyTorch itself, on the device of the model; others: the CPU.
+
+    Args:
+        runtime: Where a model runs.
+
+    Returns:
+        True for ``"eager"`` and ``"compile"``.
+    """
+    return runtime in {"eager", "compile"}
+
+
+def device_of(runtime: Runtime, device: torch.device) -> str:
+    """Return what a time depends on besides the model: runtime, processor, number of threads.
+
+    Args:
+        runtime: Where a model runs.
+        device: Of its parameters.
+
+    Returns:
+        A line for people.
+    """
+    package = "torch" if runs_in_torch(runtime) else runtime
+    return f"{runtime} ({package} {version(package)}), {_processor(runtime, device)}"
+
+
+def _processor(runtime: Runtime, device: torch.device) -> str:
+    if device.type == "cuda" and runs_in_torch(runtime):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((li.partition(":")[2].strip() for li in lines if "model name" in li), name)
+    num = torch.get_num_threads()
+    return f"{name}, {num} thread{'s' if num > 1 else ''}"
+
+
+def model_call(runtime: Runtime, model: nn.Module, x: Tensor) -> Call:
+    """Return a call of a model, ready to be timed.
+
+    Args:
+        runtime: Where it runs.
+        model: In eval mode; untouched. It must stay as it is while it is called.
+        x: Inputs [B, ...].
+
+    Returns:
+        The call, on an input that is where it has to be.
+
+    Raises:
+        ValueError: If the runtime does not take the model.
+    """
+    if runtime == "eager":
+        return partial(model, on_device(x, model))
+    if runtime == "compile":
+        return _compiled(model, on_device(x, model))
+    return graph_call(runtime, *onnx_bytes(model, x))
+
+
+def graph_call(runtime: Runtime, file: bytes, x: Tensor) -> Call:
+    """Return a call of an ONNX file.
+
+    Args:
+        runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU.
+        file: Its bytes.
+        x: Its inputs.
+
+    Returns:
+        The call.
+
+    Raises:
+        ValueError: If the runtime does not take it.
+    """
+    prepare = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}[runtime]
+    try:
+        call = prepare(file, x)
+        call()
+    except Exception as error:  # whatever the runtime makes of a file
+        raise ValueError(f"does not run in {runtime} ({reason(error)})") from error
+    return call
+
+
+def _in_onnxruntime(file: bytes, x: Tensor) -> Call:
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised, too
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
+
+
+def openvino_nodes_ms(file: bytes, x: Tensor) -> Callable[[], float]:
+    """Return what calls an ONNX file in OpenVINO and tells the milliseconds of its nodes.
+
+    What brings inputs and outputs from one memory layout into another does not count: a network
+    does that at its ends, but a layer by itself twice, which may take longer than the layer.
+
+    Args:
+        file: Its bytes.
+        x: Its inputs.
+
+    Returns:
+        The call.
+    """
+    request = _openvino_request(file, PERF_COUNT=True)
+
+    def call() -> float:
+        request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        nodes = [n for n in request.profiling_info if n.node_type != "Reorder"]
+        return 1e3 * sum(n.real_time.total_seconds() for n in nodes)
+
+    return call
+
+
+def _in_openvino(file: bytes, x: Tensor) -> Call:
+    request = _openvino_request(file)
+    return partial(request.infer, [x.numpy()], share_inputs=True, share_outputs=True)
+
+
+def _openvino_request(file: bytes, **options: Any) -> Any:
+    core: Any = importlib.import_module("openvino").Core()
+    options |= {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
+
+
+def _compiled(model: nn.Module, x: Tensor) -> Call:
+    # Of an exported graph: torch.compile counts how often the code of one class is compiled, and
+    # runs the ninth network of that class as it is.
+    with quiet():
+        try:
+            graph = torch.export.export(model, (x,)).module()
+            call = torch.compile(graph, fullgraph=True)
+            with torch.no_grad():
+                call(x)
+        except Exception as error:  # whatever the compiler makes of a model
+            raise ValueError(f"cannot be compiled ({reason(error)})") from error
+    return partial(call, x)

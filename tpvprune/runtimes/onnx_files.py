@@ -1,0 +1,129 @@
+"""A network, or a single layer, as ONNX."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.passes.costs import call_arguments
+
+INPUT = "images"
+_OPSET, _IR_VERSION = 17, 8  # of single layers; read by every runtime since 2022
+
+
+def onnx_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> Any:
+    """Return a model as PyTorch exports it to ONNX; its input is named ``images``.
+
+    Args:
+        model: On the CPU, in eval mode.
+        example: A batch [B, ...].
+        dynamic: Leave the batch size free.
+
+    Returns:
+        A ``torch.onnx.ONNXProgram``.
+    """
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=[INPUT],
+        dynamic_shapes=({0: "batch"},) if dynamic else None,
+    )
+    assert program is not None
+    return program
+
+
+def onnx_bytes(model: nn.Module, x: Tensor) -> tuple[bytes, Tensor]:
+    """Return a model as an ONNX file in memory, and the inputs in the type that it takes.
+
+    Args:
+        model: Any; untouched.
+        x: Inputs [B, ...].
+
+    Returns:
+        The file, and the inputs on the CPU.
+
+    Raises:
+        ValueError: If it cannot be exported.
+    """
+    still = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    example = call_arguments(still, x.cpu())[0]
+    with quiet():
+        try:
+            return onnx_program(still, example).model_proto.SerializeToString(), example
+        except Exception as error:  # whatever the exporter makes of a model
+            raise ValueError(f"cannot be exported to onnx ({reason(error)})") from error
+
+
+def onnx_node(
+    kind: str, shapes: Sequence[Sequence[int]], attributes: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return an ONNX file of one node, all of whose numbers are ones.
+
+    Args:
+        kind: Of the node, as ONNX names it.
+        shapes: Of its input, then of its constants.
+        attributes: Of the node.
+
+    Returns:
+        The file in memory.
+    """
+    helper: Any = importlib.import_module("onnx.helper")
+    numpy_helper: Any = importlib.import_module("onnx.numpy_helper")
+    kind_of_float: int = importlib.import_module("onnx").TensorProto.FLOAT
+    names = [INPUT, *(f"constant{i}" for i in range(1, len(shapes)))]
+    constants = [
+        numpy_helper.from_array(torch.ones(tuple(shape)).numpy(), name)
+        for name, shape in zip(names[1:], shapes[1:], strict=True)
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(kind, names, ["output"], **dict(attributes or {}))],
+        "layer",
+        [helper.make_tensor_value_info(INPUT, kind_of_float, list(shapes[0]))],
+        [helper.make_tensor_value_info("output", kind_of_float, None)],
+        constants,
+    )
+    versions = [helper.make_opsetid("", _OPSET)]
+    file = helper.make_model(graph, opset_imports=versions, ir_version=_IR_VERSION)
+    return bytes(file.SerializeToString())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' remarks about their own insides from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what lies behind an error.
+
+    Args:
+        error: Of another program.
+
+    Returns:
+        At most 160 characters.
+    """
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return (lines or [type(cause).__name__])[0][:160]
