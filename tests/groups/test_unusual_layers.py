@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import utils
-from torch.nn.utils import parametrizations
 
 import tpvprune
 
@@ -40,35 +38,6 @@ def test_slopes_leave_with_their_channels(size):
     smaller = tpvprune.remove_channels(model, groups, kept)
     torch.testing.assert_close(smaller[1].weight, model[1].weight[kept["0"]])
     assert len(result.model[3].weight) == 1
-
-
-# ---- computed weights ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_a_computed_weight_is_listed_with_the_remedy(wrap):
-    model = small(wrap(nn.Conv2d(3, 16, 3)), nn.Conv2d(16, 32, 3))
-    x = torch.randn(8, 3, 12, 12)
-    groups = tpvprune.find_groups(model, x)
-    assert [g.name for g in groups] == ["2"]
-    assert "remove_parametrizations" in {g.name: g.blocked for g in groups.blocked}["0"]
-    utils.parametrize.remove_parametrizations(model[0], "weight")
-    assert [g.name for g in tpvprune.find_groups(model, x)] == ["0", "2"]
-    wrap(model[2])
-    wrap(model[0])
-    with pytest.raises(ValueError, match="remove_parametrizations"):
-        tpvprune.prune(model, x.split(4))
-
-
-@pytest.mark.parametrize("kind", ["weight", "spectral"])
-def test_a_weight_that_a_hook_computes_is_refused_with_the_remedy(kind):
-    wrap = getattr(utils, f"{kind}_norm")
-    model = small(nn.Conv2d(3, 16, 3), wrap(nn.Conv2d(16, 32, 3)))
-    x = torch.randn(8, 3, 12, 12)
-    with pytest.raises(ValueError, match=rf"^2\.weight: .*remove_{kind}_norm"):
-        tpvprune.prune(model, x.split(4))
-    getattr(utils, f"remove_{kind}_norm")(model[2])
-    assert len(tpvprune.find_groups(model, x)) == 2
 
 
 # ---- a forward that fixes its precision ---------------------------------------------------------
