@@ -221,3 +221,33 @@ def test_a_training_mode_that_cannot_run_is_said():
     assert [g.name for g in groups] == ["first", "second", "last"]
     (note,) = groups.notes
     assert "RuntimeError: no labels given" in note
+
+
+# ---- tables that a network remembers ------------------------------------------------------------
+
+
+class Remembering(nn.Module):
+    """In evaluation mode it gathers its table once and keeps it (as LeViT does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.slopes, self.kept = nn.Parameter(torch.rand(16)), {}
+
+    def forward(self, x):
+        if self.training or "cpu" not in self.kept:
+            self.kept["cpu"] = self.slopes * 2
+        return self.b(self.a(x).relu() * self.kept["cpu"])
+
+
+def test_what_a_network_remembers_of_an_earlier_forward_changes_nothing():
+    torch.manual_seed(0)
+    model, x = Remembering().eval(), torch.randn(24, 6)
+    before = tpvprune.find_groups(model, x)
+    with torch.no_grad():
+        model(x)
+    held = model.kept["cpu"]
+    after = tpvprune.find_groups(model, x)
+    assert [g.name for g in after] == [g.name for g in before] == ["a"]
+    assert model.kept["cpu"] is held
+    assert tpvprune.prune(model, x.split(8), keep=0.5).reached

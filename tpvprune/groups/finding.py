@@ -35,7 +35,7 @@ from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import verify_groups
 from tpvprune.passes.costs import count_macs
-from tpvprune.passes.running import check_not_compiled
+from tpvprune.passes.running import check_not_compiled, clear_caches
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
@@ -77,6 +77,7 @@ def find_groups(
             )
     # On the CPU in single precision, whatever the model is in: labels live there.
     private = copy.deepcopy(model).eval().cpu().float()
+    clear_caches(private)
     inputs = tuple(
         i.detach().cpu().float()
         if isinstance(i, Tensor) and i.is_floating_point()

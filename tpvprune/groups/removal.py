@@ -20,7 +20,7 @@ from tpvprune.groups.axes import Axis
 from tpvprune.groups.records import ChannelGroups
 from tpvprune.groups.tracing.sizes import set_attribute, solve
 from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
-from tpvprune.passes.running import sharing_copy
+from tpvprune.passes.running import clear_caches, sharing_copy
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples and lists of ints) and their values."""
@@ -64,7 +64,7 @@ def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
     _refresh_attributes(small)
     for attribute, value in attributes.items():
         set_attribute(small, attribute, value)
-    _clear_caches(small)
+    clear_caches(small)
     for pad in groups.pads:
         _refresh_pad(small.get_submodule(pad.module), pad.front, pad.back, kept)
     return small
@@ -367,16 +367,6 @@ def _refresh_conv(conv: Any) -> None:
         conv.in_channels, conv.out_channels = first, second * conv.groups
         return
     conv.out_channels, conv.in_channels = first, second * conv.groups
-
-
-def _clear_caches(model: nn.Module) -> None:
-    """Empty what modules remember from earlier forwards (gathered attention biases)."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key.startswith("_") or not isinstance(value, dict):
-                continue
-            if value and all(isinstance(v, Tensor) for v in value.values()):
-                value.clear()
 
 
 def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor]) -> None:
