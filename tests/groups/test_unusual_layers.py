@@ -227,20 +227,22 @@ def test_a_training_mode_that_cannot_run_is_said():
 
 
 class Remembering(nn.Module):
-    """In evaluation mode it gathers its table once and keeps it (as LeViT does)."""
+    """It gathers its table once (as LeViT does), and keeps a shape (as ultralytics' heads do)."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 5)
-        self.slopes, self.kept = nn.Parameter(torch.rand(16)), {}
+        self.slopes, self.kept, self.seen = nn.Parameter(torch.rand(16)), {}, None
 
     def forward(self, x):
         if self.training or "cpu" not in self.kept:
             self.kept["cpu"] = self.slopes * 2
-        return self.b(self.a(x).relu() * self.kept["cpu"])
+        h = self.a(x).relu()
+        self.seen = h.shape
+        return self.b(h * self.kept["cpu"])
 
 
-def test_what_a_network_remembers_of_an_earlier_forward_changes_nothing():
+def test_what_a_network_remembers_of_an_earlier_forward_changes_nothing(tmp_path):
     torch.manual_seed(0)
     model, x = Remembering().eval(), torch.randn(24, 6)
     before = tpvprune.find_groups(model, x)
@@ -250,4 +252,32 @@ def test_what_a_network_remembers_of_an_earlier_forward_changes_nothing():
     after = tpvprune.find_groups(model, x)
     assert [g.name for g in after] == [g.name for g in before] == ["a"]
     assert model.kept["cpu"] is held
-    assert tpvprune.prune(model, x.split(8), keep=0.5).reached
+    result = tpvprune.prune(model, x.split(8), keep=0.5)
+    assert result.reached
+    tpvprune.save_pruned(result, tmp_path / "small", dense=model)
+    loaded = tpvprune.load_pruned(tmp_path / "small", model=model)
+    assert torch.equal(loaded(x), result.model(x))
+
+
+# ---- what lends its type alone ------------------------------------------------------------------
+
+
+class Lending(nn.Module):
+    """Its grid has the type of feature maps of another shape (as anchors of detectors have)."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.a, self.b, self.cast = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), cast
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        grid = self.cast(torch.arange(10), h)
+        return self.head((self.b(h) * grid).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("cast", [torch.Tensor.type_as, torch.Tensor.to], ids=["type_as", "to"])
+def test_a_tensor_that_lends_its_type_is_not_combined_with(cast):
+    torch.manual_seed(0)
+    found = tpvprune.find_groups(Lending(cast).eval(), torch.randn(2, 3, 14, 14))
+    assert [g.name for g in found] == ["a", "b"]

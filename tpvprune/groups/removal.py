@@ -198,6 +198,7 @@ def shrink_to(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
                 )
             setattr(module, key, new_value)
+    clear_caches(model)
     _refresh_recurrent(model)
 
 
@@ -376,6 +377,8 @@ def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, torch.Size):  # of what a module saw last, as heads of detectors keep it
+        return False
     if isinstance(value, tuple | list):
         return all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
