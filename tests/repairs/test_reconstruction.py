@@ -488,14 +488,18 @@ def test_a_block_is_fitted_alike_in_both_layouts():
     first = TokenBlock(0).double().eval()
     first.load_state_dict(usual.state_dict())
     x = torch.randn(30, 7, 12, generator=seeded(1), dtype=torch.float64)
-    target = x + torch.randn(30, 7, 12, generator=seeded(2), dtype=torch.float64)
+    other = copy.deepcopy(usual)
+    with torch.no_grad():
+        for parameter in other.parameters():  # near by: further off no step helps
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(2)))
+        target = other(x)
     solver = GaussNewton(30, 2, 5, 1e-3, 1 << 18, 1 << 30, 0)
     before = usual.up.weight.detach().clone()
     solver.fit(usual, BlockCall((x,), {}, target))
     solver.fit(first, BlockCall((x.transpose(0, 1),), {}, target.transpose(0, 1)).along(1))
     assert not torch.equal(usual.up.weight, before)
-    torch.testing.assert_close(first(x.transpose(0, 1)), usual(x).transpose(0, 1))
-    torch.testing.assert_close(first.state_dict(), usual.state_dict())
+    for one, two in zip(first.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-7)  # differences are taken of J v
 
 
 def test_the_blocks_of_a_sequence_first_network_are_those_of_the_batch_first_one():
