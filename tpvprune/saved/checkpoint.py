@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import RANKING_FILE, check_saved
+from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder
@@ -201,7 +202,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
-    loaded.load_state_dict(load_file(weights), strict=True)
+    load_tensors(loaded, load_file(weights))
     put_preprocessing(loaded, config["pretrained_cfg"])
     return loaded.eval()
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
+from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.groups import fold_weights, unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model
@@ -302,7 +303,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     ]
     if differing:
         raise ValueError(f"{path}: does not fit the model: {'; '.join(differing)}")
-    model.load_state_dict(state, strict=True)
+    load_tensors(model, state)
 
 
 def _reason(error: Exception) -> str:
