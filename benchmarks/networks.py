@@ -3,10 +3,11 @@
     python benchmarks/networks.py                     # all, resumes where it stopped
     python benchmarks/networks.py --only Swin,Unet    # names that contain one of these
 
-Classifiers and segmentation of torchvision, vision models of transformers, segmentation models of
-segmentation_models_pytorch; random weights, small sizes, nothing is downloaded. Each runs in a
-process of its own with a time limit, so that a crash or a hang is a row of the table. The MACs are
-those of torch's own counter, before and after; seconds are those of one core.
+Classifiers, segmentation and detectors of torchvision, vision models of transformers, segmentation
+models of segmentation_models_pytorch, YOLOs of ultralytics; random weights, small sizes, nothing is
+downloaded. Each runs in a process of its own with a time limit, so that a crash or a hang is a row
+of the table. Of a detector the outputs before its post-processing count. The MACs are those of
+torch's own counter, before and after; seconds are those of one core.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tpvprune
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import MaskedChannels
+from tpvprune.passes.forwards import forward_of, with_forward
 
 RESULTS = Path(__file__).parent / "results" / "networks.csv"
 COLUMNS = [
@@ -131,6 +133,14 @@ torchvision fcn_resnet50 64
 torchvision deeplabv3_mobilenet_v3_large 64
 torchvision lraspp_mobilenet_v3_large 64
 torchvision r3d_18 32
+torchvision fasterrcnn_mobilenet_v3_large_320_fpn 64 {'num_classes':3,'min_size':64,'max_size':64}
+torchvision retinanet_resnet50_fpn 64 {'num_classes':3,'min_size':64,'max_size':64}
+torchvision fcos_resnet50_fpn 64 {'num_classes':3,'min_size':64,'max_size':64}
+torchvision ssdlite320_mobilenet_v3_large 320 {'num_classes':3}
+ultralytics yolov8n 64 {'nc':4}
+ultralytics yolo11n 64 {'nc':4}
+ultralytics yolo26n 64 {'nc':4}
+ultralytics yolov8n-seg 64 {'nc':4}
 """  # noqa: E501
 
 VIT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -180,10 +190,15 @@ def build(library: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
     elif library == "transformers":
         kind = getattr(module, name)
         model = kind(kind.config_class(**kwargs))
+    elif library == "ultralytics":
+        tasks = importlib.import_module("ultralytics.nn.tasks")
+        kind = tasks.SegmentationModel if name.endswith("-seg") else tasks.DetectionModel
+        model = kind(f"{name}.yaml", verbose=False, **kwargs)
     else:
         model = getattr(module, name)(encoder_weights=None, **kwargs)
     _enliven(model)
-    return model.eval()
+    forward = forward_of(model)
+    return (model if forward is None else with_forward(model, forward)).eval()
 
 
 @torch.no_grad()
@@ -198,8 +213,8 @@ def _enliven(model: nn.Module) -> None:
 
 
 def _no_backbone(name: str) -> dict[str, None]:
-    segments = name.startswith(("fcn", "deeplab", "lraspp"))
-    return {"weights_backbone": None} if segments else {}
+    has_one = ("fcn", "deeplab", "lraspp", "fasterrcnn", "retinanet", "fcos", "ssd")
+    return {"weights_backbone": None} if name.startswith(has_one) else {}
 
 
 def flops(model: nn.Module, x: Tensor) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         ChannelGroups,
         ParamSlice,
         find_groups,
+        fold_weights,
         unfuse_attention,
     )
     from tpvprune.groups.removal import remove_channels
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     # groups -> scores -> selection -> removal
     "find_groups",
     "unfuse_attention",
+    "fold_weights",
     "with_forward",
     "own_forward",
     "ChannelGroup",
@@ -97,7 +99,14 @@ _MODULES = {
     "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
     "saved.export": ("export_model",),
     "passes.forwards": ("own_forward", "with_forward"),
-    "groups": ("ChannelGroup", "ChannelGroups", "ParamSlice", "find_groups", "unfuse_attention"),
+    "groups": (
+        "ChannelGroup",
+        "ChannelGroups",
+        "ParamSlice",
+        "find_groups",
+        "fold_weights",
+        "unfuse_attention",
+    ),
     "saved.hub": ("push_to_hub",),
     "saved.int8": ("export_int8",),
     "scores.importance": ("TPVImportance",),

@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import utils
-from torch.nn.utils import parametrizations
 
 import tpvprune
 
@@ -40,35 +38,6 @@ def test_slopes_leave_with_their_channels(size):
     smaller = tpvprune.remove_channels(model, groups, kept)
     torch.testing.assert_close(smaller[1].weight, model[1].weight[kept["0"]])
     assert len(result.model[3].weight) == 1
-
-
-# ---- computed weights ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_a_computed_weight_is_listed_with_the_remedy(wrap):
-    model = small(wrap(nn.Conv2d(3, 16, 3)), nn.Conv2d(16, 32, 3))
-    x = torch.randn(8, 3, 12, 12)
-    groups = tpvprune.find_groups(model, x)
-    assert [g.name for g in groups] == ["2"]
-    assert "remove_parametrizations" in {g.name: g.blocked for g in groups.blocked}["0"]
-    utils.parametrize.remove_parametrizations(model[0], "weight")
-    assert [g.name for g in tpvprune.find_groups(model, x)] == ["0", "2"]
-    wrap(model[2])
-    wrap(model[0])
-    with pytest.raises(ValueError, match="remove_parametrizations"):
-        tpvprune.prune(model, x.split(4))
-
-
-@pytest.mark.parametrize("kind", ["weight", "spectral"])
-def test_a_weight_that_a_hook_computes_is_refused_with_the_remedy(kind):
-    wrap = getattr(utils, f"{kind}_norm")
-    model = small(nn.Conv2d(3, 16, 3), wrap(nn.Conv2d(16, 32, 3)))
-    x = torch.randn(8, 3, 12, 12)
-    with pytest.raises(ValueError, match=rf"^2\.weight: .*remove_{kind}_norm"):
-        tpvprune.prune(model, x.split(4))
-    getattr(utils, f"remove_{kind}_norm")(model[2])
-    assert len(tpvprune.find_groups(model, x)) == 2
 
 
 # ---- a forward that fixes its precision ---------------------------------------------------------
@@ -252,3 +221,63 @@ def test_a_training_mode_that_cannot_run_is_said():
     assert [g.name for g in groups] == ["first", "second", "last"]
     (note,) = groups.notes
     assert "RuntimeError: no labels given" in note
+
+
+# ---- tables that a network remembers ------------------------------------------------------------
+
+
+class Remembering(nn.Module):
+    """It gathers its table once (as LeViT does), and keeps a shape (as ultralytics' heads do)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.slopes, self.kept, self.seen = nn.Parameter(torch.rand(16)), {}, None
+
+    def forward(self, x):
+        if self.training or "cpu" not in self.kept:
+            self.kept["cpu"] = self.slopes * 2
+        h = self.a(x).relu()
+        self.seen = h.shape
+        return self.b(h * self.kept["cpu"])
+
+
+def test_what_a_network_remembers_of_an_earlier_forward_changes_nothing(tmp_path):
+    torch.manual_seed(0)
+    model, x = Remembering().eval(), torch.randn(24, 6)
+    before = tpvprune.find_groups(model, x)
+    with torch.no_grad():
+        model(x)
+    held = model.kept["cpu"]
+    after = tpvprune.find_groups(model, x)
+    assert [g.name for g in after] == [g.name for g in before] == ["a"]
+    assert model.kept["cpu"] is held
+    result = tpvprune.prune(model, x.split(8), keep=0.5)
+    assert result.reached
+    tpvprune.save_pruned(result, tmp_path / "small", dense=model)
+    loaded = tpvprune.load_pruned(tmp_path / "small", model=model)
+    assert torch.equal(loaded(x), result.model(x))
+
+
+# ---- what lends its type alone ------------------------------------------------------------------
+
+
+class Lending(nn.Module):
+    """Its grid has the type of feature maps of another shape (as anchors of detectors have)."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.a, self.b, self.cast = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), cast
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        grid = self.cast(torch.arange(10), h)
+        return self.head((self.b(h) * grid).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("cast", [torch.Tensor.type_as, torch.Tensor.to], ids=["type_as", "to"])
+def test_a_tensor_that_lends_its_type_is_not_combined_with(cast):
+    torch.manual_seed(0)
+    found = tpvprune.find_groups(Lending(cast).eval(), torch.randn(2, 3, 14, 14))
+    assert [g.name for g in found] == ["a", "b"]

@@ -17,6 +17,7 @@ from tpvprune import (
     tpv_scores,
     with_forward,
 )
+from tpvprune.passes.detection import head_detections
 from tpvprune.passes.forwards import forward_of, load_forward
 
 
@@ -204,3 +205,37 @@ def test_dense_outputs_are_those_that_post_processing_reads():
 
 def test_other_models_keep_their_own_call():
     assert forward_of(nn.Linear(2, 2)) is None
+
+
+# ---- YOLOs of ultralytics -------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """What such a head returns: decoded boxes besides in evaluation mode, and what it has read."""
+
+    def forward(self, x):
+        one = {"boxes": x + 1, "scores": x + 2, "feats": [x]}
+        raw = {"one2many": one, "one2one": dict(one)}
+        return raw if self.training else (x.sort().values, raw)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_of_a_yolo_the_outputs_of_its_head_count(training):
+    x = torch.rand(2, 4, 3)
+    found = head_detections(Head().train(training), x)
+    assert found.keys() == {"one2many", "one2one"}
+    for outputs in found.values():
+        assert outputs.keys() == {"boxes", "scores"}
+        assert torch.equal(outputs["boxes"], x + 1) and torch.equal(outputs["scores"], x + 2)
+
+
+def test_a_yolo_is_pruned_along_its_head_and_called_as_before():
+    tasks = pytest.importorskip("ultralytics.nn.tasks", reason="pip install ultralytics")
+    model = tasks.DetectionModel("yolov8n.yaml", nc=3, verbose=False).eval()
+    x = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    result = prune(model, x.split(4), keep=0.7, criterion="magnitude", repair="none")
+    assert result.reached
+    assert {b.name for b in result.groups.blocked} == {"model.22.cv2.0.2", "model.22.cv3.0.2"}
+    with torch.no_grad():
+        decoded, raw = result.model(x)
+    assert decoded.shape == model(x)[0].shape and raw.keys() == model(x)[1].keys()

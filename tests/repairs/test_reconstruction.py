@@ -447,3 +447,78 @@ def test_arguments_common_to_all_samples_are_not_split():
     assert len(find_blocks(model, pruned, x, groups, kept)[0]) == 2
     repaired = reconstruct_blocks(pruned, model, [x], groups=groups, kept=kept)
     assert output_variance(repaired, model, [x]) < output_variance(pruned, model, [x])
+
+
+# ---- sequence-first networks --------------------------------------------------------------------
+
+
+class TokenBlock(nn.Module):
+    """A branch that mixes tokens and channels, ``tokens`` being the dimension of the former."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.norm, self.up = nn.LayerNorm(12), nn.Linear(12, 24)
+        self.mix, self.down = nn.Linear(24, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        h = torch.relu(self.up(self.norm(x)))
+        return x + self.down(torch.relu(self.mix(h - h.mean(self.tokens, keepdim=True))) * h)
+
+
+class Tokens(nn.Module):
+    """The same network with its activations as [B, T, C], or as [T, B, C]."""
+
+    def __init__(self, *, first):
+        super().__init__()
+        self.tokens = 0 if first else 1
+        self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.blocks = nn.ModuleList(TokenBlock(self.tokens) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x if self.tokens else x.transpose(0, 1))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(self.tokens))
+
+
+def test_a_block_is_fitted_alike_in_both_layouts():
+    torch.manual_seed(0)
+    usual = TokenBlock(1).double().eval()
+    first = TokenBlock(0).double().eval()
+    first.load_state_dict(usual.state_dict())
+    x = torch.randn(30, 7, 12, generator=seeded(1), dtype=torch.float64)
+    other = copy.deepcopy(usual)
+    with torch.no_grad():
+        for parameter in other.parameters():  # near by: further off no step helps
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(2)))
+        target = other(x)
+    solver = GaussNewton(30, 2, 5, 1e-3, 1 << 18, 1 << 30, 0)
+    before = usual.up.weight.detach().clone()
+    solver.fit(usual, BlockCall((x,), {}, target))
+    solver.fit(first, BlockCall((x.transpose(0, 1),), {}, target.transpose(0, 1)).along(1))
+    assert not torch.equal(usual.up.weight, before)
+    for one, two in zip(first.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-7)  # differences are taken of J v
+
+
+def test_the_blocks_of_a_sequence_first_network_are_those_of_the_batch_first_one():
+    torch.manual_seed(0)
+    usual, first = Tokens(first=False).double().eval(), Tokens(first=True).double().eval()
+    first.load_state_dict(usual.state_dict())
+    x = torch.randn(60, 7, 6, generator=seeded(1), dtype=torch.float64)
+    fresh = torch.randn(40, 7, 6, generator=seeded(2), dtype=torch.float64)
+    used, blocks, variances = [{}, {}], [], []
+    for model, note in zip((usual, first), used, strict=True):
+        pruned, groups, kept = halved(model, x)
+        blocks += [find_blocks(model, pruned, x[:4], groups, kept)[0]]
+        given = {"groups": groups, "kept": kept}
+        compensated = compensate_weights(pruned, model, x.split(20), **given)
+        repaired = reconstruct_blocks(pruned, model, x.split(20), used=note, **given)
+        variances.append(output_variance(repaired, model, [fresh]))
+        assert variances[-1] < output_variance(compensated, model, [fresh])
+    assert [[b.batch_dim for b in found] for found in blocks] == [[0, 0], [1, 1]]
+    assert [[b.name for b in found] for found in blocks] == [["blocks.0", "blocks.1"]] * 2
+    assert used[0] == used[1]
+    # Layers are refitted first, on rows that are drawn in the order in which they lie.
+    assert max(variances) < 1.2 * min(variances)

@@ -373,3 +373,23 @@ def test_a_list_of_widths_is_saved_as_a_list(tmp_path):
     assert loaded[2].splits == pruned[2].splits
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(loaded(x), pruned(x))
+
+
+class Versioned(nn.Sequential):
+    """Refuses a state dict that does not say its version (as torchvision's MNASNet does)."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2, found {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_a_model_whose_state_has_a_version_is_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = Versioned(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 3)).eval()
+    x = torch.randn(16, 6)
+    result = prune(model, x.split(4), keep=0.5)
+    save_pruned(result, tmp_path / "small", dense=model)
+    assert torch.equal(load_pruned(tmp_path / "small", model=model)(x), result.model(x))

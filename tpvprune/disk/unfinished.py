@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import written_file
+from tpvprune.disk.state_dicts import load_tensors
 
 _HEADER = "tpvprune_training"
 
@@ -126,7 +127,7 @@ def load_state(
     saved = read_facts(path)["optimizer"]
     parts = read_tensors(path, (*modules, "optimizer"))
     for name, module in modules.items():
-        module.load_state_dict(parts[name], strict=True)
+        load_tensors(module, parts[name])
     entries: dict[int, dict[str, Any]] = {int(i): dict(n) for i, n in saved["numbers"].items()}
     for key, value in parts["optimizer"].items():
         index, _, entry = key.partition(":")

@@ -4,11 +4,13 @@
   and returns :class:`ChannelGroups`, plain records (``records``, ``axes``);
 - every group is verified: masking it and removing it give the same outputs (``verification``);
 - :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes;
-- :func:`unfuse_attention` makes the heads of ``nn.MultiheadAttention`` removable (``attention``).
+- :func:`unfuse_attention` makes the heads of ``nn.MultiheadAttention`` removable (``attention``),
+  :func:`fold_weights` what ``weight_norm`` and its like compute (``computed``).
 """
 
 from tpvprune.groups.attention import fused_attention, unfuse_attention
 from tpvprune.groups.axes import Axis, Kept
+from tpvprune.groups.computed import fold_weights, folded_if_equal
 from tpvprune.groups.finding import find_groups
 from tpvprune.groups.records import (
     CallCost,
@@ -32,6 +34,8 @@ __all__ = [
     "ParamSlice",
     "Reader",
     "find_groups",
+    "fold_weights",
+    "folded_if_equal",
     "fused_attention",
     "remove_channels",
     "unfuse_attention",

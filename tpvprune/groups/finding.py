@@ -16,11 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.batch_axes import with_batch_axes
+from tpvprune.groups.computed import computed_weights
 from tpvprune.groups.reaching import unseen
 from tpvprune.groups.records import (
     CallCost,
@@ -36,7 +35,7 @@ from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import verify_groups
 from tpvprune.passes.costs import count_macs
-from tpvprune.passes.running import check_not_compiled
+from tpvprune.passes.running import check_not_compiled, clear_caches
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
@@ -78,6 +77,7 @@ def find_groups(
             )
     # On the CPU in single precision, whatever the model is in: labels live there.
     private = copy.deepcopy(model).eval().cpu().float()
+    clear_caches(private)
     inputs = tuple(
         i.detach().cpu().float()
         if isinstance(i, Tensor) and i.is_floating_point()
@@ -106,21 +106,20 @@ def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
         ValueError: If hooks compute it: such modules cannot be copied.
     """
     found = []
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                kind = "weight" if isinstance(hook, WeightNorm) else "spectral"
-                raise ValueError(
-                    f"{name}.{hook.name}: expected a parameter, found one that a hook computes: "
-                    f"call torch.nn.utils.remove_{kind}_norm on the layer first"
-                )
-        weight = getattr(module, "weight", None)
-        if parametrize.is_parametrized(module) and isinstance(weight, Tensor) and weight.ndim:
-            reason = (
-                "its weight is computed: call torch.nn.utils.parametrize.remove_parametrizations("
-                "layer, 'weight') first"
+    for name in computed_weights(model):
+        layer = name.rpartition(".")[0]
+        weight = getattr(model.get_submodule(layer), name.rpartition(".")[2])
+        if not parametrize.is_parametrized(model.get_submodule(layer)):
+            raise ValueError(
+                f"{name}: expected a parameter, found one that a hook computes: "
+                "pass what tpvprune.fold_weights(model) returns"
             )
-            found.append(ChannelGroup(name, len(weight), (), (), blocked=reason))
+        if weight.ndim:
+            reason = (
+                "its weight is computed: find the groups of what tpvprune.fold_weights(model) "
+                "returns"
+            )
+            found.append(ChannelGroup(layer, len(weight), (), (), blocked=reason))
     return found
 
 

@@ -20,7 +20,7 @@ from tpvprune.groups.axes import Axis
 from tpvprune.groups.records import ChannelGroups
 from tpvprune.groups.tracing.sizes import set_attribute, solve
 from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
-from tpvprune.passes.running import sharing_copy
+from tpvprune.passes.running import clear_caches, sharing_copy
 
 Attributes = dict[str, dict[str, Any]]
 """Module path -> plain attributes (ints, floats, tuples and lists of ints) and their values."""
@@ -64,7 +64,7 @@ def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
     _refresh_attributes(small)
     for attribute, value in attributes.items():
         set_attribute(small, attribute, value)
-    _clear_caches(small)
+    clear_caches(small)
     for pad in groups.pads:
         _refresh_pad(small.get_submodule(pad.module), pad.front, pad.back, kept)
     return small
@@ -198,6 +198,7 @@ def shrink_to(
                     f"expected {path}.{key} to be a {type(present).__name__}, found {value!r}."
                 )
             setattr(module, key, new_value)
+    clear_caches(model)
     _refresh_recurrent(model)
 
 
@@ -369,16 +370,6 @@ def _refresh_conv(conv: Any) -> None:
     conv.out_channels, conv.in_channels = first, second * conv.groups
 
 
-def _clear_caches(model: nn.Module) -> None:
-    """Empty what modules remember from earlier forwards (gathered attention biases)."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key.startswith("_") or not isinstance(value, dict):
-                continue
-            if value and all(isinstance(v, Tensor) for v in value.values()):
-                value.clear()
-
-
 def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor]) -> None:
     for key, axis in (("front", front), ("back", back)):
         if isinstance(vars(module).get(key), int):
@@ -386,6 +377,8 @@ def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, torch.Size):  # of what a module saw last, as heads of detectors keep it
+        return False
     if isinstance(value, tuple | list):
         return all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tpvprune.groups.records import ChannelGroups, with_blocked
 from tpvprune.groups.removal import MaskedChannels, removed_view, restore_empty
 from tpvprune.passes.finite import NotFiniteError
-from tpvprune.passes.running import tensors_of
+from tpvprune.passes.running import clear_caches, tensors_of
 
 # Relative: in float64 rounding is below 1e-12, a misaligned cut above 1e-6. In float32, for models
 # whose forward fixes it, rounding is below 1e-5: there a cut that moves less goes unseen.
@@ -247,6 +247,7 @@ def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(1)
     copied = copy.deepcopy(model).eval().cpu().to(dtype)
+    clear_caches(copied)
     for tensor in [*copied.parameters(), *copied.buffers()]:
         if tensor.is_floating_point():
             signed = isinstance(tensor, nn.Parameter) or bool((tensor < 0).any())

@@ -1,4 +1,6 @@
-"""What a torchvision detector computes before its post-processing: one entry per image and anchor.
+"""What a detector computes before its post-processing: one entry per image and anchor.
+
+Of torchvision's detectors, and of ultralytics' YOLOs.
 
 Anchors are matched, boxes clipped, sorted and suppressed without weights; how many are left depends
 on the image. In front of that every detector has dense outputs, which these functions return.
@@ -7,7 +9,7 @@ on the image. In front of that every detector has dense outputs, which these fun
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,22 +22,43 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def detector_forward(model: nn.Module) -> Forward | None:
-    """Return the forward without post-processing of a torchvision detector.
+    """Return the forward without post-processing of a detector of torchvision or ultralytics.
 
     Args:
         model: Any module.
 
     Returns:
-        :func:`dense_detections`, :func:`region_detections`, or None for other models.
+        :func:`dense_detections`, :func:`region_detections`, :func:`head_detections`, or None for
+        other models.
     """
-    if "torchvision.models.detection" not in sys.modules:  # then it is none of its classes
-        return None
+    for library, find in _LIBRARIES.items():
+        if library in sys.modules:  # else the model is none of its classes
+            forward = find(model)
+            if forward is not None:
+                return forward
+    return None
+
+
+def _of_torchvision(model: nn.Module) -> Forward | None:
     from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
     from torchvision.models.detection.ssd import SSD
 
     if isinstance(model, (RetinaNet, FCOS, SSD)):
         return dense_detections
     return region_detections if isinstance(model, FasterRCNN) else None
+
+
+def _of_ultralytics(model: nn.Module) -> Forward | None:
+    from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel
+
+    is_yolo = isinstance(model, DetectionModel) and not isinstance(model, RTDETRDetectionModel)
+    return head_detections if is_yolo else None
+
+
+_LIBRARIES: dict[str, Callable[[nn.Module], Forward | None]] = {
+    "torchvision.models.detection": _of_torchvision,
+    "ultralytics.nn.tasks": _of_ultralytics,
+}
 
 
 def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
@@ -88,7 +111,34 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
     }
 
 
+def head_detections(model: nn.Module, x: Tensor) -> Any:
+    """Return the outputs of the head of a YOLO of ultralytics, as it names them.
+
+    Args:
+        model: A DetectionModel, or one of segmentation, poses or oriented boxes, which are
+            subclasses of it.
+        x: Images [B, C, H, W].
+
+    Returns:
+        Box distributions [B, 4 * bins, anchors], class logits [B, K, anchors], and coefficients of
+        masks, keypoints or angles where it has them; of heads that come without suppression both
+        kinds of assignment.
+    """
+    returned = model(x)
+    return _without_maps(returned if isinstance(returned, Mapping) else returned[1])
+
+
+def _without_maps(outputs: Any) -> Any:
+    """Return the outputs without the feature maps that the head reads."""
+    if not isinstance(outputs, Mapping):
+        return outputs
+    return {name: _without_maps(part) for name, part in outputs.items() if name != "feats"}
+
+
 dense_detections.left_out = "its boxes, scores and their suppression"  # type: ignore[attr-defined]
+head_detections.left_out = (  # type: ignore[attr-defined]
+    "decoded boxes and their suppression, and the feature maps that its head reads"
+)
 region_detections.left_out = (  # type: ignore[attr-defined]
     "proposals, boxes and their suppression (its heads see a fixed grid of boxes, and MACs are "
     "those of this grid)"

@@ -66,7 +66,7 @@ def forward_of(model: nn.Module) -> Forward | None:
     """Return the forward that counts for a model, or None where that is its own.
 
     Args:
-        model: Any module; torchvision's detectors have one
+        model: Any module; detectors of torchvision and ultralytics have one
             (:mod:`tpvprune.passes.detection`), unless another was given.
 
     Returns:

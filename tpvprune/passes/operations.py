@@ -37,6 +37,7 @@ POINTWISE = ACTIVATIONS | words(
     "identity alias zero fill "
     "requires_grad copy gt lt ge le eq ne logical_not logical_and logical_or"
 )
+CASTS = words("to type type_as")  # another tensor among their arguments lends its type alone
 POOLS = words(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d lp_pool2d "

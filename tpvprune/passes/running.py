@@ -87,6 +87,23 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
+def clear_caches(model: nn.Module) -> None:
+    """Empty what modules remember from earlier forwards, in place.
+
+    LeViT's, say, gather a table of attention biases once and keep it: under other weights, or of
+    fewer heads, it would be that of the network before.
+
+    Args:
+        model: A private copy.
+    """
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key.startswith("_") or not isinstance(value, dict):
+                continue
+            if value and all(isinstance(v, Tensor) for v in value.values()):
+                value.clear()
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Switch off the gradients of all parameters, and restore each flag afterwards."""

@@ -105,7 +105,8 @@ def prune(
 
     Args:
         model: Any vision model; untouched. ``nn.MultiheadAttention`` in it is replaced first
-            (:func:`tpvprune.unfuse_attention`).
+            (:func:`tpvprune.unfuse_attention`), weights that are computed are folded
+            (:func:`tpvprune.fold_weights`).
         batches: Re-iterable of unlabeled input tensors [B, ...]; a labelled loader is accepted and
             its labels are dropped before anything sees them. Order does not matter.
         keep: Fraction of the dense cost that stays, in (0, 1].

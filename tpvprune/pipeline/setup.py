@@ -13,6 +13,7 @@ from tpvprune.depth import Removal
 from tpvprune.groups import (
     ChannelGroups,
     find_groups,
+    folded_if_equal,
     fused_attention,
     unfuse_attention,
     with_blocked,
@@ -202,12 +203,12 @@ def set_up(
     """
     limits, clock = limits or Limits(), Clock(progress)
     forward = forward or forward_of(model)
-    model = own_forward(model)
-    fused = fused_attention(model)
-    model = unfuse_attention(model) if fused else model
-    model = model if forward is None else with_forward(model, forward)
+    model = own_forward(model) if forward is None else with_forward(model, forward)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     with clock("groups"):
+        model, said_of_folded = folded_if_equal(model, on_device(from_first(fit[0][:1]), model))
+        fused = fused_attention(model)
+        model = unfuse_attention(model) if fused else model
         counted = Outputs.measured(model, fit, outputs)
         probing = replace(probing or Probing(), seed=seed, outputs=counted)
         by = RankBy(criterion, allocation, "macs", stand_in(planned_repair), probing)
@@ -232,7 +233,7 @@ def set_up(
         replace(by, of=budget), _images_for_factors(repair_factors, by, groups, fit), clock,
         [
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
-            *_said_of_fused(fused), *groups.notes,
+            *said_of_folded, *_said_of_fused(fused), *groups.notes,
         ],
     )  # fmt: skip
 

@@ -24,7 +24,8 @@ class Block:
 
     ``dim`` is the channel dimension of its output; None: all of it stays. ``depth`` counts the
     blocks that a stage holds; ``positions`` are those of the output of one input, ``macs`` what the
-    dense block takes for it.
+    dense block takes for it. ``batch_dim`` is where samples lie in what it reads and returns: 1 in
+    sequence-first networks [T, B, C].
     """
 
     name: str
@@ -34,9 +35,10 @@ class Block:
     kept: Tensor | None = None
     depth: int = 1
     macs: float = 0.0
+    batch_dim: int = 0
 
     def kept_of(self, dense_output: Tensor) -> Tensor:
-        """Return the part of the dense block's output that the pruned block still makes."""
+        """Return the part of the dense block's output, samples first, that the pruned one makes."""
         if self.dim is None or self.kept is None:
             return dense_output
         return dense_output.index_select(self.dim, self.kept.to(dense_output.device))
@@ -72,23 +74,28 @@ def find_blocks(
     before, after = (_calls(model, [*names, *parents], x) for model in (dense, pruned))
     alone = _calls(dense, [*names, *parents], x[:1])
     found: dict[str, Block] = {}
-    for name, call in before.items():
-        small, one = after.get(name), alone.get(name)
-        if call is None or small is None or one is None or not _starts_with(call, one, len(x)):
+    for name in before:
+        dense_call, small, one = before[name], after.get(name), alone.get(name)
+        if dense_call is None or small is None or one is None:
             continue
+        batch_dim = _batch_dim(dense_call, one, len(x))
+        if batch_dim is None:
+            continue
+        small, wanted = small.along(batch_dim), dense_call.along(batch_dim).out
         if not _splits(pruned.get_submodule(name), small, len(x)):
             continue
         size = small.out.numel() * small.out.element_size() // len(x)
         width = small.out.shape[1 if small.out.ndim == 4 else -1]
         positions = small.out.numel() // width // len(x)
-        if call.out.shape == small.out.shape:
-            found[name] = Block(name, size, positions)
+        if wanted.shape == small.out.shape:
+            found[name] = Block(name, size, positions, batch_dim=batch_dim)
             continue
         dim, axis = groups.output_axes.get(name, (None, None))
-        if dim is None or axis is None:
+        if dim is None or axis is None or (batch_dim and dim % wanted.ndim <= batch_dim):
             continue
-        block = Block(name, size, positions, dim, axis.kept(kept).nonzero().squeeze(1))
-        if block.kept_of(call.out).shape == small.out.shape:
+        rows = axis.kept(kept).nonzero().squeeze(1)
+        block = Block(name, size, positions, dim, rows, batch_dim=batch_dim)
+        if block.kept_of(wanted).shape == small.out.shape:
             found[name] = block
     blocks = [block for name, block in found.items() if name not in parents]
     depths = Counter(block.name.rpartition(".")[0] for block in blocks)
@@ -103,11 +110,30 @@ def find_blocks(
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Arguments (from before the call, which may write into them) and output of one block."""
+    """Arguments (from before the call, which may write into them) and output of one block.
+
+    The arguments hold their samples in dimension ``batch_dim``, the output always comes first.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Tensor
+    batch_dim: int = 0
+
+    def along(self, batch_dim: int) -> BlockCall:
+        """Return a call, as it was made, of a block that holds its samples in another dimension."""
+        return replace(self, out=self.out.movedim(batch_dim, 0), batch_dim=batch_dim)
+
+    def run(self, forward: Callable[..., Tensor]) -> Tensor:
+        """Call a block, or what computes it, with the arguments.
+
+        Args:
+            forward: What is called.
+
+        Returns:
+            Its output, samples first.
+        """
+        return forward(*self.args, **self.kwargs).movedim(self.batch_dim, 0)
 
     def part(self, start: float, stop: float) -> BlockCall:
         """Return a share of the samples, from ``start`` to ``stop`` in [0, 1]."""
@@ -130,18 +156,20 @@ class BlockCall:
         first = calls[0]
 
         def join(values: Sequence[Any]) -> Any:
-            return torch.cat(list(values)) if first.is_of_samples(values[0]) else values[0]
+            joins = first.is_of_samples(values[0])
+            return torch.cat(list(values), first.batch_dim) if joins else values[0]
 
-        return BlockCall(
-            tuple(join(values) for values in zip(*(c.args for c in calls), strict=True)),
-            {k: join([c.kwargs[k] for c in calls]) for k in first.kwargs},
-            torch.cat([c.out for c in calls]),
+        return replace(
+            first,
+            args=tuple(join(values) for values in zip(*(c.args for c in calls), strict=True)),
+            kwargs={k: join([c.kwargs[k] for c in calls]) for k in first.kwargs},
+            out=torch.cat([c.out for c in calls]),
         )
 
     def is_of_samples(self, value: Any) -> bool:
         """Tell whether an argument holds samples.
 
-        What has the length of the first argument and as many dimensions does; other arguments
+        What has as many samples as the first argument and as many dimensions does; other arguments
         (position tables, sizes) are common to all.
 
         Args:
@@ -150,41 +178,58 @@ class BlockCall:
         Returns:
             True if so.
         """
-        first = self.args[0]
-        return isinstance(value, Tensor) and value.ndim == first.ndim and len(value) == len(first)
+        first, dim = self.args[0], self.batch_dim
+        return (
+            isinstance(value, Tensor)
+            and value.ndim == first.ndim
+            and value.shape[dim] == first.shape[dim]
+        )
 
     def _cut(self, chosen: Callable[[int], Any]) -> BlockCall:
         def cut(value: Any) -> Any:
-            return value[chosen(len(value))] if self.is_of_samples(value) else value
+            if not self.is_of_samples(value):
+                return value
+            which = chosen(value.shape[self.batch_dim])
+            return value[(slice(None),) * self.batch_dim + (which,)]
 
-        out = self.out[chosen(len(self.out))]
-        return BlockCall(
-            tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()}, out
+        return replace(
+            self,
+            args=tuple(map(cut, self.args)),
+            kwargs={k: cut(v) for k, v in self.kwargs.items()},
+            out=self.out[chosen(len(self.out))],
         )
 
 
-def _starts_with(call: BlockCall, one: BlockCall, num: int) -> bool:
-    """Return whether what the first of ``num`` inputs makes of a call comes first in dimension 0.
+def _batch_dim(call: BlockCall, one: BlockCall, num: int) -> int | None:
+    """Return along which dimension what the first of ``num`` inputs makes of a call comes first.
 
-    It does not where tokens, or views of an image, come before images.
+    None where neither does: views of an image may come before images.
     """
     whole = [(call.args[0], one.args[0]), (call.out, one.out)]
-    return all(
-        a.shape == (len(b) * num, *b.shape[1:])
-        and torch.allclose(a[: len(b)], b, rtol=1e-2, atol=1e-2 * float(b.detach().abs().max()))
-        for a, b in whole
-    )
+    dims = (0, 1) if all(a.ndim == 3 for a, _ in whole) else (0,)
+    return next((dim for dim in dims if all(_starts_with(*pair, num, dim) for pair in whole)), None)
+
+
+def _starts_with(many: Tensor, one: Tensor, num: int, dim: int) -> bool:
+    if one.ndim != many.ndim:
+        return False
+    many, one = many.movedim(dim, 0), one.movedim(dim, 0)
+    if many.shape != (len(one) * num, *one.shape[1:]):
+        return False
+    size = float(one.detach().abs().max())
+    return torch.allclose(many[: len(one)], one, rtol=1e-2, atol=1e-2 * size)
 
 
 def _splits(module: nn.Module, call: BlockCall, num: int) -> bool:
     """Return whether a block treats its samples one by one, so that it can be run in parts."""
-    if len(call.args[0]) % num or len(call.out) % num or call.out.is_complex():
+    samples = call.args[0].shape[call.batch_dim]
+    if samples % num or len(call.out) % num or call.out.is_complex():
         return False
     half = call.part(0.5, 1.0)
     first = half.args[0].clone()
     try:
         with torch.no_grad():
-            out = module(*half.args, **half.kwargs)
+            out = half.run(module)
     except (RuntimeError, ValueError, AssertionError, IndexError):
         return False  # an argument of another form belongs to the samples, too
     if not torch.equal(first, half.args[0]):

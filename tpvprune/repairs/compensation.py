@@ -478,12 +478,14 @@ class BlockFit:
     """A block that is fitted as a whole once its layers are.
 
     ``wanted`` are the inputs of the network that it is fitted on [inputs] (BoolTensor);
-    ``fit(module, call)`` moves its weights.
+    ``fit(module, call)`` moves its weights; ``batch_dim``: see
+    :class:`tpvprune.repairs.blocks.Block`.
     """
 
     name: str
     wanted: Tensor
     fit: Callable[[nn.Module, BlockCall], None]
+    batch_dim: int = 0
 
 
 class Walk:
@@ -626,7 +628,7 @@ class Walk:
             return out
         mask = block.wanted[follower.own]
         if bool(mask.any()):
-            call = BlockCall(args, kwargs, out).picked(mask)
+            call = BlockCall(args, kwargs, out).along(block.batch_dim).picked(mask)
             self._calls.setdefault(name, []).append(call)
         del out
         if self._is_large((*args, *kwargs.values()), follower.num_inputs):

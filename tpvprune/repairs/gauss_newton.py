@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -280,13 +280,12 @@ def _fast(value: Any) -> Any:
 
 def _channels_last(call: BlockCall) -> BlockCall:
     kwargs = {k: _fast(v) for k, v in call.kwargs.items()}
-    return BlockCall(tuple(map(_fast, call.args)), kwargs, _fast(call.out))
+    return replace(call, args=tuple(map(_fast, call.args)), kwargs=kwargs, out=_fast(call.out))
 
 
 def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:
     with AffineNorms():
-        out: Tensor = functional_call(module, params, call.args, call.kwargs)
-    return out
+        return call.run(lambda *args, **kwargs: functional_call(module, params, args, kwargs))
 
 
 def _dot(a: Params, b: Params) -> float:

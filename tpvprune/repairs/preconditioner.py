@@ -52,7 +52,7 @@ def layers_in(module: nn.Module, call: BlockCall) -> list[FittedLayer]:
     """Return the layers of a block that run once in its forward."""
     names = {id(p): n for n, p in module.named_parameters()}
     with torch.no_grad(), _Calls(names) as calls:
-        module(*call.args, **call.kwargs)
+        call.run(module)
     found = []
     for weight, seen in calls.seen.items():
         if len(seen) != 1:
@@ -207,7 +207,7 @@ def _with_graph(
     """Return (layer outputs, block output) of one run, joined by a graph."""
     leaves = {n: module.get_parameter(n).detach().requires_grad_() for n in weights}
     with torch.enable_grad(), _Calls({id(p): n for n, p in leaves.items()}) as calls:
-        out = functional_call(module, leaves, call.args, call.kwargs)
+        out = call.run(lambda *args, **kwargs: functional_call(module, leaves, args, kwargs))
     return {n: calls.seen[n][0] for n in weights}, out
 
 

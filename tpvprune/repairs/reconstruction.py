@@ -197,7 +197,7 @@ def _block_fit(
         solver.fit(module, replace(call, out=targets.pop(block.name)), block.depth)
         note(block, solver.num_inputs)
 
-    return BlockFit(block.name, wanted, fit)
+    return BlockFit(block.name, wanted, fit, block.batch_dim)
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def _dense_outputs(
     def keep(block: Block, out: Tensor) -> None:
         mask = wanted[block.name][own]
         if bool(mask.any()):
+            out = out.movedim(block.batch_dim, 0)
             chosen = out[mask.repeat_interleave(len(out) // len(mask))]
             found[block.name].append(block.kept_of(chosen).clone())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import RANKING_FILE, check_saved
+from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder
@@ -29,10 +29,10 @@ from tpvprune.saved.skeleton import (
     check_fits,
     is_sizes,
     plain,
+    prepared_as_saved,
     put_preprocessing,
     set_types,
     tensors_of,
-    unfused_as_saved,
 )
 from tpvprune.weights.masks import MASK_FILE, load_masks, save_masks
 
@@ -188,22 +188,21 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     config = read_config(folder)
     weights = folder / "model.safetensors"
     types = _saved_types(weights, config["shapes"])
-    if model is not None:
-        loaded = copy.deepcopy(model)
-    elif config["model"] is None:
+    loaded = model
+    if loaded is None and config["model"] is None:
         raise ValueError(
             f"{folder}: expected a timm model, found one that timm does not build: "
             "pass load_pruned(..., model=the dense model)"
         )
-    else:
+    if loaded is None:
         limit = max(_LEAST_LIMIT, _MOST_PER_BYTE * weights.stat().st_size)
         loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
     shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
-    loaded = remove_branches(unfused_as_saved(loaded, shapes), Removal.read(config["removed"]))
+    loaded = remove_branches(prepared_as_saved(loaded, shapes), Removal.read(config["removed"]))
     check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
-    loaded.load_state_dict(load_file(weights), strict=True)
+    load_tensors(loaded, load_file(weights))
     put_preprocessing(loaded, config["pretrained_cfg"])
     return loaded.eval()
 
@@ -305,7 +304,7 @@ def _skeleton(
     if name is not None:
         plain_kwargs = plain(dict(kwargs), "model_kwargs")
         try:
-            whole = unfused_as_saved(build(name, plain_kwargs, max_elements=2**40), shapes)
+            whole = prepared_as_saved(build(name, plain_kwargs, max_elements=2**40), shapes)
             built = remove_branches(whole, removed)
             check_fits(built, shapes)
         except ValueError as error:
@@ -317,7 +316,7 @@ def _skeleton(
             f"the dense model cannot be rebuilt ({reason}): "
             "pass model_name and model_kwargs of timm.create_model, or dense"
         )
-    return None, {}, remove_branches(unfused_as_saved(dense, shapes), removed)
+    return None, {}, remove_branches(prepared_as_saved(dense, shapes), removed)
 
 
 def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:

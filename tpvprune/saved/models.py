@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
-from tpvprune.groups import unfuse_attention
+from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.groups import fold_weights, unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model
 
@@ -74,7 +75,8 @@ def load_model(
 
     Returns:
         The model and how it was made. In one of the user's own ``nn.MultiheadAttention`` is
-        replaced (:func:`tpvprune.unfuse_attention`).
+        replaced (:func:`tpvprune.unfuse_attention`), and what ``weight_norm`` and its like compute
+        is folded (:func:`tpvprune.fold_weights`).
 
     Raises:
         ValueError: If the model is unknown, cannot be built, or the checkpoint is
@@ -158,8 +160,10 @@ def _own_model(
         )
     if state is not None:
         _load(model, state, str(weights))
-    # After its weights: a checkpoint has the names of the fused modules.
-    return unfuse_attention(model).eval(), ModelSource(name, kwargs, str(weights or "random"))
+    # After its weights: a checkpoint has the names from before.
+    return unfuse_attention(fold_weights(model)).eval(), ModelSource(
+        name, kwargs, str(weights or "random")
+    )
 
 
 def _imported(name: str) -> Any:
@@ -299,7 +303,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     ]
     if differing:
         raise ValueError(f"{path}: does not fit the model: {'; '.join(differing)}")
-    model.load_state_dict(state, strict=True)
+    load_tensors(model, state)
 
 
 def _reason(error: Exception) -> str:

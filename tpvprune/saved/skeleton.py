@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpvprune.groups import fused_attention, unfuse_attention
+from tpvprune.groups import fold_weights, fused_attention, unfuse_attention
+from tpvprune.groups.computed import computed_weights
 from tpvprune.images.preprocessing import INTERPOLATIONS
 
 SAVED_TYPES = {
@@ -59,9 +60,20 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
     return model
 
 
-def unfused_as_saved(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Return a dense model whose attention is taken apart if that of the saved one is."""
-    fused, known = fused_attention(model), set(names)
+def prepared_as_saved(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Return a dense model, its computed weights folded and attention unfused as in the saved one.
+
+    Args:
+        model: Untouched.
+        names: Of the saved parameters and buffers.
+
+    Returns:
+        A copy where something is to be replaced, else the argument.
+    """
+    known = set(names)
+    folded = any(name in known for name in computed_weights(model))
+    model = fold_weights(model) if folded else model
+    fused = fused_attention(model)
     return unfuse_attention(model) if any(f"{n}.q.weight" in known for n in fused) else model
 
 

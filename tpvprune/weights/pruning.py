@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from tpvprune.groups import folded_if_equal
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
@@ -102,6 +103,7 @@ def prune_weights(
         pattern_of(pattern)
     fit, held = hold_back(batches, num_images=num_images, seed=seed)
     clock = Clock(progress)
+    model, said_of_folded = folded_if_equal(model, on_device(fit[0][:1], model))
     scope = scope or _SCOPES[criterion]
     blind = blind_layers(model, fit[0][:1])
     ignore = [*ignore, *blind]
@@ -144,6 +146,7 @@ def prune_weights(
         "warnings": [
             *warnings_of({name: measured[repair]}, name, name, keep=more),
             *counted.said(),
+            *said_of_folded,
         ],
         "held_back": facts(measured[repair]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.disk.digest import digest_of
+from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_tensors
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
@@ -68,7 +69,7 @@ class Record:
         parts = read_tensors(self.path, _PARTS)
         kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
         pruned = remove_channels(model, groups, kept)
-        pruned.load_state_dict(parts["model"])
+        load_tensors(pruned, parts["model"])
         ranking = Ranking.from_parts(parts, facts["ranking"])
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
         return Rounds(

@@ -39,6 +39,7 @@ from tpvprune.groups.tracing.fields import (
 )
 from tpvprune.groups.tracing.sizes import AxisSize, TracedInt, trace_attributes
 from tpvprune.passes.operations import (
+    CASTS,
     CONTRACTIONS,
     MATMULS,
     MIXERS,
@@ -236,7 +237,7 @@ class Tracker(TorchFunctionMode):
         elif name == "prelu":
             self._prelu(args[0], args[1], out)
         elif name in POINTWISE:
-            self.pointwise(name, tensors, out)
+            self.pointwise(name, tensors[:1] if name in CASTS else tensors, out)
             if name in MIXERS:
                 self._mix(args, kwargs, default=-1 if "softmax" in name else 1)
         elif name in POOLS:
