@@ -143,7 +143,7 @@ def test_a_stopped_search_keeps_its_ranking(run, tmp_path, monkeypatch, seen):
     [
         (["--keep", "0.5", "--max-loss", "1"], "--max-loss: not allowed with argument --keep"),
         (["--max-loss", "0"], "--max-loss: expected points above 0 and below 100, found '0'"),
-        (["--max-loss", "1", "--granularity", "2:4"], "--max-loss: expected channels or heads"),
+        (["--max-loss", "1", "--granularity", "2:4"], "--max-loss: expected channels, heads"),
         (["--max-loss", "1", "--repair", "distill"], "--max-loss: expected a repair without"),
         (["--max-loss", "1", "--data-dir", "few"], "few: expected at least 8 images, some of"),
     ],

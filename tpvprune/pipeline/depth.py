@@ -7,19 +7,21 @@ in that: the number of branches that leaves the least difference is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
-from tpvprune.depth.choice import Damage, best_depth
+from tpvprune.depth.choice import Damage, best_depth, most_trials
 from tpvprune.depth.order import branch_order
-from tpvprune.depth.savings import savings, table_without
+from tpvprune.depth.savings import branch_savings, table_without
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Clock
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
@@ -62,20 +64,33 @@ def shallower(
                 )
             given.notes.append("no residual branch can go whole: channels alone were pruned")
             return given
-        saved = by_first(savings, given.dense, given.groups, branches, given.budget, given.batch)
+        saved = by_first(
+            branch_savings, given.dense, given.groups, branches, given.budget, given.batch
+        )
         images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
         order, scores = branch_order(
             given.dense, branches, images, saved, most=int(most * len(branches)),
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
-    with clock("depth"):
         images = split_inputs(given.fit, _affordable(given))
-        trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores, *images)
-        num = best_depth(trials.damage, len(order))
+    trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores, *images)
+    num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
+    with clock("groups"):
         found = trials.setup(num, verify=True)
-        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
-        return replace(found, limits=limits)
+    limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+    return replace(found, limits=limits)
+
+
+def _timed(damage: Callable[[int], Damage], clock: Clock, total: int) -> Callable[[int], Damage]:
+    """Return the trial, which tells how many of at most so many are done."""
+    numbers = itertools.count(1)
+
+    def timed(num: int) -> Damage:
+        with clock("trials of depth", next(numbers), total):
+            return damage(num)
+
+    return timed
 
 
 def _affordable(given: Setup) -> int:
@@ -107,8 +122,10 @@ class _Trials:
         network = remove_branches(given.dense, removal, share=True)
         modules = dict(network.named_modules())
         ignore = [name for name in given.limits.ignore if name in modules]
-        groups = find_groups(network, given.batch[:1], ignore=ignore, verify=verify)
-        groups = with_blocked(groups, _not_ranked(groups, given.groups))
+        groups = given.groups
+        if gone:
+            groups = find_groups(network, given.batch[:1], ignore=ignore, verify=verify)
+            groups = with_blocked(groups, _not_ranked(groups, given.groups))
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
             budget = table_without(budget, gone, self.saved)

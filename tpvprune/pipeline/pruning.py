@@ -24,6 +24,7 @@ from tpvprune.pipeline.checks import (
     Repair,
     check_granularity,
     check_repairs,
+    granularity_for,
 )
 from tpvprune.pipeline.depth import shallower
 from tpvprune.pipeline.report import report_of
@@ -82,7 +83,7 @@ def prune(
     repair: Repair = "compensate",
     allocation: Allocation | None = None,
     limits: Limits | None = None,
-    granularity: Sequence[Granularity] = ("channel",),
+    granularity: Sequence[Granularity] | None = None,
     max_depth_removed: float = 0.5,
     ranking: Ranking | None = None,
     planned_repair: Repair | None = None,
@@ -120,8 +121,9 @@ def prune(
             ``"plain"``: by score alone.
         limits: How far groups may shrink, and what stays whole.
         granularity: ``"channel"``, ``"branch"``, or both: residual branches that go whole, as many
-            as leave the least damage under the budget (:mod:`tpvprune.pipeline.depth`). With
-            ``"branch"`` alone every width stays.
+            as leave the least damage under the budget, or none (:mod:`tpvprune.pipeline.depth`).
+            With ``"branch"`` alone every width stays. None: both where ``of`` is ``"latency"``,
+            else channels.
         max_depth_removed: Largest fraction of the branches that may go, in [0, 1].
         ranking: Of an earlier result on the same model, images and criterion, for another budget.
         planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
@@ -161,6 +163,7 @@ def prune(
     """
     check_budget(keep, "macs" if of == "latency" else of)
     check_repairs(steps, repair, planned_repair)
+    granularity = granularity_for(granularity, of)
     check_granularity(granularity, max_depth_removed)
     given = set_up(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
