@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def measured(of: str, keep: float, sizes: Sequence[int]) -> None:
         start = time.perf_counter()
-        result = prune(model, train, keep=keep, of=of, latency_batch_size=sizes[0], seed=args.seed)
+        result = prune(
+            model, train, keep=keep, of=of, granularity=("channel",),
+            latency_batch_size=sizes[0], seed=args.seed,
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         same = agreement(result.model, model, test)
         for size in sizes:

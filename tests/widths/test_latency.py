@@ -129,25 +129,64 @@ def test_what_no_width_can_reach_is_tried_and_returned():
     assert found.ratio > 0.6
 
 
-def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path):
-    model, groups = chain
-    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
-    table = table_of(groups, model, lambda i, o: i * o)
-    monkeypatch.setattr(setup, "latency_table", lambda *_: table)
+@pytest.fixture
+def timed(monkeypatch):
+    """Let the table count weights, and the clock parameters, a fifth more of them."""
 
     def by_params(dense, pruned, x):
         assert x.shape[0] == 3
         return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(dense))
 
+    def table(model, groups, x):
+        return table_of(groups, model, lambda i, o: i * o)
+
+    monkeypatch.setattr(setup, "latency_table", table)
     monkeypatch.setattr(run, "compare_latency", by_params)
-    result = tpvprune.prune(
-        model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none"
-    )
+
+
+def in_milliseconds(model, **options):
+    """Return the report of a run whose budget the clock confirmed."""
+    how = {"keep": 0.6, "of": "latency", "latency_batch_size": 3, "repair": "none", **options}
+    result = tpvprune.prune(model, batches(), **how)
     assert result.report["reached"]
     assert result.report["speed"]["ratio"] <= 0.6
-    json.dumps(result.report)
     kept = tpvprune.count_params(result.model) / tpvprune.count_params(model)
     assert kept <= 0.6 / 1.2
+    return json.loads(json.dumps(result.report))
+
+
+def gone(report):
+    return [branch["name"] for branch in report["branches"] if branch["gone"]]
+
+
+def test_pruning_by_latency_is_proved_by_the_clock(timed):
+    report = in_milliseconds(build("residual"), granularity=("channel",))
+    assert "branches" not in report
+
+
+def test_branches_may_go_where_milliseconds_count(timed):
+    model = build("residual")
+    with torch.no_grad():  # a branch that is worth nothing
+        model.bn2.weight.zero_()
+        model.bn2.bias.zero_()
+    report = in_milliseconds(model)
+    assert gone(report) == ["conv2"]
+    assert report["timings"]["trials of depth"] > 0
+    assert "branches" not in tpvprune.prune(model, batches(), repair="none").report
+
+
+def test_widths_alone_meet_the_milliseconds_where_no_branch_goes(timed):
+    assert gone(in_milliseconds(build("residual"), max_depth_removed=0)) == []
+    report = in_milliseconds(build("chain"))
+    assert "branches" not in report
+    assert "no residual branch can go whole: channels alone were pruned" in report["warnings"]
+
+
+def test_trials_are_counted(timed):
+    seen = []
+    in_milliseconds(build("residual"), progress=lambda *told: seen.append(told))
+    trials = [(done, total) for stage, done, total in seen if stage == "trials of depth"]
+    assert trials == [(0, 2), (1, 2), (1, 2), (2, 2)]
 
 
 class Wide(nn.Module):
