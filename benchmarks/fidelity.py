@@ -226,11 +226,15 @@ def report(rows: list[dict[str, Any]]) -> None:
     for scope in dict.fromkeys(row["groups"] for row in rows):
         mine = [row for row in rows if row["groups"] == scope]
         first = mine[0]
-        print(
-            f"\n{first['model']}, {scope} groups: {first['num_groups']} groups, "
-            f"{first['num_measured']} of {first['num_channels']} channels measured, "
-            f"{first['num_images']} images"
+        what = (
+            f"{first['num_groups']} branches"
+            if scope == "branches"
+            else (
+                f"{scope} groups: {first['num_groups']} groups, "
+                f"{first['num_measured']} of {first['num_channels']} channels measured"
+            )
         )
+        print(f"\n{first['model']}, {what}, {first['num_images']} images")
         print(f"{'criterion':22} {'labels':6} {'Spearman':>9} {'in group':>9} {'seconds':>8}")
         for row in sorted(mine, key=lambda row: -float(row["spearman"])):
             print(

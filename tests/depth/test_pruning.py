@@ -176,6 +176,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         *("--granularity", "channel,branch", "--latency-repeats", "0", "--num-images", "24"),
     ]
     assert main(["prune", *flags, "--dry-run", "--output", "out"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "residual branches: 12, of which 6 may go" in err
+    assert "besides trials of depth, reading images" in err
+    assert main(["prune", *flags[:-6], "--of", "latency", "--dry-run", "--output", "out"]) == 0
     assert "residual branches: 12, of which 6 may go" in capsys.readouterr().err
     assert main(["prune", *flags, "--json", "--output", "out"]) == 0
     out, err = capsys.readouterr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
     expected = _expected(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
-    more = _MORE.get(args.repair, "")
+    more = _left_out(args)
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
         expected = replace(expected, seconds=expected.seconds + training)
@@ -120,6 +120,16 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return (0 if reached else 3), document
 
 
+def _may_go(args: argparse.Namespace) -> Sequence[str]:
+    return granularity_for(STRUCTURES[args.granularity], args.of)
+
+
+def _left_out(args: argparse.Namespace) -> str:
+    """Return what takes time in a run but not in its trial on noise."""
+    trials = "trials of depth, " if "branch" in _may_go(args) else ""
+    return trials + _MORE.get(args.repair, "")
+
+
 def _branches(
     args: argparse.Namespace,
     subject: Subject,
@@ -127,7 +137,7 @@ def _branches(
     narrowest: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the branches that can go, and what is left without most of them or of channels."""
-    may_go = granularity_for(STRUCTURES[args.granularity], args.of)
+    may_go = _may_go(args)
     if "branch" not in may_go:
         return {}
     found = find_branches(subject.model, subject.example)
