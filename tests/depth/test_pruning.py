@@ -13,8 +13,10 @@ from tpvprune.cli.entry import main
 from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.passes.evaluation import difference
 from tpvprune.passes.unseen import with_unseen
+from tpvprune.pipeline import depth, run
 from tpvprune.repairs.branches import Plan
 from tpvprune.repairs.targets import dense_targets
+from tpvprune.widths.ranking import RankBy
 
 NUM = 96
 
@@ -166,6 +168,36 @@ def test_steps_go_on_from_the_shallower_network():
         repair="bn",
     )  # fmt: skip
     assert result.reached
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_without_its_branches(tmp_path, monkeypatch):
+    """Not tried or timed again: milliseconds would choose others."""
+    torch.manual_seed(0)
+    model, state = Net().double().eval(), tmp_path / "state"
+    options = {"keep": 0.5, "granularity": ("channel", "branch"), "max_depth_removed": 1}
+    unbroken = prune(model, [images(32)], **options)
+    assert unbroken.removed
+
+    def stop(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(run, "compensate_weights", stop)
+        prune(model, [images(32)], **options, state=state)
+    for name in ("branch_savings", "branch_order", "best_depth"):
+        monkeypatch.setattr(depth, name, stop)
+    monkeypatch.setattr(RankBy, "ranked", stop)
+    result = prune(model, [images(32)], **options, state=state)
+    assert result.removed == unbroken.removed
+    assert result.report["branches"] == unbroken.report["branches"]
+    for one, other in zip(result.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(Stopped):  # another run
+        prune(model, [images(32)], **{**options, "max_depth_removed": 0.9}, state=state)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,28 @@ def shallower(
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
         images = split_inputs(given.fit, _affordable(given))
-    trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores, *images)
+    found = _Branches(given, branches, saved, scores)
+    trials = _Trials(found, ranking, keep, by_channel, order, *images)
     num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
-    with clock("groups"):
-        found = trials.setup(num, verify=True)
-    limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
-    return replace(found, limits=limits)
+    return found.final(order[:num], by_channel=by_channel)
+
+
+def chosen_before(given: Setup, choice: Mapping[str, Any], *, by_channel: bool) -> Setup:
+    """Return the run without the branches that left before it was stopped.
+
+    Args:
+        given: The run with all branches.
+        choice: Of :attr:`tpvprune.pipeline.setup.Depth.choice`.
+        by_channel: Whether channels may leave, too.
+
+    Returns:
+        The run.
+    """
+    with given.clock("branches"):
+        branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
+    by_name = {b.name: b for b in branches}
+    found = _Branches(given, branches, choice["savings"], choice["scores"])
+    return found.final([by_name[name] for name in choice["gone"]], by_channel=by_channel)
 
 
 def _timed(damage: Callable[[int], Damage], clock: Clock, total: int) -> Callable[[int], Damage]:
@@ -100,23 +117,25 @@ def _affordable(given: Setup) -> int:
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """Networks without the first few of the branches, pruned and repaired roughly."""
+class _Branches:
+    """The branches of a network, what each saves and what the outputs lose with it."""
 
     given: Setup
-    ranking: Ranking
-    keep: float
-    by_channel: bool
     branches: Sequence[Branch]
-    order: Sequence[Branch]
-    saved: Mapping[str, float]
+    savings: Mapping[str, float]
     scores: Mapping[str, float]
-    fit: Sequence[Tensor]
-    held: Sequence[Tensor]
 
-    def setup(self, num: int, *, verify: bool = False) -> Setup:
-        """Return the run without the first ``num`` branches."""
-        given, gone = self.given, list(self.order[:num])
+    def final(self, gone: Sequence[Branch], *, by_channel: bool) -> Setup:
+        """Return the run without some branches, its groups verified."""
+        given = self.given
+        with given.clock("groups"):
+            found = self.without(gone, verify=True)
+        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+        return replace(found, limits=limits)
+
+    def without(self, gone: Sequence[Branch], *, verify: bool = False) -> Setup:
+        """Return the run without some branches."""
+        given = self.given
         names = tuple(b.name for b in gone)
         removal = Removal.of(self.branches, names)
         network = remove_branches(given.dense, removal, share=True)
@@ -128,24 +147,38 @@ class _Trials:
             groups = with_blocked(groups, _not_ranked(groups, given.groups))
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
-            budget = table_without(budget, gone, self.saved)
+            budget = table_without(budget, gone, self.savings)
         depth = Depth(
             network,
             with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
             removal,
             self.scores,
+            self.savings,
             names,
             cost(given.groups, {}, given.budget),
             {"macs": given.groups.macs(), "params": given.groups.params()},
         )
         return replace(given, groups=groups, budget=budget, depth=depth)
 
+
+@dataclass(frozen=True)
+class _Trials:
+    """Networks without the first few of the branches, pruned and repaired roughly."""
+
+    found: _Branches
+    ranking: Ranking
+    keep: float
+    by_channel: bool
+    order: Sequence[Branch]
+    fit: Sequence[Tensor]
+    held: Sequence[Tensor]
+
     def damage(self, num: int) -> Damage:
         """Return how far the network without ``num`` branches exceeds the budget, and its variance.
 
         Where it does, it is as narrow as it gets.
         """
-        there = self.setup(num)
+        there = self.found.without(self.order[:num])
         target = self.keep * there.dense_cost
         kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
         whole = cost(there.groups, kept, there.budget)

@@ -26,7 +26,7 @@ from tpvprune.pipeline.checks import (
     check_repairs,
     granularity_for,
 )
-from tpvprune.pipeline.depth import shallower
+from tpvprune.pipeline.depth import chosen_before, shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
 from tpvprune.pipeline.setup import set_up
@@ -171,14 +171,18 @@ def prune(
         num_images=num_images, latency_batch_size=latency_batch_size, probing=probing,
         outputs=outputs, forward=forward, seed=seed, progress=progress,
     )  # fmt: skip
-    whole, parts = given, _parts_of(ranking)
+    whole, how = given, (sorted(granularity), max_depth_removed, keep, repair, steps)
+    record = Record.of(state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in granularity:
-        ranking = whole.ranked(ranking)
+        known = record.facts()
         by_channel = "channel" in granularity
-        given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
+        if known.get("depth"):
+            given = chosen_before(whole, known["depth"], by_channel=by_channel)
+        else:
+            ranking = whole.ranked(ranking)
+            given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
-    record = Record.of(state, *given.parts(), keep, repair, steps, *parts)
     rounds = record.load(given.start, groups) or Rounds(
         given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted
     )
@@ -187,7 +191,7 @@ def prune(
         before = replace(rounds)
         if step > rounds.chosen:
             run.cut(rounds, step)
-            record.save(rounds)
+            record.save(rounds, given.depth.choice if given.depth else None)
         refits, outcome = run.repaired(rounds, step)
         if rounds.chosen > before.chosen and guard.cannot_be_true(outcome, rounds.predicted):
             refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
