@@ -200,6 +200,17 @@ def test_a_stopped_run_goes_on_without_its_branches(tmp_path, monkeypatch):
         prune(model, [images(32)], **{**options, "max_depth_removed": 0.9}, state=state)
 
 
+def test_a_stopped_run_without_branches_goes_on(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).double()
+    options = {"granularity": ("channel", "branch"), "state": tmp_path / "state"}
+    first = prune(model, [images(16)], **options)
+    monkeypatch.setattr(RankBy, "ranked", None)
+    again = prune(model, [images(16)], **options)
+    assert again.warnings == first.warnings
+    assert all(torch.equal(again.kept[name], mask) for name, mask in first.kept.items())
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", 24)

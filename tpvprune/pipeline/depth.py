@@ -34,6 +34,7 @@ from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
+_NO_BRANCH = "no residual branch can go whole: channels alone were pruned"
 
 
 def shallower(
@@ -63,7 +64,7 @@ def shallower(
                     "granularity: expected a model with residual branches, found none that can "
                     "go whole: prune channels"
                 )
-            given.notes.append("no residual branch can go whole: channels alone were pruned")
+            given.notes.append(_NO_BRANCH)
             return given
         saved = by_first(
             branch_savings, given.dense, given.groups, branches, given.budget, given.batch
@@ -81,17 +82,20 @@ def shallower(
     return found.final(order[:num], by_channel=by_channel)
 
 
-def chosen_before(given: Setup, choice: Mapping[str, Any], *, by_channel: bool) -> Setup:
+def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
     """Return the run without the branches that left before it was stopped.
 
     Args:
         given: The run with all branches.
-        choice: Of :attr:`tpvprune.pipeline.setup.Depth.choice`.
+        choice: Of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
         by_channel: Whether channels may leave, too.
 
     Returns:
         The run.
     """
+    if choice is None:
+        given.notes.append(_NO_BRANCH)
+        return given
     with given.clock("branches"):
         branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
     by_name = {b.name: b for b in branches}

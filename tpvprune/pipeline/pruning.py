@@ -176,7 +176,7 @@ def prune(
     if "branch" in granularity:
         known = record.facts()
         by_channel = "channel" in granularity
-        if known.get("depth"):
+        if known:
             given = chosen_before(whole, known["depth"], by_channel=by_channel)
         else:
             ranking = whole.ranked(ranking)
