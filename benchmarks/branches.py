@@ -24,7 +24,7 @@ from surveys import bounded, read_rows, relative_gap, write_rows
 
 from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.depth.additions import WithoutBranches
-from tpvprune.depth.savings import savings
+from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import find_groups
 
 RESULTS = Path(__file__).parent / "results" / "branches.csv"
@@ -50,7 +50,7 @@ def survey(name: str, size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
                 gaps.append(relative_gap(removed, model(x)))
     groups = find_groups(model, x[:1], verify=False)
     shares = {
-        f"{of}_share": sum(savings(model, groups, branches, of, x).values()) / whole
+        f"{of}_share": sum(branch_savings(model, groups, branches, of, x).values()) / whole
         for of, whole in (("macs", groups.macs()), ("params", groups.params()))
     }
     return {

@@ -1,12 +1,13 @@
 """How well each criterion ranks channels by what their removal really does to the outputs.
 
     python benchmarks/fidelity.py --model cifar_resnet20 --checkpoint FILE --data-dir TRAIN.tar
+    python benchmarks/fidelity.py ... --granularity branch --num-images 128
 
 The truth is brute force: every channel removed alone, E_x ‖f without it − f‖² over the images.
 Each criterion then scores the same channels from the same images, and Spearman's rank correlation
 with the truth is reported over all channels of the network and as the mean within a group; once
 for all groups and once for the groups inside blocks, without the residual streams. Criteria that
-need labels get them and are marked.
+need labels get them and are marked. Residual branches are measured likewise, each removed alone.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tpvprune.depth import Branch, Removal, branch_scores, find_branches, remove_branches
 from tpvprune.diagnostics import ablation_scores, spearman
 from tpvprune.groups import ChannelGroup, ChannelGroups, find_groups
 from tpvprune.images.loading import choose_images, in_memory
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.evaluation import output_variance
 from tpvprune.saved.models import load_model
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
@@ -49,6 +52,11 @@ CRITERIA: dict[str, Callable[..., Any]] = SCORERS | {
     "tpv_8_probes": partial(SCORERS["tpv"], compensated=False, num_probes=8),
     "tpv_compensated": SCORERS["tpv"],
 }
+BRANCH_CRITERIA: dict[str, Callable[..., dict[str, float]]] = {
+    "tpv": partial(branch_scores, compensated=False),
+    "tpv_compensated": branch_scores,
+}
+Parts = Sequence[ChannelGroup] | Sequence[Branch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,30 +65,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, _ = load_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
     model.to(args.device)
-    labelled = load_images(args, model)
-    images = [x for x, _ in labelled]
-    groups = find_groups(model, images[0][:2])
-    truth = measure(args, model, groups, images)
+    batches = load_images(args, model)
+    images = list(unlabeled(batches))
+    parts: ChannelGroups | Sequence[Branch]
+    if args.granularity == "branch":
+        parts = find_branches(model, images[0][:2])
+        truth = known(args, lambda: remove_each(model, parts, images))
+        chosen_parts: dict[str, Parts] = {"branches": parts}
+    else:
+        parts = find_groups(model, images[0][:2])
+        truth = known(args, lambda: measure(args, model, parts, images))
+        chosen_parts = scopes(model, parts)
 
     rows = []
     scores: dict[str, dict[str, Tensor]] = {}
     for name in args.criteria:
         start = time.perf_counter()
         try:
-            scored = CRITERIA[name](
-                model, groups, labelled if name in NEEDS_LABELS else images, seed=args.seed
-            )
+            scores[name] = score(args, name, model, parts, batches)
         except ValueError as error:
             print(f"{name}: left out: {error}")
             continue
         seconds = time.perf_counter() - start
-        scores[name] = {group.name: scored[group.name].cpu().double() for group in groups}
-        for scope, chosen in scopes(model, groups).items():
+        for scope, chosen in chosen_parts.items():
             rows.append(
                 {
                     "model": args.model,
                     "criterion": name,
-                    "labels": "yes" if scored.used_labels else "no",
+                    "labels": "yes" if name in NEEDS_LABELS else "no",
                     "groups": scope,
                     "num_groups": len(chosen),
                     "num_images": args.num_images,
@@ -105,6 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
     parser.add_argument("--crop-pct", type=float)
     parser.add_argument("--num-images", type=int, default=500)
+    parser.add_argument("--granularity", choices=("channel", "branch"), default="channel")
     parser.add_argument("--criteria", default="all", help="names with commas between, or all")
     parser.add_argument("--max-channels", type=int, help="measure at most so many per group")
     parser.add_argument("--truth", type=Path, help="read the truth from here, or save it here")
@@ -114,39 +127,71 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    args.criteria = list(CRITERIA) if args.criteria == "all" else args.criteria.split(",")
-    if unknown := [name for name in args.criteria if name not in CRITERIA]:
-        parser.error(f"unknown criteria {unknown}: choose from {', '.join(CRITERIA)}")
+    usable = BRANCH_CRITERIA if args.granularity == "branch" else CRITERIA
+    args.criteria = list(usable) if args.criteria == "all" else args.criteria.split(",")
+    if unknown := [name for name in args.criteria if name not in usable]:
+        parser.error(f"unknown criteria {unknown}: choose from {', '.join(usable)}")
     return args
 
 
-def load_images(args: argparse.Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def load_images(args: argparse.Namespace, model: nn.Module) -> list[Any]:
+    labelled = args.granularity == "channel"
     batches = choose_images(
-        open_images(args.data_dir, labelled=True),
+        open_images(args.data_dir, labelled=labelled),
         resolve_preprocessing(model, input_size=args.input_size, crop_pct=args.crop_pct),
         num_images=args.num_images,
         seed=args.seed,
         batch_size=args.batch_size,
         workers=1,
-        labelled=True,
+        labelled=labelled,
     )
+    if not labelled:
+        return [x.to(args.device) for x in unlabeled(in_memory(batches))]
     return [(x.to(args.device), y.to(args.device)) for x, y in in_memory(batches)]
+
+
+def known(args: argparse.Namespace, measured: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the truth, read from a file if it is there."""
+    if args.truth and args.truth.exists():
+        return load_file(args.truth)
+    truth = measured()
+    if args.truth:
+        args.truth.parent.mkdir(parents=True, exist_ok=True)
+        save_file(truth, args.truth)
+    return truth
+
+
+def remove_each(
+    model: nn.Module, branches: Sequence[Branch], images: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return E‖f without the branch − f‖² of every branch, each as a tensor of one."""
+    truth = {}
+    for branch in tqdm(branches, desc="removing branches"):
+        smaller = remove_branches(model, Removal.of(branches, [branch.name]), share=True)
+        truth[branch.name] = torch.tensor([output_variance(smaller, model, images)])
+    return truth
+
+
+def score(
+    args: argparse.Namespace, name: str, model: nn.Module, parts: Any, batches: list[Any]
+) -> dict[str, Tensor]:
+    """Return the scores of the channels of each group, or of each branch as a tensor of one."""
+    if args.granularity == "branch":
+        found = BRANCH_CRITERIA[name](model, parts, batches, seed=args.seed)
+        return {branch: torch.tensor([value]) for branch, value in found.items()}
+    given = batches if name in NEEDS_LABELS else list(unlabeled(batches))
+    scored = CRITERIA[name](model, parts, given, seed=args.seed)
+    return {group.name: scored[group.name].cpu().double() for group in parts}
 
 
 def measure(
     args: argparse.Namespace, model: nn.Module, groups: ChannelGroups, images: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    if args.truth and args.truth.exists():
-        return load_file(args.truth)
     progress = tqdm(unlabeled(images), desc="removing channels, batch", total=len(list(images)))
     scores = ablation_scores(
         model, groups, progress, max_channels=args.max_channels, seed=args.seed
     )
-    truth = {group.name: scores[group.name] for group in groups}
-    if args.truth:
-        args.truth.parent.mkdir(parents=True, exist_ok=True)
-        save_file(truth, args.truth)
-    return truth
+    return {group.name: scores[group.name] for group in groups}
 
 
 def scopes(model: nn.Module, groups: ChannelGroups) -> dict[str, list[ChannelGroup]]:
@@ -164,9 +209,7 @@ def scopes(model: nn.Module, groups: ChannelGroups) -> dict[str, list[ChannelGro
     return {"all": list(groups), "inside blocks": [g for g in groups if writers(g) == 1]}
 
 
-def compare(
-    truth: dict[str, Tensor], scores: dict[str, Tensor], groups: list[ChannelGroup]
-) -> dict[str, Any]:
+def compare(truth: dict[str, Tensor], scores: dict[str, Tensor], groups: Parts) -> dict[str, Any]:
     names = [group.name for group in groups]
     every = torch.cat([truth[name] for name in names])
     within = [spearman(scores[name], truth[name]) for name in names]
@@ -183,11 +226,15 @@ def report(rows: list[dict[str, Any]]) -> None:
     for scope in dict.fromkeys(row["groups"] for row in rows):
         mine = [row for row in rows if row["groups"] == scope]
         first = mine[0]
-        print(
-            f"\n{first['model']}, {scope} groups: {first['num_groups']} groups, "
-            f"{first['num_measured']} of {first['num_channels']} channels measured, "
-            f"{first['num_images']} images"
+        what = (
+            f"{first['num_groups']} branches"
+            if scope == "branches"
+            else (
+                f"{scope} groups: {first['num_groups']} groups, "
+                f"{first['num_measured']} of {first['num_channels']} channels measured"
+            )
         )
+        print(f"\n{first['model']}, {what}, {first['num_images']} images")
         print(f"{'criterion':22} {'labels':6} {'Spearman':>9} {'in group':>9} {'seconds':>8}")
         for row in sorted(mine, key=lambda row: -float(row["spearman"])):
             print(
@@ -203,12 +250,14 @@ def write(
     scores: dict[str, dict[str, Tensor]],
 ) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"fidelity-{args.model}"
+    stem, each = args.output / f"fidelity-{args.model}", "channels"
+    if args.granularity == "branch":
+        stem, each = args.output / f"fidelity-branches-{args.model}", "each"
     with stem.with_suffix(".csv").open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         table.writerows(rows)
-    with Path(f"{stem}-channels.csv").open("w", newline="") as file:
+    with Path(f"{stem}-{each}.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["group", "channel", "ablation", *scores])
         for name, values in truth.items():

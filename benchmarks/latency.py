@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         where = {"latency_runtime": args.latency_runtime} if of == "latency" else {}
         result = prune(
-            model, train, keep=keep, of=of, latency_batch_size=sizes[0], seed=args.seed, **where
-        )
+            model, train, keep=keep, of=of, granularity=("channel",),
+            latency_batch_size=sizes[0], seed=args.seed, **where,
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         same = agreement(result.model, model, test)
         for size in sizes:

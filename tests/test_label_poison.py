@@ -8,6 +8,7 @@ from cases import Poison, Residual, batches, build, images
 
 import tpvprune
 from tpvprune import diagnostics
+from tpvprune.depth import branch_scores, find_branches
 from tpvprune.diagnostics import tpv
 from tpvprune.passes.disagreement import disagreement
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
@@ -29,6 +30,10 @@ def calls(model, data):
     shown = {"mean": [0.5] * 3, "std": [0.5] * 3}
     found = {
         "prune": lambda: tpvprune.prune(model, data, keep=0.6, repair="auto"),
+        "prune branches": lambda: tpvprune.prune(
+            model, data, keep=0.6, granularity=("channel", "branch"), max_depth_removed=1
+        ),
+        "branch_scores": lambda: branch_scores(model, find_branches(model, images(2)), data),
         "prune_within": lambda: tpvprune.prune_within(model, data, max_loss=50, num_sizes=2),
         "rank_channels": lambda: tpvprune.rank_channels(model, data),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),
@@ -113,3 +118,15 @@ def test_curves_with_and_without_labels_are_the_same():
     for name, curve in plain.items():
         assert torch.equal(curve.order, labelled[name].order)
         assert torch.equal(curve.variance, labelled[name].variance)
+
+
+def test_branches_go_alike_with_and_without_labels():
+    model, data = confident(), batches(16, 8)
+    options = {"keep": 0.6, "granularity": ("channel", "branch"), "max_depth_removed": 1}
+    plain, labelled = (
+        tpvprune.prune(model, d, **options) for d in (data, [(x, Poison()) for x in data])
+    )
+    assert plain.report["branches"] == labelled.report["branches"]
+    assert not labelled.report["used_labels"] and "trials of depth" in labelled.report["timings"]
+    for one, other in zip(plain.model.parameters(), labelled.model.parameters(), strict=True):
+        assert torch.equal(one, other)

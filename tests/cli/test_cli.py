@@ -325,6 +325,11 @@ class TestOtherCommands:
         assert "layer1.0.conv1" not in [group["name"] for group in document["groups"]]
         assert 0 < document["smallest"]["macs"] < document["dense"]["macs"]
         assert all(0 < group["macs_share"] < 1 for group in document["groups"])
+        assert {"name", "macs", "params"} == set(document["branches"][0])
+        assert sum(b["macs"] for b in document["branches"]) < document["dense"]["macs"]
+        assert all(0 < b["params"] < document["dense"]["params"] for b in document["branches"])
+        for branch in document["branches"]:
+            assert re.search(rf"^{re.escape(branch['name'])} +\d", err, re.MULTILINE)
         assert "smallest reachable" in " ".join(err.split())
         assert max(map(len, err.splitlines())) <= 80
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from image_cases import write_classes, write_images
 
+from tpvprune import load_pruned
 from tpvprune.cli import pruning
 from tpvprune.passes.loss import Losses
 from tpvprune.widths.ranking import RankBy
@@ -143,7 +144,7 @@ def test_a_stopped_search_keeps_its_ranking(run, tmp_path, monkeypatch, seen):
     [
         (["--keep", "0.5", "--max-loss", "1"], "--max-loss: not allowed with argument --keep"),
         (["--max-loss", "0"], "--max-loss: expected points above 0 and below 100, found '0'"),
-        (["--max-loss", "1", "--granularity", "2:4"], "--max-loss: expected channels or heads"),
+        (["--max-loss", "1", "--granularity", "2:4"], "--max-loss: expected channels, heads"),
         (["--max-loss", "1", "--repair", "distill"], "--max-loss: expected a repair without"),
         (["--max-loss", "1", "--data-dir", "few"], "few: expected at least 8 images, some of"),
     ],
@@ -152,6 +153,17 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, extra, message):
     code, _, err = run(*flags(tmp_path / "out", *extra))
     assert code == 2 and message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_branches_go_within_a_limit(run, tmp_path, seen):
+    argv = flags(tmp_path / "out", "--max-loss", "40", "--granularity", "branch", "--json")
+    code, out, err = run(*argv, "--max-depth-removed", "1")
+    document = json.loads(out)
+    assert (code == 0) == document["quality"]["met"]
+    assert seen["ranked"] == 1  # once for all sizes
+    assert sum(b["gone"] for b in document["branches"]) > 0
+    assert "residual branches removed" in err
+    assert load_pruned(tmp_path / "out")
 
 
 def test_a_plan_says_how_many_sizes_are_tried(run, tmp_path):

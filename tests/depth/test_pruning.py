@@ -13,8 +13,10 @@ from tpvprune.cli.entry import main
 from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.passes.evaluation import difference
 from tpvprune.passes.unseen import with_unseen
+from tpvprune.pipeline import depth, run
 from tpvprune.repairs.branches import Plan
 from tpvprune.repairs.targets import dense_targets
+from tpvprune.widths.ranking import RankBy
 
 NUM = 96
 
@@ -168,6 +170,47 @@ def test_steps_go_on_from_the_shallower_network():
     assert result.reached
 
 
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_without_its_branches(tmp_path, monkeypatch):
+    """Not tried or timed again: milliseconds would choose others."""
+    torch.manual_seed(0)
+    model, state = Net().double().eval(), tmp_path / "state"
+    options = {"keep": 0.5, "granularity": ("channel", "branch"), "max_depth_removed": 1}
+    unbroken = prune(model, [images(32)], **options)
+    assert unbroken.removed
+
+    def stop(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(run, "compensate_weights", stop)
+        prune(model, [images(32)], **options, state=state)
+    for name in ("branch_savings", "branch_order", "best_depth"):
+        monkeypatch.setattr(depth, name, stop)
+    monkeypatch.setattr(RankBy, "ranked", stop)
+    result = prune(model, [images(32)], **options, state=state)
+    assert result.removed == unbroken.removed
+    assert result.report["branches"] == unbroken.report["branches"]
+    for one, other in zip(result.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(Stopped):  # another run
+        prune(model, [images(32)], **{**options, "max_depth_removed": 0.9}, state=state)
+
+
+def test_a_stopped_run_without_branches_goes_on(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).double()
+    options = {"granularity": ("channel", "branch"), "state": tmp_path / "state"}
+    first = prune(model, [images(16)], **options)
+    monkeypatch.setattr(RankBy, "ranked", None)
+    again = prune(model, [images(16)], **options)
+    assert again.warnings == first.warnings
+    assert all(torch.equal(again.kept[name], mask) for name, mask in first.kept.items())
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", 24)
@@ -176,6 +219,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         *("--granularity", "channel,branch", "--latency-repeats", "0", "--num-images", "24"),
     ]
     assert main(["prune", *flags, "--dry-run", "--output", "out"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "residual branches: 12, of which 6 may go" in err
+    assert "besides trials of depth, reading images" in err
+    assert main(["prune", *flags[:-6], "--of", "latency", "--dry-run", "--output", "out"]) == 0
     assert "residual branches: 12, of which 6 may go" in capsys.readouterr().err
     assert main(["prune", *flags, "--json", "--output", "out"]) == 0
     out, err = capsys.readouterr()

@@ -131,33 +131,71 @@ def test_what_no_width_can_reach_is_tried_and_returned():
     assert found.ratio > 0.6
 
 
-def test_pruning_by_latency_is_proved_by_the_clock(chain, monkeypatch, tmp_path):
-    model, groups = chain
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Let the table count weights, and the clock parameters, a fifth more of them."""
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path)
-    table = table_of(groups, model, lambda i, o: i * o)
     asked = []
 
-    def measured(*_, **where):
+    def table(model, groups, x, **where):
         asked.append(where)
-        return replace(table, runtime=where["runtime"], num_threads=2)
+        counted = table_of(groups, model, lambda i, o: i * o)
+        return replace(counted, runtime=where["runtime"], num_threads=where["num_threads"])
 
     def by_params(watch, pruned):
         assert watch.x.shape[0] == 3
-        assert (watch.runtime, watch.num_threads) == ("openvino", 2)
+        assert [{"runtime": watch.runtime, "num_threads": watch.num_threads}] == asked
         return speed(1.2 * tpvprune.count_params(pruned) / tpvprune.count_params(watch.dense))
 
-    monkeypatch.setattr(setup, "latency_table", measured)
+    monkeypatch.setattr(setup, "latency_table", table)
     monkeypatch.setattr(run.Stopwatch, "compare", by_params)
+
+
+def in_milliseconds(model, **options):
+    """Return the report of a run whose budget the clock confirmed."""
     result = tpvprune.prune(
-        model, batches(), keep=0.6, of="latency", latency_batch_size=3, repair="none",
-        latency_runtime="openvino", latency_threads=2,
+        model, batches(), keep=0.6, of="latency", latency_batch_size=3, latency_runtime="openvino",
+        latency_threads=2, repair="none", **options,
     )  # fmt: skip
-    assert asked == [{"runtime": "openvino", "num_threads": 2}]
     assert result.report["reached"]
     assert result.report["speed"]["ratio"] <= 0.6
-    json.dumps(result.report)
     kept = tpvprune.count_params(result.model) / tpvprune.count_params(model)
     assert kept <= 0.6 / 1.2
+    return json.loads(json.dumps(result.report))
+
+
+def gone(report):
+    return [branch["name"] for branch in report["branches"] if branch["gone"]]
+
+
+def test_pruning_by_latency_is_proved_by_the_clock(timed):
+    report = in_milliseconds(build("residual"), granularity=("channel",))
+    assert "branches" not in report
+
+
+def test_branches_may_go_where_milliseconds_count(timed):
+    model = build("residual")
+    with torch.no_grad():  # a branch that is worth nothing
+        model.bn2.weight.zero_()
+        model.bn2.bias.zero_()
+    report = in_milliseconds(model)
+    assert gone(report) == ["conv2"]
+    assert report["timings"]["trials of depth"] > 0
+    assert "branches" not in tpvprune.prune(model, batches(), repair="none").report
+
+
+def test_widths_alone_meet_the_milliseconds_where_no_branch_goes(timed):
+    assert gone(in_milliseconds(build("residual"), max_depth_removed=0)) == []
+    report = in_milliseconds(build("chain"))
+    assert "branches" not in report
+    assert "no residual branch can go whole: channels alone were pruned" in report["warnings"]
+
+
+def test_trials_are_counted(timed):
+    seen = []
+    in_milliseconds(build("residual"), progress=lambda *told: seen.append(told))
+    trials = [(done, total) for stage, done, total in seen if stage == "trials of depth"]
+    assert trials == [(0, 2), (1, 2), (1, 2), (2, 2)]
 
 
 class Wide(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from tpvprune.cli.console import (
@@ -21,7 +22,7 @@ from tpvprune.cli.pruning_options import (
     outputs_of,
     probing_options,
 )
-from tpvprune.cli.session import ignored, open_evaluated, open_subject, provenance
+from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
     calibration,
@@ -36,7 +37,8 @@ from tpvprune.cli.session_results import (
     latencies,
     write_json,
 )
-from tpvprune.groups import find_groups
+from tpvprune.depth import branch_savings, find_branches
+from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.images.loading import in_memory
 from tpvprune.passes.costs import count_nonzero_params
 from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
@@ -114,17 +116,39 @@ def run_groups(args: argparse.Namespace) -> Outcome:
             "params": groups.params(narrowest(groups, "params")),
         },
         "groups": listed,
+        "branches": _branches(subject, groups),
         "blocked": blocked_facts(groups),
     }
     table(rows)
     say("saves up to: share of all MACs that goes if this group alone shrinks as far as it can")
     blocked_lines(document["blocked"])
+    _say_branches(document)
     say(
         f"{args.folder or args.model}: {short(total)} MACs, {short(groups.params())} parameters; "
         f"smallest reachable: {short(document['smallest']['macs'])} MACs "
         f"({percent(document['smallest']['macs'] / total)})"
     )
     return 0, document
+
+
+def _branches(subject: Subject, groups: ChannelGroups) -> list[dict[str, Any]]:
+    """Return the residual branches that can go whole, and what leaves with each."""
+    model, x = subject.model, subject.example
+    found = find_branches(model, x)
+    macs, params = (branch_savings(model, groups, found, of, x) for of in ("macs", "params"))
+    return [{"name": b.name, "macs": macs[b.name], "params": params[b.name]} for b in found]
+
+
+def _say_branches(document: Mapping[str, Any]) -> None:
+    dense, branches = document["dense"], document["branches"]
+    if not branches:
+        say("no residual branch can go whole")
+        return
+    rows = [
+        (b["name"], *(percent(b[of] / dense[of]) for of in ("macs", "params"))) for b in branches
+    ]
+    table([("residual branch", "MACs", "parameters"), *rows])
+    say("share of all that leaves with a whole branch (prune --granularity channel,branch)")
 
 
 def run_evaluate(args: argparse.Namespace) -> Outcome:

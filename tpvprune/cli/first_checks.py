@@ -33,7 +33,7 @@ _MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 def check_first(args: argparse.Namespace) -> None:
     """Find what is missing, unknown or in the way; a ValueError tells what it is."""
     _check_output(args)
-    if getattr(args, "granularity", None) in STRUCTURES or args.command == "score":
+    if getattr(args, "granularity", "") in STRUCTURES or args.command == "score":
         is_labelled(args.criterion)
     if args.command == "compare":
         _check_runs(args.folders)
@@ -50,7 +50,7 @@ def check_first(args: argparse.Namespace) -> None:
 def _check_auto(args: argparse.Namespace) -> None:
     if getattr(args, "num_images", None) != AUTO:
         return
-    granularity = getattr(args, "granularity", "channel")
+    granularity = getattr(args, "granularity", None) or "channel"
     if args.criterion != "tpv" or granularity not in STRUCTURES:
         raise ValueError(
             "--num-images auto: expected --criterion tpv and channels or heads, found "
@@ -82,9 +82,9 @@ def _check_training(args: argparse.Namespace) -> None:
 def _check_max_loss(args: argparse.Namespace) -> None:
     if getattr(args, "max_loss", None) is None:
         return
-    if args.granularity not in {"channel", "head"}:
+    if args.granularity not in STRUCTURES:
         raise ValueError(
-            "--max-loss: expected channels or heads to be pruned, found --granularity "
+            "--max-loss: expected channels, heads or branches to be pruned, found --granularity "
             f"{args.granularity}: pass --keep"
         )
     if args.repair == "distill":

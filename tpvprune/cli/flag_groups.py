@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from tpvprune.runtimes.names import RUNTIMES, TABLE
 
@@ -358,13 +358,14 @@ _count_or_auto = _checked(
     "a whole number of at least 1, or auto",
 )
 
-STRUCTURES = {
+STRUCTURES: dict[str | None, tuple[Literal["channel", "branch"], ...] | None] = {
+    None: None,
     "channel": ("channel",),
     "head": ("channel",),
     "branch": ("branch",),
     "channel,branch": ("channel", "branch"),
 }
-"""Values of --granularity that change the structure -> what may leave."""
+"""Values of --granularity that change the structure -> what may leave; None: as the budget is."""
 granularity = _checked(
     str,
     lambda g: g in STRUCTURES or re.fullmatch(r"weight|\d+:\d+", str(g)) is not None,

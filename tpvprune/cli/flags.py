@@ -130,11 +130,11 @@ def _add_prune(sub: Parser) -> None:
     how.add_argument(
         "--granularity",
         type=granularity,
-        default="channel",
         metavar="G",
         help="what is removed: channel (heads and convolution groups too), head (those alone), "
         "branch (whole residual branches), channel,branch (both under one budget), weight (single "
-        "ones become zero), or 2:4 (2 of every 4 weights stay) (channel)",
+        "ones become zero), or 2:4 (2 of every 4 weights stay) (channel; channel,branch with --of "
+        "latency)",
     )
     size = how.add_mutually_exclusive_group()
     size.add_argument(
@@ -199,7 +199,7 @@ def _add_prune(sub: Parser) -> None:
         type=fraction,
         default=0.5,
         metavar="X",
-        help="with --granularity branch, largest fraction of the branches that may go (0.5)",
+        help="where branches may go, the largest fraction of them that may (0.5)",
     )
     add_checkpointing(how)
     add_ignore(how)

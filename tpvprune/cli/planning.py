@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +27,14 @@ from tpvprune.cli.session_results import blocked_facts
 from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
 from tpvprune.depth import find_branches
-from tpvprune.depth.savings import savings
+from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.budget import Budget, cost
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
+from tpvprune.pipeline.checks import granularity_for
 from tpvprune.pipeline.within import NUM_SIZES
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
@@ -94,15 +95,14 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
     expected = _expected(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
-    more = _MORE.get(args.repair, "")
+    more = _left_out(args)
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
         expected = replace(expected, seconds=expected.seconds + training)
     document = _document(args, subject, groups, expected.seconds, num_images=num)
     _say_groups(document, groups)
     reached = True  # of milliseconds, and of what is lost, only the run knows
-    if "branch" in STRUCTURES[args.granularity]:
-        document |= _branches(args, subject, groups, document["smallest"])
+    document |= _branches(args, subject, groups, document["smallest"])
     if args.max_loss is not None:
         _say_limit(args, apart)
     elif args.of == "latency":
@@ -123,6 +123,16 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return (0 if reached else 3), document
 
 
+def _may_go(args: argparse.Namespace) -> Sequence[str]:
+    return granularity_for(STRUCTURES[args.granularity], args.of)
+
+
+def _left_out(args: argparse.Namespace) -> str:
+    """Return what takes time in a run but not in its trial on noise."""
+    trials = "trials of depth, " if "branch" in _may_go(args) else ""
+    return trials + _MORE.get(args.repair, "")
+
+
 def _branches(
     args: argparse.Namespace,
     subject: Subject,
@@ -130,15 +140,18 @@ def _branches(
     narrowest: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the branches that can go, and what is left without most of them or of channels."""
+    may_go = _may_go(args)
+    if "branch" not in may_go:
+        return {}
     found = find_branches(subject.model, subject.example)
     num = int(args.max_depth_removed * len(found))
     say(f"residual branches: {len(found)}, of which {num} may go")
     smallest: dict[str, float] = {}
     kinds: tuple[Budget, Budget] = ("macs", "params")
     for of in kinds:
-        saved = sorted(savings(subject.model, groups, found, of, subject.example).values())
+        saved = sorted(branch_savings(subject.model, groups, found, of, subject.example).values())
         smallest[str(of)] = cost(groups, {}, of) - sum(saved[len(saved) - num :])
-    if "channel" in STRUCTURES[args.granularity]:
+    if "channel" in may_go:
         smallest = {of: min(smallest[of], narrowest[of]) for of in smallest}
     return {"branches": [b.name for b in found], "smallest": smallest}
 

@@ -9,4 +9,5 @@ from tpvprune.depth.branches import find_branches as find_branches
 from tpvprune.depth.records import Branch as Branch
 from tpvprune.depth.records import Removal as Removal
 from tpvprune.depth.removal import remove_branches as remove_branches
+from tpvprune.depth.savings import branch_savings as branch_savings
 from tpvprune.depth.scores import branch_scores as branch_scores

@@ -11,6 +11,18 @@ _PARTS = 4  # of the range, at whose ends the first trials are
 Damage = tuple[float, float]  # how far beyond the budget, and the output variance
 
 
+def most_trials(most: int) -> int:
+    """Return how many numbers of branches are tried at most.
+
+    Args:
+        most: How many may go.
+
+    Returns:
+        The number; where the best one is near an end of the range fewer are.
+    """
+    return min(2 * _PARTS, most) + 1
+
+
 def best_depth(damage: Callable[[int], Damage], most: int) -> int:
     """Return the number of branches whose removal leaves the least damage.
 
@@ -34,6 +46,6 @@ def best_depth(damage: Callable[[int], Damage], most: int) -> int:
             (best + near) // 2 for near in tried[max(0, at - 1) : at + 2] if abs(best - near) > 1
         ]
         new = sorted({*tried, *around})
-        if new == tried or len(new) > 2 * _PARTS + 1:
+        if new == tried or len(new) > most_trials(most):
             return best
         tried = new

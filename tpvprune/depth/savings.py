@@ -40,7 +40,7 @@ def modules_of(branch: Branch) -> tuple[str, ...]:
     return (branch.name,) if is_block else branch.modules
 
 
-def savings(
+def branch_savings(
     model: nn.Module, groups: ChannelGroups, branches: Sequence[Branch], of: Budget, x: Tensor
 ) -> dict[str, float]:
     """Return what leaves with each branch.

@@ -35,6 +35,21 @@ def check_repairs(steps: int, *repairs: str | None) -> None:
         raise ValueError(f"steps: expected at least 1, found {steps}.")
 
 
+def granularity_for(granularity: Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
+    """Return what may leave.
+
+    Args:
+        granularity: What was asked for; None: nothing.
+        of: What is spared.
+
+    Returns:
+        It. Of what was not asked for: branches beside channels where milliseconds count, as
+        narrower layers do not spare calls; else channels.
+    """
+    usual: dict[str, Sequence[Granularity]] = {"latency": ("channel", "branch")}
+    return usual.get(of, ("channel",)) if granularity is None else granularity
+
+
 def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> None:
     """Check what may leave.
 

@@ -7,19 +7,22 @@ in that: the number of branches that leaves the least difference is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
-from tpvprune.depth.choice import Damage, best_depth
+from tpvprune.depth.choice import Damage, best_depth, most_trials
 from tpvprune.depth.order import branch_order
-from tpvprune.depth.savings import savings, table_without
+from tpvprune.depth.savings import branch_savings, table_without
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Clock
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
@@ -31,6 +34,7 @@ from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
+_NO_BRANCH = "no residual branch can go whole: channels alone were pruned"
 
 
 def shallower(
@@ -60,22 +64,54 @@ def shallower(
                     "granularity: expected a model with residual branches, found none that can "
                     "go whole: prune channels"
                 )
-            given.notes.append("no residual branch can go whole: channels alone were pruned")
+            given.notes.append(_NO_BRANCH)
             return given
-        saved = by_first(savings, given.dense, given.groups, branches, given.budget, given.batch)
+        saved = by_first(
+            branch_savings, given.dense, given.groups, branches, given.budget, given.batch
+        )
         images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
         order, scores = branch_order(
             given.dense, branches, images, saved, most=int(most * len(branches)),
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
-    with clock("depth"):
         images = split_inputs(given.fit, _affordable(given))
-        trials = _Trials(given, ranking, keep, by_channel, branches, order, saved, scores, *images)
-        num = best_depth(trials.damage, len(order))
-        found = trials.setup(num, verify=True)
-        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
-        return replace(found, limits=limits)
+    found = _Branches(given, branches, saved, scores)
+    trials = _Trials(found, ranking, keep, by_channel, order, *images)
+    num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
+    return found.final(order[:num], by_channel=by_channel)
+
+
+def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
+    """Return the run without the branches that left before it was stopped.
+
+    Args:
+        given: The run with all branches.
+        choice: Of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
+        by_channel: Whether channels may leave, too.
+
+    Returns:
+        The run.
+    """
+    if choice is None:
+        given.notes.append(_NO_BRANCH)
+        return given
+    with given.clock("branches"):
+        branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
+    by_name = {b.name: b for b in branches}
+    found = _Branches(given, branches, choice["savings"], choice["scores"])
+    return found.final([by_name[name] for name in choice["gone"]], by_channel=by_channel)
+
+
+def _timed(damage: Callable[[int], Damage], clock: Clock, total: int) -> Callable[[int], Damage]:
+    """Return the trial, which tells how many of at most so many are done."""
+    numbers = itertools.count(1)
+
+    def timed(num: int) -> Damage:
+        with clock("trials of depth", next(numbers), total):
+            return damage(num)
+
+    return timed
 
 
 def _affordable(given: Setup) -> int:
@@ -85,50 +121,68 @@ def _affordable(given: Setup) -> int:
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """Networks without the first few of the branches, pruned and repaired roughly."""
+class _Branches:
+    """The branches of a network, what each saves and what the outputs lose with it."""
 
     given: Setup
-    ranking: Ranking
-    keep: float
-    by_channel: bool
     branches: Sequence[Branch]
-    order: Sequence[Branch]
-    saved: Mapping[str, float]
+    savings: Mapping[str, float]
     scores: Mapping[str, float]
-    fit: Sequence[Tensor]
-    held: Sequence[Tensor]
 
-    def setup(self, num: int, *, verify: bool = False) -> Setup:
-        """Return the run without the first ``num`` branches."""
-        given, gone = self.given, list(self.order[:num])
+    def final(self, gone: Sequence[Branch], *, by_channel: bool) -> Setup:
+        """Return the run without some branches, its groups verified."""
+        given = self.given
+        with given.clock("groups"):
+            found = self.without(gone, verify=True)
+        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+        return replace(found, limits=limits)
+
+    def without(self, gone: Sequence[Branch], *, verify: bool = False) -> Setup:
+        """Return the run without some branches."""
+        given = self.given
         names = tuple(b.name for b in gone)
         removal = Removal.of(self.branches, names)
         network = remove_branches(given.dense, removal, share=True)
         modules = dict(network.named_modules())
         ignore = [name for name in given.limits.ignore if name in modules]
-        groups = find_groups(network, given.batch[:1], ignore=ignore, verify=verify)
-        groups = with_blocked(groups, _not_ranked(groups, given.groups))
+        groups = given.groups
+        if gone:
+            groups = find_groups(network, given.batch[:1], ignore=ignore, verify=verify)
+            groups = with_blocked(groups, _not_ranked(groups, given.groups))
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
-            budget = table_without(budget, gone, self.saved)
+            budget = table_without(budget, gone, self.savings)
         depth = Depth(
             network,
             with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
             removal,
             self.scores,
+            self.savings,
             names,
             cost(given.groups, {}, given.budget),
             {"macs": given.groups.macs(), "params": given.groups.params()},
         )
         return replace(given, groups=groups, budget=budget, depth=depth)
 
+
+@dataclass(frozen=True)
+class _Trials:
+    """Networks without the first few of the branches, pruned and repaired roughly."""
+
+    found: _Branches
+    ranking: Ranking
+    keep: float
+    by_channel: bool
+    order: Sequence[Branch]
+    fit: Sequence[Tensor]
+    held: Sequence[Tensor]
+
     def damage(self, num: int) -> Damage:
         """Return how far the network without ``num`` branches exceeds the budget, and its variance.
 
         Where it does, it is as narrow as it gets.
         """
-        there = self.setup(num)
+        there = self.found.without(self.order[:num])
         target = self.keep * there.dense_cost
         kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
         whole = cost(there.groups, kept, there.budget)

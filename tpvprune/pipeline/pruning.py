@@ -25,11 +25,12 @@ from tpvprune.pipeline.checks import (
     check_granularity,
     check_latency,
     check_repairs,
+    granularity_for,
 )
-from tpvprune.pipeline.depth import shallower
+from tpvprune.pipeline.depth import chosen_before, shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
-from tpvprune.pipeline.setup import set_up
+from tpvprune.pipeline.setup import Setup, set_up
 from tpvprune.repairs import guard
 from tpvprune.runtimes.names import Runtime
 from tpvprune.scores.criteria import Scorer
@@ -84,7 +85,7 @@ def prune(
     repair: Repair = "compensate",
     allocation: Allocation | None = None,
     limits: Limits | None = None,
-    granularity: Sequence[Granularity] = ("channel",),
+    granularity: Sequence[Granularity] | None = None,
     max_depth_removed: float = 0.5,
     ranking: Ranking | None = None,
     planned_repair: Repair | None = None,
@@ -125,8 +126,9 @@ def prune(
             ``"plain"``: by score alone.
         limits: How far groups may shrink, and what stays whole.
         granularity: ``"channel"``, ``"branch"``, or both: residual branches that go whole, as many
-            as leave the least damage under the budget (:mod:`tpvprune.pipeline.depth`). With
-            ``"branch"`` alone every width stays.
+            as leave the least damage under the budget, or none (:mod:`tpvprune.pipeline.depth`).
+            With ``"branch"`` alone every width stays. None: both where ``of`` is ``"latency"``,
+            else channels.
         max_depth_removed: Largest fraction of the branches that may go, in [0, 1].
         ranking: Of an earlier result on the same model, images and criterion, for another budget.
         planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
@@ -171,6 +173,7 @@ def prune(
     check_budget(keep, "macs" if of == "latency" else of)
     check_latency(of, latency_batch_size, latency_runtime, latency_threads)
     check_repairs(steps, repair, planned_repair)
+    granularity = granularity_for(granularity, of)
     check_granularity(granularity, max_depth_removed)
     given = set_up(
         model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
@@ -179,21 +182,23 @@ def prune(
         latency_runtime=latency_runtime, latency_threads=latency_threads, probing=probing,
         outputs=outputs, forward=forward, seed=seed, progress=progress,
     )  # fmt: skip
-    whole, parts = given, _parts_of(ranking)
+    whole, how = given, (sorted(granularity), max_depth_removed, keep, repair, steps)
+    record = Record.of(state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in granularity:
-        ranking = whole.ranked(ranking)
-        by_channel = "channel" in granularity
-        given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
+        ranking = None if record.facts() else whole.ranked(ranking)
+        given = _shallower(
+            whole, record, ranking, keep, "channel" in granularity, max_depth_removed
+        )
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
-    record = Record.of(state, *given.parts(), keep, repair, steps, *parts)
+    choice = given.depth.choice if given.depth else None
     rounds = record.load(given.start, groups)
     if rounds is None:
         ranked = whole.ranked(ranking)
         rounds = Rounds(
             given.start, _whole(groups), ranked, predicted=given.predicted, seconds=clock.seconds
         )
-        record.save(rounds)
+        record.save(rounds, choice)
     clock.seconds = {**clock.seconds, **rounds.seconds}
     for step in range(rounds.chosen + 1, steps + 1):
         before = replace(rounds)
@@ -204,7 +209,7 @@ def prune(
         rounds.history.append({**costs, **guard.facts(outcome)})
         if step < steps:
             rounds.seconds = clock.seconds
-            record.save(rounds)
+            record.save(rounds, choice)
     with clock("repair"):
         removed = remove_channels(given.start, groups, rounds.kept)
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)
@@ -274,6 +279,20 @@ def rank_channels(
         latency_threads=latency_threads, probing=probing, outputs=outputs,
         forward=forward, seed=seed, progress=progress,
     ).ranked()  # fmt: skip
+
+
+def _shallower(
+    given: Setup,
+    record: Record,
+    ranking: Ranking | None,
+    keep: float,
+    by_channel: bool,
+    most: float,
+) -> Setup:
+    """Return the run without the branches that are better gone; None: they were chosen before."""
+    if ranking is None:
+        return chosen_before(given, record.facts()["depth"], by_channel=by_channel)
+    return shallower(given, ranking, keep, by_channel=by_channel, most=most)
 
 
 def _whole(groups: ChannelGroups) -> Kept:

@@ -60,6 +60,7 @@ class Depth:
         aligned: The dense network, whose calls are those of ``network``: branches run unseen.
         removal: What left.
         branches: Scores of all that could, by name.
+        savings: What leaves with each, in units of the budget.
         gone: Names of those that left.
         cost: Of the whole network, in units of the budget.
         dense: MACs and parameters of the whole network.
@@ -69,9 +70,17 @@ class Depth:
     aligned: nn.Module
     removal: Removal
     branches: Mapping[str, float]
+    savings: Mapping[str, float]
     gone: tuple[str, ...]
     cost: float
     dense: Mapping[str, float]
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What a run that goes on has to know: milliseconds are never twice the same."""
+        return {
+            "scores": dict(self.branches), "savings": dict(self.savings), "gone": list(self.gone)
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Setup:
         return [
             self.dense, dict(enumerate(self.fit)), self.of, self.timed, self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
-            [g.name for g in self.groups], self.depth.gone if self.depth else (), self.notes,
+            [g.name for g in self.groups], self.notes,
         ]  # fmt: skip
 
     def ranked(self, given: Ranking | None = None) -> Ranking:

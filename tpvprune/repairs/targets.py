@@ -156,9 +156,7 @@ class _DenseRun(BranchFollower):
         self._ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._sum: tuple[Tensor, int] | None = None
         self._activations: dict[int, Activation | None] = {}
-        # Behind the activation of what a call ends in; and what branches add that run unseen.
-        self._activated: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._added: dict[int, weakref.ref[Tensor]] = {}
+        self._added: dict[int, weakref.ref[Tensor]] = {}  # by branches that run unseen
         self._before_unseen = sys.maxsize
 
     @contextmanager
@@ -178,45 +176,29 @@ class _DenseRun(BranchFollower):
         forward = unseen_forward(module)
         self._before_unseen = min(self._before_unseen, max(self.call, 0))
         if forward is not None and forward.is_block:
-            self._go_on(args[0], out)
+            self._aim_behind(args[0], out)
         elif isinstance(out, Tensor):
             self._added[id(out)] = weakref.ref(out)
 
-    def _go_on(self, x: Tensor, out: Tensor) -> None:
-        """Let the call that ends in ``x`` aim at what ``out`` is in its place."""
-        with self.paused():
-            reference, call = self._ends.pop(id(x), (None, -1))
-            if reference is not None and reference() is x:
-                self._aim_at(x, out, call)
-                self._ends[id(out)] = weakref.ref(out), call
-                return
-            reference, call = self._activated.get(id(x), (None, -1))
-            phi = self._activations.get(call)
-            if reference is None or reference() is not x or phi is None or call not in self._sums:
-                return
-            if torch.equal(phi(out.clone()), out):
-                self._keep(self._sums, out, call, self._modules[call])
-                self._activated[id(out)] = weakref.ref(out), call
-
-    def _aim_at(self, x: Tensor, out: Tensor, call: int) -> None:
+    def _aim_behind(self, x: Tensor, out: Tensor) -> None:
+        """Let the call that ends in ``x``, if any, aim at what ``out`` is in its place."""
+        reference, call = self._ends.pop(id(x), (None, -1))
+        if reference is None or reference() is not x:
+            return
         module, branch = self._modules[call], self._branch(x)
-        if call in self._sums:
-            self._keep(self._sums, out, call, module)
-        elif branch is not None and branch.call == call:
-            value = out
-            if branch.scale is not None and branch.shift is not None:
-                shape = [-1] if isinstance(module, nn.Linear) else [-1] + [1] * (out.ndim - 2)
-                dead = branch.scale.abs() < 1e-8  # what nobody sees
-                scale = torch.where(dead, torch.inf, branch.scale)
-                value = (out - branch.shift.reshape(shape)) / scale.reshape(shape)
-            self._keep(self._outputs, value, call, module)
-            self._follow(out, branch)
+        with self.paused():
+            if call in self._sums:
+                self._keep(self._sums, out, call, module)
+            elif branch is not None and branch.call == call:
+                self._keep(self._outputs, _before_norm(out, branch, module), call, module)
+                self._follow(out, branch)
+            self._ends[id(out)] = weakref.ref(out), call
 
     def start_batch(self, size: int) -> None:
         self._prefer_sums()
         self._start, self._size = self._start + self._size, size
-        for known in (self._ends, self._activated, self._added):
-            known.clear()
+        self._ends.clear()
+        self._added.clear()
         self.reset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,7 +216,7 @@ class _DenseRun(BranchFollower):
         unseen = [id(t) in self._added and self._added[id(t)]() is t for t in args]
         out = super()._on_add(func, args)
         if any(unseen):
-            self._go_on(args[unseen.index(False)], out)
+            self._aim_behind(args[unseen.index(False)], out)
         return out
 
     def _note_readers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -250,8 +232,6 @@ class _DenseRun(BranchFollower):
             # Two readers that do the same are as good as one.
             if self._activations.setdefault(call, found) != found:
                 self._activations[call] = None
-            if found is not None and isinstance(out, Tensor):
-                self._activated[id(out)] = weakref.ref(out), call
             if out is tensor:  # overwritten
                 del self._ends[id(tensor)]
 
@@ -310,6 +290,16 @@ class _DenseRun(BranchFollower):
         return Targets(
             self._outputs, self._sums, self._normed - self.shared, activations, self._before_unseen
         )
+
+
+def _before_norm(out: Tensor, branch: Branch, module: nn.Module) -> Tensor:
+    """Return what the BatchNorm behind a layer, if there is one, turns into ``out``."""
+    if branch.scale is None or branch.shift is None:
+        return out
+    shape = [-1] if isinstance(module, nn.Linear) else [-1] + [1] * (out.ndim - 2)
+    dead = branch.scale.abs() < 1e-8  # what nobody sees
+    scale = torch.where(dead, torch.inf, branch.scale)
+    return (out - branch.shift.reshape(shape)) / scale.reshape(shape)
 
 
 class _Calls(BranchFollower):

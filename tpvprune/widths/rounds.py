@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,17 @@ class Record:
             return cls(None, "")
         return cls(Path(path), digest_of(*parts).hex())
 
-    def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
-        """Return where this run stopped."""
+    def facts(self) -> dict[str, Any]:
+        """Return what is known of this run where it stopped, but tensors; empty if it did not."""
         if self.path is None or not self.path.exists():
-            return None
+            return {}
         facts: dict[str, Any] = read_facts(self.path)
-        if facts.get("key") != self.key:
+        return facts if facts.get("key") == self.key else {}
+
+    def load(self, model: nn.Module, groups: ChannelGroups) -> Rounds | None:
+        """Return where this run stopped, of the network that its channels left."""
+        facts = self.facts()
+        if self.path is None or not facts:
             return None
         parts = read_tensors(self.path, _PARTS)
         kept: Kept = {g.name: parts["kept"][g.name] for g in groups}
@@ -77,8 +83,8 @@ class Record:
             facts["seconds"], facts["predicted"],
         )  # fmt: skip
 
-    def save(self, rounds: Rounds) -> None:
-        """Write where the run stands, in the place of what was there."""
+    def save(self, rounds: Rounds, depth: Mapping[str, Any] | None = None) -> None:
+        """Write where the run stands, and which branches left, in the place of what was there."""
         if self.path is None:
             return
         ranked, ranking = rounds.ranking.to_parts()
@@ -91,5 +97,6 @@ class Record:
             "seconds": rounds.seconds,
             "predicted": rounds.predicted,
             "ranking": ranking,
+            "depth": depth,
         }
         save_tensors(self.path, by_part(parts), facts)
