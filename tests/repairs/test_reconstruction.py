@@ -23,17 +23,18 @@ MODELS = {  # input channels and size, blocks, stages of several blocks
     "vit_tiny_patch16_224": (3, 32, 2, 1),
     "convnext_atto": (3, 32, 12, 4),
     "regnetx_002": (3, 32, 13, 2),
-    "swin_tiny_patch4_window7_224": (3, 224, 4, 0),
+    "swin_tiny_patch4_window7_224": (3, 64, 4, 0),
 }
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 
 
 def make(name, **kwargs):
     torch.manual_seed(0)
     kwargs |= VIT if name.startswith("vit") else {}
     kwargs |= {"dims": (8, 16, 24, 32), "ls_init_value": 1.0} if name.startswith("convn") else {}
-    kwargs |= {"channels": (16, 24, 32, 48)} if name.startswith("resnet") else {}
-    kwargs |= {"embed_dim": 24, "depths": (1, 1, 1, 1)} if name.startswith("swin") else {}
+    kwargs |= {"channels": (8, 12, 16, 24), "stem_width": 8} if name.startswith("resnet") else {}
+    kwargs |= SWIN if name.startswith("swin") else {}
     model = timm.create_model(name, num_classes=5, **kwargs).eval()
     for module in model.modules():  # branches that start at zero would have nothing to fit
         if isinstance(module, nn.BatchNorm2d):
