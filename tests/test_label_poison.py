@@ -22,7 +22,7 @@ ELSEWHERE = {"setting_of"}
 
 @functools.cache
 def subject():
-    """Return a model, its groups, what of them stays, and the smaller model: nothing of it moves."""
+    """Return a model, its groups, what of them stays, and the smaller model; none is written to."""
     model = confident()
     groups = tpvprune.find_groups(model, images(2))
     kept = {g.name: torch.arange(g.num_channels) > 0 for g in groups}

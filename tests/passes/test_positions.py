@@ -15,5 +15,7 @@ def test_the_samples_together_cover_the_map_evenly(windows, limit):
     assert all(len(row.unique()) == len(row) for row in rows)
     counts = rows.flatten().bincount(minlength=positions)
     assert (counts - rows.numel() / positions).abs().max() <= 2
-    parts = zip(where.split([11 * windows, 49 * windows]), torch.arange(num).split([11, 49]))
+    parts = zip(
+        where.split([11 * windows, 49 * windows]), torch.arange(num).split([11, 49]), strict=True
+    )
     assert torch.equal(torch.cat([sampled_rows(a, i, limit) for a, i in parts]), whole)

@@ -26,8 +26,6 @@ def test_factors_are_measured_at_positions_of_the_whole_map():
     x[:, :, 10:] = 1
     seen, out = _with_graph(layer, ["0.weight"], BlockCall((x,), {}, layer(x).detach()))
     generator = torch.Generator().manual_seed(0)
-    squares, rows, *_ = _moments(
-        layer[0].weight, seen["0.weight"], torch.ones_like(out), generator
-    )
+    squares, rows, *_ = _moments(layer[0].weight, seen["0.weight"], torch.ones_like(out), generator)
     assert rows < x.numel() / 2
     assert abs(float(squares[0, 0, 0]) / rows - 0.5) < 0.1

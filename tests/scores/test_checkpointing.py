@@ -38,9 +38,7 @@ def subject(name):
     torch.manual_seed(0)
     kwargs = {"img_size": MODELS[name]} if name == "test_vit" else {}
     model = (
-        Overwriting()
-        if name == "overwriting"
-        else timm.create_model(name, num_classes=5, **kwargs)
+        Overwriting() if name == "overwriting" else timm.create_model(name, num_classes=5, **kwargs)
     )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
