@@ -64,6 +64,11 @@ def imported(text: str, known: Mapping[str, str]) -> Iterator[str]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in hints:
+            for alias in node.names:
+                package, _, name = alias.name.partition(".")
+                if package == PACKAGE:
+                    yield from filter(None, [module_of(name, "", known)])
         if isinstance(node, ast.ImportFrom) and node not in hints:
             package, _, home = (node.module or "").partition(".")
             names = [f"{home}.{alias.name}".strip(".") for alias in node.names]

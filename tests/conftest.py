@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: seed, threads, and a check that nothing was touched."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -8,6 +9,12 @@ import torch
 from tpvprune.cli.entry import main
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer where the caller asks for fewer
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: a collection, a list of objects and a fork pass it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

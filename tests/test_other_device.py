@@ -119,7 +119,7 @@ def test_repairs(waits, repair):
         small = remove_channels(model, groups, half(groups))
         limits = {"reconstruct_blocks": {"rounds": 1, "iterations": 2, "stage_iterations": 1}}
         repaired = getattr(tpvprune, repair)(
-            small, model, batches(2), groups=groups, kept=half(groups), **limits.get(repair, {})
+            small, model, batches(1), groups=groups, kept=half(groups), **limits.get(repair, {})
         )
         return repaired.state_dict()
 

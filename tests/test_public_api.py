@@ -1,5 +1,6 @@
 """The public names, and that calling them leaves everything as it was."""
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -94,15 +95,22 @@ def lived_in():
     return model
 
 
-def calls(model):
-    """Return every public function as (its name, a call of it on the model)."""
-    example, data = images(2), batches(24, 8)
-    labelled = [(x, torch.arange(len(x)) % 3) for x in data]
+@functools.cache
+def found_once():
+    """Return what functions are given beside a model: it holds no tensor of the model itself."""
+    model, example = lived_in(), images(2)
     groups = tpvprune.find_groups(model, example)
     normed = tpvprune.find_groups(model, example, ignore=["conv3"])
     kept = {g.name: torch.arange(g.num_channels) > 0 for g in groups}
     small = tpvprune.remove_channels(model, groups, kept)
-    curves = tpvprune.variance_curves(model, groups, data)
+    return groups, normed, kept, small, tpvprune.variance_curves(model, groups, batches(24, 8))
+
+
+def calls(model):
+    """Return every public function as (its name, a call of it on the model)."""
+    example, data = images(2), batches(24, 8)
+    labelled = [(x, torch.arange(len(x)) % 3) for x in data]
+    groups, normed, kept, small, curves = found_once()
     found = {
         "find_groups": lambda: tpvprune.find_groups(model, example),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),

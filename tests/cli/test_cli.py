@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import re
@@ -49,11 +51,38 @@ def flags(output, *extra, data="flat"):
     return ["prune", *model, "--data-dir", data, *FAST, *extra, "--output", output]
 
 
+@pytest.fixture(scope="module")
+def prune_once(root, tmp_path_factory):
+    """Return a function that prunes into a new folder: the folder, exit code, stdout, stderr."""
+
+    def prune_once(*extra):
+        folder = tmp_path_factory.mktemp("pruned") / "out"
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            patch.setenv("COLUMNS", "80")
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main([str(arg) for arg in flags(folder, *extra)])
+        return folder, code, out.getvalue(), err.getvalue()
+
+    return prune_once
+
+
+@pytest.fixture(scope="module")
+def plain(prune_once):
+    """What pruning leaves and says, no labels at hand; nothing is written into it."""
+    return prune_once()
+
+
+@pytest.fixture(scope="module")
+def measured(prune_once):
+    """The same with all that is measured on request."""
+    return prune_once("--eval-dir", "classes", "--latency-repeats", "2", "--json")
+
+
 class TestPrune:
-    def test_json_holds_the_documented_keys(self, run, tmp_path):
-        code, out, err = run(
-            *flags(tmp_path / "out", "--eval-dir", "classes", "--latency-repeats", "2", "--json")
-        )
+    def test_json_holds_the_documented_keys(self, measured):
+        _, code, out, err = measured
         document = json.loads(out)
         assert code == 0
         assert set(document) >= {
@@ -77,8 +106,8 @@ class TestPrune:
         }
         assert max(map(len, err.splitlines())) <= 80
 
-    def test_text_says_what_it_cost_and_that_no_label_was_used(self, run, tmp_path):
-        code, out, err = run(*flags(tmp_path / "out"))
+    def test_text_says_what_it_cost_and_that_no_label_was_used(self, plain):
+        _, code, out, err = plain
         assert (code, out) == (0, "")
         for word in (
             "dense",
@@ -116,17 +145,15 @@ class TestPrune:
         page = (tmp_path / "out" / "report.html").read_text("utf-8")
         assert f"of {unseen} held-back images" in page
 
-    def test_saved_model_loads_and_is_the_measured_one(self, run, tmp_path):
-        _, out, _ = run(*flags(tmp_path / "out", "--json"))
-        pruned = load_pruned(tmp_path / "out")
+    def test_saved_model_loads_and_is_the_measured_one(self, measured):
+        folder, _, out, _ = measured
+        pruned = load_pruned(folder)
         assert sum(p.numel() for p in pruned.parameters()) == json.loads(out)["pruned"]["params"]
         for name in ("config.json", "model.safetensors", "report.json", "report.html"):
-            assert (tmp_path / "out" / name).is_file()
+            assert (folder / name).is_file()
 
-    def test_same_seed_gives_the_same_bytes(self, run, tmp_path):
-        for name in ("a", "b"):
-            run(*flags(tmp_path / name))
-        a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    def test_same_seed_gives_the_same_bytes_whatever_is_measured(self, plain, measured):
+        a, b = ((folder / "model.safetensors").read_bytes() for folder, *_ in (plain, measured))
         assert a == b
 
     @pytest.mark.parametrize("data", ["classes", "classes.tar"])
@@ -394,11 +421,11 @@ class TestOtherCommands:
         assert re.search(rf"latency, 1 image +{spread}", err)
         assert "median of five rounds" in " ".join(err.split())
 
-    def test_evaluate_agrees_with_prune(self, run, tmp_path):
-        _, out, _ = run(*flags(tmp_path / "out", "--eval-dir", "classes", "--json"))
+    def test_evaluate_agrees_with_prune(self, run, measured):
+        folder, _, out, _ = measured
         pruned = json.loads(out)["pruned"]
         code, out, _ = run(
-            "evaluate", tmp_path / "out", "--data-dir", "classes", "--dense", "weights.pt",
+            "evaluate", folder, "--data-dir", "classes", "--dense", "weights.pt",
             "--latency-repeats", "0", "--json",
         )  # fmt: skip
         document = json.loads(out)
@@ -408,9 +435,8 @@ class TestOtherCommands:
         assert document["latency_ms"] is None
         assert 0 <= document["agreement"] <= 1
 
-    def test_evaluate_without_labels_gives_agreement_or_only_costs(self, run, tmp_path):
-        run(*flags(tmp_path / "out"))
-        argv = ["evaluate", tmp_path / "out", "--data-dir", "flat", "--latency-repeats", "0"]
+    def test_evaluate_without_labels_gives_agreement_or_only_costs(self, run, plain):
+        argv = ["evaluate", plain[0], "--data-dir", "flat", "--latency-repeats", "0"]
         _, out, _ = run(*argv, "--dense", "weights.pt", "--json")
         assert json.loads(out)["agreement"] is not None
         _, out, err = run(*argv, "--json")

@@ -250,7 +250,7 @@ def test_what_was_pruned_and_trained_is_pruned_and_trained_again(run, tmp_path):
 
 
 def test_single_weights_that_are_zero_stay_so_in_training_and_are_not_cut_into(run, tmp_path):
-    zero = ["--granularity", "2:4", "--output", tmp_path / "zeros"]
+    zero = ["--granularity", "2:4", *CHEAP, "--output", tmp_path / "zeros"]
     assert run(*PRUNE, "--data-dir", "flat", *zero)[0] == 0
     train = ["--data-dir", "flat", *TRAIN, "--lr", "0.01", "--output", tmp_path / "out"]
     assert run("distill", tmp_path / "zeros", *train)[0] == 0

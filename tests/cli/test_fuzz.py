@@ -1,6 +1,6 @@
 """No folder of a stranger's and no command line ends in a traceback, runs code or takes all memory.
 
-By default a few hundred cases, the same every time; TPVPRUNE_FUZZ=10000 tries so many new ones.
+By default about 150 cases, the same every time; TPVPRUNE_FUZZ=10000 tries so many new ones.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ EVALUATE += ["--latency-repeats", "0"]
 def cases(share):
     """So large a share of the cases: the same every time, unless a number is asked for."""
     return settings(
-        max_examples=round(share * (CASES or 300)),
+        max_examples=round(share * (CASES or 150)),
         derandomize=not CASES,
         deadline=None,
         database=None,

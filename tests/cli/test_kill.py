@@ -23,7 +23,7 @@ from tpvprune.saved.checkpoint import load_pruned
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 
-KILLS = int(os.environ.get("TPVPRUNE_KILLS", "3"))
+KILLS = int(os.environ.get("TPVPRUNE_KILLS", "2"))
 KILLED = -9
 SIZE = ["--img-size", "24", "-b", "4", "-j", "1"]
 DENSE = ["--model", "test_resnet", "--checkpoint", "../weights.pt", *SIZE, "--data-dir", "../flat"]

@@ -124,8 +124,7 @@ class Encoder(nn.Module):
         return self.fc(self.encoder(tokens).mean(self.dim))
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(("batch_first", "norm_first"), [(True, False), (False, True)])
 def test_heads_mlp_and_stream_of_an_encoder_are_pruned(batch_first, norm_first):
     model = Encoder(batch_first, norm_first).eval()
     generator = torch.Generator().manual_seed(1)

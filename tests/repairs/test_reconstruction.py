@@ -23,9 +23,10 @@ MODELS = {  # input channels and size, blocks, stages of several blocks
     "vit_tiny_patch16_224": (3, 32, 2, 1),
     "convnext_atto": (3, 32, 12, 4),
     "regnetx_002": (3, 32, 13, 2),
-    "swin_tiny_patch4_window7_224": (3, 224, 4, 0),
+    "swin_tiny_patch4_window7_224": (3, 64, 4, 0),
 }
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 
 
 def make(name, **kwargs):
@@ -33,7 +34,7 @@ def make(name, **kwargs):
     kwargs |= VIT if name.startswith("vit") else {}
     kwargs |= {"dims": (8, 16, 24, 32), "ls_init_value": 1.0} if name.startswith("convn") else {}
     kwargs |= {"channels": (16, 24, 32, 48)} if name.startswith("resnet") else {}
-    kwargs |= {"embed_dim": 24, "depths": (1, 1, 1, 1)} if name.startswith("swin") else {}
+    kwargs |= SWIN if name.startswith("swin") else {}
     model = timm.create_model(name, num_classes=5, **kwargs).eval()
     for module in model.modules():  # branches that start at zero would have nothing to fit
         if isinstance(module, nn.BatchNorm2d):
@@ -263,7 +264,7 @@ def test_blocks_of_a_stage_move_together():
     x = nn.functional.interpolate(pictures(160, (3, 4)), size=32, mode="bilinear")
     model = make("vit_tiny_patch16_224")
     pruned, groups, kept = halved(model, x)
-    given = {"groups": groups, "kept": kept, "num_views": 1}
+    given = {"groups": groups, "kept": kept, "num_views": 1, "rounds": 1}
     _, (stage,) = find_blocks(model, pruned, x[:2], groups, kept)
     counts = []
     alone = reconstruct_blocks(pruned, model, [x[:128]], stage_iterations=0, **given)
@@ -309,6 +310,7 @@ def test_it_improves_on_compensation_and_touches_no_argument(name, stage_iterati
         data,
         groups=groups,
         kept=kept,
+        rounds=1,
         num_views=1,
         stage_iterations=stage_iterations,
         progress=lambda *a: done.append(a),

@@ -7,6 +7,7 @@ from oracles import output_changes, reader_rows, unpredictable
 from torch import nn
 
 from tpvprune import find_groups, tpv_scores, variance_curves
+from tpvprune.groups.budget import unit_costs
 
 SINGLE = {"rtol": 2e-3, "atol": 1e-9}  # the matrices S are kept in float32
 RIDGE = 1e-3
@@ -48,6 +49,21 @@ def test_curves_equal_the_closed_form_at_every_width(case, unit):
             # Never less than at a larger width: what was lost before can only look regained.
             most = max(most, joint_variance(model, group, x, curve.order[:k]) if k else 0.0)
             torch.testing.assert_close(float(curve.variance[k]), most, **SINGLE)
+
+
+def test_what_leaves_next_loses_least_for_what_it_saves():
+    model, x = build("concat_residual"), images(32)
+    groups = find_groups(model, x[:2])
+    curves, savings, told = curves_of(model, groups), unit_costs(groups, "macs"), 0
+    for group in groups:
+        order = curves[group.name].order.tolist()
+        for k in range(group.num_channels - 1):
+            now = joint_variance(model, group, x, order[:k]) if k else 0.0
+            growth = {c: joint_variance(model, group, x, [*order[:k], c]) - now for c in order[k:]}
+            per_cost = {c: growth[c] / float(savings[group.name][c]) for c in growth}
+            assert order[k] == min(per_cost, key=per_cost.get)
+            told += order[k] != min(growth, key=growth.get)
+    assert told  # a criterion that does not look at what is saved orders them otherwise
 
 
 @pytest.mark.parametrize("stand_in", ["mean", "zero"])

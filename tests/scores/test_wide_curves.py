@@ -103,7 +103,7 @@ def mean_of(ratios):
     return torch.tensor(ratios).view(len(SEEDS), len(QUARTERS)).mean(0)
 
 
-@pytest.mark.parametrize(("width", "num"), [(64, 700), (256, 700), (768, 400)])
+@pytest.mark.parametrize(("width", "num"), [(64, 700), (256, 300)])
 def test_variances_are_those_of_other_images(width, num):
     mean = mean_of([compared(width, num, seed) for seed in SEEDS])
     assert (mean > 0.75).all()
@@ -361,7 +361,7 @@ def test_measurements_that_fall_leave_the_curve_level():
 class Neck(nn.Module):
     """A layer with a wide, pooled output, as in front of the head of a MobileNet."""
 
-    def __init__(self, width=512):
+    def __init__(self, width=256):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 24, 3, padding=1)
         self.conv2 = nn.Conv2d(24, 24, 3, padding=1)
@@ -379,13 +379,13 @@ def test_widths_of_few_rows_do_not_look_free():
     report = prune(model, data, keep=0.7, repair_factors=False).report
     kept = {g["name"]: g["kept"] for g in report["groups"]}
     assert report["reached"]
-    assert kept["neck"] > 100
+    assert kept["neck"] > 50
     assert report["held_back"]["variance_share"] < 1
     # On the rows that it was fitted to, the layer looks nearly free.
     groups = find_groups(model, data[0][:1])
     now, old = (variance_curves(model, groups, data, **how)["neck"].variance
                 for how in ({}, {"rows_per_channel": 0}))  # fmt: skip
-    assert old[128] < 0.5 * now[128]
+    assert old[64] < 0.5 * now[64]
 
 
 # ---- a real network -------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_a_stopped_run_gives_what_an_unbroken_one_does(model, tmp_path, options)
     progress, calls = stop_at(None)
     unbroken = tpvprune.prune(model, batches(), **options, progress=progress)
     went_on = 0
-    moments = range(1, len(calls) + 1, 9)
+    moments = range(1, len(calls) + 1, 13)
     for number in moments:
         state = tmp_path / f"{number}.safetensors"
         with pytest.raises(KeyboardInterrupt):
