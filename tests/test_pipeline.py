@@ -343,13 +343,18 @@ def test_criteria_that_need_labels_say_so(criterion):
         ({"steps": 0}, "steps: expected at least 1"),
         ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
         ({"limits": Limits(ignore=("nobody",))}, "ignore: expected the name of a module"),
-        ({"probing": Probing(num_probes=0)}, "num_probes"),
     ],
 )
 def test_bad_arguments_are_rejected(arguments, message, untouched):
     model = build("chain")
     with untouched(model), pytest.raises(ValueError, match=message):
         prune(model, data(), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"num_probes": 0}, {"amp": torch.float16}])
+def test_probing_is_checked_where_it_is_made(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Probing(**arguments)
 
 
 def test_too_few_inputs_are_rejected():

@@ -30,7 +30,7 @@ from tpvprune.pipeline.checks import (
 from tpvprune.pipeline.depth import chosen_before, shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
-from tpvprune.pipeline.setup import Setup, set_up
+from tpvprune.pipeline.setup import set_up
 from tpvprune.repairs import guard
 from tpvprune.runtimes.names import Runtime
 from tpvprune.scores.criteria import Scorer
@@ -186,18 +186,20 @@ def prune(
     record = Record.of(state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in granularity:
         ranking = None if record.facts() else whole.ranked(ranking)
-        given = _shallower(
-            whole, record, ranking, keep, "channel" in granularity, max_depth_removed
-        )
+        by_channel = "channel" in granularity
+        if ranking is None:
+            given = chosen_before(whole, record.facts()["depth"], by_channel=by_channel)
+        else:
+            given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
     groups, clock = given.groups, given.clock
     run = Run(given, repair, keep, steps)
     choice = given.depth.choice if given.depth else None
     rounds = record.load(given.start, groups)
     if rounds is None:
-        ranked = whole.ranked(ranking)
         rounds = Rounds(
-            given.start, _whole(groups), ranked, predicted=given.predicted, seconds=clock.seconds
-        )
+            given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted,
+            seconds=clock.seconds,
+        )  # fmt: skip
         record.save(rounds, choice)
     clock.seconds = {**clock.seconds, **rounds.seconds}
     for step in range(rounds.chosen + 1, steps + 1):
@@ -279,20 +281,6 @@ def rank_channels(
         latency_threads=latency_threads, probing=probing, outputs=outputs,
         forward=forward, seed=seed, progress=progress,
     ).ranked()  # fmt: skip
-
-
-def _shallower(
-    given: Setup,
-    record: Record,
-    ranking: Ranking | None,
-    keep: float,
-    by_channel: bool,
-    most: float,
-) -> Setup:
-    """Return the run without the branches that are better gone; None: they were chosen before."""
-    if ranking is None:
-        return chosen_before(given, record.facts()["depth"], by_channel=by_channel)
-    return shallower(given, ranking, keep, by_channel=by_channel, most=most)
 
 
 def _whole(groups: ChannelGroups) -> Kept:

@@ -31,6 +31,9 @@ class Probing:
     ``num_probes`` directions per sample, drawn with ``seed`` for a ``metric``; in mixed precision
     of type ``amp``; with ``grad_checkpointing`` the inside of blocks is computed again in the
     backward pass instead of being kept. ``outputs`` are those that count: all, if None.
+
+    Raises:
+        ValueError: If ``num_probes`` is below 1, or ``amp`` another type.
     """
 
     metric: Metric = "logits"
@@ -39,6 +42,12 @@ class Probing:
     grad_checkpointing: bool = False
     seed: int = 0
     outputs: Outputs | Chosen | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_probes < 1:
+            raise ValueError(f"num_probes: expected at least 1, found {self.num_probes}.")
+        if self.amp not in (None, torch.bfloat16):
+            raise ValueError(f"amp: expected torch.bfloat16 or None, found {self.amp}")
 
 
 def passes(

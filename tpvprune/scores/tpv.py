@@ -111,23 +111,14 @@ def tpv_scores(
     Reference:
         Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089.
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
-    if amp not in (None, torch.bfloat16):
-        raise ValueError(f"amp: expected torch.bfloat16 or None, found {amp}")
+    probing = Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs)
     if until is not None and not 0 < until < float("inf"):
         raise ValueError(f"until: expected a number above 0, found {until}.")
     inputs = unlabeled(batches)
     mean, squares, num_samples = retried_in_single(
         model,
         lambda model: _moments(
-            model,
-            groups,
-            inputs,
-            Probing(metric, num_probes, amp, grad_checkpointing, seed, outputs),
-            compensated=compensated,
-            ridge=ridge,
-            until=until,
+            model, groups, inputs, probing, compensated=compensated, ridge=ridge, until=until
         ),
     )
     stderr = {n: standard_error(mean[n], squares[n], num_samples) for n in mean}
