@@ -185,23 +185,41 @@ def _chart(runs: Sequence[Run]) -> str:
     found = [figures_of(report) for _, report in runs]
     key = "top1" if all(row["top1"] is not None for row in found) else "agreement"
     label = "Top-1" if key == "top1" else "Agreement with the dense model"
-    curves = []
+    curves: list[tuple[float, Curve]] = []
     for i, ((name, report), row) in enumerate(zip(runs, found, strict=True)):
         macs, value = row["macs"], row[key]
         if macs is None or value is None:
             continue
-        before = both(report)[0].get("top1") if key == "top1" else 1.0
-        start = [] if before is None else [(1.0, float(before), None)]
-        curves.append(Curve(name, f"c{i}", [*start, (macs, value, None)]))
+        start = _larger(report, macs, key, runs)
+        curves.append((macs, Curve(name, f"c{i}", [*start, (macs, value, None)])))
     if not curves:
         return ""
-    keys = "".join(f'<li class="{c.style}">{cell(c.label)}</li>' for c in curves)
+    keys = "".join(f'<li class="{c.style}">{cell(c.label)}</li>' for _, c in curves)
     about = (
-        f"<p>{label}, against the share of MACs that is left; each line starts at the dense "
-        f'model.</p><ul class="legend">{keys}</ul>'
+        f"<p>{label}, against the share of MACs that is left; sizes of one model that was pruned "
+        f'in the same way are joined, from the dense one on.</p><ul class="legend">{keys}</ul>'
     )
-    chart = curve_chart(curves, f"{label} against MACs")
+    # The smallest first: where two lines meet, the dot of the larger run covers the other's end.
+    chart = curve_chart([c for _, c in sorted(curves, key=lambda x: x[0])], f"{label} against MACs")
     return section("Top-1 against MACs" if key == "top1" else "Agreement", about, chart)
+
+
+def _larger(
+    report: Mapping[str, Any], macs: float, key: str, runs: Sequence[Run]
+) -> list[tuple[float, float, None]]:
+    """Return where the line of a run starts: at the next larger of its kind, or the dense model."""
+    points = []
+    for other in (other for _, other in runs if _kind(other) == _kind(report)):
+        row = figures_of(other)
+        if (row["macs"] or 0.0) > macs and row[key] is not None:
+            points.append((float(row["macs"] or 0.0), float(row[key] or 0.0), None))
+    before = both(report)[0].get("top1") if key == "top1" else 1.0
+    dense = [] if before is None else [(1.0, float(before), None)]
+    return [min(points)] if points else dense
+
+
+def _kind(report: Mapping[str, Any]) -> list[Any]:
+    return [report.get(name) for name, _ in _SETTINGS if name != "keep"]
 
 
 def _settings(runs: Sequence[Run]) -> str:
