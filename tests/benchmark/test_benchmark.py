@@ -87,7 +87,7 @@ def test_iterative_rows_go_down_from_cut_to_cut(repair, tmp_path, monkeypatch):
         share = evaluate(pruned, images(1)).macs / dense_macs
         pruned = prune(
             pruned, images(0), keep=float(row["keep"]) / share, repair="none",
-            planned_repair=repair, repair_factors=False,
+            planned_repair=repair, allocation="curves", repair_factors=False,
         ).model  # fmt: skip
         if repair == "none":
             assert equal(models[key_of(row)], pruned)

@@ -105,6 +105,13 @@ def test_what_is_broken_is_said_first():
     assert len(lines) == 2
 
 
+def test_few_images_are_said_to_tell_little():
+    one = dataclasses.replace(found(math.inf, agreement=1.0), num_images=1)
+    assert not one.is_broken
+    (line,) = warnings_of({"none": one}, "none", "none")
+    assert line.startswith("1 of the images held back: too few")
+
+
 def test_only_a_broken_result_far_from_its_prediction_cannot_be_true():
     assert cannot_be_true(found(2.0, agreement=0.1, variance=100), 1.0)
     assert cannot_be_true(found(math.nan, agreement=0.0, variance=math.nan), 1.0)

@@ -227,8 +227,11 @@ class Difference:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the model is no longer the same function: most classes, or all variance, lost."""
-        shares = (self.share, *self.by_output.values())
+        """Whether the model is no longer the same function: most classes, or all variance, lost.
+
+        Of one image there is no variance to lose.
+        """
+        shares = (self.share, *self.by_output.values()) if self.num_images > 1 else ()
         return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
 
 

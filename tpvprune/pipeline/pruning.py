@@ -123,7 +123,9 @@ def prune(
             ``report["warnings"]`` say so.
         allocation: ``"curves"``: widths by joint variance curves and a dynamic programme
             (``"tpv"`` only, its default); ``"rank"``: greedy ranking by score per cost;
-            ``"plain"``: by score alone.
+            ``"plain"``: by score alone. None with ``"tpv"`` and no refit of weights (``"none"``,
+            ``"bn"``): curves or ranking, whichever is closer to the dense model on the images held
+            back.
         limits: How far groups may shrink, and what stays whole.
         granularity: ``"channel"``, ``"branch"``, or both: residual branches that go whole, as many
             as leave the least damage under the budget, or none (:mod:`tpvprune.pipeline.depth`).

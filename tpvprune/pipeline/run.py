@@ -129,7 +129,7 @@ class Run:
             Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
         """
         by = self.given.by
-        doubted = by.allocation is None and self.repair in {"none", "bn"}
+        doubted = by.allocation is None and by.stand_in != "map"
         wrong = guard.cannot_be_true(outcome, rounds.predicted)
         if by.how != "curves" or not (doubted or wrong):
             return refits, outcome

@@ -18,6 +18,7 @@ _NEXT = {
     "finetune": "more epochs",
     "weights": "distillation",
 }
+_FEWEST = 8  # images, a tenth of all, that tell anything
 _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 
 
@@ -72,6 +73,11 @@ def warnings_of(
             f"their class (by chance {_percent(taken.chance)}), output variance "
             f"{_share(taken.share)} of the dense model's own{_worst(taken)}: try {keep}, more "
             f"images, or {_NEXT.get(best, 'distillation')}"
+        )
+    if taken.num_images < _FEWEST:
+        lines.append(
+            f"{taken.num_images} of the images held back: too few to tell how good the result is: "
+            f"give {10 * _FEWEST} or more"
         )
     if wanted not in ("auto", best):
         lines.append(
