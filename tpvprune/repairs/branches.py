@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +62,8 @@ class Plan:
 
     ``all_inputs`` are those of all processes, by default these.
     ``common`` are the calls that see no input, such as those that make a table of positions: their
-    layers stay as they are. The positions are drawn on the CPU, and kept on ``device``.
+    layers stay as they are. ``batch_dims`` has where the inputs lie in what a call reads and gives,
+    if not in dimension 0. The positions are drawn on the CPU, and kept on ``device``.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Plan:
         all_inputs: int | None = None,
         fewer: int = 1,
         device: torch.device | None = None,
+        batch_dims: Mapping[int, int] | None = None,
     ) -> None:
         self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
+        self.batch_dims = batch_dims or {}
         self.all_inputs = num_inputs if all_inputs is None else all_inputs
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
         self._device = torch.device("cpu") if device is None else device
@@ -87,15 +90,26 @@ class Plan:
         """Return a plan with so many times fewer positions."""
         return self._with(self._rows_per_input / factor, self._min_rows / factor, self.common)
 
-    def without(self, common: frozenset[int]) -> Plan:
-        """Return a plan that leaves out calls that see no input."""
-        return self._with(self._rows_per_input, self._min_rows, common)
+    def of_calls(self, common: frozenset[int], batch_dims: Mapping[int, int]) -> Plan:
+        """Return a plan that leaves out calls, and knows where the inputs lie in the others."""
+        return self._with(self._rows_per_input, self._min_rows, common, batch_dims)
 
-    def _with(self, rows_per_input: float, min_rows: float, common: frozenset[int]) -> Plan:
+    def _with(
+        self,
+        rows_per_input: float,
+        min_rows: float,
+        common: frozenset[int],
+        batch_dims: Mapping[int, int] | None = None,
+    ) -> Plan:
         return Plan(
             self.num_inputs, rows_per_input, min_rows, self._seed, common,
             all_inputs=self.all_inputs, fewer=self._fewer, device=self._device,
+            batch_dims=self.batch_dims if batch_dims is None else batch_dims,
         )  # fmt: skip
+
+    def inputs_first(self, call: int, t: Tensor) -> Tensor:
+        """Return what a call reads or gives with its inputs in dimension 0."""
+        return t.movedim(self.batch_dims.get(call, 0), 0)
 
     def num_rows(self, layer: Any, num_positions: int) -> int:
         """Return how many positions of all inputs, each with so many, a layer is fitted to."""

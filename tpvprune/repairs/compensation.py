@@ -703,7 +703,7 @@ class _RefitRun(BranchFollower):
         module, call, targets = layer.module, self.call, self._fits.targets
         if call < self._fits.first or call in self._fits.solved:
             return func(*args, **kwargs)
-        x, window = args[0], window_of(args, kwargs)
+        x, window = self.plan.inputs_first(call, args[0]), window_of(args, kwargs)
         positions = self._positions(call, module, count_positions(x, window, self.num_inputs))
         patches = patches_of(x, window, positions, getattr(module, "groups", 1))
         pending = _Pending(layer, func, args, kwargs, patches)
@@ -723,7 +723,8 @@ class _RefitRun(BranchFollower):
         if pending is None:
             return func(*args)
         module = pending.layer.module
-        rows = positions_first(other, module, self.num_inputs)
+        rows = self.plan.inputs_first(branch.call, other)
+        rows = positions_first(rows, module, self.num_inputs)
         shortcut = gather(rows, self._positions(branch.call, module, rows.shape[1]))
         target = self._wanted(self._fits.targets.sums, branch.call, pending.layer) - shortcut
         if branch.scale is not None and branch.shift is not None:

@@ -86,8 +86,8 @@ def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
     Returns:
         The plan; with one position of every input, if that is still too much.
     """
-    calls, common = _calls(dense, x, plan)
-    plan = plan.without(common | calls.repeated())
+    calls, common, batch_dims = _calls(dense, x, plan)
+    plan = plan.of_calls(common | calls.repeated(), batch_dims)
     least = calls.target_bytes(plan.thinned(math.inf))
     while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
         plan = plan.thinned(max(taken / max_bytes, 1.01))
@@ -104,19 +104,30 @@ def blind_layers(model: nn.Module, x: Tensor) -> list[str]:
     Returns:
         Their names.
     """
-    calls, common = _calls(model, x, Plan(1, 0, 0, 0))
+    calls, common, _ = _calls(model, x, Plan(1, 0, 0, 0))
     return list(dict.fromkeys(calls.seen[call][0].name for call in sorted(common)))
 
 
-def _calls(model: nn.Module, x: Tensor, plan: Plan) -> tuple[_Calls, frozenset[int]]:
-    """Return the calls on one input, and those that are the same on two."""
+def _calls(
+    model: nn.Module, x: Tensor, plan: Plan
+) -> tuple[_Calls, frozenset[int], dict[int, int]]:
+    """Return the calls on one input, those that are the same on two, and where inputs lie."""
     once, twice = (_Calls(layers_by_weight(model), plan) for _ in range(2))
     with evaluating(model), torch.no_grad():
         for run, inputs in ((once, x), (twice, torch.cat([x, x]))):
             with run:
                 model(on_device(inputs, model))
     known = {call: num for call, (_, num) in twice.seen.items()}
-    return once, frozenset(c for c, (_, num) in once.seen.items() if known.get(c) == num)
+    common = frozenset(c for c, (_, num) in once.seen.items() if known.get(c) == num)
+    dims = {c: _doubled(shape, twice.shapes.get(c, shape)) for c, shape in once.shapes.items()}
+    return once, common, {c: dim for c, dim in dims.items() if dim}
+
+
+def _doubled(once: torch.Size, twice: torch.Size) -> int:
+    """Return the one dimension that two inputs make twice as long; 0 if it is not one alone."""
+    found = [d for d, sizes in enumerate(zip(once, twice, strict=False)) if sizes[0] != sizes[1]]
+    one = len(once) == len(twice) and len(found) == 1 and found[0] < len(once) - 1
+    return found[0] if one and once[found[0]] == 1 else 0
 
 
 @dataclass(frozen=True)
@@ -265,7 +276,7 @@ class _DenseRun(BranchFollower):
         return through
 
     def _keep(self, kept: dict[int, Tensor], out: Tensor, call: int, module: Any) -> None:
-        rows = positions_first(out, module, self._size)
+        rows = positions_first(self.plan.inputs_first(call, out), module, self._size)
         picked = self.plan.positions(call, module, rows.shape[1])
         if call not in kept:  # all at once: parts that are joined later need twice the memory
             kept[call] = rows.new_empty(*picked.shape, rows.shape[2])
@@ -308,6 +319,7 @@ class _Calls(BranchFollower):
     def __init__(self, layers: dict[int, Layer], plan: Plan) -> None:
         super().__init__(layers, plan)
         self.seen: dict[int, tuple[Layer, int]] = {}
+        self.shapes: dict[int, torch.Size] = {}
 
     def repeated(self) -> frozenset[int]:
         """Return the calls of layers that run several times: no one fit serves all of them."""
@@ -321,6 +333,7 @@ class _Calls(BranchFollower):
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         self.seen[self.call] = (layer, count_positions(args[0], window_of(args, kwargs), 1))
+        self.shapes[self.call] = args[0].shape
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
