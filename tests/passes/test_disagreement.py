@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_pictures_are_the_images_before_normalisation(case):
         content = base64.b64decode(sample["image"].partition(",")[2])
         shown = torch.tensor(list(Image.open(io.BytesIO(content)).tobytes()))
         assert torch.equal(shown.reshape(4, 4, 3), pixels[i].permute(1, 2, 0).long())
+
+
+def test_what_is_not_finite_counts_as_changed_and_is_not_shown(case):
+    model, dense, _, x = case
+    x = x.clone()
+    x[::4] = torch.nan
+    found = disagreement(model, dense, list(x.split(7)), mean=MEAN, std=STD, num_samples=40)
+    assert 1 - found["num_changed"] / 40 == pytest.approx(agreement(model, dense, [x]))
+    assert len(found["samples"]) == found["num_changed"] - 10
+    json.dumps(found, allow_nan=False)
 
 
 def test_outputs_that_are_no_classes_give_nothing():

@@ -46,12 +46,15 @@ def pruned_document(
         args, subject, result.model, labelled, clock, speed=result.report.get("speed")
     )
     dense["agreement"] = 1.0
-    with clock("agreement"):
-        pruned["agreement"] = agreement(
-            result.model, subject.model, Shown(eval_images.batches, "agreement")
-        )
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
+    with clock("agreement"):
+        changes = seen.get("disagreement")
+        pruned["agreement"] = (
+            1 - changes["num_changed"] / changes["num_images"]
+            if changes
+            else agreement(result.model, subject.model, Shown(eval_images.batches, "agreement"))
+        )
     document = {
         **provenance(args, subject),
         **result.report,

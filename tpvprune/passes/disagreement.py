@@ -50,7 +50,8 @@ def disagreement(
 
     Returns:
         ``classes``: for every class that the dense model chooses, its index, ``num_images`` and
-        ``agreement``; ``num_images``, ``num_changed``; ``samples``: ``image`` (a data address),
+        ``agreement``; ``num_images``, ``num_changed`` (outputs that are not finite are counted as
+        changed, but not shown); ``samples``: ``image`` (a data address),
         ``dense``, ``pruned`` (class indices), ``dense_share``, ``pruned_share`` (softmax of the
         chosen class). None if any outputs are not [B, classes].
     """
@@ -70,10 +71,11 @@ def disagreement(
                 counts = torch.zeros(2, theirs.shape[1], dtype=torch.float64)
             chosen = [x.softmax(1).max(1) for x in (theirs, ours)]
             before, after = (found.indices for found in chosen)
-            changed = before != after
+            finite = (ours.isfinite() & theirs.isfinite()).all(1)
+            changed = (before != after) | ~finite  # what is not finite never agrees
             counts[0] += before.bincount(minlength=theirs.shape[1])
             counts[1] += before[~changed].bincount(minlength=theirs.shape[1])
-            for i in changed.nonzero().flatten().tolist():
+            for i in (changed & finite).nonzero().flatten().tolist():
                 sample: dict[str, Any] = {
                     "dense": int(before[i]),
                     "pruned": int(after[i]),
