@@ -218,7 +218,13 @@ def show_pruned(document: Mapping[str, Any]) -> None:
         of, speed = document["of"], document.get("speed")
         left = speed["ratio"] if speed else document["pruned"][of] / document["dense"][of]
         say(f"budget not reached: {percent(left)} of {of} are left; the best effort is saved")
-    say(f"saved: {document['output']}")
+    _saved(document)
+
+
+def _saved(document: Mapping[str, Any]) -> None:
+    """Say where the folder is, and what can be done with it."""
+    folder = document["output"]
+    say(f"saved: {folder} (open {folder}/report.html; next: tpvprune export {folder})")
 
 
 def show_trained(document: Mapping[str, Any]) -> None:
@@ -231,7 +237,7 @@ def show_trained(document: Mapping[str, Any]) -> None:
         f"{training['num_images'] or 'streamed'} images",
     )
     trained_line(training)
-    say(f"saved: {document['output']}")
+    _saved(document)
 
 
 def _say_outcome(document: Mapping[str, Any], head: str) -> None:

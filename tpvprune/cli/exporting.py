@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tpvprune.cli.console import bar, percent, say, table
+from tpvprune.cli.console import bar, counted, percent, say, table
 from tpvprune.cli.session import Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
@@ -161,9 +161,10 @@ def _show(exported: Exported, num_bytes: int) -> None:
     shape = " x ".join("batch" if size is None else str(size) for size in exported.input_shape)
     say(f"inputs {shape}, preprocessing of the model; {num_bytes / 1e6:.1f} MB")
     images = f" and {exported.num_given} images" if exported.num_given else ""
+    random = counted(exported.num_random, "random input")
     say(
-        f"outputs compared on {exported.num_random} random inputs{images}: largest difference "
-        f"{exported.difference:.2g} of the largest output"
+        f"outputs compared on {random}{images}: largest difference {exported.difference:.2g} "
+        "of the largest output"
     )
     if not exported.num_given:
         say("note: no images were compared: --data-dir D adds some")

@@ -67,7 +67,12 @@ def _add_model_kwargs(group: argparse._ArgumentGroup) -> None:
         help="package.module:function(model, x), whose outputs count in the place of the model's",
     )
     group.add_argument(
-        "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V", help="model arguments"
+        "--model-kwargs",
+        nargs="*",
+        default=(),
+        type=_pair,
+        metavar="K=V",
+        help="arguments of the model, as pad_type=same",
     )
 
 

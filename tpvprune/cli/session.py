@@ -66,7 +66,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         allow_import=True,
     )
     if made.weights == "random" and args.command != "groups":
-        say("note: random weights: --pretrained or --checkpoint F loads trained ones")
+        say("warning: random weights: --pretrained or --checkpoint F loads trained ones")
     subject = _checked_subject(args, model, made, device)
     if is_factory(args.model) and _input_size(args) is None:
         size = " x ".join(map(str, subject.preprocessing.input_size))

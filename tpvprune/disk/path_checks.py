@@ -105,7 +105,9 @@ def check_table(path: str | Path) -> None:
 
 def _check_holds(folder: str | Path, name: str, what: str) -> None:
     if not (Path(folder) / name).is_file():
-        raise ValueError(f"{folder}: expected {name} of a saved {what}, found none")
+        inside = sorted(str(found.parent) for found in Path(folder).glob(f"*/{name}"))
+        found = f"those of {', '.join(inside[:3])}: name one of them" if inside else "none"
+        raise ValueError(f"{folder}: expected {name} of a saved {what}, found {found}")
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -123,7 +125,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_file():  # which a new file would replace
         raise ValueError(f"{path}: expected a file name, found a device: choose another name")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists already: pass --overwrite or another --output")
+        raise ValueError(f"{path} exists already: pass --overwrite or another --output")
     check_writable(path)
 
 

@@ -18,7 +18,7 @@ _NEXT = {
     "finetune": "more epochs",
     "weights": "distillation",
 }
-_FEWEST = 8  # images, a tenth of all, that tell anything
+_FEWEST = 20  # images, a tenth of all, that tell anything
 _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 
 
@@ -77,7 +77,7 @@ def warnings_of(
     if taken.num_images < _FEWEST:
         lines.append(
             f"{taken.num_images} of the images held back: too few to tell how good the result is: "
-            f"give {10 * _FEWEST} or more"
+            f"give {10 * _FEWEST} images or more"
         )
     if wanted not in ("auto", best):
         lines.append(

@@ -166,7 +166,7 @@ def check_target(file: Path, format: str, *, overwrite: bool) -> None:
     if file.is_dir():
         raise ValueError(f"{file}: expected a file name, found a folder")
     if file.exists() and not overwrite:
-        raise ValueError(f"{file}: exists already: pass overwrite=True or another name")
+        raise ValueError(f"{file} exists already: pass overwrite=True or another name")
     lacking = [] if format == "pt2" else missing(_ONNX_PACKAGES)
     if lacking:
         raise ValueError(
