@@ -223,8 +223,8 @@ def show_pruned(document: Mapping[str, Any]) -> None:
 
 def _saved(document: Mapping[str, Any]) -> None:
     """Say where the folder is, and what can be done with it."""
-    folder = document["output"]
-    say(f"saved: {folder} (open {folder}/report.html; next: tpvprune export {folder})")
+    say(f"saved: {document['output']}")
+    say("open its report.html; next: tpvprune export makes a file to deploy", indent="  ")
 
 
 def show_trained(document: Mapping[str, Any]) -> None:

@@ -48,7 +48,6 @@ def pruned_document(
     dense["agreement"] = 1.0
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
-    with clock("agreement"):
         changes = seen.get("disagreement")
         pruned["agreement"] = (
             1 - changes["num_changed"] / changes["num_images"]
