@@ -69,6 +69,14 @@ def test_table_fits_80_columns_and_has_every_run(folders, capsys):
     assert lines["bare"].split()[1:] == ["40.00", "-", "-", "-", "-", "-", "-"]
 
 
+def test_broken_runs_are_named(folders, tmp_path, capsys):
+    held = report(held_back={"broken": True})
+    (tmp_path / "first" / "report.json").write_text(json.dumps(held))
+    assert main(["compare", *folders[:2], "--output", str(tmp_path / "page.html")]) == 0
+    assert "BROKEN, by the images held back: first\n" in capsys.readouterr().err
+    assert "held back: first.</p>" in (tmp_path / "page.html").read_text("utf-8")
+
+
 def test_runs_with_zeroed_weights_have_a_column_more(folders, tmp_path, capsys):
     dense = {"macs": 1000, "params": 400, "nonzero_params": 400, "latency_ms": 4.0, "top1": 0.9}
     masked = {**dense, "nonzero_params": 210, "agreement": 0.9}

@@ -12,6 +12,7 @@ from tpvprune.cli.console import say, table
 from tpvprune.disk.atomic import written_file
 from tpvprune.reports.comparing import (
     Run,
+    broken_runs,
     figures_of,
     figures_of_all,
     measured_on,
@@ -95,6 +96,8 @@ def show_runs(runs: Sequence[Run]) -> None:
     longest = _WIDTH - sum(2 + max(map(len, column)) for column in zip(*cells, strict=True))
     names = ["run", *(_short(name, max(longest, _SHORTEST_NAME)) for name, _ in runs)]
     table([(name, *row) for name, row in zip(names, cells, strict=True)])
+    if broken := broken_runs(runs):
+        say(f"BROKEN, by the images held back: {', '.join(broken)}", indent="  ")
     models = {str(report.get("model")) for _, report in runs}
     own = "each run's own dense model" if len(models) > 1 else "the dense model"
     non_zero = ", non-zero parameters" if "nonzero_params" in shown else ""

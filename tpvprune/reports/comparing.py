@@ -118,6 +118,12 @@ def measured_on(report: Mapping[str, Any]) -> dict[str, str | None]:
     return {"top1": top1, "top1_change": top1, "agreement": agreed}
 
 
+def broken_runs(runs: Sequence[Run]) -> list[str]:
+    """Return the names of runs whose model is no longer the same function as the dense one."""
+    held = [(name, report.get("held_back")) for name, report in runs]
+    return [name for name, facts in held if isinstance(facts, Mapping) and facts.get("broken")]
+
+
 def _numbers(runs: Sequence[Run]) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
         ("macs", "MACs", percent, False),
@@ -147,6 +153,8 @@ def _numbers(runs: Sequence[Run]) -> str:
             f", but not of {cell(' and '.join(unlike).lower())}: it was not measured on equally "
             "many images of the same kind, or that is not known"
         )
+    if broken := broken_runs(runs):
+        about += f".</p><p>Broken, by the images held back: {cell(', '.join(broken))}"
     table = f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{body}</tbody></table>"
     return section("Numbers", f"{about}.</p>", f'<div class="runs">{table}</div>', style="across")
 
