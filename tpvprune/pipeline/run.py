@@ -165,7 +165,8 @@ class Run:
             name: outcome if found is last else self._difference(found)
             for name, found in candidates.items()
         }
-        if refits and guard.best_repair(measured, self.repair) == "none":
+        missing = refits and "bn" not in candidates
+        if missing and guard.best_repair(measured, self.repair) == "none":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
             measured["bn"] = self._difference(candidates["bn"])
         return candidates, measured
