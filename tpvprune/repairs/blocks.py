@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -150,21 +150,24 @@ class BlockCall:
         """
         return self._cut(lambda num: mask.repeat_interleave(num // len(mask)))
 
-    @staticmethod
-    def joined(calls: Sequence[BlockCall]) -> BlockCall:
-        """Return one call with the samples of all."""
-        first = calls[0]
+    def room_for(self, times: int, share: int) -> BlockCall:
+        """Return a call with room for ``times / share`` as many samples, and without an output."""
 
-        def join(values: Sequence[Any]) -> Any:
-            joins = first.is_of_samples(values[0])
-            return torch.cat(list(values), first.batch_dim) if joins else values[0]
+        def room(value: Any) -> Any:
+            if not self.is_of_samples(value):
+                return value
+            return room_for(value, value.shape[self.batch_dim] // share * times, self.batch_dim)
 
-        return replace(
-            first,
-            args=tuple(join(values) for values in zip(*(c.args for c in calls), strict=True)),
-            kwargs={k: join([c.kwargs[k] for c in calls]) for k in first.kwargs},
-            out=torch.cat([c.out for c in calls]),
-        )
+        args, kwargs = tuple(map(room, self.args)), {k: room(v) for k, v in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs, out=self.out[:0])
+
+    def fill(self, other: BlockCall) -> None:
+        """Copy the samples of another call, as many, to where those of this one are."""
+        for own, given in zip(
+            (*self.args, *self.kwargs.values()), (*other.args, *other.kwargs.values()), strict=True
+        ):
+            if other.is_of_samples(given):
+                own.copy_(given)
 
     def is_of_samples(self, value: Any) -> bool:
         """Tell whether an argument holds samples.
@@ -198,6 +201,55 @@ class BlockCall:
             kwargs={k: cut(v) for k, v in self.kwargs.items()},
             out=self.out[chosen(len(self.out))],
         )
+
+
+def room_for(some: Tensor, num: int, dim: int = 0) -> Tensor:
+    """Return an empty tensor for ``num`` samples, in the memory layout of some of them.
+
+    Args:
+        some: A few samples.
+        num: How many there will be.
+        dim: Along which dimension.
+
+    Returns:
+        Uninitialised memory.
+    """
+    shape = list(some.shape)
+    shape[dim] = num
+    fast = some.ndim == 4 and some.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if fast else torch.contiguous_format
+    return torch.empty(shape, dtype=some.dtype, device=some.device, memory_format=layout)
+
+
+@dataclass
+class Samples:
+    """What a block is called with in all chunks, for the inputs that it is fitted to.
+
+    Args:
+        num: How many inputs.
+    """
+
+    num: int
+    _whole: BlockCall | None = None
+    _done: int = 0
+
+    def add(self, call: BlockCall, mask: Tensor) -> None:
+        """Copy those of one chunk to their place.
+
+        Args:
+            call: Of the chunk.
+            mask: Which of its inputs [B].
+        """
+        chosen, num = call.picked(mask), int(mask.sum())
+        if self._whole is None:  # all at once: parts that are joined later need twice the memory
+            self._whole = chosen.room_for(self.num, num)
+        start, self._done = self._done, self._done + num
+        self._whole.part(start / self.num, self._done / self.num).fill(chosen)
+
+    def call(self) -> BlockCall:
+        """Return one call with all samples, and no output."""
+        assert self._whole is not None
+        return self._whole
 
 
 def _batch_dim(call: BlockCall, one: BlockCall, num: int) -> int | None:

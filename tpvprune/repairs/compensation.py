@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import ChannelGroups
@@ -45,7 +45,7 @@ from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import global_indices, spread_weights, total
 from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
-from tpvprune.repairs.blocks import BlockCall
+from tpvprune.repairs.blocks import BlockCall, Samples
 from tpvprune.repairs.branches import (
     FEWER_ROWS,
     Branch,
@@ -55,6 +55,7 @@ from tpvprune.repairs.branches import (
     layers_by_weight,
     positions_first,
 )
+from tpvprune.repairs.last_reads import last_reads
 from tpvprune.repairs.least_squares import LeastSquares
 from tpvprune.repairs.targets import Targets, dense_targets, plan_for
 from tpvprune.repairs.views import Views
@@ -167,6 +168,7 @@ def refitted(
             dense, chunks, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
             nonlinear=nonlinear, targets=known.targets,
         )  # fmt: skip
+        del known  # what is fitted can go
         Walk(repaired, fits, Views(chunks), room).run()
         spread_weights(repaired)
         return repaired
@@ -253,7 +255,10 @@ def refits_towards(
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
-    targets = targets or dense_targets(dense, chunks, plan, without=without)
+    if targets is None:
+        targets = dense_targets(dense, chunks, plan, without=without)
+    else:  # they may serve several refits, and each forgets what it has fitted
+        targets = targets.shared()
     if constrain is not None or not nonlinear:
         targets.activations.clear()
     first = 0 if groups is None else _first_changed(groups, kept)
@@ -456,6 +461,7 @@ class Refits:
             branch.norm.sub_(shift)  # BN(y + b): the running mean takes up -b
             self.moved[call] = shift
         self.solved.add(call)
+        self.targets.forget(call)
 
     def _constrained(self, layer: Layer, problem: LeastSquares) -> tuple[Tensor, Tensor]:
         assert self.constrain is not None
@@ -512,14 +518,19 @@ class Walk:
         self._starts = chunks.starts
         self._room = max_bytes / max(1, self._starts[-1])
         self._blocks = {block.name: block for block in blocks}
-        self._calls: dict[str, list[BlockCall]] = {}
+        self._calls: dict[str, Samples] = {}
         self._running = threading.local()
         self._lockstep: Lockstep[None] = Lockstep(len(chunks), self._fit)
 
     def run(self) -> None:
         """Refit all layers, and the blocks."""
-        fast_layout(on_device(self._chunks[0][:1], self._model), self._model)  # asks once
-        with evaluating(self._model), self._replaced():
+        first = self._chunks[0][:1]
+        fast_layout(on_device(first, self._model), self._model)  # asks once
+        again = set(segments_of(self._model))
+        parts = {n for n, m in self._model.named_modules() if m in again or n in self._blocks}
+        around = {name for part in parts for name in _ancestors(part)} - parts
+        last_read = last_reads(self._model, {*around, *parts}, first)
+        with evaluating(self._model), self._replaced(parts, around, last_read):
             self._lockstep.run(self._walk)
 
     def _walk(self, i: int) -> None:
@@ -550,12 +561,10 @@ class Walk:
         if not isinstance(key, str):
             self._fits.solve(key)
             return
-        block, calls = self._blocks.pop(key), self._calls.pop(key, [])
-        if calls:
-            call = BlockCall.joined(calls)
-            calls.clear()
+        block, calls = self._blocks.pop(key), self._calls.pop(key, None)
+        if calls is not None:
             with torch.enable_grad():
-                block.fit(self._model.get_submodule(key), call)
+                block.fit(self._model.get_submodule(key), calls.call())
             return_free_memory()
 
     def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
@@ -566,9 +575,22 @@ class Walk:
         """
         if self._is_large(waiting, num):
             raise _AgainError(call)
-        self._lockstep.meet(call)
+        self._meet(call)
 
-    def _again(self, run: Callable[..., Any], args: Any, kwargs: Any, *, last: bool = True) -> Any:
+    def _meet(self, key: Hashable) -> None:
+        """Wait for the others, with nothing held that nobody reads again."""
+        self._running.run.forget()
+        self._lockstep.meet(key)
+
+    def _again(
+        self,
+        run: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        *,
+        last: bool = True,
+        held: _Held | None = None,
+    ) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
 
         Where not even its inputs can be held, a larger part is run again.
@@ -578,6 +600,7 @@ class Walk:
             args: What it is called with.
             kwargs: Likewise.
             last: Whether it will not run again: what it overwrote is read further on.
+            held: What is held of its arguments.
 
         Returns:
             What it returns.
@@ -590,69 +613,142 @@ class Walk:
         is_large = self._is_large((*args, *kwargs.values()), follower.num_inputs)
         while True:
             given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
+            if held is not None:
+                held.copies = [*given, *named.values()]
             try:
                 out = run(*given, **named)
             except _AgainError as error:
-                if is_large:
+                if is_large or (held is not None and held.is_gone):
                     raise
                 call = error.call
             else:
-                if last:
+                if last and not (held is not None and held.is_gone):
                     _overwrite([*args, *kwargs.values()], [*given, *named.values()])
                 return out
             del given, named  # not held while others run
+            if held is not None:
+                held.copies = []
             follower.go_back(state)
-            self._lockstep.meet(call)
+            self._meet(call)
 
     def _is_large(self, values: Iterable[Any], num: int) -> bool:
         """Return whether all chunks together cannot hold such tensors of ``num`` inputs."""
         found = {v.untyped_storage().data_ptr(): v for v in values if isinstance(v, Tensor)}
         return sum(v.numel() * v.element_size() for v in found.values()) / num > self._room
 
-    def _through(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _around(
+        self, last: int | None, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run what holds blocks.
+
+        Returns:
+            Its output.
+        """
+        follower = getattr(self._running, "run", None)
+        if follower is None:
+            return forward(*args, **kwargs)
+        with follower.holding(_Held([*args, *kwargs.values()], last)):
+            return forward(*args, **kwargs)
+
+    def _through(
+        self,
+        name: str,
+        last: int | None,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Run a block, and once more with its new weights where it is fitted as a whole.
 
         Returns:
             Its output.
-
-        Raises:
-            _AgainError: If its inputs cannot be held while others run.
         """
         follower = getattr(self._running, "run", None)
         if follower is None:  # the fit of the block itself
             return forward(*args, **kwargs)
-        state = follower.state()
         block = self._blocks.get(name)
-        out = self._again(forward, args, kwargs, last=block is None)
-        if block is None:
-            return out
+        held = _Held([*args, *kwargs.values()], last if block is None else None, again=True)
+        with follower.holding(held):
+            if block is not None:
+                self._gather(block, forward, args, kwargs, held)
+                held.last = last
+            return self._again(forward, args, kwargs, held=held)
+
+    def _gather(
+        self, block: BlockFit, forward: Callable[..., Any], args: Any, kwargs: Any, held: _Held
+    ) -> None:
+        """Refit the layers of a block, keep what it is called with, and wait for its own fit.
+
+        Raises:
+            _AgainError: If its inputs cannot be held while others run.
+        """
+        follower = self._running.run
+        state = follower.state()
+        out = self._again(forward, args, kwargs, last=False, held=held)
         mask = block.wanted[follower.own]
         if bool(mask.any()):
-            call = BlockCall(args, kwargs, out).along(block.batch_dim).picked(mask)
-            self._calls.setdefault(name, []).append(call)
+            call = BlockCall(args, kwargs, out).along(block.batch_dim)
+            self._calls.setdefault(block.name, Samples(int(block.wanted.sum()))).add(call, mask)
         del out
+        held.copies = []
         if self._is_large((*args, *kwargs.values()), follower.num_inputs):
-            raise _AgainError(name)
+            raise _AgainError(block.name)
         follower.go_back(state)
-        self._lockstep.meet(name)
-        return self._again(forward, args, kwargs)
+        self._meet(block.name)
 
     @contextmanager
-    def _replaced(self) -> Iterator[None]:
+    def _replaced(
+        self, parts: Iterable[str], around: Iterable[str], last_read: Mapping[str, int]
+    ) -> Iterator[None]:
         """Let each block of the network be what is run again, or fitted.
+
+        Args:
+            parts: The blocks.
+            around: What holds them.
+            last_read: See :func:`tpvprune.repairs.last_reads.last_reads`.
 
         Yields:
             Nothing.
         """
-        again = set(segments_of(self._model))
-        names = {n: m for n, m in self._model.named_modules() if m in again or n in self._blocks}
-        for name, module in names.items():
-            module.forward = partial(self._through, name, module.forward)
+        runs = {name: partial(self._through, name, last_read.get(name)) for name in parts}
+        runs |= {name: partial(self._around, last_read.get(name)) for name in around}
+        modules = {self._model.get_submodule(name): run for name, run in runs.items()}
+        before = {module: module.__dict__.get("forward") for module in modules}
+        for module, run in modules.items():
+            module.forward = partial(run, module.forward)
         try:
             yield
         finally:
-            for module in names.values():
+            for module, forward in before.items():
                 del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+
+@dataclass
+class _Held:
+    """What the call of a module holds: its arguments, and the copies that it runs on.
+
+    They are read up to contraction ``last`` (None: nobody knows). ``again``: they are what its part
+    of the network is run again from.
+    """
+
+    values: list[Any]
+    last: int | None
+    again: bool = False
+    copies: list[Any] = field(default_factory=list)
+    is_gone: bool = False
+
+    def storages(self) -> dict[int, UntypedStorage]:
+        tensors = (v for v in (*self.values, *self.copies) if isinstance(v, Tensor))
+        found = (t.untyped_storage() for t in tensors)
+        return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return the names of the modules that hold a module, the network ("") among them."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def _copied(value: Any) -> Any:
@@ -684,6 +780,39 @@ class _RefitRun(BranchFollower):
         self.num_inputs = own.stop - own.start
         self._held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
         self._pending: dict[int, _Pending] = {}
+        self._holding: list[_Held] = []
+
+    @contextmanager
+    def holding(self, held: _Held) -> Iterator[None]:
+        """Note what the module that runs meanwhile holds.
+
+        Yields:
+            Nothing.
+        """
+        self._holding.append(held)
+        try:
+            yield
+        finally:
+            self._holding.pop()
+
+    def forget(self) -> None:
+        """Free the memory of arguments that nobody reads again.
+
+        What the innermost part is run again from stays.
+        """
+        inner = next((h for h in reversed(self._holding) if h.again), None)
+        kept = set().union(
+            *(
+                held.storages()
+                for held in self._holding
+                if held is inner or held.last is None or held.last >= self.call
+            )
+        )
+        for held in self._holding:
+            for pointer, storage in held.storages().items():
+                if pointer not in kept:
+                    storage.resize_(0)
+                    held.is_gone = True
 
     def state(self) -> tuple[int, set[int]]:
         """Return where the run is, to come back to."""

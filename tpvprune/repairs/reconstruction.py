@@ -27,7 +27,7 @@ from tpvprune.passes.clock import Progress
 from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered, spread_weights
-from tpvprune.repairs.blocks import Block, BlockCall, find_blocks
+from tpvprune.repairs.blocks import Block, BlockCall, find_blocks, room_for
 from tpvprune.repairs.branches import FEWER_ROWS, Plan
 from tpvprune.repairs.compensation import (
     TARGET_BYTES,
@@ -270,15 +270,19 @@ def _dense_outputs(
     wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return what the pruned blocks should give: the kept channels of the dense outputs."""
-    found: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
+    found: dict[str, Tensor] = {}
     own = slice(0, 0)
 
     def keep(block: Block, out: Tensor) -> None:
-        mask = wanted[block.name][own]
-        if bool(mask.any()):
+        mask, num = wanted[block.name][own], int(wanted[block.name][own].sum())
+        if num:
             out = out.movedim(block.batch_dim, 0)
-            chosen = out[mask.repeat_interleave(len(out) // len(mask))]
-            found[block.name].append(block.kept_of(chosen).clone())
+            chosen = block.kept_of(out[mask.repeat_interleave(len(out) // len(mask))])
+            per_input, every = len(chosen) // num, int(wanted[block.name].sum())
+            if block.name not in found:  # all at once: parts joined later need twice the memory
+                found[block.name] = room_for(chosen, every * per_input)
+            start = per_input * int(wanted[block.name][: own.start].sum())
+            found[block.name][start : start + len(chosen)] = chosen
 
     handles = [
         dense.get_submodule(block.name).register_forward_hook(
@@ -294,4 +298,4 @@ def _dense_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {block.name: torch.cat(found.pop(block.name)) for block in blocks}
+    return found

@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ class Targets:
     normed: set[int]
     activations: dict[int, Activation]
     before_unseen: int = sys.maxsize
+
+    def shared(self) -> Targets:
+        """Return the same values, of which either may be forgotten without the other."""
+        return replace(
+            self,
+            outputs=dict(self.outputs),
+            sums=dict(self.sums),
+            activations=dict(self.activations),
+        )
+
+    def forget(self, call: int) -> None:
+        """Drop the values of a call that is fitted."""
+        self.outputs.pop(call, None)
+        self.sums.pop(call, None)
 
 
 def dense_targets(

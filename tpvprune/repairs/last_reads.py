@@ -1,0 +1,155 @@
+"""When what a module was called with is read for the last time, though its callers still hold it.
+
+A network that waits in the middle holds, frame by frame, the arguments of all modules that it is
+in: the image, the output of the stem, the input of the stage. Most of them nobody reads again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from tpvprune.groups.tracing.fields import flatten
+from tpvprune.passes.operations import CONTRACTIONS, function_name
+from tpvprune.passes.running import evaluating, on_device, tensors_of
+
+
+def last_reads(model: nn.Module, names: Collection[str], x: Tensor) -> dict[str, int]:
+    """Find after which contraction the arguments of a module are read no more.
+
+    A second run, in which they are NaN from there on, must give the same outputs.
+
+    Args:
+        model: The network.
+        names: Modules of it.
+        x: Inputs [B, ...].
+
+    Returns:
+        Module -> number of the last contraction (of all, in the order of execution, from 0) up to
+        which one of its arguments is read. Left out are modules that run several times, or whose
+        arguments are not all of floating point or outlive the forward; all of them, where the
+        second run gives something else.
+    """
+    reads = _Reads(model)
+    x = on_device(x, model)
+    with evaluating(model), torch.no_grad():
+        with reads, _watched(model, names, reads.note):
+            wanted = model(x.clone())
+            found = reads.found()  # while the outputs keep what they share
+        spoiled = _Spoiled(found)
+        with spoiled, _watched(model, found, spoiled.note):
+            again = model(x.clone())
+    same = map(_same, tensors_of(wanted), tensors_of(again))
+    return found if all(same) else {}
+
+
+class _Contractions(TorchFunctionMode):
+    """Counts contractions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function_name(func) in CONTRACTIONS:
+            self.call += 1
+            self.on_contraction()
+        self.on_read(args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def on_contraction(self) -> None:
+        """A contraction is about to run."""
+
+    def on_read(self, args: Any, kwargs: Any) -> None:
+        """Something is read."""
+
+
+class _Reads(_Contractions):
+    """Notes when each storage is read; one that another takes the place of counts as that one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._last: dict[int, int] = {}
+        self._own = {_pointer(t) for t in (*model.parameters(), *model.buffers())}
+        self._args: dict[str, list[StorageWeakRef]] = {}
+        self._pointers: dict[str, list[int]] = {}
+        self._left_out: set[str] = set()
+
+    def note(self, name: str, tensors: list[Tensor]) -> None:
+        if name in self._args or not all(t.is_floating_point() for t in tensors):
+            self._left_out.add(name)
+        self._args[name] = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self._pointers[name] = [_pointer(t) for t in tensors]
+
+    def on_read(self, args: Any, kwargs: Any) -> None:
+        for tensor in flatten((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._last[_pointer(tensor)] = self.call
+
+    def found(self) -> dict[str, int]:
+        return {
+            name: max(self._last.get(p, -1) for p in pointers)
+            for name, pointers in self._pointers.items()
+            if pointers
+            and name not in self._left_out
+            and self._own.isdisjoint(pointers)
+            and all(ref.expired() for ref in self._args[name])
+        }
+
+
+class _Spoiled(_Contractions):
+    """Overwrites arguments once nothing should read them any more."""
+
+    def __init__(self, last: dict[str, int]) -> None:
+        super().__init__()
+        self._last = last
+        self._waiting: dict[str, list[Tensor]] = {}
+
+    def note(self, name: str, tensors: list[Tensor]) -> None:
+        self._waiting[name] = tensors
+
+    def on_contraction(self) -> None:
+        for name in [n for n in self._waiting if self._last[n] < self.call]:
+            for tensor in self._waiting.pop(name):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, names: Collection[str], note: Callable[[str, list[Tensor]], None]
+) -> Iterator[None]:
+    """Call ``note(name, tensors of the arguments)`` before each forward of some modules.
+
+    Yields:
+        Nothing.
+    """
+
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        note(name, [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)])
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # A tolerance for devices that do not add in the same order twice.
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
