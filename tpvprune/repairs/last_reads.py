@@ -42,7 +42,7 @@ def last_reads(model: nn.Module, names: Collection[str], x: Tensor) -> dict[str,
     with evaluating(model), torch.no_grad():
         with reads, _watched(model, names, reads.note):
             wanted = model(x.clone())
-            found = reads.found()  # while the outputs keep what they share
+        found = reads.found()  # the outputs keep what they share
         spoiled = _Spoiled(found)
         with spoiled, _watched(model, found, spoiled.note):
             again = model(x.clone())
@@ -72,21 +72,18 @@ class _Contractions(TorchFunctionMode):
 
 
 class _Reads(_Contractions):
-    """Notes when each storage is read; one that another takes the place of counts as that one."""
+    """Notes when the memory of arguments is read; it holds them, so that no other takes it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._last: dict[int, int] = {}
-        self._own = {_pointer(t) for t in (*model.parameters(), *model.buffers())}
-        self._args: dict[str, list[StorageWeakRef]] = {}
-        self._pointers: dict[str, list[int]] = {}
-        self._left_out: set[str] = set()
+        self._left_out = {_pointer(t) for t in (*model.parameters(), *model.buffers())}
+        self._args: dict[str, list[Tensor]] = {}
 
     def note(self, name: str, tensors: list[Tensor]) -> None:
         if name in self._args or not all(t.is_floating_point() for t in tensors):
-            self._left_out.add(name)
-        self._args[name] = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        self._pointers[name] = [_pointer(t) for t in tensors]
+            self._left_out.update(map(_pointer, (*tensors, *self._args.get(name, ()))))
+        self._args[name] = tensors
 
     def on_read(self, args: Any, kwargs: Any) -> None:
         for tensor in flatten((args, kwargs)):
@@ -94,13 +91,16 @@ class _Reads(_Contractions):
                 self._last[_pointer(tensor)] = self.call
 
     def found(self) -> dict[str, int]:
+        storages = {
+            name: {_pointer(t): StorageWeakRef(t.untyped_storage()) for t in tensors}
+            for name, tensors in self._args.items()
+            if tensors
+        }
+        self._args.clear()
         return {
-            name: max(self._last.get(p, -1) for p in pointers)
-            for name, pointers in self._pointers.items()
-            if pointers
-            and name not in self._left_out
-            and self._own.isdisjoint(pointers)
-            and all(ref.expired() for ref in self._args[name])
+            name: max(self._last.get(pointer, -1) for pointer in own)
+            for name, own in storages.items()
+            if self._left_out.isdisjoint(own) and all(ref.expired() for ref in own.values())
         }
 
 

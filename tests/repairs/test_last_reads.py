@@ -1,0 +1,173 @@
+"""When arguments are read for the last time, against overwriting them one contraction earlier."""
+
+import gc
+
+import pytest
+import torch
+from cases import NUM_CLASSES, batches, images
+from torch import nn
+
+from tpvprune import compensate_weights, find_groups, remove_channels
+from tpvprune.passes.operations import CONTRACTIONS, function_name
+from tpvprune.repairs import compensation
+from tpvprune.repairs.last_reads import last_reads
+
+STEM = 7  # channels that no other activation has
+
+
+def block(width=5, inner=4):
+    return nn.Sequential(nn.Conv2d(width, inner, 1), nn.ReLU(), nn.Conv2d(inner, width, 1))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = block()
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Chain(nn.Module):
+    """A wide stem, whose output nothing reads behind the first layer of the body."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, STEM, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(STEM, 5, 1), *(Residual() for _ in range(3)))
+        self.head = nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.body(x)
+        return self.head(x.mean((2, 3)))
+
+
+class ReadLate(Chain):
+    """The head reads the output of the stem again."""
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head(self.body(y).mean((2, 3))) + y.mean()
+
+
+class Aliased(Chain):
+    """Half of the stem's output is read late, through another tensor of the same memory."""
+
+    def forward(self, x):
+        y = self.stem(x)
+        late = y[:, :2]
+        return self.head(self.body(y).mean((2, 3))) + late.mean()
+
+
+class Returned(Chain):
+    """The stem's output is an output of the network."""
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head(self.body(y).mean((2, 3))), y
+
+
+class Kept(Chain):
+    """The stem's output outlives the forward."""
+
+    def forward(self, x):
+        self.seen = self.stem(x)
+        return self.head(self.body(self.seen).mean((2, 3)))
+
+
+class Twice(Chain):
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head((self.body(y) + self.body(2 * y)).mean((2, 3)))
+
+
+class Spoil(torch.overrides.TorchFunctionMode):
+    """Overwrites what a module was called with when contraction ``when`` is about to run."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.call, self.when, self.argument = -1, when, None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.call += function_name(func) in CONTRACTIONS
+        if self.call == self.when and self.argument is not None:
+            self.argument.fill_(torch.nan)
+            self.argument = None
+        return func(*args, **(kwargs or {}))
+
+
+def spoiled(model, name, x, when):
+    mode = Spoil(when)
+
+    def note(module, args):
+        mode.argument = args[0]
+
+    handle = model.get_submodule(name).register_forward_pre_hook(note)
+    with torch.no_grad(), mode:
+        out = model(x.clone())
+    handle.remove()
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("cls", [Chain, ReadLate, Aliased])
+def test_the_last_read_is_the_last(cls):
+    """Overwritten behind it nothing changes, and before it something does."""
+    torch.manual_seed(0)
+    model, x = cls().double().eval(), images(2)
+    names = [n for n, m in model.named_modules() if list(m.children())]
+    found = last_reads(model, names, x)
+    assert set(found) == set(names)
+    whole = model(x)
+    for name, last in found.items():
+        assert torch.equal(spoiled(model, name, x, last + 1), whole)
+        assert spoiled(model, name, x, last).isnan().any()
+
+
+@pytest.mark.parametrize("cls", [Returned, Kept, Twice])
+def test_what_outlives_the_forward_or_runs_twice_is_left_out(cls):
+    torch.manual_seed(0)
+    found = last_reads(cls().double().eval(), ["", "body"], images(2))
+    assert set(found) == {""}
+
+
+def test_an_unseen_read_leaves_all_out():
+    """What reads behind the back of every function shows in the second run."""
+
+    class Hidden(Chain):
+        def forward(self, x):
+            y = self.stem(x)
+            unseen = y.detach().numpy()
+            return self.head(self.body(y).mean((2, 3))) + float(unseen.mean())
+
+    torch.manual_seed(0)
+    assert last_reads(Hidden().double().eval(), ["", "body"], images(2)) == {}
+
+
+@pytest.mark.parametrize(("cls", "held"), [(Chain, 0), (ReadLate, 1)])
+def test_a_waiting_network_holds_what_is_read_again_only(cls, held, monkeypatch):
+    torch.manual_seed(0)
+    model, data = cls().double().eval(), batches(4, 2)
+    groups = find_groups(model, data[0])
+    kept = {g.name: torch.arange(g.num_channels) > 0 for g in groups}
+    pruned = remove_channels(model, groups, kept)
+    stems = pruned.stem.out_channels
+    counts = []
+    solve = compensation.Refits.solve
+
+    def counted(self, call):
+        size = (stems, *data[0].shape[2:])
+        counts.append(
+            sum(
+                isinstance(o, torch.Tensor)
+                and o.shape[1:] == size
+                and o.untyped_storage().nbytes() > 0
+                for o in gc.get_objects()
+            )
+        )
+        solve(self, call)
+
+    monkeypatch.setattr(compensation.Refits, "solve", counted)
+    monkeypatch.setattr(compensation, "chunk_size", lambda *_: 2)
+    compensate_weights(pruned, model, data, groups=groups, kept=kept, max_bytes=1 << 30)
+    assert counts[0] >= len(data) and counts[-2] == held * len(data)
