@@ -48,16 +48,7 @@ def latency_runtime(args: argparse.Namespace) -> str | LatencyTable:
 def ranking_options(
     args: argparse.Namespace, batches: Any, *, ignore: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what the flags say of criterion and limits, for :func:`tpvprune.pipeline.prune`.
-
-    Args:
-        args: The flags.
-        batches: Labelled ones, where the criterion needs labels.
-        ignore: Layers that stay whole.
-
-    Returns:
-        Arguments.
-    """
+    """Return what the flags say of criterion and limits, for :func:`tpvprune.pipeline.prune`."""
     return {
         "criterion": with_labels(args.criterion, batches),
         "limits": limits_of(args, ignore=ignore),

@@ -146,13 +146,8 @@ def model_outputs(
 ) -> list[dict[str, Tensor]]:
     """Return what a model says to each batch, for :func:`evaluate`.
 
-    Args:
-        model: The model, usually the dense one.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: What counts of what it returns; None: all.
-
-    Returns:
-        For each batch, name of an output -> float64 [B, ...].
+    ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what it returns;
+    None: all. Returns for each batch, name of an output -> float64 [B, ...].
     """
     inputs = unlabeled(batches)
     counted = Outputs.measured(model, inputs, outputs)
@@ -190,14 +185,8 @@ def output_variance(
 
     Outputs of unequal shape, or no batch at all, are a ValueError.
 
-    Args:
-        model: Model to judge, usually the pruned one.
-        dense: Model to compare with.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: See :func:`difference`: of several outputs each is in units of its second moment.
-
-    Returns:
-        The mean over inputs, >= 0; not finite if an output is not.
+    ``batches``: inputs [B, ...]; labels are dropped. Returns the mean over inputs, >= 0; not finite
+    if an output is not.
     """
     return difference(model, dense, batches, outputs=outputs).output_variance
 
@@ -245,14 +234,9 @@ def difference(
 ) -> Difference:
     """Compare two models on unlabeled images.
 
-    Args:
-        model: Model to judge, usually the pruned one.
-        dense: Model to compare with.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: What counts of what they return; None: all, each in units of its second moment.
-
-    Returns:
-        The difference; ``share`` is infinite where the dense outputs do not vary but these do.
+    ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what they return;
+    None: all, each in units of its second moment. Returns the difference; ``share`` is infinite
+    where the dense outputs do not vary but these do.
     """
     inputs = unlabeled(batches)
     outputs = Outputs.measured(dense, inputs, outputs)
@@ -414,15 +398,7 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
 def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
     """Check that labels are classes of these outputs.
 
-    Args:
-        labels: Class indices [B].
-        outputs: Logits [B, K].
-
-    Returns:
-        The labels, on the device of the outputs.
-
-    Raises:
-        ValueError: If they are not whole numbers in [0, K), one per input.
+    ``labels``: class indices [B]. ``outputs``: logits [B, K].
     """
     if outputs.ndim != 2:
         raise ValueError(

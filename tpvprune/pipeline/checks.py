@@ -22,11 +22,7 @@ Granularity = Literal["channel", "branch"]
 
 
 def check_repairs(steps: int, *repairs: str | None) -> None:
-    """Check repairs and the number of rounds.
-
-    Raises:
-        ValueError: If a repair is not known, or there is no round.
-    """
+    """Check repairs and the number of rounds."""
     for repair in repairs:
         if repair not in {None, *get_args(Repair)}:
             known = ", ".join(get_args(Repair))
@@ -38,24 +34,16 @@ def check_repairs(steps: int, *repairs: str | None) -> None:
 def granularity_for(granularity: Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
     """Return what may leave.
 
-    Args:
-        granularity: What was asked for; None: nothing.
-        of: What is spared.
-
-    Returns:
-        It. Of what was not asked for: branches beside channels where milliseconds count, as
-        narrower layers do not spare calls; else channels.
+    ``granularity``: what was asked for; None: nothing. Returns that; of what was not asked for
+    branches beside channels where milliseconds count, as narrower layers do not spare calls; else
+    channels.
     """
     usual: dict[str, Sequence[Granularity]] = {"latency": ("channel", "branch")}
     return usual.get(of, ("channel",)) if granularity is None else granularity
 
 
 def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> None:
-    """Check what may leave.
-
-    Raises:
-        ValueError: If it is not known, or nothing.
-    """
+    """Check what may leave."""
     known = get_args(Granularity)
     if not granularity or isinstance(granularity, str) or set(granularity) - set(known):
         raise ValueError(f"granularity: expected some of {known}, found {granularity!r}.")
@@ -68,12 +56,7 @@ def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> N
 def check_latency(
     of: str, batch_size: int, runtime: str | LatencyTable, threads: int | None
 ) -> None:
-    """Check where milliseconds are measured.
-
-    Raises:
-        ValueError: If the runtime is not known or not installed, a table is of calls of another
-            size, or milliseconds do not count.
-    """
+    """Check where milliseconds are measured."""
     if batch_size < 1 or (threads is not None and threads < 1):
         raise ValueError(
             "latency_batch_size and latency_threads: expected at least 1, found "
@@ -96,8 +79,7 @@ def check_latency(
 def agreed(groups: ChannelGroups) -> ChannelGroups:
     """Return the groups, which are the same in all processes.
 
-    Raises:
-        ValueError: If they are not; everywhere, and before anything is summed over them.
+    ValueError if they are not; everywhere, and before anything is summed over them.
     """
     # Not the reasons: they quote rounding, which may differ between machines.
     check_same("channel groups", [(g.name, g.num_channels) for g in groups])
@@ -107,8 +89,7 @@ def agreed(groups: ChannelGroups) -> ChannelGroups:
 def prunable(groups: ChannelGroups) -> ChannelGroups:
     """Return the groups.
 
-    Raises:
-        ValueError: If there is nothing to prune.
+    ValueError if there is nothing to prune.
     """
     if len(groups):
         return groups
@@ -119,11 +100,7 @@ def prunable(groups: ChannelGroups) -> ChannelGroups:
 
 
 def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
-    """Check what widths are to be multiples of.
-
-    Raises:
-        ValueError: If no group is as wide.
-    """
+    """Check what widths are to be multiples of."""
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
     if limits.round_to > max(1, widest):
         raise ValueError(
@@ -135,11 +112,7 @@ def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
 def check_ranking(
     ranking: Ranking | None, by: RankBy, model: nn.Module, groups: ChannelGroups
 ) -> None:
-    """Check a ranking that was given.
-
-    Raises:
-        ValueError: If it is of another network, or would be made in another way now.
-    """
+    """Check a ranking that was given."""
     if ranking is None:
         return
     if ranking.allocation != by.how:

@@ -26,14 +26,7 @@ def report_of(
 ) -> dict[str, Any]:
     """Return the report of a run.
 
-    Args:
-        run: The run.
-        rounds: What it led to.
-        measured: Repair -> how far the model is from the dense one on the images held back.
-        best: The repair that was taken.
-
-    Returns:
-        See :class:`tpvprune.PruningResult`.
+    ``measured``: repair -> how far the model is from the dense one on the images held back.
     """
     given = run.given
     num_fit = int(total(_num(given.fit)))

@@ -87,8 +87,7 @@ class Run:
     def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
         """Repair the network, and measure how far it is from the dense one.
 
-        Returns:
-            The repaired models by repair, cheapest first, and the difference of the last.
+        Returns the repaired models by repair, cheapest first, and the difference of the last.
         """
         given, cut, refits = self.given, rounds.model, {}
         options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
@@ -125,8 +124,7 @@ class Run:
         That is where they promised far less damage than there is, and, unless they were asked for,
         where no weights are refitted: deep cuts are not of the first order then.
 
-        Returns:
-            Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
+        Returns the repaired models and the difference of the better cut; ``rounds`` is at it.
         """
         by = self.given.by
         doubted = by.allocation is None and by.stand_in != "map"

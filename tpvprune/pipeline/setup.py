@@ -156,14 +156,8 @@ class Setup:
     def ranked(self, given: Ranking | None = None) -> Ranking:
         """Rank the channels of the dense network.
 
-        Args:
-            given: Of an earlier run.
-
-        Returns:
-            It, or a new one; with what the repair makes up for where that counts.
-
-        Raises:
-            ValueError: If the given one is of something else.
+        Returns it, or a new one; with what the repair makes up for where that counts. ValueError if
+        the given one is of something else.
         """
         check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
@@ -206,9 +200,6 @@ def set_up(
     """Draw the images and find the groups.
 
     The arguments are those of :func:`tpvprune.prune`.
-
-    Returns:
-        What a run is given.
     """
     limits, clock = limits or Limits(), Clock(progress)
     forward = forward or forward_of(model)
@@ -250,11 +241,8 @@ def set_up(
 def stand_in(repair: str) -> StandIn:
     """Return what takes the place of a channel when this repair follows.
 
-    Args:
-        repair: See :func:`prune`.
-
-    Returns:
-        ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
+    Returns ``"map"`` where weights are refitted; see
+    :func:`tpvprune.scores.curves.variance_curves`.
     """
     # Recalibrating BatchNorm restores the means.
     without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}

@@ -198,18 +198,7 @@ class Wanted:
 def wanted_of(
     dense: nn.Module, inputs: Sequence[Tensor], rows_per_input: int, min_rows: int, *, seed: int
 ) -> Wanted:
-    """Run the dense network.
-
-    Args:
-        dense: The network.
-        inputs: Batches; how they are split does not matter.
-        rows_per_input: See :func:`compensate_weights`.
-        min_rows: Likewise.
-        seed: Of the sampled positions.
-
-    Returns:
-        Positions and values.
-    """
+    """Run the dense network."""
     num = sum(map(len, inputs))
     plan = Plan(
         num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS,
@@ -235,21 +224,9 @@ def refits_towards(
 ) -> Refits:
     """Run the dense network, and return what the layers of the pruned one are fitted to.
 
-    Args:
-        dense: The network.
-        chunks: Its inputs, in the order in which the pruned one will see them.
-        plan: Sampled positions.
-        groups: Channel groups of ``dense``; None where every width is as it was.
-        kept: What stayed.
-        ridge: See :func:`compensate_weights`.
-        constrain: See :func:`refitted`.
-        nonlinear: See :func:`compensate_weights`; not where weights are constrained.
-        linear: Modules in which no layer is fitted through its activation.
-        without: Modules whose layers stay as they are.
-        targets: What the dense network gives, where it is known.
-
-    Returns:
-        The fits, none of them solved.
+    ``chunks``: its inputs, in the order in which the pruned one will see them. ``groups``: channel
+    groups of ``dense``; None where every width is as it was. ``linear``: modules in which no layer
+    is fitted through its activation.
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
@@ -383,13 +360,10 @@ class Refits:
     ) -> None:
         """Add the rows of one chunk to the problem of a call.
 
-        Args:
-            pending: The layer.
-            target: Pre-activations wanted [inputs, positions, outputs].
-            branch: Where its pre-activation goes.
-            held: Which of the inputs judge the ridge [inputs].
-            offset: What is added to the pre-activation, after the branch's scale, before it is
-                read: a shortcut, or the shift of a BatchNorm [inputs, positions, outputs] or less.
+        ``target``: pre-activations wanted [inputs, positions, outputs]. ``held``: which of the
+        inputs judge the ridge [inputs]. ``offset``: what is added to the pre-activation, after the
+        branch's scale, before it is read: a shortcut, or the shift of a BatchNorm [inputs,
+        positions, outputs] or less.
         """
         module, patches = pending.layer.module, in_single(pending.patches)
         target, bias = in_single(target), pending.args[2]
@@ -491,12 +465,7 @@ class BlockFit:
 class Walk:
     """One pass of all chunks through the pruned network, in which every layer is refitted.
 
-    Args:
-        model: Refitted in place.
-        fits: What to fit.
-        chunks: The inputs; each is asked for whenever it starts.
-        max_bytes: Memory for what waiting chunks hold.
-        blocks: What is fitted besides, each when all chunks are through it.
+    ``blocks``: what is fitted besides, each when all chunks are through it.
     """
 
     def __init__(
@@ -561,8 +530,7 @@ class Walk:
     def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
         """Wait for the others at a fit, here or, with too much to hold, before the block.
 
-        Raises:
-            _AgainError: If the block is to be run again.
+        _AgainError if the block is to be run again.
         """
         if self._is_large(waiting, num):
             raise _AgainError(call)
@@ -573,17 +541,8 @@ class Walk:
 
         Where not even its inputs can be held, a larger part is run again.
 
-        Args:
-            run: The part.
-            args: What it is called with.
-            kwargs: Likewise.
-            last: Whether it will not run again: what it overwrote is read further on.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            _AgainError: If a larger part is to be run again.
+        ``last``: whether it will not run again: what it overwrote is read further on. _AgainError
+        if a larger part is to be run again.
         """
         follower = self._running.run
         state = follower.state()
@@ -612,11 +571,7 @@ class Walk:
     def _through(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, and once more with its new weights where it is fitted as a whole.
 
-        Returns:
-            Its output.
-
-        Raises:
-            _AgainError: If its inputs cannot be held while others run.
+        _AgainError if its inputs cannot be held while others run.
         """
         follower = getattr(self._running, "run", None)
         if follower is None:  # the fit of the block itself
@@ -639,11 +594,7 @@ class Walk:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        """Let each block of the network be what is run again, or fitted.
-
-        Yields:
-            Nothing.
-        """
+        """Let each block of the network be what is run again, or fitted."""
         again = set(segments_of(self._model))
         names = {n: m for n, m in self._model.named_modules() if m in again or n in self._blocks}
         for name, module in names.items():
@@ -695,11 +646,7 @@ class _RefitRun(BranchFollower):
         self._pending.clear()
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Refit a layer, or let it wait for the addition or norm behind it.
-
-        Returns:
-            Its output, refitted or not yet.
-        """
+        """Refit a layer, or let it wait for the addition or norm behind it."""
         module, call, targets = layer.module, self.call, self._fits.targets
         if call < self._fits.first or call in self._fits.solved:
             return func(*args, **kwargs)
@@ -714,11 +661,7 @@ class _RefitRun(BranchFollower):
         return func(*args, **kwargs)
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
-        """Refit the layer whose branch ends here, towards dense sum - pruned shortcut.
-
-        Returns:
-            The sum.
-        """
+        """Refit the layer whose branch ends here, towards dense sum - pruned shortcut."""
         pending = self._pending.pop(branch.call, None)
         if pending is None:
             return func(*args)
@@ -743,11 +686,7 @@ class _RefitRun(BranchFollower):
         return func(*args)
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-        """Refit a layer that a norm reads: without a bias, the mean of it takes up the intercept.
-
-        Returns:
-            The branch behind the norm, if it goes on there.
-        """
+        """Refit a layer that a norm reads: without a bias, its mean takes up the intercept."""
         through = super().on_norm(branch, args, kwargs)
         targets = self._fits.targets
         waits = branch.call in self._pending and branch.call not in targets.sums

@@ -153,14 +153,8 @@ def save_pruned(
 def saved_masks(folder: str | Path) -> dict[str, Tensor] | None:
     """Read which single weights of a saved model stay.
 
-    Args:
-        folder: What ``save_pruned`` wrote.
-
-    Returns:
-        BoolTensors by parameter name, or None where none was set to zero.
-
-    Raises:
-        ValueError: If the file is damaged.
+    ``folder``: what ``save_pruned`` wrote. Returns BoolTensors by parameter name, or None where
+    none was set to zero. ValueError if the file is damaged.
     """
     return load_masks(folder) if (Path(folder) / MASK_FILE).exists() else None
 
@@ -210,15 +204,9 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check the ``config.json`` of a saved pruned model.
 
-    Args:
-        folder: What ``save_pruned`` wrote.
-
-    Returns:
-        ``model``, ``model_kwargs``, ``pretrained_cfg``, ``kept`` (group -> channel indices),
-        ``attributes``, ``shapes``, ``provenance`` and ``format_version``.
-
-    Raises:
-        ValueError: If the file is missing, not JSON, or not of this format.
+    ``folder``: what ``save_pruned`` wrote. Returns ``model``, ``model_kwargs``, ``pretrained_cfg``,
+    ``kept`` (group -> channel indices), ``attributes``, ``shapes``, ``provenance`` and
+    ``format_version``. ValueError if the file is missing, not JSON, or not of this format.
     """
     path = Path(folder) / "config.json"
     check_saved(folder)
@@ -268,8 +256,7 @@ def _kept_of_dense(
 ) -> dict[str, list[int]]:
     """Return the channels of the dense model that stay after an earlier cut and this one.
 
-    Raises:
-        ValueError: If the two do not fit.
+    ValueError if the two do not fit.
     """
     composed = dict(earlier)
     for group, mask in kept.items():
