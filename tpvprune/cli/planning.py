@@ -34,7 +34,7 @@ from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
-from tpvprune.pipeline.checks import granularity_for
+from tpvprune.pipeline.choices import leaving
 from tpvprune.pipeline.within import NUM_SIZES
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
@@ -124,7 +124,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _may_go(args: argparse.Namespace) -> Sequence[str]:
-    return granularity_for(STRUCTURES[args.granularity], args.of)
+    return leaving(STRUCTURES[args.granularity], args.of)
 
 
 def _left_out(args: argparse.Namespace) -> str:
