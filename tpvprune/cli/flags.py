@@ -10,6 +10,7 @@ from typing import Any
 from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.completion import SHELLS, PrintCompletion
 from tpvprune.cli.flag_groups import Parser
+from tpvprune.disk.versions import versions
 
 _EPILOG = (
     "exit codes: 0 done; 1 bug; 2 bad input; 3 budget not reachable (the best effort is saved); "
@@ -70,13 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        found = {}
-        for name in ("tpvprune", "torch", "timm", "torch-pruning"):
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                found[name] = "not installed"
-        print(*(f"{name} {number}" for name, number in found.items()), sep="\n")
+        found = versions("tpvprune", "torch", "timm", "torch-pruning")
+        print(*(f"{name} {number}" for name, number in found.items() if name != "python"), sep="\n")
         parser.exit()

@@ -15,12 +15,7 @@ from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, percent, say, short
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
-from tpvprune.cli.pruning_options import (
-    limits_of,
-    pruning_options,
-    ranking_options,
-    weight_options,
-)
+from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
 from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts
@@ -87,8 +82,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             ranking = prune(
                 subject.model,
                 batches,
-                **{**pruning_options(args), **quicker},
-                **ranking_options(args, labelled, ignore=layers),
+                **{**pruning_options(args, labelled, ignore=layers), **quicker},
                 ranking=ranking,
             ).ranking
 

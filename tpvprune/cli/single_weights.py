@@ -61,15 +61,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     document, seen = pruned_document(
-        args,
-        subject,
-        result,
-        images=images,
-        batches=batches,
-        eval_images=eval_images,
-        labelled=labelled,
-        clock=clock,
-    )
+        args, subject, result, images=images, batches=batches, eval_images=eval_images,
+        labelled=labelled, clock=clock,
+    )  # fmt: skip
     save_pruned(
         result.model,
         args.output,

@@ -119,8 +119,7 @@ def perturbed_variance(
         draw: The perturbation of a parameter.
         num_draws: Perturbed networks, >= 1; a forward over all inputs each.
         seed: Of the draws.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The variance in squared output units; the standard error is over draws, for these inputs.
@@ -182,8 +181,7 @@ def label_noise_variance(
         lr: Learning rate.
         momentum: Of SGD.
         seed: Of the noise.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         An estimate for each measured set, in squared output units; standard errors over draws.
@@ -292,8 +290,7 @@ def selection_variance(
         batches: Re-iterable of unlabeled inputs.
         num_probes: Directions per sample.
         seed: Of the directions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The prediction, with its standard error over samples, and what was measured.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import RANKING_FILE, check_saved
 from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.versions import versions
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder
@@ -366,13 +365,7 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _provenance() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in ("tpvprune", "torch", "timm", "safetensors"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
     }
