@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from cases import Residual, batches, build, images
 from torch import nn
 
 import tpvprune
+import tpvprune.diagnostics
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
@@ -22,6 +24,23 @@ def test_public_names_exist_and_are_documented(name):
     value = getattr(tpvprune, name)
     if name != "__version__":
         assert value.__doc__
+
+
+FUNCTIONS = {
+    name: value
+    for module in (tpvprune, tpvprune.diagnostics)
+    for name in module.__all__
+    if inspect.isfunction(value := getattr(module, name))
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_document_their_arguments(name):
+    words = inspect.getdoc(FUNCTIONS[name])
+    signature = inspect.signature(FUNCTIONS[name])
+    for argument in signature.parameters:
+        assert re.search(rf"^    \**{argument}: ", words, re.M), argument
+    assert ("\nReturns:\n" in words) == (signature.return_annotation not in {"None", None})
 
 
 def test_public_names_are_listed_once():

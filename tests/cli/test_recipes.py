@@ -1,5 +1,6 @@
 """A run repeated from its recipe is the same run; flags win; what is no choice is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from image_cases import write_images
 from tpvprune.cli import recipes
 from tpvprune.cli.entry import main
 from tpvprune.cli.flags import build_parser
+from tpvprune.pipeline.choices import Choices
+from tpvprune.scores.taps import Probing
+from tpvprune.widths.limits import Limits
 
 MODEL = ["--model", "cifar_resnet20", "--num-classes", "4", "--data-dir", "flat"]
 QUICK = ["-j", "1", "--latency-repeats", "0"]
@@ -216,3 +220,13 @@ def test_a_budget_that_is_given_takes_the_place_of_the_recipes(tmp_path):
     args = parsed("keep = [0.9, 0.5]")
     assert args.keeps == [0.9, 0.5]
     assert recipes.of_size(args.choices, 0.9)["keep"] == [0.9]
+
+
+def test_flags_and_python_have_the_same_defaults():
+    args = build_parser().parse_args(["prune", "--output", "out"])
+    given = {**vars(args), "keep": args.keeps[0]}
+    for record in (Choices(), Limits(), Probing()):
+        for field in dataclasses.fields(record):
+            # `ignore` is a list, and granularities have names.
+            if field.name in given and field.name not in {"ignore", "amp"}:
+                assert given[field.name] == getattr(record, field.name), field.name

@@ -9,7 +9,7 @@ from torch import nn
 
 from tpvprune import compensate_weights, find_groups, remove_channels
 from tpvprune.passes.operations import CONTRACTIONS, function_name
-from tpvprune.repairs import compensation
+from tpvprune.repairs import compensation, refits
 from tpvprune.repairs.last_reads import last_reads
 
 STEM = 7  # channels that no other activation has
@@ -153,7 +153,7 @@ def test_a_waiting_network_holds_what_is_read_again_only(cls, held, monkeypatch)
     pruned = remove_channels(model, groups, kept)
     stems = pruned.stem.out_channels
     counts = []
-    solve = compensation.Refits.solve
+    solve = refits.Refits.solve
 
     def counted(self, call):
         size = (stems, *data[0].shape[2:])
@@ -167,7 +167,7 @@ def test_a_waiting_network_holds_what_is_read_again_only(cls, held, monkeypatch)
         )
         solve(self, call)
 
-    monkeypatch.setattr(compensation.Refits, "solve", counted)
+    monkeypatch.setattr(refits.Refits, "solve", counted)
     monkeypatch.setattr(compensation, "chunk_size", lambda *_: 2)
     compensate_weights(pruned, model, data, groups=groups, kept=kept, max_bytes=1 << 30)
     assert counts[0] >= len(data) and counts[-2] == held * len(data)

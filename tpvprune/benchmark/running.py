@@ -20,7 +20,7 @@ from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.passes.running import on_device
 from tpvprune.pipeline import PruningResult, prune
-from tpvprune.pipeline.checks import Repair
+from tpvprune.pipeline.choices import Repair
 from tpvprune.pipeline.run import compose
 from tpvprune.pipeline.setup import stand_in
 from tpvprune.processes.shares import by_first, dealt

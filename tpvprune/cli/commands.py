@@ -18,10 +18,7 @@ from tpvprune.cli.console import (
     table,
 )
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import (
-    outputs_of,
-    probing_options,
-)
+from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,

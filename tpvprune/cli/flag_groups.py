@@ -36,12 +36,10 @@ def add_model(sub: Parser, *, required: bool = True) -> None:
     """Add which model, with which weights."""
     group = sub.section("model")
     group.add_argument(
-        "--model",
-        required=required,
-        metavar="M",
-        help="timm's name, hf-hub:..., local-dir:..., torchvision/NAME, hf:NAME (transformers), or "
-        "your own package.module:factory",
-    )
+        "--model", required=required, metavar="M",
+        help="timm's name, hf-hub:..., local-dir:..., torchvision/NAME, hf:NAME (transformers), "
+        "or your own package.module:factory",
+    )  # fmt: skip
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="F", help="safetensors or weights-only torch file")
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
@@ -62,18 +60,13 @@ def add_own_model(sub: Parser) -> None:
 
 def _add_model_kwargs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--forward",
-        metavar="F",
+        "--forward", metavar="F",
         help="package.module:function(model, x), whose outputs count in the place of the model's",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default=(),
-        type=_pair,
-        metavar="K=V",
+        "--model-kwargs", nargs="*", default=(), type=_pair, metavar="K=V",
         help="arguments of the model, as pad_type=same",
-    )
+    )  # fmt: skip
 
 
 def add_data(
@@ -97,30 +90,23 @@ def add_data(
         "--dataset", default="", metavar="NAME", help="torch/..., hfds/..., tfds/..., wds/..."
     )
     group.add_argument(
-        "--split",
-        default=split or ("train" if num_images else "validation"),
-        metavar="S",
+        "--split", default=split or ("train" if num_images else "validation"), metavar="S",
         help="split of the dataset (%(default)s)",
-    )
+    )  # fmt: skip
     group.add_argument("--dataset-download", action="store_true", help="let timm download it")
     group.add_argument("--class-map", metavar="F", help="file: class name -> index")
     group.add_argument("--input-key", metavar="K", help="image column of the dataset")
     group.add_argument("--target-key", metavar="K", help="label column of the dataset")
     group.add_argument(
-        "--num-images",
-        type=_count_or_auto if auto else count,
-        default=default if num_images else None,
-        metavar="N",
+        "--num-images", type=_count_or_auto if auto else count,
+        default=default if num_images else None, metavar="N",
         help=f"images used, drawn by the seed ({shown or (default if num_images else 'all')})"
         + ("; auto: until half of the scores are known to 10 %%" if auto else ""),
-    )
+    )  # fmt: skip
     group.add_argument(
-        "-b",
-        "--batch-size",
-        type=count,
-        metavar="N",
+        "-b", "--batch-size", type=count, metavar="N",
         help="images per batch (64, of large images on a CPU fewer; in training 128)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "-j", "--workers", type=count, default=4, metavar="N", help="decoding threads (4)"
     )
@@ -139,12 +125,9 @@ def add_preprocessing(sub: Parser) -> None:
     group = sub.section("preprocessing (default: the model's pretrained_cfg)")
     size = group.add_mutually_exclusive_group()
     size.add_argument(
-        "--input-size",
-        nargs=3,
-        type=count,
-        metavar=("C", "H", "W"),
+        "--input-size", nargs=3, type=count, metavar=("C", "H", "W"),
         help="channels, height, width",
-    )
+    )  # fmt: skip
     size.add_argument("--img-size", type=count, metavar="N", help="short for --input-size 3 N N")
     group.add_argument("--mean", nargs="+", type=float, metavar="X", help="one, or one per channel")
     group.add_argument("--std", nargs="+", type=float, metavar="X", help="likewise")
@@ -166,12 +149,9 @@ def add_criterion(sub: Parser) -> None:
         "--num-probes", type=count, default=1, metavar="N", help="random output directions (1)"
     )
     group.add_argument(
-        "--outputs",
-        nargs="+",
-        type=_output,
-        metavar="K[=X]",
+        "--outputs", nargs="+", type=_output, metavar="K[=X]",
         help="outputs that count (all), and how much each (1): logits, 0, aux.1=0.5",
-    )
+    )  # fmt: skip
 
 
 _ONLY_TRAINING = (
@@ -186,41 +166,30 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
     group = sub.section(title)
     group.add_argument("--epochs", type=count, default=10, metavar="N", help="passes (10)")
     group.add_argument(
-        "--lr",
-        type=positive,
-        default=0.001 if teacher else 0.01,
-        metavar="X",
+        "--lr", type=positive, default=0.001 if teacher else 0.01, metavar="X",
         help="peak learning rate; a high one undoes what compensation has won (%(default)g)",
-    )
+    )  # fmt: skip
     if teacher:
         group.add_argument(
-            "--loss",
-            choices=("logits", "divergence"),
-            default="logits",
+            "--loss", choices=("logits", "divergence"), default="logits",
             help="relative squared error of the outputs, or divergence of the classes (logits)",
-        )
+        )  # fmt: skip
         group.add_argument(
-            "--temperature",
-            type=positive,
-            default=3.0,
-            metavar="T",
+            "--temperature", type=positive, default=3.0, metavar="T",
             help="of the softmax in the divergence (3)",
-        )
+        )  # fmt: skip
         group.add_argument(
             "--no-mix", action="store_true", help="do not mix images with others of their batch"
         )
         group.add_argument(
-            "--mirrored",
-            action="store_true",
+            "--mirrored", action="store_true",
             help="teach the mean of the dense outputs on an image and on its mirror image: better "
             "where left and right mean nothing",
-        )
+        )  # fmt: skip
         group.add_argument(
-            "--num-views",
-            type=count,
-            metavar="N",
+            "--num-views", type=count, metavar="N",
             help="repeat the augmentation after N epochs, holding the dense outputs (never)",
-        )
+        )  # fmt: skip
     group.add_argument("--opt", default="sgd", metavar="NAME", help="timm's optimizer (sgd)")
     group.add_argument(
         "--sched", default="cosine", metavar="NAME", help="cosine, tanh or poly (cosine)"
@@ -232,22 +201,17 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
         "--warmup-epochs", type=float, default=0.2, metavar="X", help="rise to the peak (0.2)"
     )
     group.add_argument(
-        "--clip-grad",
-        type=positive,
-        default=1.0 if teacher else None,
-        metavar="X",
+        "--clip-grad", type=positive, default=1.0 if teacher else None, metavar="X",
         help=f"largest norm of the gradient ({'1' if teacher else 'any'})",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--model-ema-decay", type=float, metavar="X", help="save the moving average of the weights"
     )
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument(
-        "--amp-dtype",
-        choices=("bfloat16", "float16"),
-        default="bfloat16",
+        "--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16",
         help="its type; float16 on CUDA only (bfloat16)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--freeze-batchnorm", action="store_true", help="keep BatchNorm's running statistics"
     )
@@ -258,52 +222,40 @@ def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
 def add_latency(sub: Parser) -> None:
     """Add how often the model is timed."""
     sub.section("run").add_argument(
-        "--latency-repeats",
-        type=int,
-        default=50,
-        metavar="N",
+        "--latency-repeats", type=int, default=50, metavar="N",
         help="timed calls of each model by turns, 0 for none (50)",
-    )
+    )  # fmt: skip
 
 
 def add_latency_budget(group: Any, *, table: bool = True) -> None:
     """Add where milliseconds are measured that a budget counts, or that a table may hold."""
     group.add_argument(
-        "--latency-runtime",
-        choices=(*RUNTIMES, TABLE) if table else RUNTIMES,
-        default="eager",
+        "--latency-runtime", choices=(*RUNTIMES, TABLE) if table else RUNTIMES, default="eager",
         help="where the model will run: PyTorch as it is or compiled on --device, or ONNX Runtime "
         "or OpenVINO on the CPU" + ("; table: what --latency-table says" if table else "")
         + " (eager)",
     )  # fmt: skip
     if table:
         group.add_argument(
-            "--latency-table",
-            metavar="F",
+            "--latency-table", metavar="F",
             help="file that `latency-table` wrote on the device where the model will run",
-        )
+        )  # fmt: skip
     group.add_argument(
-        "--latency-batch-size",
-        type=count,
-        default=1,
-        metavar="N",
+        "--latency-batch-size", type=count, default=1, metavar="N",
         help="images of one call" + (", with --of latency (1)" if table else " (1)"),
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--latency-threads",
-        type=count,
-        metavar="N",
+        "--latency-threads", type=count, metavar="N",
         help="threads of one call on a CPU (as many as PyTorch uses)",
-    )
+    )  # fmt: skip
 
 
 def add_checkpointing(group: Any) -> None:
     """Add a choice of less memory in more time."""
     group.add_argument(
-        "--grad-checkpointing",
-        action="store_true",
+        "--grad-checkpointing", action="store_true",
         help="score with less memory, in more time (tpv)",
-    )
+    )  # fmt: skip
 
 
 def add_ignore(group: Any) -> None:

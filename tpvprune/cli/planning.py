@@ -15,12 +15,7 @@ from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, percent, say, short
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
-from tpvprune.cli.pruning_options import (
-    limits_of,
-    pruning_options,
-    ranking_options,
-    weight_options,
-)
+from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
 from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts
@@ -34,7 +29,7 @@ from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
-from tpvprune.pipeline.checks import granularity_for
+from tpvprune.pipeline.choices import leaving
 from tpvprune.pipeline.within import NUM_SIZES
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
@@ -87,8 +82,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             ranking = prune(
                 subject.model,
                 batches,
-                **{**pruning_options(args), **quicker},
-                **ranking_options(args, labelled, ignore=layers),
+                **{**pruning_options(args, labelled, ignore=layers), **quicker},
                 ranking=ranking,
             ).ranking
 
@@ -124,7 +118,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _may_go(args: argparse.Namespace) -> Sequence[str]:
-    return granularity_for(STRUCTURES[args.granularity], args.of)
+    return leaving(STRUCTURES[args.granularity], args.of)
 
 
 def _left_out(args: argparse.Namespace) -> str:

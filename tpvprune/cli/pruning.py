@@ -14,7 +14,7 @@ from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs, write_page
 from tpvprune.cli.console import say, show_pruned, stages
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import pruning_options, ranking_options
+from tpvprune.cli.pruning_options import pruning_options
 from tpvprune.cli.session import Subject, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
@@ -153,22 +153,11 @@ def _pruned(
         with clock("training"):
             result = _distilled(args, subject, opened.images, result)
     document, seen = pruned_document(
-        args,
-        subject,
-        result,
-        images=opened.images,
-        batches=batches,
-        eval_images=opened.eval_images,
-        labelled=opened.labelled,
-        clock=clock,
-    )
-    by_first(
-        save_pruned,
-        result,
-        args.output,
-        **saved_with(args, subject),
-        report={**report_data(result), **document, **seen},
-    )
+        args, subject, result, images=opened.images, batches=batches,
+        eval_images=opened.eval_images, labelled=opened.labelled, clock=clock,
+    )  # fmt: skip
+    report = {**report_data(result), **document, **seen}
+    by_first(save_pruned, result, args.output, **saved_with(args, subject), report=report)
     for unfinished in (training.state_file(args.output), state):
         by_first(unfinished.unlink, missing_ok=True)
     show_pruned(document)
@@ -186,8 +175,7 @@ def _result(
             return prune(
                 subject.model,
                 unlabeled(batches, device=subject.device),
-                **{**pruning_options(args), "keep": keep},
-                **ranking_options(args, batches, ignore=opened.layers),
+                **{**pruning_options(args, batches, ignore=opened.layers), "keep": keep},
                 ranking=found,
                 state=state if found is ranking else None,  # of several sizes the first one ranks
                 progress=progress,

@@ -18,22 +18,27 @@ from tpvprune.widths.limits import Limits
 
 _FROM_FLAGS = (
     "keep", "of", "latency_batch_size", "latency_threads", "steps", "allocation",
-    "max_depth_removed",
+    "max_depth_removed", "seed",
 )  # fmt: skip
 _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 
 
-def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say to :func:`tpvprune.pipeline.prune`."""
-    repair = "compensate" if args.repair == "distill" else args.repair
-    named = {name: getattr(args, name) for name in _FROM_FLAGS}
+def pruning_options(
+    args: argparse.Namespace, batches: Any, *, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """Return what the flags say to :func:`tpvprune.pipeline.prune`.
+
+    ``batches``: labelled ones, where the criterion needs labels. ``ignore``: layers that stay.
+    """
     return {
-        **named,
+        **{name: getattr(args, name) for name in _FROM_FLAGS},
+        "criterion": with_labels(args.criterion, batches),
+        "limits": limits_of(args, ignore=ignore),
+        "probing": Probing(**probing_options(args)),
         "latency_runtime": latency_runtime(args),
-        "repair": repair,
+        "repair": "compensate" if args.repair == "distill" else args.repair,
         "granularity": STRUCTURES[args.granularity],
         "outputs": outputs_of(args),
-        "seed": args.seed,
         **_ALL_IMAGES,
     }
 
@@ -43,26 +48,6 @@ def latency_runtime(args: argparse.Namespace) -> str | LatencyTable:
     if args.latency_runtime == TABLE:
         return read_latency_table(args.latency_table)
     return str(args.latency_runtime)
-
-
-def ranking_options(
-    args: argparse.Namespace, batches: Any, *, ignore: Sequence[str]
-) -> dict[str, Any]:
-    """Return what the flags say of criterion and limits, for :func:`tpvprune.pipeline.prune`.
-
-    Args:
-        args: The flags.
-        batches: Labelled ones, where the criterion needs labels.
-        ignore: Layers that stay whole.
-
-    Returns:
-        Arguments.
-    """
-    return {
-        "criterion": with_labels(args.criterion, batches),
-        "limits": limits_of(args, ignore=ignore),
-        "probing": Probing(**probing_options(args)),
-    }
 
 
 def outputs_of(args: argparse.Namespace) -> dict[str, float] | None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import platform
 import textwrap
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from tpvprune.cli.console import say
 from tpvprune.cli.first_checks import NEITHER
+from tpvprune.disk.versions import versions
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.forwards import forward_of, load_forward, said_of_forward, with_forward
@@ -215,16 +214,8 @@ def provenance(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         "command": args.command_line,
         "device": str(subject.device),
         "seed": args.seed,
-        "versions": versions(),
+        "versions": {
+            **versions("torch", "tpvprune", "timm", "torch-pruning"),
+            "torch": str(torch.__version__),
+        },
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("tpvprune", "timm", "torch-pruning"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

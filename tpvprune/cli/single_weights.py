@@ -14,19 +14,16 @@ from tpvprune.cli.session_results import pruned_document, saved_with
 from tpvprune.groups import find_groups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
+from tpvprune.pipeline.choices import Choices
 from tpvprune.processes.membership import num_processes
 from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
+from tpvprune.widths.limits import Limits
 
 _OTHERS_ONLY = {
-    "of": "macs",
-    "steps": 1,
-    "allocation": None,
-    "round_to": 1,
-    "min_channels": 1,
-    "max_removed": 1.0,
-    "max_depth_removed": 0.5,
+    **{name: getattr(Choices, name) for name in ("of", "steps", "allocation", "max_depth_removed")},
+    **{name: getattr(Limits, name) for name in ("round_to", "min_channels", "max_removed")},
 }
 
 
@@ -64,15 +61,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     document, seen = pruned_document(
-        args,
-        subject,
-        result,
-        images=images,
-        batches=batches,
-        eval_images=eval_images,
-        labelled=labelled,
-        clock=clock,
-    )
+        args, subject, result, images=images, batches=batches, eval_images=eval_images,
+        labelled=labelled, clock=clock,
+    )  # fmt: skip
     save_pruned(
         result.model,
         args.output,

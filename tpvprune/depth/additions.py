@@ -17,14 +17,6 @@ def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
 
     Of any shapes: a batch of one image meets an embedding in its own shape, as no other batch does,
     and the order of the additions must not depend on that.
-
-    Args:
-        func: A torch function.
-        args: What it is called with.
-        kwargs: Likewise.
-
-    Returns:
-        True if so.
     """
     if function_name(func) != "add" or len(args) != 2 or kwargs:
         return False

@@ -34,14 +34,9 @@ def find_branches(
 
     Of branches inside of each other the inner ones are found.
 
-    Args:
-        model: Any network; untouched.
-        x: Inputs [B, ...]; B = 2 tells more than 1.
-        outputs: What counts of what it returns; None: all real outputs of this call.
-
-    Returns:
-        The branches in the order of a forward. A block whose branches can only go together, as it
-        would change what else it does, is not among them.
+    ``x``: inputs [B, ...]; B = 2 tells more than 1. ``outputs``: what counts of what it returns;
+    None: all real outputs of this call. Returns the branches in the order of a forward. A block
+    whose branches can only go together, as it would change what else it does, is not among them.
     """
     trace = traced(model, on_device(x, model))
     found = _innermost(_candidates(model, trace))
@@ -100,8 +95,7 @@ def _nodes_of(trace: Trace) -> dict[str, set[int]]:
 def _outermost(trace: Trace, inside: frozenset[int], ran: dict[str, set[int]]) -> dict[int, str]:
     """Find the largest modules that do nothing but what a branch does.
 
-    Returns:
-        Node -> module; nodes that lie in none are left out.
+    Returns node -> module; nodes that lie in none are left out.
     """
     found = {}
     for number in inside:
@@ -163,11 +157,7 @@ class _Proof:
         return [n for n in names if self._holds(parts[n])]
 
     def _holds(self, gone: Sequence[Branch]) -> bool:
-        """Tell whether the network without branches gives what it should.
-
-        Returns:
-            True if so.
-        """
+        """Tell whether the network without branches gives what it should."""
         with WithoutBranches(gone):
             masked = self._run(self._model)
         removed = None

@@ -14,11 +14,7 @@ Damage = tuple[float, float]  # how far beyond the budget, and the output varian
 def most_trials(most: int) -> int:
     """Return how many numbers of branches are tried at most.
 
-    Args:
-        most: How many may go.
-
-    Returns:
-        The number; where the best one is near an end of the range fewer are.
+    Returns the number; where the best one is near an end of the range fewer are.
     """
     return min(2 * _PARTS, most) + 1
 
@@ -29,13 +25,9 @@ def best_depth(damage: Callable[[int], Damage], most: int) -> int:
     First a few numbers all over the range are tried, then those between the best one and its
     neighbours.
 
-    Args:
-        damage: Number of branches -> how far what is left exceeds the budget, which is then as
-            small as it gets, and what is lost.
-        most: How many may go.
-
-    Returns:
-        The number; where no trial meets the budget that which is closest to it.
+    ``damage``: number of branches -> how far what is left exceeds the budget, which is then as
+    small as it gets, and what is lost. Returns the number; where no trial meets the budget that
+    which is closest to it.
     """
     known = cache(damage)
     tried = sorted({round(i * most / _PARTS) for i in range(_PARTS + 1)})

@@ -24,16 +24,8 @@ def branch_order(
 ) -> tuple[list[Branch], dict[str, float]]:
     """Rank branches by what the outputs lose with them for each unit of cost.
 
-    Args:
-        model: The network.
-        branches: Of it.
-        inputs: Batches of unlabeled inputs.
-        savings: Name of the branch -> what its removal saves.
-        most: How many may go.
-        options: Of :func:`tpvprune.depth.branch_scores`.
-
-    Returns:
-        Those that may go, the first to go first; and the scores of all in the whole network.
+    ``savings``: name of the branch -> what its removal saves. Returns those that may go, the first
+    to go first; and the scores of all in the whole network.
     """
     order: list[Branch] = []
     first: dict[str, float] = {}

@@ -72,12 +72,7 @@ class Removal:
     def of(cls, branches: Sequence[Branch], gone: Collection[str]) -> Removal:
         """Return what changes when branches go.
 
-        Args:
-            branches: All of a network.
-            gone: Names of those that go.
-
-        Returns:
-            Whole blocks where all of their branches go, else modules.
+        Returns whole blocks where all of their branches go, else modules.
         """
         staying = {b.block for b in branches if b.name not in gone}
         going = [b for b in branches if b.name in gone]

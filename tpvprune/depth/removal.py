@@ -37,16 +37,8 @@ def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) 
     Members that leave a sequence leave a gap in its names: all other parameters are called as
     before.
 
-    Args:
-        model: The network.
-        removal: What goes: of :meth:`tpvprune.depth.Removal.of`.
-        share: Whether the copy has the same parameters and buffers, not copies.
-
-    Returns:
-        The smaller network.
-
-    Raises:
-        ValueError: If a module is not there, or a block is not a member of a sequence.
+    ``share``: whether the copy has the same parameters and buffers, not copies. ValueError if a
+    module is not there, or a block is not a member of a sequence.
     """
     check_removal(model, removal)
     smaller = sharing_copy(model) if share else copy.deepcopy(model)
@@ -61,11 +53,7 @@ def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) 
 
 
 def check_removal(model: nn.Module, removal: Removal) -> None:
-    """Check that what goes is there.
-
-    Raises:
-        ValueError: If a module is not, or a block is not a member of a sequence.
-    """
+    """Check that what goes is there."""
     modules = dict(model.named_modules())
     for name in removal.modules:
         if not name or name not in modules:

@@ -22,15 +22,7 @@ _CALLS = 7  # of which the median counts, behind one to warm up
 
 
 def is_inside(name: str, modules: Collection[str]) -> bool:
-    """Tell whether a module, or parameter, is one of these modules or inside of one.
-
-    Args:
-        name: Of it.
-        modules: Names of modules.
-
-    Returns:
-        True if so.
-    """
+    """Tell whether a module, or parameter, is one of these modules or inside of one."""
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
@@ -45,15 +37,8 @@ def branch_savings(
 ) -> dict[str, float]:
     """Return what leaves with each branch.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        branches: Of it.
-        of: What counts.
-        x: Inputs [B, ...] to be timed on, where milliseconds do.
-
-    Returns:
-        Name of the branch -> MACs of one input, parameters, or milliseconds of a call.
+    ``x``: inputs [B, ...] to be timed on, where milliseconds do. Returns name of the branch -> MACs
+    of one input, parameters, or milliseconds of a call.
     """
     if isinstance(of, LatencyTable):
         if of.runtime == "eager":
@@ -75,13 +60,7 @@ def table_without(
 ) -> LatencyTable:
     """Return the times of the layers of a network without branches.
 
-    Args:
-        table: Of the whole network.
-        branches: Those that are gone.
-        milliseconds: What each of all branches takes.
-
-    Returns:
-        A table without their layers; what else they took is no longer in the constant.
+    Returns a table without their layers; what else they took is no longer in the constant.
     """
     layers, constant = dict(table.layers), table.constant_ms
     for branch in branches:
@@ -106,8 +85,7 @@ def _layer_ms(table: LatencyTable, name: str) -> float:
 def _milliseconds(model: nn.Module, branches: Sequence[Branch], x: Tensor) -> dict[str, float]:
     """Time the modules of each branch in calls of the whole network.
 
-    Returns:
-        Name of the branch -> median.
+    Returns name of the branch -> median.
     """
     took: dict[str, list[float]] = defaultdict(list)
     with evaluating(model), _timed(model, branches, took, x.device):

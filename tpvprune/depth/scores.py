@@ -41,18 +41,9 @@ def branch_scores(
 ) -> dict[str, float]:
     """Score branches by the output variance that their removal causes.
 
-    Args:
-        model: The network; run in eval mode, restored afterwards.
-        branches: Of it (:func:`tpvprune.depth.find_branches`).
-        batches: Re-iterable of unlabeled input tensors [B, ...].
-        gone: Other branches that count as zero.
-        compensated: Let a linear map of x stand in where that leaves less.
-        num_probes: Random directions per image; each costs a backward pass.
-        seed: Of the directions, and of the positions that the maps are fitted on.
-        outputs: What counts of what the model returns; None: all, alike.
-
-    Returns:
-        Name of the branch -> score, in squared output units.
+    ``batches``: re-iterable of unlabeled input tensors [B, ...]. ``seed``: of the directions, and
+    of the positions that the maps are fitted on. ``outputs``: what counts of what the model
+    returns; None: all, alike. Returns name of the branch -> score, in squared output units.
 
     Reference:
         Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089.
@@ -109,12 +100,8 @@ class _Watched(WithoutBranches):
     def changes(self, returned: Tensor, v: Tensor) -> Tensor:
         """Return how the outputs change along v without each branch.
 
-        Args:
-            returned: The outputs [B, K].
-            v: Directions [B, K].
-
-        Returns:
-            [1 or 2, branches, B]: without it, and with what stands in.
+        ``returned``: the outputs [B, K]. ``v``: directions [B, K]. Returns [1 or 2, branches, B]:
+        without it, and with what stands in.
         """
         grads = torch.autograd.grad(returned, self._added, v, retain_graph=True)
         changes = [
@@ -133,8 +120,7 @@ def _stand_ins(
 ) -> dict[str, Map]:
     """Fit F(x) by a linear map of the channels of x, at some positions of every input.
 
-    Returns:
-        Name of the branch -> map.
+    Returns name of the branch -> map.
     """
     rows = _Rows(branches, gone, torch.Generator().manual_seed(seed))
     with evaluating(model), torch.no_grad():

@@ -56,11 +56,7 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
 
     def readers(self) -> list[set[int]]:
-        """List, for each node, those that read it.
-
-        Returns:
-            As many sets as there are nodes.
-        """
+        """List, for each node, those that read it."""
         found: list[set[int]] = [set() for _ in self.nodes]
         for number, node in enumerate(self.nodes):
             for read in node.inputs:
@@ -89,12 +85,7 @@ class Trace:
 def traced(model: nn.Module, x: Tensor) -> Trace:
     """Follow a forward of a network, in eval mode.
 
-    Args:
-        model: The network.
-        x: Inputs [B, ...].
-
-    Returns:
-        What was computed from what.
+    ``x``: inputs [B, ...].
     """
     recorder = _Recorder(x)
     with evaluating(model):

@@ -41,8 +41,7 @@ def ablation_scores(
         max_channels: Channels measured per group, a random choice of them, >= 1;
             None measures all.
         seed: Seed of that choice.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         Scores in squared output units (of several outputs without unit), float64 [C] per group,

@@ -27,12 +27,7 @@ class Layer:
 def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
     """List the convolutions and linear layers that one forward calls, in that order.
 
-    Args:
-        model: The network; left as it is.
-        example_inputs: One batch [B, ...].
-
-    Returns:
-        The layers, each with the BatchNorm behind it.
+    ``example_inputs``: one batch [B, ...].
     """
     order: dict[str, None] = {}
     written: dict[int, str] = {}
@@ -75,15 +70,9 @@ def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[s
     W' = W gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps). A BatchNorm
     that no layer writes for keeps its place; its statistics go into its weight and bias.
 
-    Args:
-        model: The network; left as it is.
-        example_inputs: One batch [B, ...], on which the copy is checked.
-
-    Returns:
-        The copy, and the names of its convolutions and linear layers in the order of execution.
-
-    Raises:
-        ValueError: If the copy gives other outputs, as with standardised weights.
+    ``example_inputs``: one batch [B, ...], on which the copy is checked. Returns the copy, and the
+    names of its convolutions and linear layers in the order of execution. ValueError if the copy
+    gives other outputs, as with standardised weights.
     """
     layers = layers_of(model, example_inputs)
     # On the CPU: not every accelerator computes in float64.

@@ -81,8 +81,7 @@ def jacobian_norms(
         num_probes: Directions per sample, >= 1. More cost a backward each and lower the part of
             the error that comes from directions, not the part that comes from samples.
         seed: Of the directions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The norms of every sample.

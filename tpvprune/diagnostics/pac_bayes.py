@@ -95,8 +95,7 @@ def _error(model: nn.Module, weights: Mapping[str, Tensor], batches: Labelled) -
 def _crossing(errors: Callable[[float], float], target: float, *, start: float) -> float:
     """Return where a rising function crosses ``target``, to 3 %.
 
-    Raises:
-        ValueError: If it does not.
+    ValueError if it does not.
     """
     below = errors(start) < target
     low = high = start

@@ -52,13 +52,7 @@ def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, 
     The isotropic approximation of the paper: near a minimum of curvature H the gradient noise
     H / B and the pull H balance at C = lr / (2 B) I.
 
-    Args:
-        model: The network.
-        lr: Learning rate.
-        batch_size: B.
-
-    Returns:
-        Variance by parameter name, in squared weight units.
+    Returns variance by parameter name, in squared weight units.
     """
     return dict.fromkeys(_floating(model), lr / (2 * batch_size))
 
@@ -68,17 +62,9 @@ def quantization_steps(
 ) -> dict[str, float]:
     """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter.
 
-    Args:
-        model: The network.
-        bits: b, 1 to 16.
-        step_of: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
-            parameter has its own, as quantizers do.
-
-    Returns:
-        Step by parameter name, in weight units; the variance of rounding is step^2 / 12.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    ``step_of``: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
+    parameter has its own, as quantizers do. Returns step by parameter name, in weight units; the
+    variance of rounding is step^2 / 12. ValueError if an argument is out of range.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits: expected 1 to 16, found {bits}")
@@ -133,8 +119,7 @@ def perturbed_variance(
         draw: The perturbation of a parameter.
         num_draws: Perturbed networks, >= 1; a forward over all inputs each.
         seed: Of the draws.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The variance in squared output units; the standard error is over draws, for these inputs.
@@ -196,8 +181,7 @@ def label_noise_variance(
         lr: Learning rate.
         momentum: Of SGD.
         seed: Of the noise.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         An estimate for each measured set, in squared output units; standard errors over draws.
@@ -306,8 +290,7 @@ def selection_variance(
         batches: Re-iterable of unlabeled inputs.
         num_probes: Directions per sample.
         seed: Of the directions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The prediction, with its standard error over samples, and what was measured.

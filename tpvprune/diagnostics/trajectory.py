@@ -43,8 +43,7 @@ def input_lipschitz(
         batches: Inputs; labels are dropped.
         num_iterations: Rounds, >= 1.
         seed: Of the first vectors.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The mean, in output units per unit of the (preprocessed) input, and its error over images.

@@ -89,8 +89,7 @@ def local_volume(
         coordinates: Units of the weights, see above.
         num_directions: Random directions, >= 2.
         seed: Of these directions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         The log-volume and its errors.

@@ -24,19 +24,7 @@ _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Find out before any work is done whether a folder may be written.
-
-    Args:
-        folder: Where a saved model is to go.
-        overwrite: Whether one that is there already may be replaced.
-
-    Returns:
-        The folder, links resolved.
-
-    Raises:
-        ValueError: If it is a file, is not empty and not to be replaced, holds anything
-            but a saved model, or its place is not writable.
-    """
+    """Find out before any work is done whether a folder may be written."""
     try:
         folder = Path(folder).expanduser().resolve()
     except (OSError, RuntimeError) as error:  # links in a circle, no home folder
@@ -69,14 +57,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
     the body raises, the old folder stays and the new one goes. What a killed process left
     unfinished goes, too: of two that write one place at a time, the first one fails.
 
-    Args:
-        folder: The final place; whatever folder is there is replaced.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        ValueError: If the system refuses to write, with its reason.
+    ValueError if the system refuses to write, with its reason.
     """
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -100,14 +81,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 def written_file(path: Path) -> Iterator[Path]:
     """Give the name of a new file to write; at the end it takes the place of ``path``.
 
-    Args:
-        path: The final place; a file that is there is replaced.
-
-    Yields:
-        The file to write, beside its final place.
-
-    Raises:
-        ValueError: If the system refuses to write, with its reason.
+    ValueError if the system refuses to write, with its reason.
     """
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -130,14 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tell whether a file or folder is what a killed process left of one that it wrote.
-
-    Args:
-        path: Beside its final place.
-
-    Returns:
-        True if so; writing that place again removes it.
-    """
+    """Tell whether a file or folder is what a killed process left of one that it wrote."""
     return _UNFINISHED.fullmatch(path.name) is not None
 
 

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 def digest_of(*parts: Any) -> bytes:
     """Compute the SHA-256 of values; names, order and every bit of the tensors count.
 
-    Args:
-        *parts: Strings, tensors, modules, mappings of tensors, or values with a ``repr``.
-
-    Returns:
-        32 bytes.
+    ``*parts``: Strings, tensors, modules, mappings of tensors, or values with a ``repr``.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -38,14 +34,7 @@ def digest_of(*parts: Any) -> bytes:
 
 
 def file_digest(path: str | Path) -> str:
-    """Compute the SHA-256 of a file.
-
-    Args:
-        path: The file; read in parts.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Compute the SHA-256 of a file."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while part := file.read(1 << 20):

@@ -10,15 +10,7 @@ _ZIP, _PICKLE, _POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
 def found_instead(path: str | Path, reason: str) -> str:
-    """Say what a file is that could not be read as weights.
-
-    Args:
-        path: The file.
-        reason: Of the reader, in a few words.
-
-    Returns:
-        Words that follow "found".
-    """
+    """Say what a file is that could not be read as weights."""
     with Path(path).open("rb") as file:
         head = file.read(_HEAD)
     if not head:

@@ -10,14 +10,7 @@ RANKING_FILE = "ranking.safetensors"
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Check that a checkpoint is there.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
+    """Check that a checkpoint is there."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
 
@@ -25,12 +18,7 @@ def check_checkpoint(path: str | Path) -> None:
 def check_images(path: str | Path, *, arrays: bool = False) -> None:
     """Check that images can be read from a place.
 
-    Args:
-        path: A folder or a ``.tar``.
-        arrays: An ``.npy`` will do, too.
-
-    Raises:
-        ValueError: If it is missing, closed to this user, or another kind of file.
+    ``path``: a folder or a ``.tar``. ``arrays``: an ``.npy`` will do, too.
     """
     path = Path(path)
     if not path.exists():
@@ -42,63 +30,28 @@ def check_images(path: str | Path, *, arrays: bool = False) -> None:
 
 
 def check_list(path: str | Path) -> None:
-    """Check that a list of image files is there.
-
-    Args:
-        path: The text file.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
+    """Check that a list of image files is there."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such list of image files")
 
 
 def check_saved(folder: str | Path) -> None:
-    """Check that a folder may hold a saved pruned model.
-
-    Args:
-        folder: On this machine.
-
-    Raises:
-        ValueError: If it has no ``config.json``.
-    """
+    """Check that a folder may hold a saved pruned model."""
     _check_holds(folder, "config.json", "pruned model")
 
 
 def check_run(folder: str | Path) -> None:
-    """Check that a folder may hold a saved run.
-
-    Args:
-        folder: On this machine.
-
-    Raises:
-        ValueError: If it has no ``report.json``.
-    """
+    """Check that a folder may hold a saved run."""
     _check_holds(folder, "report.json", "run")
 
 
 def check_ranking(folder: str | Path) -> None:
-    """Check that a folder may hold a ranking.
-
-    Args:
-        folder: On this machine.
-
-    Raises:
-        ValueError: If it has no ``ranking.safetensors``.
-    """
+    """Check that a folder may hold a ranking."""
     _check_holds(folder, RANKING_FILE, "run of `prune`")
 
 
 def check_table(path: str | Path) -> None:
-    """Check that a table of milliseconds is there.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
+    """Check that a table of milliseconds is there."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file: `tpvprune latency-table` writes one")
 
@@ -111,15 +64,7 @@ def _check_holds(folder: str | Path, name: str, what: str) -> None:
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Find out before any work is done whether a file may be written.
-
-    Args:
-        path: The file.
-        overwrite: Whether one that is there already may be replaced.
-
-    Raises:
-        ValueError: If it may not.
-    """
+    """Find out before any work is done whether a file may be written."""
     if path.is_dir():
         raise ValueError(f"{path}: expected a file name, found a folder")
     if path.exists() and not path.is_file():  # which a new file would replace
@@ -130,14 +75,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make and remove a file where `path` will be: permission bits do not tell all.
-
-    Args:
-        path: A file or folder that is there or not.
-
-    Raises:
-        ValueError: If the system refuses.
-    """
+    """Make and remove a file where `path` will be: permission bits do not tell all."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):

@@ -14,10 +14,6 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Files of tensors do not hold versions, and some classes refuse a state dict of none (MNASNet of
     torchvision).
-
-    Args:
-        module: Gets the values, in place.
-        tensors: For every parameter and buffer, by name.
     """
     state: Any = OrderedDict(tensors)
     state._metadata = getattr(module.state_dict(), "_metadata", {})

@@ -26,11 +26,8 @@ def save_state(
 ) -> None:
     """Write modules, optimizer and facts, in the place of an earlier state.
 
-    Args:
-        path: The file; ValueError tells if the system refuses to write it.
-        modules: Name -> module, such as the model and its moving average.
-        optimizer: Its buffers go to tensors, its numbers to JSON.
-        facts: Plain JSON values: epoch, settings.
+    ``path``: the file; ValueError tells if the system refuses to write it. ``modules``: name ->
+    module, such as the model and its moving average.
     """
     tensors = by_part({name: module.state_dict() for name, module in modules.items()})
     numbers: dict[str, dict[str, Any]] = {}
@@ -48,10 +45,7 @@ def save_state(
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and facts, in the place of an earlier state.
 
-    Args:
-        path: The file; ValueError tells if the system refuses to write it.
-        tensors: By any names.
-        facts: Plain JSON values.
+    ``path``: the file; ValueError tells if the system refuses to write it.
     """
     # Copies: safetensors refuses tensors that share memory.
     copies = {
@@ -65,11 +59,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name tensors as :func:`read_tensors` finds them.
 
-    Args:
-        parts: Part -> name -> tensor; no part has a colon in it.
-
-    Returns:
-        "part:name" -> tensor.
+    ``parts``: part -> name -> tensor; no part has a colon in it. Returns "part:name" -> tensor.
     """
     return {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
 
@@ -77,14 +67,8 @@ def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def read_facts(path: Path) -> dict[str, Any]:
     """Return the facts of a saved state.
 
-    Args:
-        path: What ``save_tensors`` or ``save_state`` wrote.
-
-    Returns:
-        The facts; of a training, ``optimizer`` with its numbers too.
-
-    Raises:
-        ValueError: If the file is damaged or something else.
+    ``path``: what ``save_tensors`` or ``save_state`` wrote. Returns the facts; of a training,
+    ``optimizer`` with its numbers too. ValueError if the file is damaged or something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -99,12 +83,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a saved state by the part of the name before the first colon.
 
-    Args:
-        path: What ``save_tensors`` wrote.
-        parts: All such parts, also those that hold nothing.
-
-    Returns:
-        Part -> rest of the name -> tensor.
+    ``path``: what ``save_tensors`` wrote. Returns part -> rest of the name -> tensor.
     """
     found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     with safe_open(path, framework="pt") as file:
@@ -119,10 +98,8 @@ def load_state(
 ) -> None:
     """Put a saved state into modules and optimizer, in place and bit for bit.
 
-    Args:
-        path: What ``save_state`` wrote for modules and an optimizer of the same build.
-        modules: Name -> module.
-        optimizer: Over the parameters of one of them.
+    ``path``: what ``save_state`` wrote for modules and an optimizer of the same build. ``modules``:
+    name -> module.
     """
     saved = read_facts(path)["optimizer"]
     parts = read_tensors(path, (*modules, "optimizer"))

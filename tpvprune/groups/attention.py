@@ -21,9 +21,6 @@ class UnfusedAttention(nn.MultiheadAttention):
 
     A subclass, because models ask for the type. Of a module with fewer heads ``head_dim`` stays,
     and with it the scale of the products.
-
-    Args:
-        fused: What it takes the place of; its weights are copied.
     """
 
     def __init__(self, fused: nn.MultiheadAttention) -> None:
@@ -62,18 +59,11 @@ class UnfusedAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments and shapes are those of ``nn.MultiheadAttention``.
 
-        Args:
-            query: [B, L, E] (``batch_first``), [L, B, E], or [L, E] of one sample.
-            key: Likewise, S in the place of L.
-            value: Likewise.
-            key_padding_mask: Which keys [B, S] are left out, or what is added to their products.
-            need_weights: Return the attention, too.
-            attn_mask: Which pairs [L, S] or [B * heads, L, S] are left out, or what is added.
-            average_attn_weights: Over the heads.
-            is_causal: Of ``attn_mask``, which is passed anyway: ignored.
-
-        Returns:
-            Output of the shape of ``query``; attention [B, L, S] or [B, heads, L, S], or None.
+        ``query``: [B, L, E] (``batch_first``), [L, B, E], or [L, E] of one sample.
+        ``key_padding_mask``: which keys [B, S] are left out, or what is added to their products.
+        ``attn_mask``: which pairs [L, S] or [B * heads, L, S] are left out, or what is added.
+        ``is_causal``: of ``attn_mask``, which is passed anyway: ignored. Returns output of the
+        shape of ``query``; attention [B, L, S] or [B, heads, L, S], or None.
         """
         alone = query.ndim == 2
         dim = 0 if alone or self.batch_first else 1

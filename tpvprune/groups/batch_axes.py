@@ -25,14 +25,6 @@ def with_batch_axes(
     A score is a sum over the positions of one image. It can be taken neither where a layer sees no
     image (one that makes a table of positions), nor where the entries of an activation belong to
     several.
-
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Example arguments; with several nothing is looked at.
-
-    Returns:
-        The groups.
     """
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not inputs[0].ndim:
         return groups

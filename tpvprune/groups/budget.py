@@ -120,12 +120,7 @@ def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
     Units of one group need not cost the same: in a padded residual stream some channels exist in
     every stage, others only in the last.
 
-    Args:
-        groups: Channel groups.
-        of: What is counted.
-
-    Returns:
-        Group name -> Tensor [C], in units of the budget.
+    Returns group name -> Tensor [C], in units of the budget.
     """
     savings = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     for term, axes in _entries(groups, of):
@@ -158,11 +153,7 @@ def _product(amount: float, shares: Sequence[float]) -> float:
 
 
 def check_budget(keep: float, of: object) -> None:
-    """Check a budget.
-
-    Raises:
-        ValueError: If it is out of range.
-    """
+    """Check a budget."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}; 0.5 keeps half.")
     if not isinstance(of, LatencyTable) and of not in {"macs", "params"}:

@@ -41,14 +41,7 @@ _HOOKS: dict[type, tuple[str, Callable[[nn.Module, str], Any]]] = {
 
 
 def computed_weights(model: nn.Module) -> list[str]:
-    """Return the names of the weights that parametrizations or hooks compute.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Qualified names, in the order of the modules.
-    """
+    """Return the names of the weights that parametrizations or hooks compute."""
     return [
         f"{name}.{weight}".lstrip(".")
         for name, module in model.named_modules()

@@ -102,8 +102,7 @@ def find_groups(
 def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
     """Return the layers whose weight is computed from others, as groups that stay whole.
 
-    Raises:
-        ValueError: If hooks compute it: such modules cannot be copied.
+    ValueError if hooks compute it: such modules cannot be copied.
     """
     found = []
     for name in computed_weights(model):

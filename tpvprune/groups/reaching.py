@@ -22,14 +22,8 @@ def unseen(
 ) -> dict[str, str]:
     """Return the groups of which nothing reaches an output that counts.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Example arguments.
-        names: Of the outputs that count; None: all of real numbers with one entry for each image.
-
-    Returns:
-        Name of a group -> the reason.
+    ``names``: of the outputs that count; None: all of real numbers with one entry for each image.
+    Returns name of a group -> the reason.
     """
     readers = sorted({r.call for g in groups for r in g.readers})
     read: dict[int, Tensor] = {}

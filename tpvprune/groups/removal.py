@@ -78,13 +78,9 @@ def restore_empty(
     A group may run through several layers of which each makes some of its channels (branches
     that are concatenated); every one of them needs at least one.
 
-    Args:
-        groups: Groups of a model.
-        kept: Group name -> BoolTensor [C], ``True`` = stays; untouched.
-        scores: Group name -> Tensor [C], bigger = put back first. Default: the first channel.
-
-    Returns:
-        The same selection with as many channels put back as it takes.
+    ``kept``: group name -> BoolTensor [C], ``True`` = stays; untouched. ``scores``: group name ->
+    Tensor [C], bigger = put back first. Default: the first channel. Returns the same selection with
+    as many channels put back as it takes.
     """
     filled = {name: mask.clone() for name, mask in kept.items()}
     for axis, least in _least(groups):
@@ -109,11 +105,7 @@ def _least(groups: ChannelGroups) -> Iterator[tuple[Axis, int]]:
 
 
 def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
-    """Check that a selection fits the groups and leaves a channel in each.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Check that a selection fits the groups and leaves a channel in each."""
     for name, mask in kept.items():
         if name not in groups:
             raise ValueError(f"kept: expected names of prunable groups, found {name!r}.")
@@ -136,12 +128,7 @@ def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
 def attribute_changes(dense: nn.Module, pruned: nn.Module) -> Attributes:
     """List the plain attributes (widths, head counts, paddings) that a removal changed.
 
-    Args:
-        dense: The model before.
-        pruned: The same model after.
-
-    Returns:
-        Module path -> attribute -> new value; JSON-ready, and what :func:`shrink_to` takes.
+    Returns module path -> attribute -> new value; JSON-ready, and what :func:`shrink_to` takes.
     """
     before, changes = dict(dense.named_modules()), {}
     for path, module in pruned.named_modules():
@@ -163,13 +150,9 @@ def shrink_to(
 ) -> None:
     """Give a dense skeleton the shapes and attributes of a pruned model, in place.
 
-    Args:
-        model: A freshly built dense model; its changed parameters are left uninitialised.
-        shapes: Parameter or buffer name -> shape.
-        attributes: As :func:`attribute_changes` returns them.
-
-    Raises:
-        ValueError: If a name is unknown, or an attribute has another type than the model's.
+    ``model``: a freshly built dense model; its changed parameters are left uninitialised.
+    ``shapes``: parameter or buffer name -> shape. ValueError if a name is unknown, or an attribute
+    has another type than the model's.
     """
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),

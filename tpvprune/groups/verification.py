@@ -43,19 +43,10 @@ def verify_groups(
 ) -> ChannelGroups:
     """Block every group for which masking and removal differ.
 
-    Args:
-        model: The dense model; untouched.
-        groups: Its groups.
-        inputs: Positional arguments of its forward.
-        max_trials: So many sets of groups are tried after all together; what is not verified by
-            then is blocked.
-
-    Returns:
-        The groups, those that failed moved to ``.blocked`` with the reason.
-
-    Raises:
-        NotFiniteError: If the outputs of the jittered model are not finite: no cut can be told
-            from another then.
+    ``max_trials``: so many sets of groups are tried after all together; what is not verified by
+    then is blocked. Returns the groups, those that failed moved to ``.blocked`` with the reason.
+    NotFiniteError if the outputs of the jittered model are not finite: no cut can be told from
+    another then.
     """
     checker = _Checker(model, groups, inputs)
     names = [g.name for g in groups]
@@ -238,12 +229,7 @@ class _Checker:
 def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy in eval mode on the CPU, its parameters and buffers disturbed.
 
-    Args:
-        model: Any network.
-        dtype: Of the copy.
-
-    Returns:
-        The copy; nothing in it is zero, so that no part of it is without effect.
+    Returns the copy; nothing in it is zero, so that no part of it is without effect.
     """
     generator = torch.Generator().manual_seed(1)
     copied = copy.deepcopy(model).eval().cpu().to(dtype)

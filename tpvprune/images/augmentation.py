@@ -139,8 +139,7 @@ class HeldImages:
     def __iter__(self) -> Iterator[Any]:
         """Shuffle and augment.
 
-        Yields:
-            Inputs [B, C, H, W], float32; or (inputs, labels [B]).
+        Yields inputs [B, C, H, W], float32; or (inputs, labels [B]).
         """
         order = torch.randperm(len(self.images)).to(self.images.device)
         for chosen in order.split(self.batch_size)[: len(self)]:

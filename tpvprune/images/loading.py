@@ -58,8 +58,7 @@ class ImageBatches:
     def __len__(self) -> int:
         """Return the number of batches.
 
-        Raises:
-            TypeError: If the source is a stream of unknown length.
+        TypeError if the source is a stream of unknown length.
         """
         if self.total is None:
             raise TypeError(f"{self.source.name}: a stream has no length")
@@ -68,12 +67,8 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Any]:
         """Decode the images anew.
 
-        Yields:
-            Inputs [B, C, H, W], or (inputs, targets [B]) if labelled.
-
-        Raises:
-            ValueError: If there is no image, or more than 1 % and more than one cannot be decoded,
-                or all of them.
+        Yields inputs [B, C, H, W], or (inputs, targets [B]) if labelled. ValueError if there is no
+        image, or more than 1 % and more than one cannot be decoded, or all of them.
         """
         self.skipped, seen = 0, 0
         for chunk in self._decoded():
@@ -153,22 +148,8 @@ def choose_images(
     `seed`, so that two calls with neighbouring ranges are disjoint. A stream is
     read in its own order.
 
-    Args:
-        source: Where from.
-        preprocessing: Image -> tensor.
-        num_images: How many; None for all, in the source's order.
-        skip: How many of the permutation to leave out first.
-        seed: Seed of the permutation.
-        batch_size: Images per batch.
-        workers: Decoding threads.
-        labelled: Whether to yield (inputs, targets) instead of inputs.
-        notice: Told in one line how many images were skipped, if any.
-
-    Returns:
-        Re-iterable batches.
-
-    Raises:
-        ValueError: If `num_images` or `batch_size` is below 1.
+    ``preprocessing``: Image -> tensor. ``num_images``: how many; None for all, in the source's
+    order. ValueError if `num_images` or `batch_size` is below 1.
     """
     if batch_size < 1 or (num_images is not None and num_images < 1):
         raise ValueError(
@@ -193,14 +174,8 @@ def chosen_items(
 ) -> tuple[Callable[[], Iterable[Any]], int | None]:
     """Choose items of a source at random; see ``choose_images``.
 
-    Args:
-        source: Where from.
-        num_images: How many; None for all, in the source's order.
-        skip: How many of the permutation to leave out first.
-        seed: Seed of the permutation.
-
-    Returns:
-        Function that gives the items, the same on each call, and their number if known.
+    ``num_images``: how many; None for all, in the source's order. Returns function that gives the
+    items, the same on each call, and their number if known.
     """
     stop = None if num_images is None else skip + num_images
     if source.count is None:
@@ -220,12 +195,7 @@ def in_memory(
 ) -> Sequence[Any] | ImageBatches:
     """Decode once and hold the batches where they take at most 2 GiB.
 
-    Args:
-        batches: What to hold.
-        progress: Wraps the iteration, such as tqdm.
-
-    Returns:
-        A list of the batches, or `batches` itself, which decodes on every pass.
+    Returns a list of the batches, or `batches` itself, which decodes on every pass.
     """
     size = 4 * math.prod(batches.preprocessing.input_size)
     if batches.total is None or batches.total * size > HELD_BYTES:

@@ -45,21 +45,8 @@ def training_images(
     area is cut out, resized and mirrored as they are decoded, on every pass. A ValueError tells
     if there is no image, or more than 1 % and more than one cannot be decoded.
 
-    Args:
-        source: Where from.
-        preprocessing: Of the model.
-        num_images: How many; None for all.
-        skip: How many of the seed's permutation to leave out first.
-        seed: Of the choice.
-        batch_size: Images per batch.
-        workers: Decoding threads.
-        labelled: Whether batches are pairs (inputs, labels).
-        mixed: Whether images are also mixed with others of their batch.
-        progress: Wraps the decoding into memory, such as tqdm.
-        notice: Told in one line how many images were skipped, if any.
-
-    Returns:
-        Re-iterable batches, and what is left to do to each batch of inputs, or None.
+    ``num_images``: how many; None for all. Returns re-iterable batches, and what is left to do to
+    each batch of inputs, or None.
 
     Reference:
         Szegedy et al. 2014, Going deeper with convolutions, section 6 (random parts).
@@ -158,13 +145,7 @@ def _cropped(source: ImageSource, size: tuple[int, int], config: dict[str, Any])
 def random_box(width: int, height: int, numbers: list[float]) -> tuple[float, float, float, float]:
     """Choose a part of an image: its area uniformly, its shape uniformly in the logarithm.
 
-    Args:
-        width: Of the image, in pixels.
-        height: Likewise.
-        numbers: At least four numbers in [0, 1): area, shape, left, top.
-
-    Returns:
-        Left, top, right, bottom, within the image.
+    ``numbers``: at least four numbers in [0, 1): area, shape, left, top.
     """
     area = width * height * (_SCALE[0] + (_SCALE[1] - _SCALE[0]) * numbers[0])
     shape = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** numbers[1]

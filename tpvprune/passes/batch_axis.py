@@ -24,27 +24,15 @@ class BatchAxis:
     def leading(self, t: Tensor, num: int) -> Tensor:
         """Return the activation with its images first.
 
-        Args:
-            t: Of ``num`` images.
-            num: How many.
-
-        Returns:
-            [num, ...]: the other dimensions follow in their order, what was folded with the images
-            in the place of their dimension. A view wherever the strides allow it.
+        ``t``: of ``num`` images. Returns [num, ...]: the other dimensions follow in their order,
+        what was folded with the images in the place of their dimension. A view wherever the strides
+        allow it.
         """
         parts = t.unflatten(self.dim, (-1, num, self.inner)).movedim(self.dim + 1, 0)
         return parts.flatten(self.dim + 1, self.dim + 2)
 
     def is_usual(self, size: int, num: int) -> bool:
-        """Tell whether the images lie one after the other along dimension 0.
-
-        Args:
-            size: Of the dimension.
-            num: How many images there are.
-
-        Returns:
-            True if so.
-        """
+        """Tell whether the images lie one after the other along dimension 0."""
         return self.dim == 0 and self.inner * num == size
 
     @classmethod
@@ -53,14 +41,9 @@ class BatchAxis:
     ) -> BatchAxis | None:
         """Find the axis from what changes in an activation of two images with each of them.
 
-        Args:
-            first: For each dimension, which of its entries change with the first image; BoolTensor.
-            second: Likewise.
-            channel_dim: A dimension that holds no images.
-
-        Returns:
-            The axis, of several possible ones the outermost; None if no dimension tells the images
-            apart.
+        ``first``: for each dimension, which of its entries change with the first image; BoolTensor.
+        Returns the axis, of several possible ones the outermost; None if no dimension tells the
+        images apart.
         """
         for dim, (one, other) in enumerate(zip(first, second, strict=True)):
             if dim == channel_dim % len(first):

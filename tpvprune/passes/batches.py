@@ -44,11 +44,7 @@ class UnlabeledBatches:
     def __iter__(self) -> Iterator[Tensor]:
         """Check and move one batch after the other.
 
-        Yields:
-            Input tensor [B, ...].
-
-        Raises:
-            ValueError: If there is no batch, or one is not a finite float tensor.
+        Yields input tensor [B, ...].
         """
         count = 0
         for batch in private_randomness(self._batches, seed=self._seed):

@@ -23,13 +23,7 @@ class Clock:
     def __call__(self, stage: str, done: int = 1, total: int = 1) -> Iterator[None]:
         """Time one round of a stage.
 
-        Args:
-            stage: Its name.
-            done: Number of the round, from 1.
-            total: How many rounds there are.
-
-        Yields:
-            Nothing.
+        ``done``: number of the round, from 1.
         """
         if self.progress is not None:
             self.progress(stage, done - 1, total)

@@ -74,11 +74,7 @@ def count_nonzero_params(model: nn.Module) -> int:
     Those are what weight removal leaves; vectors (biases, scales) count in full, as zero is where
     they start.
 
-    Args:
-        model: Any module.
-
-    Returns:
-        Number of elements, at most that of :func:`count_params`.
+    Returns number of elements, at most that of :func:`count_params`.
     """
     return count_params(model) - sum(
         parameter.numel() - int(parameter.count_nonzero())
@@ -133,15 +129,7 @@ def measure_latency(
 
 
 def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
-    """Return what to call a model with, moved to its device and floats to its type.
-
-    Args:
-        model: Model that is to be called.
-        example_inputs: One tensor, or a tuple of arguments.
-
-    Returns:
-        A tuple of positional arguments.
-    """
+    """Return what to call a model with, moved to its device and floats to its type."""
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     device = _device(model)
     floats = [tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()]

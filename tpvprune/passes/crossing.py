@@ -20,13 +20,8 @@ _MANY = 1 << 16  # signs of one row from which they are drawn on the device that
 def sent(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on a device: to a GPU through pinned memory, and without waiting for it.
 
-    Args:
-        t: Any tensor; what is pinned already must not be overwritten before it has arrived.
-        device: Where it goes.
-        dtype: What it becomes, there; None: as it is.
-
-    Returns:
-        The tensor itself where nothing changes.
+    ``t``: any tensor; what is pinned already must not be overwritten before it has arrived.
+    ``dtype``: what it becomes, there; None: as it is.
     """
     if device.type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory().to(device, non_blocking=True)
@@ -36,11 +31,7 @@ def sent(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
 def fetched(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of one type and device on the CPU: one transfer, and one wait, for all.
 
-    Args:
-        *tensors: Of any shapes; none is fine.
-
-    Returns:
-        As many; the arguments themselves if they are there.
+    Returns as many; the arguments themselves if they are there.
     """
     if all(t.device.type == "cpu" for t in tensors):
         return tensors
@@ -56,13 +47,7 @@ def random_signs(shape: tuple[int, ...], generator: torch.Generator, like: Tenso
     ``generator`` draws: other signs than on the CPU, but again the same however the samples are
     batched or shared.
 
-    Args:
-        shape: [B, ...], B samples of this process.
-        generator: Source of randomness, on the CPU.
-        like: Has the type and the device of the result.
-
-    Returns:
-        Signs of that shape.
+    ``shape``: [B, ...], B samples of this process.
     """
     num, rest = shape[0] * num_processes(), shape[1:]
     if like.device.type != "cpu" and math.prod(rest) >= _MANY:
@@ -75,13 +60,7 @@ def random_signs(shape: tuple[int, ...], generator: torch.Generator, like: Tenso
 def signs_of(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Draw the signs of each sample from a seed of its own, on a device.
 
-    Args:
-        seeds: One a sample.
-        shape: Of the signs of one.
-        device: Where.
-
-    Returns:
-        [seeds, *shape], int8.
+    Returns [seeds, *shape], int8.
     """
     there = torch.Generator(device)
     signs = torch.empty(len(seeds), *shape, dtype=torch.int8, device=device)

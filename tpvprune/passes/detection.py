@@ -24,12 +24,8 @@ Forward = Callable[[nn.Module, Any], Any]
 def detector_forward(model: nn.Module) -> Forward | None:
     """Return the forward without post-processing of a detector of torchvision or ultralytics.
 
-    Args:
-        model: Any module.
-
-    Returns:
-        :func:`dense_detections`, :func:`region_detections`, :func:`head_detections`, or None for
-        other models.
+    Returns :func:`dense_detections`, :func:`region_detections`, :func:`head_detections`, or None
+    for other models.
     """
     for library, find in _LIBRARIES.items():
         if library in sys.modules:  # else the model is none of its classes
@@ -64,12 +60,8 @@ _LIBRARIES: dict[str, Callable[[nn.Module], Forward | None]] = {
 def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the outputs of the heads of a RetinaNet, FCOS or SSD, as ``model.head`` names them.
 
-    Args:
-        model: The detector.
-        x: Images [B, C, H, W] as it takes them, all of one size.
-
-    Returns:
-        Class logits [B, anchors, K], box regressions [B, anchors, 4] and the like.
+    ``x``: images [B, C, H, W] as it takes them, all of one size. Returns class logits [B, anchors,
+    K], box regressions [B, anchors, 4] and the like.
     """
     outputs: dict[str, Tensor] = model.head(_features(model, x))
     return outputs
@@ -82,14 +74,9 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
     Here boxes of 21 x 21 cells tile every level of the feature pyramid, and the heads see each
     pooled to the size that they expect.
 
-    Args:
-        model: A Faster, Mask or Keypoint R-CNN.
-        x: Images [B, C, H, W] as it takes them, all of one size.
-
-    Returns:
-        ``objectness`` [B, anchors] and ``anchor_regression`` [B, 4 anchors] over all levels;
-        ``class_logits`` [B, boxes, K], ``box_regression`` [B, boxes, 4 K], and those of masks and
-        keypoints [B, boxes, ...].
+    ``x``: images [B, C, H, W] as it takes them, all of one size. Returns ``objectness`` [B,
+    anchors] and ``anchor_regression`` [B, 4 anchors] over all levels; ``class_logits`` [B, boxes,
+    K], ``box_regression`` [B, boxes, 4 K], and those of masks and keypoints [B, boxes, ...].
     """
     features, heads = _features(model, x), model.roi_heads
     objectness, deltas = model.rpn.head(features)
@@ -114,15 +101,10 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
 def head_detections(model: nn.Module, x: Tensor) -> Any:
     """Return the outputs of the head of a YOLO of ultralytics, as it names them.
 
-    Args:
-        model: A DetectionModel, or one of segmentation, poses or oriented boxes, which are
-            subclasses of it.
-        x: Images [B, C, H, W].
-
-    Returns:
-        Box distributions [B, 4 * bins, anchors], class logits [B, K, anchors], and coefficients of
-        masks, keypoints or angles where it has them; of heads that come without suppression both
-        kinds of assignment.
+    ``model``: a DetectionModel, or one of segmentation, poses or oriented boxes, which are
+    subclasses of it. ``x``: images [B, C, H, W]. Returns box distributions [B, 4 * bins, anchors],
+    class logits [B, K, anchors], and coefficients of masks, keypoints or angles where it has them;
+    of heads that come without suppression both kinds of assignment.
     """
     returned = model(x)
     return _without_maps(returned if isinstance(returned, Mapping) else returned[1])

@@ -38,22 +38,14 @@ def disagreement(
     No label is read. Among several processes the counts are those of all, the images those of
     the first.
 
-    Args:
-        model: The pruned model.
-        dense: The dense one.
-        batches: Inputs [B, C, H, W], C of 1 or 3; labels are dropped.
-        mean: Of the preprocessing, per channel, in [0, 1].
-        std: Likewise.
-        num_samples: Images shown at most.
-        outputs: Of a model with several outputs those that count: the classes are those of the
-            first of them; None: the first.
-
-    Returns:
-        ``classes``: for every class that the dense model chooses, its index, ``num_images`` and
-        ``agreement``; ``num_images``, ``num_changed`` (outputs that are not finite are counted as
-        changed, but not shown); ``samples``: ``image`` (a data address),
-        ``dense``, ``pruned`` (class indices), ``dense_share``, ``pruned_share`` (softmax of the
-        chosen class). None if any outputs are not [B, classes].
+    ``batches``: inputs [B, C, H, W], C of 1 or 3; labels are dropped. ``mean``: of the
+    preprocessing, per channel, in [0, 1]. ``outputs``: of a model with several outputs those that
+    count: the classes are those of the first of them; None: the first. Returns ``classes``: for
+    every class that the dense model chooses, its index, ``num_images`` and ``agreement``;
+    ``num_images``, ``num_changed`` (outputs that are not finite are counted as changed, but not
+    shown); ``samples``: ``image`` (a data address), ``dense``, ``pruned`` (class indices),
+    ``dense_share``, ``pruned_share`` (softmax of the chosen class). None if any outputs are not [B,
+    classes].
     """
     counts: Tensor | None = None
     shown: list[tuple[float, int, dict[str, Any]]] = []

@@ -44,19 +44,12 @@ def hold_back(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (fit, held): a random tenth of the drawn inputs, 1 to 128, is held back to measure.
 
-    Args:
-        batches: Re-iterable of inputs [B, ...]; labels are dropped. Iterated once, and never held
-            whole: of a DataLoader over a larger dataset only what is drawn is loaded.
-        num_images: So many inputs are drawn; None, or fewer than that: all.
-        seed: Of the draw.
-        held: How many of so many drawn inputs are held back, if not :func:`num_held`.
-
-    Returns:
-        Two lists of batches of the size of the loader's first; inputs of other shapes are not
-        mixed.
-
-    Raises:
-        ValueError: If there are fewer than two inputs, or fewer are asked for.
+    ``batches``: re-iterable of inputs [B, ...]; labels are dropped. Iterated once, and never held
+    whole: of a DataLoader over a larger dataset only what is drawn is loaded. ``num_images``: so
+    many inputs are drawn; None, or fewer than that: all. ``held``: how many of so many drawn inputs
+    are held back, if not :func:`num_held`. Returns two lists of batches of the size of the loader's
+    first; inputs of other shapes are not mixed. ValueError if there are fewer than two inputs, or
+    fewer are asked for.
     """
     if num_images is not None and num_images < 2:
         raise ValueError(f"num_images: expected at least 2, found {num_images}")
@@ -79,13 +72,7 @@ def drawn_indices(
 ) -> tuple[list[int], list[int]]:
     """Return which images of a set :func:`hold_back` draws: the places of (fit, held), in order.
 
-    Args:
-        num: Images in the set.
-        num_images: See :func:`hold_back`.
-        seed: Likewise.
-
-    Returns:
-        Places from 0 to num - 1.
+    Returns places from 0 to num - 1.
     """
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(num)]
@@ -102,14 +89,9 @@ def num_held(num: int) -> int:
 def num_set_aside(num: int, *, num_images: int | None, wanted: int) -> int:
     """Return how many images of a set neither scores nor repairs may see.
 
-    Args:
-        num: Images in the set.
-        num_images: What scores and repairs ask for; None: all.
-        wanted: What measuring asks for.
-
-    Returns:
-        All that measuring asks for where the set has them beside the others; else a quarter of the
-        set, or what the others leave if that is more.
+    ``num_images``: what scores and repairs ask for; None: all. Returns all that measuring asks for
+    where the set has them beside the others; else a quarter of the set, or what the others leave if
+    that is more.
     """
     left = 0 if num_images is None else num - num_images
     return min(wanted, max(left, num // 4))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.batches import private_randomness, unlabeled
-from tpvprune.passes.costs import Latency, call_arguments, count_macs, count_params, measure_latency
-from tpvprune.passes.moments import Moments
+from tpvprune.passes.costs import Latency, count_macs, count_params, measure_latency
+from tpvprune.passes.difference import (
+    Difference,
+    agreement,
+    comparison,
+    difference,
+    output_variance,
+    over_all,
+    returned,
+    top_classes,
+)
 from tpvprune.passes.outputs import Chosen, Outputs, logits_of
-from tpvprune.passes.running import evaluating, fast_layout
-from tpvprune.processes.shares import summed, total
+from tpvprune.passes.running import evaluating
 
 __all__ = [
     "Difference",
@@ -103,23 +111,23 @@ def evaluate(
         for number, batch in enumerate(private_randomness(labelled_batches)):
             inputs, labels = _labelled(batch)
             first = inputs if first is None else first
-            returned = _returned(model, inputs)
-            found = _logits(returned, outputs)
+            answer = returned(model, inputs)
+            found = _logits(answer, outputs)
             num_classes = found.shape[-1]
             labels = class_indices(labels, found)
-            ranked = _top_classes(found, min(5, num_classes))
+            ranked = top_classes(found, min(5, num_classes))
             hits = ranked == labels[:, None]
             totals = totals.to(found.device)
             totals[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
             if isinstance(outputs, Outputs) and dense is not None:
                 theirs = (
-                    outputs.of(_returned(reference, inputs))
+                    outputs.of(returned(reference, inputs))
                     if reference is not None
                     else _of_batch(held or (), number)
                 )
-                totals[2:] += _compared(outputs, outputs.of(returned), theirs)
+                totals[2:] += _compared(outputs, outputs.of(answer), theirs)
             num_images += len(labels)
-    totals, num_images = _over_all(totals.cpu(), num_images)
+    totals, num_images = over_all(totals.cpu(), num_images)
     if not num_images or first is None:
         raise ValueError(
             "labelled_batches: expected at least one batch, found none: check the data folder"
@@ -146,194 +154,14 @@ def model_outputs(
 ) -> list[dict[str, Tensor]]:
     """Return what a model says to each batch, for :func:`evaluate`.
 
-    Args:
-        model: The model, usually the dense one.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: What counts of what it returns; None: all.
-
-    Returns:
-        For each batch, name of an output -> float64 [B, ...].
+    ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what it returns;
+    None: all. Returns for each batch, name of an output -> float64 [B, ...].
     """
     inputs = unlabeled(batches)
     counted = Outputs.measured(model, inputs, outputs)
     with evaluating(model):
-        found = [counted.of(_returned(model, x)) for x in inputs]
+        found = [counted.of(returned(model, x)) for x in inputs]
     return [{name: output.double() for name, output in each.items()} for each in found]
-
-
-def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> float:
-    """Compute the fraction of inputs on which two models choose the same class.
-
-    mean_x [argmax f(x) = argmax f_dense(x)], over the output dimension 1 and, for outputs
-    with positions, over the positions too. Outputs that are not finite never agree. Outputs
-    of unequal shape, or no batch at all, are a ValueError.
-
-    Args:
-        model: Model to judge, usually the pruned one.
-        dense: Model to agree with.
-        batches: Inputs [B, ...]; labels are dropped.
-
-    Returns:
-        A fraction in [0, 1].
-    """
-    return difference(model, dense, batches).agreement
-
-
-def output_variance(
-    model: nn.Module,
-    dense: nn.Module,
-    batches: Iterable[Any],
-    *,
-    outputs: Outputs | Chosen | None = None,
-) -> float:
-    """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
-
-    Outputs of unequal shape, or no batch at all, are a ValueError.
-
-    Args:
-        model: Model to judge, usually the pruned one.
-        dense: Model to compare with.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: See :func:`difference`: of several outputs each is in units of its second moment.
-
-    Returns:
-        The mean over inputs, >= 0; not finite if an output is not.
-    """
-    return difference(model, dense, batches, outputs=outputs).output_variance
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a model is from the dense one on images that it was not fitted to.
-
-    Attributes:
-        num_images: How many.
-        agreement: Fraction of equal top-1, in [0, 1].
-        chance: What the agreement would be if both chose their classes independently.
-        output_variance: E‖f − f_dense‖², in squared output units.
-        share: The same as a share of the variance of the dense outputs themselves, a common shift
-            of all logits aside, which moves no class; 1 is as far as another image's outputs
-            are from the mean.
-        by_output: The share of each output by itself. Of several outputs agreement is that of the
-            first, and output variance the sum over all, each in units of its second moment.
-    """
-
-    num_images: int
-    agreement: float
-    chance: float
-    output_variance: float
-    share: float
-    by_output: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether the model is no longer the same function: most classes, or all variance, lost.
-
-        Of one image there is no variance to lose.
-        """
-        shares = (self.share, *self.by_output.values()) if self.num_images > 1 else ()
-        return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
-
-
-@torch.no_grad()
-def difference(
-    model: nn.Module,
-    dense: nn.Module,
-    batches: Iterable[Any],
-    *,
-    outputs: Outputs | Chosen | None = None,
-) -> Difference:
-    """Compare two models on unlabeled images.
-
-    Args:
-        model: Model to judge, usually the pruned one.
-        dense: Model to compare with.
-        batches: Inputs [B, ...]; labels are dropped.
-        outputs: What counts of what they return; None: all, each in units of its second moment.
-
-    Returns:
-        The difference; ``share`` is infinite where the dense outputs do not vary but these do.
-    """
-    inputs = unlabeled(batches)
-    outputs = Outputs.measured(dense, inputs, outputs)
-    tally = _Tally(len(outputs.scales))
-    with evaluating(model, dense):
-        for x in inputs:
-            ours, theirs = (outputs.of(_returned(m, x)).values() for m in (model, dense))
-            tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
-    return tally.difference(outputs)
-
-
-class _Tally:
-    """Sums over images of how far outputs are apart; of the first of them, how often they agree."""
-
-    def __init__(self, num_outputs: int) -> None:
-        self._num, self._agree = 0, torch.zeros(1, dtype=torch.float64)
-        self._changed = torch.zeros(2, num_outputs, dtype=torch.float64)  # without a shift, too
-        self._chosen = torch.zeros(2, 0, dtype=torch.float64)
-        self._spread: list[Moments] = []
-
-    def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take in the outputs [B, ...] of both models, the dense one's second."""
-        device = pairs[0][0].device  # where the sums stay until all images have been seen
-        self._changed, self._agree = self._changed.to(device), self._agree.to(device)
-        for i, (ours, theirs) in enumerate(pairs):
-            compared = _comparison(ours, theirs)
-            rows = _without_shift(theirs).flatten(1)
-            apart = (_without_shift(ours).flatten(1) - rows).square().sum()
-            self._changed[:, i] += torch.stack([compared[1], apart])
-            if len(self._spread) == i:
-                self._spread.append(Moments(rows.shape[1], device=device))
-            self._spread[i].add(rows)
-            if i == 0:
-                self._agree += compared[0]
-                counts = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in pairs[0]]
-                chosen = torch.stack(counts).double()
-                self._chosen = chosen + self._chosen if self._num else chosen
-                num = len(ours)
-        self._num += num
-
-    def difference(self, outputs: Outputs) -> Difference:
-        """Return the means over the images of all processes."""
-        self._changed, self._agree, self._chosen = (
-            t.cpu() for t in (self._changed, self._agree, self._chosen)
-        )
-        for m in self._spread:
-            m.mean, m.spread = m.mean.cpu(), m.spread.cpu()
-        # A process may have no image at all, and learns here how many numbers there are.
-        here = [self._chosen.shape[1], *(len(m.mean) for m in self._spread)] if self._num else []
-        sizes = torch.zeros(2 + self._changed.shape[1], dtype=torch.float64)
-        sizes[: len(here)] = torch.tensor(here, dtype=torch.float64)
-        sizes[-1] = bool(here)
-        widths = summed(sizes)[0]
-        if not here:
-            num_classes, *others = (round(float(w / widths[-1])) for w in widths[:-1])
-            self._chosen = torch.zeros(2, num_classes, dtype=torch.float64)
-            self._spread = [Moments(size) for size in others]
-        changed, num = _over_all(self._changed, self._num)
-        (squared, apart), (agree,) = changed / num, summed(self._agree)[0] / num
-        chosen = summed(self._chosen)[0]
-        odds = chosen / chosen.sum(1, keepdim=True)
-        weights = torch.tensor(list(outputs.scales.values()), dtype=torch.float64).square()
-        varies = torch.stack([m.over_processes()[2].sum() for m in self._spread])
-        shares = map(_share, apart.tolist(), varies.tolist())
-        return Difference(
-            num,
-            float(agree),
-            float(odds.prod(0).sum()),
-            float(weights @ squared),
-            _share(float(weights @ apart), float(weights @ varies)),
-            dict(zip(outputs.scales, shares, strict=True)),
-        )
-
-
-def _share(changed: float, variance: float) -> float:
-    return changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
-
-
-def _without_shift(outputs: Tensor) -> Tensor:
-    """Return logits [B, K, ...] without what is common to all classes."""
-    return outputs - outputs.mean(1, keepdim=True) if outputs.shape[1] > 1 else outputs
 
 
 def _of_batch(dense_outputs: Sequence[Mapping[str, Tensor]], number: int) -> Mapping[str, Tensor]:
@@ -345,57 +173,22 @@ def _of_batch(dense_outputs: Sequence[Mapping[str, Tensor]], number: int) -> Map
     return dense_outputs[number]
 
 
-def _over_all(totals: Tensor, num: int) -> tuple[Tensor, int]:
-    """Return sums, and the number of inputs, of all processes."""
-    return summed(totals)[0], int(total(num))
-
-
 def _compared(outputs: Outputs, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
     """Return sums over the batch [2]: agreements of the first, squared changes of all."""
-    found = torch.stack([_comparison(ours[n].double(), theirs[n].double()) for n in outputs.scales])
+    found = torch.stack([comparison(ours[n].double(), theirs[n].double()) for n in outputs.scales])
     weights = torch.tensor(list(outputs.scales.values()), dtype=found.dtype).square()
     weights = weights.to(found.device)
     return torch.stack([found[0, 0], weights @ found[:, 1]])
 
 
-def _comparison(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
-    # Sums over the batch [2]: agreements, squared output changes.
-    dense_outputs = dense_outputs.to(outputs.device)
-    if outputs.shape != dense_outputs.shape:
-        raise ValueError(
-            f"expected outputs of the dense model's shape {tuple(dense_outputs.shape)}, found "
-            f"{tuple(outputs.shape)}: compare models with the same head"
-        )
-    agree = (_top_classes(outputs, 1) == _top_classes(dense_outputs, 1)) & outputs.isfinite().all(
-        1, keepdim=True
-    )
-    share = agree.double().flatten(1).mean(1).sum()
-    return torch.stack([share, (outputs - dense_outputs).square().sum()])
-
-
-def _top_classes(outputs: Tensor, num: int) -> Tensor:
-    """Return the ``num`` most likely classes along dimension 1; -1 where outputs are not finite."""
-    if num == 1:  # unlike topk, argmax takes the first of equals
-        ranked = outputs.argmax(1, keepdim=True)
-    else:
-        ranked = outputs.topk(num, dim=1).indices
-        ranked[:, 0] = outputs.argmax(1)
-    return ranked.where(outputs.isfinite().all(1, keepdim=True), -1)
-
-
-def _logits(returned: Any, outputs: Outputs | Chosen | None) -> Tensor:
-    logits = logits_of(returned, outputs)
+def _logits(answer: Any, outputs: Outputs | Chosen | None) -> Tensor:
+    logits = logits_of(answer, outputs)
     if logits.ndim < 2:
         raise ValueError(
             f"expected model outputs [batch, outputs], found shape {tuple(logits.shape)}: "
             "wrap the model so that it returns one row per input"
         )
     return logits.double()
-
-
-def _returned(model: nn.Module, inputs: Tensor) -> Any:
-    (moved,) = call_arguments(model, inputs)
-    return model(fast_layout(moved, model))
 
 
 def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
@@ -414,15 +207,7 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
 def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
     """Check that labels are classes of these outputs.
 
-    Args:
-        labels: Class indices [B].
-        outputs: Logits [B, K].
-
-    Returns:
-        The labels, on the device of the outputs.
-
-    Raises:
-        ValueError: If they are not whole numbers in [0, K), one per input.
+    ``labels``: class indices [B]. ``outputs``: logits [B, K].
     """
     if outputs.ndim != 2:
         raise ValueError(

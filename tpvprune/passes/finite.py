@@ -26,14 +26,8 @@ def check_outputs(
 ) -> None:
     """Check that a model's outputs are finite; if not, run it again to see where that began.
 
-    Args:
-        model: The model.
-        inputs: What it was given [B, ...], finite.
-        outputs: What it returned [B, ...].
-        batch: Which batch this is, for the message; None for inputs that are no images.
-
-    Raises:
-        NotFiniteError: If an output is not finite, with the layer and the image.
+    ``inputs``: what it was given [B, ...], finite. ``outputs``: what it returned [B, ...].
+    ``batch``: which batch this is, for the message; None for inputs that are no images.
     """
     if bool(outputs.isfinite().all()):
         return
@@ -78,15 +72,9 @@ def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) 
     Several processes compute with the copy from the start: an image of one may overflow, and what
     they add up must be of the same kind.
 
-    Args:
-        model: The model; untouched.
-        compute: What to compute; NotFiniteError says that a number is not finite.
-
-    Returns:
-        What it returns. A warning says if it was the copy.
-
-    Raises:
-        NotFiniteError: If there is no such copy, or its numbers are not finite either.
+    ``compute``: what to compute; NotFiniteError says that a number is not finite. Returns what it
+    returns. A warning says if it was the copy. NotFiniteError if there is no such copy, or its
+    numbers are not finite either.
     """
     is_half = any(p.dtype == torch.float16 for p in model.parameters())
     if is_half and num_processes() > 1:

@@ -65,12 +65,8 @@ def called_as(model: nn.Module, like: nn.Module) -> nn.Module:
 def forward_of(model: nn.Module) -> Forward | None:
     """Return the forward that counts for a model, or None where that is its own.
 
-    Args:
-        model: Any module; detectors of torchvision and ultralytics have one
-            (:mod:`tpvprune.passes.detection`), unless another was given.
-
-    Returns:
-        The forward.
+    ``model``: any module; detectors of torchvision and ultralytics have one
+    (:mod:`tpvprune.passes.detection`), unless another was given.
     """
     given: Forward | None = model.__dict__.get(_NAME)
     return given or detector_forward(model)
@@ -79,14 +75,7 @@ def forward_of(model: nn.Module) -> Forward | None:
 def load_forward(name: str) -> Forward:
     """Import a forward.
 
-    Args:
-        name: ``package.module:function``; runs the module's code.
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: If there is none.
+    ``name``: ``package.module:function``; runs the module's code. ValueError if there is none.
     """
     module, _, function = name.partition(":")
     try:

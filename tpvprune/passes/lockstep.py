@@ -21,9 +21,7 @@ class _StoppedError(BaseException):
 class Lockstep(Generic[Result]):
     """Threads that take turns and meet.
 
-    Args:
-        num: How many.
-        at_meeting: Called by the caller's thread, with the key, once all have come to a meeting.
+    ``at_meeting``: called by the caller's thread, with the key, once all have come to a meeting.
     """
 
     def __init__(self, num: int, at_meeting: Callable[[Hashable], None]) -> None:
@@ -39,14 +37,7 @@ class Lockstep(Generic[Result]):
     def run(self, work: Callable[[int], Result]) -> list[Result]:
         """Call ``work(i)`` in every thread, and return the results in order.
 
-        Args:
-            work: What a thread does; it may call :meth:`meet`.
-
-        Returns:
-            What each returned.
-
-        Raises:
-            RuntimeError: If the threads come to different meetings.
+        RuntimeError if the threads come to different meetings.
         """
         threads = [
             threading.Thread(target=self._thread, args=(i, work), daemon=True)
@@ -75,11 +66,7 @@ class Lockstep(Generic[Result]):
     def meet(self, key: Hashable) -> None:
         """Wait, in a thread, until all have come here and the meeting was held.
 
-        Args:
-            key: Which meeting this is; the same for all.
-
-        Raises:
-            _StoppedError: If another thread failed.
+        _StoppedError if another thread failed.
         """
         i = self._own.number
         self._keys[i] = key
@@ -91,8 +78,7 @@ class Lockstep(Generic[Result]):
     def _turn(self, i: int) -> Hashable | None:
         """Let a thread run.
 
-        Returns:
-            The key of the meeting that it comes to; None when it is done.
+        Returns the key of the meeting that it comes to; None when it is done.
         """
         self._keys[i] = None
         self._turns[i].release()

@@ -46,14 +46,8 @@ class Loss:
     def of_agreement(cls, lost: float, num: int) -> Loss:
         """Return the loss of agreement, with the interval of Wilson (1927).
 
-        Args:
-            lost: Images on which the classes differ. Of a model that chooses one at each position
-                the sum over images of the fraction that differs, for which the interval is rather
-                too wide.
-            num: Images.
-
-        Returns:
-            The loss.
+        ``lost``: images on which the classes differ. Of a model that chooses one at each position
+        the sum over images of the fraction that differs, for which the interval is rather too wide.
         """
         share, z2 = lost / num, _Z * _Z
         middle = (lost + z2 / 2) / (num + z2)
@@ -62,16 +56,7 @@ class Loss:
 
     @classmethod
     def of_top1(cls, lost: float, won: float, num: int) -> Loss:
-        """Return the loss of top-1, with the interval of Bonett and Price (2012) for paired images.
-
-        Args:
-            lost: Images that the dense model alone classifies rightly.
-            won: Images that the other model alone does.
-            num: Images.
-
-        Returns:
-            The loss.
-        """
+        """Return the loss of top-1, its interval by Bonett and Price (2012) for paired images."""
         lost_share, won_share = (lost + 1) / (num + 2), (won + 1) / (num + 2)
         middle = lost_share - won_share
         half = _Z * math.sqrt((lost_share + won_share - middle**2) / (num + 2))
@@ -97,12 +82,8 @@ class Loss:
 def images_needed(points: float, width: float) -> int:
     """Return on how many images the interval of a loss of agreement is no wider than this.
 
-    Args:
-        points: The loss, in points from 0 to 100.
-        width: Of the interval, in points above 0.
-
-    Returns:
-        The smallest such number: that of Wilson's interval, solved for it.
+    ``points``: the loss, in points from 0 to 100. ``width``: of the interval, in points above 0.
+    Returns the smallest such number: that of Wilson's interval, solved for it.
     """
     share, width, z2 = points / 100, width / 100, _Z * _Z
     spread = share * (1 - share)
@@ -113,11 +94,8 @@ def images_needed(points: float, width: float) -> int:
 def num_measured(max_loss: float) -> int:
     """Return how many images tell such a loss apart: half of them to decide, half to judge.
 
-    Args:
-        max_loss: In points. Of both the interval is then no wider than this.
-
-    Returns:
-        Images, at most 10,000.
+    ``max_loss``: in points. Of both the interval is then no wider than this. Returns images, at
+    most 10,000.
     """
     return min(_MOST_MEASURED, 2 * images_needed(max_loss, max_loss))
 
@@ -125,14 +103,10 @@ def num_measured(max_loss: float) -> int:
 class Losses:
     """Measures what models lose against one dense model on the same images.
 
-    Args:
-        dense: The dense model; its classes are computed once.
-        batches: Re-iterable of inputs [B, ...]; of labelled ones pairs with class indices [B].
-        labelled: Whether top-1 counts, else agreement; then labels are dropped unread.
-        outputs: Of a model with several outputs those that count, the first of which is meant.
-
-    Raises:
-        ValueError: If the dense model chooses no classes, once it is run.
+    ``batches``: re-iterable of inputs [B, ...]; of labelled ones pairs with class indices [B].
+    ``labelled``: whether top-1 counts, else agreement; then labels are dropped unread. ``outputs``:
+    of a model with several outputs those that count, the first of which is meant. ValueError if the
+    dense model chooses no classes, once it is run.
     """
 
     def __init__(
@@ -162,14 +136,7 @@ class Losses:
 
     @torch.no_grad()
     def of(self, model: nn.Module) -> Loss:
-        """Measure what a model loses.
-
-        Args:
-            model: With the outputs of the dense one.
-
-        Returns:
-            The loss.
-        """
+        """Measure what a model loses."""
         self.prepare()
         counts = torch.zeros(3, dtype=torch.float64)  # lost, won, images
         with evaluating(model):
@@ -215,10 +182,6 @@ class _Half:
 def halves(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     """Split images into two halves without a common one: every other image, whatever the batches.
 
-    Args:
-        batches: Re-iterable of tensors [B, ...], or of tuples of such.
-
-    Returns:
-        Two re-iterables of the same.
+    ``batches``: re-iterable of tensors [B, ...], or of tuples of such.
     """
     return _Half(batches, 0), _Half(batches, 1)

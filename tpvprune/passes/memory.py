@@ -16,14 +16,7 @@ _WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on whatever device.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        True if so.
-    """
+    """Tell whether an error means that memory ran out, on whatever device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
@@ -32,11 +25,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 def spare_bytes(device: torch.device) -> int:
     """Return how much memory may be filled to save time: a quarter of what is free, 1 GiB at least.
 
-    Args:
-        device: Where.
-
-    Returns:
-        Bytes; where the system does not tell what is free, 1 GiB.
+    Returns bytes; where the system does not tell what is free, 1 GiB.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -22,15 +22,7 @@ Chosen = Sequence[str] | Mapping[str, float]
 
 
 def is_of_images(output: Tensor, num: int) -> bool:
-    """Tell whether an output holds real numbers, one entry for each image.
-
-    Args:
-        output: What a model returned.
-        num: For so many images.
-
-    Returns:
-        True if so.
-    """
+    """Tell whether an output holds real numbers, one entry for each image."""
     return output.is_floating_point() and output.ndim > 1 and len(output) == num
 
 
@@ -57,20 +49,11 @@ class Outputs:
     ) -> Outputs:
         """Find the outputs of real numbers that have one entry for each image.
 
-        Args:
-            model: The network.
-            inputs: Batches [B, ...]; of a model with several outputs all are run, to see how large
-                each is.
-            chosen: Names of those that count, or how much each counts beside the others, in units
-                of its own second moment; None: all, alike. What was measured before is returned.
-            first: The first of the inputs, where it is at hand: of a model with one output no other
-                is read.
-
-        Returns:
-            The outputs.
-
-        Raises:
-            ValueError: If there is none, or none of that name.
+        ``inputs``: batches [B, ...]; of a model with several outputs all are run, to see how large
+        each is. ``chosen``: names of those that count, or how much each counts beside the others,
+        in units of its own second moment; None: all, alike. What was measured before is returned.
+        ``first``: the first of the inputs, where it is at hand: of a model with one output no other
+        is read. ValueError if there is none, or none of that name.
         """
         if isinstance(chosen, Outputs):
             return chosen
@@ -94,15 +77,8 @@ class Outputs:
     ) -> Outputs:
         """Return the same from what a network returned for each batch.
 
-        Args:
-            returned: For each batch, name -> [B, ...]; all count but for those not chosen.
-            chosen: See :meth:`measured`.
-
-        Returns:
-            The outputs.
-
-        Raises:
-            ValueError: If there is none of a chosen name.
+        ``returned``: for each batch, name -> [B, ...]; all count but for those not chosen.
+        ValueError if there is none of a chosen name.
         """
         if isinstance(chosen, Outputs):
             return chosen
@@ -132,8 +108,7 @@ class Outputs:
 
         If only one does, a model may call it something else: then it is its first.
 
-        Raises:
-            ValueError: If an output is not there.
+        ValueError if an output is not there.
         """
         found = dict(named_outputs(returned))
         if len(self.scales) == 1 and not self.scales.keys() & found.keys():
@@ -164,12 +139,7 @@ class Outputs:
     def joined(self, returned: Any, num: int) -> Tensor:
         """Return what counts as one row for each image, scaled.
 
-        Args:
-            returned: What the model returned.
-            num: Of how many images.
-
-        Returns:
-            [num, K].
+        Returns [num, K].
         """
         rows = [by_image(output, num) for output in self.of(returned).values()]
         if len(rows) == 1:
@@ -182,15 +152,7 @@ class Outputs:
 def logits_of(returned: Any, outputs: Outputs | Chosen | None = None) -> Tensor:
     """Return the first output that counts: the only one where a quantity is defined for classes.
 
-    Args:
-        returned: What a model returned.
-        outputs: What counts; None: the first tensor of real numbers.
-
-    Returns:
-        That tensor.
-
-    Raises:
-        ValueError: If it is not there.
+    ``outputs``: what counts; None: the first tensor of real numbers. ValueError if it is not there.
     """
     if outputs is None:
         return first_output(returned)

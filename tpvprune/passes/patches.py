@@ -41,13 +41,7 @@ class Window:
     def stays_inside(self, i: int, j: int, x: Tensor) -> bool:
         """Tell whether entry (i, j) of the kernel meets no padding, wherever it looks.
 
-        Args:
-            i: Its row.
-            j: Its column.
-            x: The input [B, C, (H,) W].
-
-        Returns:
-            True if so.
+        ``x``: the input [B, C, (H,) W].
         """
         sizes, outputs = [1, *x.shape[2:]][-2:], self.outputs(x)
         firsts = [k * d - b for k, d, b in zip((i, j), self.dilation, self.before, strict=True)]

@@ -14,15 +14,9 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interva
 def by_channel(t: Tensor, dim: int, num_samples: int, batch: BatchAxis | None = None) -> Tensor:
     """View ``t`` as [L, n, P]: channels before positions; the L of one sample are adjacent.
 
-    Args:
-        t: Input of a convolution [L, n, ...] (``dim`` 1) or of a linear layer [..., n] (-1).
-        dim: Its channel dimension.
-        num_samples: Size of the batch.
-        batch: Where the samples lie; None: along dimension 0, windows or tokens of one sample
-            adjacent.
-
-    Returns:
-        A view wherever the strides allow it, channels-last included.
+    ``t``: input of a convolution [L, n, ...] (``dim`` 1) or of a linear layer [..., n] (-1).
+    ``batch``: where the samples lie; None: along dimension 0, windows or tokens of one sample
+    adjacent. Returns a view wherever the strides allow it, channels-last included.
     """
     if batch is not None:
         return batch.leading(t, num_samples).movedim(dim % t.ndim + 1, 1).flatten(2)
@@ -41,15 +35,9 @@ def contract(
     With more positions than inputs the products S_jc = sum_p a_j d_c come first: they take
     n^2 numbers and one pass over both tensors, where r itself takes n P.
 
-    Args:
-        a: Input [L, n, P], as :func:`by_channel` gives it.
-        grad: Gradient d, in the same form.
-        num_samples: Size of the batch B; L is a multiple of it.
-        stand_in: (mean [n], M [n, n]); None for r = a.
-
-    Returns:
-        One number per sample and input, in float32 at least: sums of half-precision numbers around
-        a mean would be rounding.
+    ``a``: input [L, n, P], as :func:`by_channel` gives it. ``stand_in``: (mean [n], M [n, n]); None
+    for r = a. Returns one number per sample and input, in float32 at least: sums of half-precision
+    numbers around a mean would be rounding.
     """
     if stand_in is None:
         sums = (in_single(a) * in_single(grad)).sum(2)
@@ -72,13 +60,8 @@ def sampled_rows(a: Tensor, indices: Tensor, limit: int) -> Tensor:
     The positions differ from sample to sample and cover the map evenly. They depend on a sample's
     place in the whole set alone, not on how the set is split into batches.
 
-    Args:
-        a: Input [L, n, P], as :func:`by_channel` gives it.
-        indices: Where in the whole set each sample of the batch stands [B]; L is a multiple of B.
-        limit: Positions per sample; smaller maps are read whole.
-
-    Returns:
-        The inputs, one row per position.
+    ``a``: input [L, n, P], as :func:`by_channel` gives it. ``indices``: where in the whole set each
+    sample of the batch stands [B]; L is a multiple of B.
     """
     num, inputs, positions = a.shape
     windows = num // len(indices)

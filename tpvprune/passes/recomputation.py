@@ -32,12 +32,6 @@ def segments_of(model: nn.Module) -> list[nn.Module]:
 
     These are the innermost members of lists and sequences of modules that hold at least two
     convolutions or linear layers: residual blocks, transformer blocks.
-
-    Args:
-        model: The network.
-
-    Returns:
-        Modules, none inside another.
     """
 
     def is_large(module: nn.Module) -> bool:
@@ -56,16 +50,7 @@ def segments_of(model: nn.Module) -> list[nn.Module]:
 def recomputed(
     segments: Iterable[nn.Module], observer: Observer, inputs: Recallable
 ) -> Iterator[None]:
-    """Let the segments keep only their own inputs, and run again in the backward pass.
-
-    Args:
-        segments: Modules, none inside another.
-        observer: Of the forward.
-        inputs: Where it keeps what readers get.
-
-    Yields:
-        Nothing.
-    """
+    """Let the segments keep only their own inputs, and run again in the backward pass."""
     replaced: list[tuple[nn.Module, Any]] = []
 
     def through(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -33,14 +33,7 @@ def prepare_forward_mode() -> None:
 
 
 def check_not_compiled(model: nn.Module) -> None:
-    """Refuse what torch.compile made: its calls cannot be followed, and widths are built in.
-
-    Args:
-        model: A module.
-
-    Raises:
-        ValueError: If it, or a part of it, is compiled.
-    """
+    """Refuse what torch.compile made: its calls cannot be followed, and widths are built in."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "expected a module that is not compiled, found one behind torch.compile: pass the "
@@ -58,11 +51,7 @@ def check_not_compiled(model: nn.Module) -> None:
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Put models into eval mode and put every module's own mode back at the end.
 
-    Args:
-        *models: Models, or ``None`` for "no model here".
-
-    Yields:
-        Nothing.
+    ``*models``: models, or ``None`` for "no model here".
     """
     modules = [module for model in models if model is not None for module in model.modules()]
     modes = [module.training for module in modules]
@@ -78,11 +67,7 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
 def sharing_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model's modules, with the same parameters and buffers.
 
-    Args:
-        model: Any model.
-
-    Returns:
-        The copy; what changes in its structure leaves the model as it is.
+    Returns the copy; what changes in its structure leaves the model as it is.
     """
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
@@ -92,9 +77,6 @@ def clear_caches(model: nn.Module) -> None:
 
     LeViT's, say, gather a table of attention biases once and keep it: under other weights, or of
     fewer heads, it would be that of the network before.
-
-    Args:
-        model: A private copy.
     """
     for module in model.modules():
         for key, value in vars(module).items():
@@ -127,12 +109,7 @@ def fast_layout(x: Tensor, model: nn.Module) -> Tensor:
 
     Convolutions are 1.4 to 3 times as fast so, on CPUs as on GPUs with tensor cores.
 
-    Args:
-        x: Inputs on the device of the model; others than images stay as they are.
-        model: What will be run.
-
-    Returns:
-        The same values.
+    ``x``: inputs on the device of the model; others than images stay as they are.
     """
     fast = x.ndim == 4 and len(x) and takes_channels_last(model, x)
     return x.contiguous(memory_format=torch.channels_last) if fast else x
@@ -144,12 +121,7 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     One that views its feature maps as vectors does not. One image tells, once per model: do not
     ask while something counts or notes the calls of the model.
 
-    Args:
-        model: The model.
-        x: Images [B, C, H, W] on its device, B >= 1.
-
-    Returns:
-        True if it does.
+    ``x``: images [B, C, H, W] on its device, B >= 1.
     """
     if model not in _TAKES_CHANNELS_LAST:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -164,15 +136,8 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
 def first_output(outputs: Any) -> Tensor:
     """Take the first tensor of real numbers of what a model returns.
 
-    Args:
-        outputs: A tensor, or a tuple, list, mapping or dataclass that holds one, however deep;
-            whole numbers, such as classes or indices, are passed over.
-
-    Returns:
-        That tensor.
-
-    Raises:
-        ValueError: If there is none.
+    ``outputs``: a tensor, or a tuple, list, mapping or dataclass that holds one, however deep;
+    whole numbers, such as classes or indices, are passed over. ValueError if there is none.
     """
     for tensor in tensors_of(outputs):
         if tensor.is_floating_point():
@@ -186,13 +151,8 @@ def first_output(outputs: Any) -> Tensor:
 def relative_gap(found: Any, wanted: Any) -> Tensor:
     """Return how far two returned values are apart, each output by its own scale.
 
-    Args:
-        found: What a model returned; see :func:`named_outputs`.
-        wanted: Likewise, with tensors of the same shapes.
-
-    Returns:
-        The largest difference over the largest value of any output of real numbers; NaN where
-        one is not a number.
+    Returns the largest difference over the largest value of any output of real numbers; NaN where
+    one is not a number.
     """
     pairs = zip(tensors_of(found), tensors_of(wanted), strict=True)
     gaps = [
@@ -206,12 +166,8 @@ def relative_gap(found: Any, wanted: Any) -> Tensor:
 def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of what a model returns, in order, with its name.
 
-    Args:
-        returned: A tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
-        name: Of the whole.
-
-    Yields:
-        (keys, places or fields on the way to the tensor, joined by dots; the tensor).
+    ``returned``: a tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
+    Yields (keys, places or fields on the way to the tensor, joined by dots; the tensor).
     """
     parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(returned, Tensor):
@@ -227,29 +183,14 @@ def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Return every tensor of what a model returns, in order.
-
-    Args:
-        outputs: See :func:`named_outputs`.
-
-    Returns:
-        The tensors.
-    """
+    """Return every tensor of what a model returns, in order."""
     return (tensor for _, tensor in named_outputs(outputs))
 
 
 def by_image(outputs: Tensor, num: int) -> Tensor:
     """Return a model's outputs [B, ...] as one row for every image.
 
-    Args:
-        outputs: What it returned for a batch.
-        num: Images of the batch.
-
-    Returns:
-        [num, K].
-
-    Raises:
-        ValueError: If the first dimension is not that of the images, or the only one.
+    Returns [num, K]. ValueError if the first dimension is not that of the images, or the only one.
     """
     if outputs.ndim < 2 or len(outputs) != num:
         raise ValueError(

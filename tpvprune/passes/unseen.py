@@ -23,11 +23,7 @@ class Unseen:
         self._forward, self.is_block = forward, is_block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward.
-
-        Returns:
-            What it returns.
-        """
+        """Run the forward."""
         with torch._C.DisableTorchFunction():
             return self._forward(*args, **kwargs)
 
@@ -35,11 +31,7 @@ class Unseen:
 def unseen_forward(module: nn.Module) -> Unseen | None:
     """Return the forward of a module that runs unseen.
 
-    Args:
-        module: Any.
-
-    Returns:
-        It; None where the module does not.
+    Returns it; None where the module does not.
     """
     found = vars(module).get("forward")
     return found if isinstance(found, Unseen) else None
@@ -48,13 +40,7 @@ def unseen_forward(module: nn.Module) -> Unseen | None:
 def with_unseen(model: nn.Module, blocks: Collection[str], modules: Collection[str]) -> nn.Module:
     """Return a copy, of the same parameters, some of whose modules run unseen.
 
-    Args:
-        model: The network.
-        blocks: Names of modules whose output goes on where their first argument would.
-        modules: Names of others.
-
-    Returns:
-        The copy.
+    ``blocks``: names of modules whose output goes on where their first argument would.
     """
     copied = sharing_copy(model)
     for names, is_block in ((blocks, True), (modules, False)):

@@ -1,103 +1,21 @@
-"""Arguments of :func:`tpvprune.prune` that do not go together, each told in one line."""
+"""Groups, limits and rankings that do not go together, each told in one line."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Literal, get_args
 
 from torch import nn
 
 from tpvprune.disk.digest import digest_of
 from tpvprune.groups import ChannelGroups
-from tpvprune.groups.budget import LatencyTable
 from tpvprune.processes.shares import check_same
-from tpvprune.runtimes.names import check_runtime
 from tpvprune.scores.criteria import SCORERS
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import RankBy, Ranking
-
-Repair = Literal["none", "bn", "compensate", "reconstruct", "auto"]
-Of = Literal["macs", "params", "latency"]
-Granularity = Literal["channel", "branch"]
-
-
-def check_repairs(steps: int, *repairs: str | None) -> None:
-    """Check repairs and the number of rounds.
-
-    Raises:
-        ValueError: If a repair is not known, or there is no round.
-    """
-    for repair in repairs:
-        if repair not in {None, *get_args(Repair)}:
-            known = ", ".join(get_args(Repair))
-            raise ValueError(f"repair: expected one of {known}, found {repair!r}.")
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, found {steps}.")
-
-
-def granularity_for(granularity: Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
-    """Return what may leave.
-
-    Args:
-        granularity: What was asked for; None: nothing.
-        of: What is spared.
-
-    Returns:
-        It. Of what was not asked for: branches beside channels where milliseconds count, as
-        narrower layers do not spare calls; else channels.
-    """
-    usual: dict[str, Sequence[Granularity]] = {"latency": ("channel", "branch")}
-    return usual.get(of, ("channel",)) if granularity is None else granularity
-
-
-def check_granularity(granularity: Sequence[str], max_depth_removed: float) -> None:
-    """Check what may leave.
-
-    Raises:
-        ValueError: If it is not known, or nothing.
-    """
-    known = get_args(Granularity)
-    if not granularity or isinstance(granularity, str) or set(granularity) - set(known):
-        raise ValueError(f"granularity: expected some of {known}, found {granularity!r}.")
-    if not 0 <= max_depth_removed <= 1:
-        raise ValueError(
-            f"max_depth_removed: expected a fraction in [0, 1], found {max_depth_removed}."
-        )
-
-
-def check_latency(
-    of: str, batch_size: int, runtime: str | LatencyTable, threads: int | None
-) -> None:
-    """Check where milliseconds are measured.
-
-    Raises:
-        ValueError: If the runtime is not known or not installed, a table is of calls of another
-            size, or milliseconds do not count.
-    """
-    if batch_size < 1 or (threads is not None and threads < 1):
-        raise ValueError(
-            "latency_batch_size and latency_threads: expected at least 1, found "
-            f"{batch_size} and {threads}"
-        )
-    if of != "latency" and (runtime != "eager" or threads is not None):
-        raise ValueError(
-            "latency_runtime and latency_threads: expected only with a budget of latency, found "
-            f"one of {of}: leave them out"
-        )
-    if not isinstance(runtime, LatencyTable):
-        check_runtime(runtime)
-    elif batch_size not in {1, runtime.batch_size}:
-        raise ValueError(
-            f"latency_batch_size: expected {runtime.batch_size}, that of the table, found "
-            f"{batch_size}: leave it out, or write another table"
-        )
 
 
 def agreed(groups: ChannelGroups) -> ChannelGroups:
     """Return the groups, which are the same in all processes.
 
-    Raises:
-        ValueError: If they are not; everywhere, and before anything is summed over them.
+    ValueError if they are not; everywhere, and before anything is summed over them.
     """
     # Not the reasons: they quote rounding, which may differ between machines.
     check_same("channel groups", [(g.name, g.num_channels) for g in groups])
@@ -107,8 +25,7 @@ def agreed(groups: ChannelGroups) -> ChannelGroups:
 def prunable(groups: ChannelGroups) -> ChannelGroups:
     """Return the groups.
 
-    Raises:
-        ValueError: If there is nothing to prune.
+    ValueError if there is nothing to prune.
     """
     if len(groups):
         return groups
@@ -119,11 +36,7 @@ def prunable(groups: ChannelGroups) -> ChannelGroups:
 
 
 def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
-    """Check what widths are to be multiples of.
-
-    Raises:
-        ValueError: If no group is as wide.
-    """
+    """Check what widths are to be multiples of."""
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
     if limits.round_to > max(1, widest):
         raise ValueError(
@@ -135,11 +48,7 @@ def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
 def check_ranking(
     ranking: Ranking | None, by: RankBy, model: nn.Module, groups: ChannelGroups
 ) -> None:
-    """Check a ranking that was given.
-
-    Raises:
-        ValueError: If it is of another network, or would be made in another way now.
-    """
+    """Check a ranking that was given."""
     if ranking is None:
         return
     if ranking.allocation != by.how:

@@ -42,18 +42,8 @@ def shallower(
 ) -> Setup:
     """Return the run without the branches that are better gone.
 
-    Args:
-        given: The run with all branches.
-        ranking: Of the channels of the dense network.
-        keep: Fraction of the cost that stays.
-        by_channel: Whether channels may leave, too.
-        most: Largest fraction of the branches that may go.
-
-    Returns:
-        The run; of a network without branches the same one.
-
-    Raises:
-        ValueError: If only branches may go and there is none.
+    ``most``: largest fraction of the branches that may go. Returns the run; of a network without
+    branches the same one. ValueError if only branches may go and there is none.
     """
     clock = given.clock
     with clock("branches"):
@@ -85,13 +75,7 @@ def shallower(
 def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
     """Return the run without the branches that left before it was stopped.
 
-    Args:
-        given: The run with all branches.
-        choice: Of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
-        by_channel: Whether channels may leave, too.
-
-    Returns:
-        The run.
+    ``choice``: of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
     """
     if choice is None:
         given.notes.append(_NO_BRANCH)

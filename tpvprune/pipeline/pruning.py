@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,32 +11,16 @@ from torch import nn
 
 from tpvprune.depth import Removal
 from tpvprune.groups import ChannelGroups, Kept
-from tpvprune.groups.budget import LatencyTable, check_budget
 from tpvprune.groups.removal import remove_channels
-from tpvprune.passes.clock import Progress
-from tpvprune.passes.drawing import NUM_IMAGES
-from tpvprune.passes.forwards import Forward, called_as
-from tpvprune.passes.outputs import Chosen
-from tpvprune.pipeline.checks import (
-    Granularity,
-    Of,
-    Repair,
-    check_granularity,
-    check_latency,
-    check_repairs,
-    granularity_for,
-)
+from tpvprune.passes.forwards import called_as
+from tpvprune.pipeline.choices import Choices, told_by
 from tpvprune.pipeline.depth import chosen_before, shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
 from tpvprune.pipeline.setup import set_up
 from tpvprune.repairs import guard
-from tpvprune.runtimes.names import Runtime
-from tpvprune.scores.criteria import Scorer
-from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import Scores
-from tpvprune.widths.limits import Limits
-from tpvprune.widths.ranking import Allocation, Ranking
+from tpvprune.widths.ranking import Ranking
 from tpvprune.widths.rounds import Record, Rounds
 
 
@@ -75,33 +58,8 @@ class PruningResult:
         return list(self.report["warnings"])
 
 
-def prune(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    keep: float = 0.5,
-    of: Of = "macs",
-    criterion: str | Scorer = "tpv",
-    repair: Repair = "compensate",
-    allocation: Allocation | None = None,
-    limits: Limits | None = None,
-    granularity: Sequence[Granularity] | None = None,
-    max_depth_removed: float = 0.5,
-    ranking: Ranking | None = None,
-    planned_repair: Repair | None = None,
-    repair_factors: bool | None = None,
-    steps: int = 1,
-    num_images: int | None = NUM_IMAGES,
-    latency_batch_size: int = 1,
-    latency_runtime: Runtime | LatencyTable = "eager",
-    latency_threads: int | None = None,
-    probing: Probing | None = None,
-    outputs: Chosen | None = None,
-    forward: Forward | None = None,
-    state: str | Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> PruningResult:
+@told_by(Choices)
+def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningResult:
     """Prune a pretrained model to a budget with unlabeled inputs, and repair it.
 
     Args:
@@ -172,29 +130,19 @@ def prune(
         ValueError: If an argument is out of range, the criterion needs labels and has none, or
             the state is damaged.
     """
-    check_budget(keep, "macs" if of == "latency" else of)
-    check_latency(of, latency_batch_size, latency_runtime, latency_threads)
-    check_repairs(steps, repair, planned_repair)
-    granularity = granularity_for(granularity, of)
-    check_granularity(granularity, max_depth_removed)
-    given = set_up(
-        model, batches, of=of, criterion=criterion, planned_repair=planned_repair or repair,
-        allocation=allocation, limits=limits, repair_factors=repair_factors,
-        num_images=num_images, latency_batch_size=latency_batch_size,
-        latency_runtime=latency_runtime, latency_threads=latency_threads, probing=probing,
-        outputs=outputs, forward=forward, seed=seed, progress=progress,
-    )  # fmt: skip
-    whole, how = given, (sorted(granularity), max_depth_removed, keep, repair, steps)
-    record = Record.of(state, *whole.parts(), *how, *_parts_of(ranking))
-    if "branch" in granularity:
+    given = whole = set_up(model, batches, told)
+    ranking, keep, most = told.ranking, told.keep, told.max_depth_removed
+    how = (sorted(told.leaves), most, keep, told.repair, told.steps)
+    record = Record.of(told.state, *whole.parts(), *how, *_parts_of(ranking))
+    if "branch" in told.leaves:
         ranking = None if record.facts() else whole.ranked(ranking)
-        by_channel = "channel" in granularity
+        by_channel = "channel" in told.leaves
         if ranking is None:
             given = chosen_before(whole, record.facts()["depth"], by_channel=by_channel)
         else:
-            given = shallower(whole, ranking, keep, by_channel=by_channel, most=max_depth_removed)
+            given = shallower(whole, ranking, keep, by_channel=by_channel, most=most)
     groups, clock = given.groups, given.clock
-    run = Run(given, repair, keep, steps)
+    run = Run(given)
     choice = given.depth.choice if given.depth else None
     rounds = record.load(given.start, groups)
     if rounds is None:
@@ -204,69 +152,36 @@ def prune(
         )  # fmt: skip
         record.save(rounds, choice)
     clock.seconds = {**clock.seconds, **rounds.seconds}
-    for step in range(rounds.chosen + 1, steps + 1):
+    for step in range(rounds.chosen + 1, told.steps + 1):
         before = replace(rounds)
         run.cut(rounds, step)
         refits, outcome = run.repaired(rounds, step)
         refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
         costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
         rounds.history.append({**costs, **guard.facts(outcome)})
-        if step < steps:
+        if step < told.steps:
             rounds.seconds = clock.seconds
             record.save(rounds, choice)
     with clock("repair"):
         removed = remove_channels(given.start, groups, rounds.kept)
         candidates, measured = run.compared(removed, refits, rounds.model, outcome)
-    best = guard.best_repair(measured, repair)
+    best = guard.best_repair(measured, told.repair)
     report = report_of(run, rounds, measured, best)
     gone = given.depth.removal if given.depth else Removal()
     found = called_as(candidates[best], model)
     return PruningResult(found, groups, rounds.ranking, rounds.kept, report, gone)
 
 
-def rank_channels(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    of: Of = "macs",
-    criterion: str | Scorer = "tpv",
-    repair: Repair = "compensate",
-    allocation: Allocation | None = None,
-    limits: Limits | None = None,
-    repair_factors: bool | None = None,
-    num_images: int | None = NUM_IMAGES,
-    latency_batch_size: int = 1,
-    latency_runtime: Runtime | LatencyTable = "eager",
-    latency_threads: int | None = None,
-    probing: Probing | None = None,
-    outputs: Chosen | None = None,
-    forward: Forward | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Ranking:
+def rank_channels(model: nn.Module, batches: Iterable[Any], **choices: Any) -> Ranking:
     """Measure what the channels of a network are worth, once for every size.
 
     ``prune(model, batches, keep=..., ranking=ranking)`` with the same arguments gives what it
     gives without a ranking; with one, a further size costs its repair.
 
     Args:
-        model: See :func:`prune`, as for all of these; untouched.
-        batches: Unlabeled input tensors [B, ...].
-        of: What will be spared.
-        criterion: What ranks.
-        repair: What will follow: whether other channels will stand in for those that leave.
-        allocation: How widths will follow.
-        limits: How far groups may shrink.
-        repair_factors: Whether curves are scaled by what the repair makes up for.
-        num_images: So many are drawn.
-        latency_batch_size: Inputs of one call.
-        latency_runtime: Where milliseconds are measured.
-        latency_threads: Of one call on a CPU.
-        probing: How the passes of ``"tpv"`` are run.
-        outputs: What counts.
-        forward: What is called.
-        seed: Of everything random.
-        progress: Called with (stage, done, total).
+        model: Any vision model; untouched.
+        batches: Re-iterable of unlabeled input tensors [B, ...].
+        **choices: Of :func:`prune`; ``keep``, ``steps`` and what else concerns a cut do not count.
 
     Returns:
         The ranking, which can be saved.
@@ -274,15 +189,8 @@ def rank_channels(
     Raises:
         ValueError: If an argument is out of range.
     """
-    check_latency(of, latency_batch_size, latency_runtime, latency_threads)
-    check_repairs(1, repair)
-    return set_up(
-        model, batches, of=of, criterion=criterion, planned_repair=repair, allocation=allocation,
-        limits=limits, repair_factors=repair_factors, num_images=num_images,
-        latency_batch_size=latency_batch_size, latency_runtime=latency_runtime,
-        latency_threads=latency_threads, probing=probing, outputs=outputs,
-        forward=forward, seed=seed, progress=progress,
-    ).ranked()  # fmt: skip
+    told = Choices(**choices)
+    return set_up(model, batches, told).ranked(told.ranking)
 
 
 def _whole(groups: ChannelGroups) -> Kept:

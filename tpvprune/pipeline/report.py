@@ -26,33 +26,26 @@ def report_of(
 ) -> dict[str, Any]:
     """Return the report of a run.
 
-    Args:
-        run: The run.
-        rounds: What it led to.
-        measured: Repair -> how far the model is from the dense one on the images held back.
-        best: The repair that was taken.
-
-    Returns:
-        See :class:`tpvprune.PruningResult`.
+    ``measured``: repair -> how far the model is from the dense one on the images held back.
     """
-    given = run.given
+    given, told = run.given, run.given.told
     num_fit = int(total(_num(given.fit)))
     spent = cost(given.groups, rounds.kept, given.budget)
-    reached = spent <= run.keep * given.dense_cost * (1 + 1e-9)
+    reached = spent <= told.keep * given.dense_cost * (1 + 1e-9)
     speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
     if rounds.speed is not None and rounds.speed.rounds:  # else a table says it
-        reached = rounds.speed.ratio <= run.keep
+        reached = rounds.speed.ratio <= told.keep
     return {
-        "keep": run.keep,
-        "of": given.of,
-        "repair": run.repair,
+        "keep": told.keep,
+        "of": told.of,
+        "repair": told.repair,
         "repair_chosen": best,
         "warnings": [
-            *guard.warnings_of(measured, run.repair, best),
+            *guard.warnings_of(measured, told.repair, best),
             *run.notes,
             *given.notes,
         ],
-        "seed": given.by.probing.seed,
+        "seed": told.seed,
         "criterion": given.by.name,
         "used_labels": rounds.ranking.scores.used_labels,
         "allocation": given.by.how,

@@ -13,7 +13,6 @@ from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.evaluation import Difference, difference
-from tpvprune.pipeline.checks import Repair
 from tpvprune.pipeline.setup import Setup
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
@@ -30,29 +29,26 @@ class Run:
     """What does not change between rounds; ``notes`` and ``used`` grow for the report."""
 
     given: Setup
-    repair: Repair
-    keep: float
-    steps: int
     notes: list[str] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
 
     def cut(self, rounds: Rounds, step: int, *, by_scores: bool = False) -> None:
         """Rank the channels of the network as it is, choose widths, and remove what must go."""
         given, model, ranking = self.given, rounds.model, rounds.ranking
-        groups = given.groups
+        groups, steps = given.groups, given.told.steps
         if step > 1:
             groups = _regrouped(model, given.groups, rounds.kept, given.batch[:1])
             found = given.by.ranked(model, groups, given.fit, given.clock)
             ranking = replace(found, factors=ranking.factors)
         if by_scores:
             ranking = ranking.by_scores(groups, given.by.of)
-        with given.clock("selection", step, self.steps):
-            target = self.keep ** (step / self.steps) * given.dense_cost
+        with given.clock("selection", step, steps):
+            target = given.told.keep ** (step / steps) * given.dense_cost
             target = min(1.0, target / cost(groups, {}, given.budget))
             choose = partial(ranking.choose, groups, of=given.budget, limits=given.limits)
             chosen, rounds.speed = self._chosen(rounds, groups, choose, target, step)
             rounds.predicted += ranking.predicted(chosen)
-        with given.clock("removal", step, self.steps):
+        with given.clock("removal", step, steps):
             rounds.model = remove_channels(model, groups, chosen)
             rounds.kept = compose(rounds.kept, chosen)
         rounds.chosen = step
@@ -68,7 +64,7 @@ class Run:
         """Return what stays; the last choice is made by the clock where time is the budget."""
         given = self.given
         budget = given.budget
-        if step < self.steps or not isinstance(budget, LatencyTable):
+        if step < given.told.steps or not isinstance(budget, LatencyTable):
             return choose(keep=target), None
         if budget.runtime == TABLE:
             chosen = choose(keep=target)
@@ -82,30 +78,30 @@ class Run:
         def measure(chosen: Kept) -> Speed:
             return by_first(watch.compare, remove_channels(rounds.model, groups, chosen))
 
-        return as_fast_as(self.keep, target, lambda share: choose(keep=share), measure)
+        return as_fast_as(given.told.keep, target, lambda share: choose(keep=share), measure)
 
     def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
         """Repair the network, and measure how far it is from the dense one.
 
-        Returns:
-            The repaired models by repair, cheapest first, and the difference of the last.
+        Returns the repaired models by repair, cheapest first, and the difference of the last.
         """
         given, cut, refits = self.given, rounds.model, {}
+        repair, steps = given.told.repair, given.told.steps
         options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
         options["seed"] = given.by.probing.seed
-        if self.repair == "bn":
+        if repair == "bn":
             refits["bn"] = recalibrate_batchnorm(cut, given.fit)
-        if self.repair in {"compensate", "reconstruct", "auto"}:
-            with given.clock("compensation", step, self.steps):
+        if repair in {"compensate", "reconstruct", "auto"}:
+            with given.clock("compensation", step, steps):
                 refits["compensate"] = compensate_weights(cut, given.aligned, given.fit, **options)
-        if self.repair == "reconstruct" and step == self.steps:
-            with given.clock("reconstruction", step, self.steps):
+        if repair == "reconstruct" and step == steps:
+            with given.clock("reconstruction", step, steps):
                 refits["reconstruct"] = reconstruct_blocks(
                     cut, given.aligned, given.fit, **options, used=self.used,
                     progress=given.clock.progress,
                 )  # fmt: skip
         rounds.model = [cut, *refits.values()][-1]
-        with given.clock("measurement", step, self.steps):
+        with given.clock("measurement", step, steps):
             return refits, self._difference(rounds.model)
 
     def _difference(self, model: nn.Module) -> Difference:
@@ -125,8 +121,7 @@ class Run:
         That is where they promised far less damage than there is, and, unless they were asked for,
         where no weights are refitted: deep cuts are not of the first order then.
 
-        Returns:
-            Of the two cuts the better one's repaired models and difference; ``rounds`` is at it.
+        Returns the repaired models and the difference of the better cut; ``rounds`` is at it.
         """
         by = self.given.by
         doubted = by.allocation is None and by.stand_in != "map"
@@ -155,18 +150,18 @@ class Run:
 
         Of the last of them this is known.
         """
-        candidates, fit = {"none": removed}, self.given.fit
-        if self.repair == "auto":
+        candidates, fit, repair = {"none": removed}, self.given.fit, self.given.told.repair
+        if repair == "auto":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
         candidates |= refits
-        if self.repair == "auto":
+        if repair == "auto":
             candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], fit)
         measured = {
             name: outcome if found is last else self._difference(found)
             for name, found in candidates.items()
         }
         missing = refits and "bn" not in candidates
-        if missing and guard.best_repair(measured, self.repair) == "none":
+        if missing and guard.best_repair(measured, repair) == "none":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
             measured["bn"] = self._difference(candidates["bn"])
         return candidates, measured

@@ -20,29 +20,27 @@ from tpvprune.groups import (
 )
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.reaching import unseen
-from tpvprune.passes.clock import Clock, Progress
+from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.forwards import (
-    Forward,
     forward_of,
     own_forward,
     said_of_forward,
     with_forward,
 )
-from tpvprune.passes.outputs import Chosen, Outputs
+from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, on_device
-from tpvprune.pipeline.checks import Of, Repair, agreed, check_ranking, check_rounding, prunable
+from tpvprune.pipeline.checks import agreed, check_ranking, check_rounding, prunable
+from tpvprune.pipeline.choices import Choices
 from tpvprune.processes.shares import by_first, from_first, total
-from tpvprune.runtimes.names import Runtime
-from tpvprune.scores.criteria import Scorer
 from tpvprune.scores.criterion_names import READS_CLASSES
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
 from tpvprune.widths.latency import latency_table
 from tpvprune.widths.latency_file import measured_elsewhere
 from tpvprune.widths.limits import Limits
-from tpvprune.widths.ranking import Allocation, RankBy, Ranking
+from tpvprune.widths.ranking import RankBy, Ranking
 from tpvprune.widths.repair_factors import repair_factors as measured_factors
 
 # Repair factors take four compensations more, minutes at most: on so many MACs of forwards, unless
@@ -88,13 +86,13 @@ class Setup:
     """What a run is given, and what it looks up once.
 
     Attributes:
+        told: The arguments of :func:`tpvprune.prune`.
         dense: The network, its attention unfused.
         groups: The channel groups of it, or of what is left of it without some branches.
         fit: The images that scores and repairs see, in batches.
         held: Those that only measure.
         batch: What is timed where latency is the budget; its first is an example.
         outputs: What counts of what the network returns.
-        of: What is spared, by name.
         budget: What is spared, as it is counted.
         limits: How far groups may shrink.
         by: How channels are ranked.
@@ -104,13 +102,13 @@ class Setup:
         depth: The network without some branches, if any left.
     """
 
+    told: Choices
     dense: nn.Module
     groups: ChannelGroups
     fit: list[Tensor]
     held: list[Tensor]
     batch: Tensor
     outputs: Outputs
-    of: Of
     budget: Budget
     limits: Limits
     by: RankBy
@@ -148,7 +146,7 @@ class Setup:
     def parts(self) -> list[Any]:
         """Return what tells one run from another."""
         return [
-            self.dense, dict(enumerate(self.fit)), self.of, self.timed, self.by.name,
+            self.dense, dict(enumerate(self.fit)), self.told.of, self.timed, self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
             [g.name for g in self.groups], self.notes,
         ]  # fmt: skip
@@ -156,14 +154,8 @@ class Setup:
     def ranked(self, given: Ranking | None = None) -> Ranking:
         """Rank the channels of the dense network.
 
-        Args:
-            given: Of an earlier run.
-
-        Returns:
-            It, or a new one; with what the repair makes up for where that counts.
-
-        Raises:
-            ValueError: If the given one is of something else.
+        Returns it, or a new one; with what the repair makes up for where that counts. ValueError if
+        the given one is of something else.
         """
         check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
@@ -183,63 +175,32 @@ class Setup:
         return replace(ranking, factors=factors)
 
 
-def set_up(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    of: Of,
-    criterion: str | Scorer,
-    planned_repair: Repair,
-    allocation: Allocation | None,
-    limits: Limits | None,
-    repair_factors: bool | None,
-    num_images: int | None,
-    latency_batch_size: int,
-    latency_runtime: Runtime | LatencyTable,
-    latency_threads: int | None,
-    probing: Probing | None,
-    outputs: Chosen | None,
-    forward: Forward | None,
-    seed: int,
-    progress: Progress | None,
-) -> Setup:
-    """Draw the images and find the groups.
-
-    The arguments are those of :func:`tpvprune.prune`.
-
-    Returns:
-        What a run is given.
-    """
-    limits, clock = limits or Limits(), Clock(progress)
-    forward = forward or forward_of(model)
+def set_up(model: nn.Module, batches: Iterable[Any], told: Choices) -> Setup:
+    """Draw the images and find the groups."""
+    limits, clock = told.limits or Limits(), Clock(told.progress)
+    forward = told.forward or forward_of(model)
     model = own_forward(model) if forward is None else with_forward(model, forward)
-    fit, held = hold_back(batches, num_images=num_images, seed=seed)
+    fit, held = hold_back(batches, num_images=told.num_images, seed=told.seed)
     with clock("groups"):
         model, said_of_folded = folded_if_equal(model, on_device(from_first(fit[0][:1]), model))
         fused = fused_attention(model)
         model = unfuse_attention(model) if fused else model
-        counted = Outputs.measured(model, fit, outputs)
-        probing = replace(probing or Probing(), seed=seed, outputs=counted)
-        by = RankBy(criterion, allocation, "macs", stand_in(planned_repair), probing)
+        counted = Outputs.measured(model, fit, told.outputs)
+        probing = replace(told.probing or Probing(), seed=told.seed, outputs=counted)
+        follows = stand_in(told.planned_repair or told.repair)
+        by = RankBy(told.criterion, told.allocation, "macs", follows, probing)
         example = _example(model, fit, counted)
         groups = find_groups(model, example, ignore=limits.ignore)
-        if outputs is not None:
+        if told.outputs is not None:
             gone = unseen(model, groups, (example,), list(counted.scales))
             groups = with_blocked(groups, gone)
         groups = prunable(agreed(groups))
-        batch = example.repeat_interleave(latency_batch_size, 0)
-        budget: Budget = "macs" if of == "latency" else of
-        if of == "latency" and isinstance(latency_runtime, LatencyTable):
-            budget = measured_elsewhere(latency_runtime, model, batch)
-        elif of == "latency":
-            budget = by_first(
-                latency_table, model, groups, batch,
-                runtime=latency_runtime, num_threads=latency_threads,
-            )  # fmt: skip
+        batch = example.repeat_interleave(told.latency_batch_size, 0)
+        budget = _budget(told, model, groups, batch)
     check_rounding(limits, groups)
     return Setup(
-        model, groups, fit, held, batch, counted, of, budget, _rounded(limits, budget),
-        replace(by, of=budget), _images_for_factors(repair_factors, by, groups, fit), clock,
+        told, model, groups, fit, held, batch, counted, budget, _rounded(limits, budget),
+        replace(by, of=budget), _images_for_factors(told.repair_factors, by, groups, fit), clock,
         [
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
             *said_of_folded, *_said_of_fused(fused), *groups.notes,
@@ -247,14 +208,22 @@ def set_up(
     )  # fmt: skip
 
 
+def _budget(told: Choices, model: nn.Module, groups: ChannelGroups, batch: Tensor) -> Budget:
+    """Return what is spared, as it is counted; milliseconds are measured."""
+    if told.of != "latency":
+        return told.of
+    if isinstance(told.latency_runtime, LatencyTable):
+        return measured_elsewhere(told.latency_runtime, model, batch)
+    return by_first(
+        latency_table, model, groups, batch,
+        runtime=told.latency_runtime, num_threads=told.latency_threads,
+    )  # fmt: skip
+
+
 def stand_in(repair: str) -> StandIn:
     """Return what takes the place of a channel when this repair follows.
 
-    Args:
-        repair: See :func:`prune`.
-
-    Returns:
-        ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
+    ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
     """
     # Recalibrating BatchNorm restores the means.
     without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}

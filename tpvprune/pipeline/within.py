@@ -101,11 +101,7 @@ def prune_within(
 
 
 def check_max_loss(max_loss: float, num_sizes: int = NUM_SIZES) -> None:
-    """Check the limit.
-
-    Raises:
-        ValueError: If it is no number of points, or no size may be tried.
-    """
+    """Check the limit."""
     if not 0 < max_loss < 100:
         raise ValueError(f"max_loss: expected points above 0 and below 100, found {max_loss}")
     if num_sizes < 1:
@@ -115,17 +111,8 @@ def check_max_loss(max_loss: float, num_sizes: int = NUM_SIZES) -> None:
 def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "batches") -> int:
     """Return how many of so many images are set aside to measure a loss.
 
-    Args:
-        num: Images that there are.
-        num_images: What scores and repairs ask for; None: all.
-        wanted: What measuring asks for.
-        source: What they are of, for the message.
-
-    Returns:
-        See :func:`tpvprune.passes.drawing.num_set_aside`.
-
-    Raises:
-        ValueError: If that leaves none to decide, to judge, or to fit to.
+    ``num_images``: what scores and repairs ask for; None: all. ValueError if that leaves none to
+    decide, to judge, or to fit to.
     """
     found = num_set_aside(num, num_images=num_images, wanted=wanted)
     if not 2 * num_processes() <= found <= num - 2 * num_processes():
@@ -161,10 +148,8 @@ class Size:
 def bisect(tried: Callable[[float], tuple[float, float]], max_loss: float, num_sizes: int) -> None:
     """Try sizes, smaller ones after one that keeps the limit and larger ones after one that fails.
 
-    Args:
-        tried: Fraction to keep -> (fraction that is left, points that are lost).
-        max_loss: The limit, in points.
-        num_sizes: So many at most; fewer where the smallest possible one keeps it.
+    ``tried``: fraction to keep -> (fraction that is left, points that are lost). ``num_sizes``: so
+    many at most; fewer where the smallest possible one keeps it.
     """
     low, high = 0.0, 1.0
     for _ in range(num_sizes):
@@ -192,17 +177,8 @@ def smallest_within(
 ) -> PruningResult:
     """Find the smallest size that keeps a limit; see :func:`prune_within`.
 
-    Args:
-        prune_to: Prunes to a fraction by a ranking; None: by one of its own.
-        deciding: Measures on the images that decide.
-        judging: Measures on those that take no part.
-        max_loss: The limit, in points.
-        num_sizes: So many sizes are tried at most.
-        ranking: Of an earlier run.
-        notice: Told in a line what each size loses.
-
-    Returns:
-        The result, with ``report["quality"]``.
+    ``prune_to``: prunes to a fraction by a ranking; None: by one of its own. Returns the result,
+    with ``report["quality"]``.
     """
     sizes: list[Size] = []
     best: PruningResult | None = None

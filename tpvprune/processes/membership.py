@@ -95,17 +95,9 @@ def joined(device: str = "cpu") -> Iterator[None]:
     process that ends without a word, or does not answer for 40 s, is a
     :class:`LostProcessError` for the others.
 
-    Args:
-        device: Where the models run; collectives use NCCL on CUDA and gloo on the CPU.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If the processes cannot reach each other.
-        OtherProcessError: If another process failed first.
-        LostProcessError: If another process is gone.
-        KeyboardInterrupt: As anywhere.
+    ``device``: where the models run; collectives use NCCL on CUDA and gloo on the CPU. ValueError
+    if the processes cannot reach each other. OtherProcessError if another process failed first.
+    LostProcessError if another process is gone.
     """
     if not started() or num_processes() > 1:
         yield
@@ -174,8 +166,7 @@ def _rendezvous() -> tuple[Any, int, int]:
 def _ending_in_order() -> Any:
     """Let the end that torchrun orders run clean-ups.
 
-    Returns:
-        The handler before; None where it was not replaced.
+    Returns the handler before; None where it was not replaced.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -279,11 +270,7 @@ class _Watch(threading.Thread):
 def reaching() -> Iterator[None]:
     """Run a collective.
 
-    Yields:
-        Nothing.
-
-    Raises:
-        LostProcessError: If another process is gone.
+    LostProcessError if another process is gone.
     """
     try:
         yield

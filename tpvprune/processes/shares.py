@@ -63,13 +63,8 @@ class _Shard:
 def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
     """Take every so many samples of batches, wherever one batch ends and the next begins.
 
-    Args:
-        batches: Tensors [B, ...], or tuples of such.
-        first: Which of the first ``step`` samples.
-        step: Distance of the samples.
-
-    Yields:
-        Of every batch its part; where there is none the batch is left out.
+    ``batches``: tensors [B, ...], or tuples of such. ``first``: which of the first ``step``
+    samples. Yields of every batch its part; where there is none the batch is left out.
     """
     start = 0
     for batch in batches:
@@ -84,12 +79,8 @@ def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
 def shard(batches: Iterable[Any]) -> Iterable[Any]:
     """Return this process's share of batches that every process has in the same order.
 
-    Args:
-        batches: Re-iterable of tensors [B, ...], or of tuples of such.
-
-    Returns:
-        Re-iterable of the same, of every batch the samples of this process; where there are none
-        the batch is left out.
+    ``batches``: re-iterable of tensors [B, ...], or of tuples of such. Returns re-iterable of the
+    same, of every batch the samples of this process; where there are none the batch is left out.
     """
     return batches if num_processes() == 1 else _Shard(batches)
 
@@ -110,12 +101,8 @@ def own_items(items: Sequence[T], start: int) -> list[T]:
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Add up tensors over all processes: one collective, in float64.
 
-    Args:
-        *tensors: Of the same shapes everywhere.
-
-    Returns:
-        The sums, float64, on the devices of the arguments; equal bit for bit everywhere. With one
-        process the arguments themselves.
+    Returns the sums, float64, on the devices of the arguments; equal bit for bit everywhere. With
+    one process the arguments themselves.
     """
     if num_processes() == 1:
         return tensors
@@ -153,14 +140,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def in_step(batches: Iterable[T]) -> Iterator[T | None]:
-    """Iterate together: as long as any process has a batch; None where this one has none.
-
-    Args:
-        batches: Of this process.
-
-    Yields:
-        A batch, or None.
-    """
+    """Iterate together: as long as any process has a batch; None where this one has none."""
     if num_processes() == 1:
         yield from batches
         return
@@ -194,12 +174,7 @@ def spread_weights(model: nn.Module) -> None:
 def check_same(what: str, *parts: Any) -> None:
     """See that all processes have the same.
 
-    Args:
-        what: For the message.
-        *parts: Tensors, modules, mappings of tensors, or values with a ``repr``.
-
-    Raises:
-        ValueError: If they have not; everywhere.
+    ``*parts``: tensors, modules, mappings of tensors, or values with a ``repr``.
     """
     if num_processes() == 1:
         return
@@ -218,16 +193,7 @@ def check_same(what: str, *parts: Any) -> None:
 def by_first(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Let the first process do something, such as writing, and all know what came of it.
 
-    Args:
-        call: What it calls; returns plain values.
-        *args: For it.
-        **kwargs: Likewise.
-
-    Returns:
-        What it returned.
-
-    Raises:
-        OtherProcessError: If it failed there; there the error itself is raised.
+    OtherProcessError if it failed there; there the error itself is raised.
     """
     if num_processes() == 1:
         return call(*args, **kwargs)
@@ -252,11 +218,7 @@ def by_first(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def gathered(batches: Iterable[Any]) -> list[Any]:
     """Bring the shares of all processes together again.
 
-    Args:
-        batches: Of this process: tensors [B, ...] or tuples of such; at least one.
-
-    Returns:
-        The batches of the whole set, in order.
+    ``batches``: of this process: tensors [B, ...] or tuples of such; at least one.
     """
     here = list(batches)
     if num_processes() == 1:
@@ -271,11 +233,8 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
 def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Hand samples to the processes that they belong to by their numbers in the whole set.
 
-    Args:
-        rows: Number -> sample, of those that are here now.
-
-    Returns:
-        Number -> sample, of those that belong here: number modulo processes is this one's rank.
+    ``rows``: number -> sample, of those that are here now. Returns number -> sample, of those that
+    belong here: number modulo processes is this one's rank.
     """
     if num_processes() == 1:
         return dict(rows)
@@ -323,12 +282,8 @@ def _rows_of_all(rows: Tensor) -> Tensor:
 def dealt(tasks: Sequence[T], work: Callable[[T], Iterable[Any]]) -> Iterator[Any]:
     """Do tasks that need no other process, turn by turn one in each.
 
-    Args:
-        tasks: The same everywhere.
-        work: Task -> results, plain values; it runs :func:`alone`.
-
-    Yields:
-        The results of all tasks, in order and everywhere; with one process as they come.
+    ``work``: task -> results, plain values; it runs :func:`alone`. Yields the results of all tasks,
+    in order and everywhere; with one process as they come.
     """
     if num_processes() == 1:
         for task in tasks:

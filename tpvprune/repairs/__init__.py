@@ -1,8 +1,9 @@
 """Making good what a cut did to the outputs; no label is read but by ``finetuning``.
 
 - ``batchnorm``: recalibrated statistics;
-- ``compensation``: every layer refitted to the dense one (``least_squares``), along the branches
-  of the network (``branches``, ``targets``);
+- ``compensation``: every layer refitted to the dense one (``refits``, ``least_squares``), along
+  the branches of the network (``branches``, ``targets``), by chunks of inputs (``chunks``,
+  ``walk``);
 - ``reconstruction``: whole blocks (``blocks``) by damped Gauss-Newton (``gauss_newton``,
   ``preconditioner``);
 - ``distillation``, ``finetuning``: training (``training``) towards the dense model, or on labels;

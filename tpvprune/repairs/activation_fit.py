@@ -101,14 +101,7 @@ class _System:
 def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int:
     """Return how many of the rows of a layer are held for its fit; 0: too few for one.
 
-    Args:
-        num_rows: Rows that there are.
-        groups: Of the layer.
-        unknowns: Inputs of one output.
-        outputs: Of one group.
-
-    Returns:
-        A number up to ``num_rows``.
+    Returns a number up to ``num_rows``.
     """
     by_macs = _MOST_MACS / (2 * groups * unknowns * outputs)
     by_bytes = _MOST_BYTES / (4 * groups * (unknowns + 2 * outputs))
@@ -120,10 +113,7 @@ def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int
 class ActivationFit:
     """The fit of one layer, fed in chunks of rows.
 
-    Args:
-        activation: phi, element by element.
-        slope: s, how much of a change of the pre-activation it reads [groups, 1, outputs].
-        free: Whether there is an intercept.
+    ``slope``: s, how much of a change of the pre-activation it reads [groups, 1, outputs].
     """
 
     activation: Activation
@@ -135,11 +125,8 @@ class ActivationFit:
     def add(self, x: Tensor, present: Tensor, wanted: Tensor, held: Tensor) -> None:
         """Take in rows.
 
-        Args:
-            x: [groups, rows, unknowns].
-            present: What the activation reads with the present weights [groups, rows, outputs].
-            wanted: What it reads in the dense network, likewise.
-            held: Which rows only judge [rows], on the CPU.
+        ``x``: [groups, rows, unknowns]. ``present``: what the activation reads with the present
+        weights [groups, rows, outputs]. ``held``: which rows only judge [rows], on the CPU.
         """
         rows = _Rows(x, present, wanted)
         for part, mask in ((self._fit, ~held), (self._held, held)):
@@ -148,12 +135,7 @@ class ActivationFit:
     def improved(self, linear: Fit, *, given: bool = False) -> Fit:
         """Return the fit through the activation, from the ridge of the linear one.
 
-        Args:
-            linear: Of the same layer.
-            given: Whether its ridge was asked for: then no other is tried.
-
-        Returns:
-            The step that is best on the rows held back; the linear fit where none are.
+        Returns the step that is best on the rows held back; the linear fit where none are.
         """
         if not total(sum(r.x.shape[1] for r in self._held)):
             return linear

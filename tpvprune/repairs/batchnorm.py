@@ -68,9 +68,8 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Layers without affine parameters, or without statistics, stay.
 
-    Args:
-        model: Changed in place; its outputs in evaluation mode stay, up to rounding.
-        batches: Unlabeled inputs [B, ...], iterated once.
+    ``model``: changed in place; its outputs in evaluation mode stay, up to rounding. ``batches``:
+    unlabeled inputs [B, ...], iterated once.
     """
     norms = [m for m in batchnorms(model) if m.affine]
     sums = {m: Moments(m.num_features, device=m.weight.device) for m in norms}

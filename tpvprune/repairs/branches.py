@@ -40,12 +40,7 @@ class Layer:
 def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int, Layer]:
     """Return the layer that owns each weight, by the identity of the weight.
 
-    Args:
-        model: The network.
-        without: Names of modules whose layers are left out.
-
-    Returns:
-        id(weight) -> layer.
+    Returns id(weight) -> layer.
     """
     inside = tuple(f"{name}." for name in without)
     return {

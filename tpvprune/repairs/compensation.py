@@ -5,68 +5,48 @@ Ridge least squares, towards its present weights, makes its pre-activation that 
 network again. Where the pre-activation is added to a shortcut, the target is dense branch + dense
 shortcut - pruned shortcut, so that errors made upstream are corrected too.
 
-All calibration inputs advance together, in chunks (:mod:`tpvprune.passes.lockstep`): when all have
-come to a layer, the sums over their positions are added up, the layer is refitted, and all go on
-with the new weights, so one pass through the network does the whole sequential repair. A chunk
-waits where it stands if the activations of all chunks fit into the memory; else it forgets them,
-and runs the block that it was in again.
+All calibration inputs advance together, in chunks (:mod:`tpvprune.repairs.walk`): when all have
+come to a layer, the sums over their positions are added up, the layer is refitted
+(:mod:`tpvprune.repairs.refits`), and all go on with the new weights, so one pass through the
+network does the whole sequential repair.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.crossing import sent
-from tpvprune.passes.lockstep import Lockstep
-from tpvprune.passes.memory import (
-    is_lack_of_memory,
-    release_memory,
-    return_free_memory,
-    spare_bytes,
-)
-from tpvprune.passes.moments import in_single
-from tpvprune.passes.patches import count_positions, gather, patches_of, window_of
-from tpvprune.passes.recomputation import segments_of
-from tpvprune.passes.running import evaluating, fast_layout, on_device
+from tpvprune.passes.memory import is_lack_of_memory, release_memory, spare_bytes
 from tpvprune.processes.membership import num_processes
-from tpvprune.processes.shares import global_indices, spread_weights, total
-from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
-from tpvprune.repairs.blocks import BlockCall, Samples
-from tpvprune.repairs.branches import (
-    FEWER_ROWS,
-    Branch,
-    BranchFollower,
-    Layer,
-    Plan,
-    layers_by_weight,
-    positions_first,
-)
-from tpvprune.repairs.last_reads import last_reads
-from tpvprune.repairs.least_squares import LeastSquares
+from tpvprune.processes.shares import spread_weights, total
+from tpvprune.repairs.branches import FEWER_ROWS, Layer, Plan, layers_by_weight
+from tpvprune.repairs.chunks import chunk_size, rechunked
+from tpvprune.repairs.refits import Constrain, Refits
 from tpvprune.repairs.targets import Targets, dense_targets, plan_for
 from tpvprune.repairs.views import Views
+from tpvprune.repairs.walk import BlockFit, Walk
 
-Constrain = Callable[[str, Tensor, Tensor], Tensor]
-"""``constrain(layer, refitted weights, curvature)``; see :func:`refitted`."""
+__all__ = [
+    "TARGET_BYTES",
+    "BlockFit",
+    "Walk",
+    "chunk_size",
+    "compensate_weights",
+    "rechunked",
+    "refits_towards",
+    "refitted",
+    "wanted_of",
+]
 
 TARGET_BYTES = 2 << 30  # of the dense values that all layers are fitted to
-_CHUNK_BYTES = 1 << 28  # of the activations of one chunk
-_MOST_CHUNKS = 64  # threads
-_HELD = 4  # every so manieth input judges the ridge
 
 
 def compensate_weights(
@@ -118,18 +98,9 @@ def compensate_weights(
         The repaired copy.
     """
     return refitted(
-        pruned,
-        dense,
-        batches,
-        groups=groups,
-        kept=kept,
-        ridge=ridge,
-        rows_per_input=rows_per_input,
-        min_rows=min_rows,
-        nonlinear=nonlinear,
-        max_bytes=max_bytes,
-        seed=seed,
-    )
+        pruned, dense, batches, groups=groups, kept=kept, ridge=ridge, seed=seed,
+        rows_per_input=rows_per_input, min_rows=min_rows, nonlinear=nonlinear, max_bytes=max_bytes,
+    )  # fmt: skip
 
 
 def refitted(
@@ -200,18 +171,7 @@ class Wanted:
 def wanted_of(
     dense: nn.Module, inputs: Sequence[Tensor], rows_per_input: int, min_rows: int, *, seed: int
 ) -> Wanted:
-    """Run the dense network.
-
-    Args:
-        dense: The network.
-        inputs: Batches; how they are split does not matter.
-        rows_per_input: See :func:`compensate_weights`.
-        min_rows: Likewise.
-        seed: Of the sampled positions.
-
-    Returns:
-        Positions and values.
-    """
+    """Run the dense network."""
     num = sum(map(len, inputs))
     plan = Plan(
         num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS,
@@ -237,21 +197,9 @@ def refits_towards(
 ) -> Refits:
     """Run the dense network, and return what the layers of the pruned one are fitted to.
 
-    Args:
-        dense: The network.
-        chunks: Its inputs, in the order in which the pruned one will see them.
-        plan: Sampled positions.
-        groups: Channel groups of ``dense``; None where every width is as it was.
-        kept: What stayed.
-        ridge: See :func:`compensate_weights`.
-        constrain: See :func:`refitted`.
-        nonlinear: See :func:`compensate_weights`; not where weights are constrained.
-        linear: Modules in which no layer is fitted through its activation.
-        without: Modules whose layers stay as they are.
-        targets: What the dense network gives, where it is known.
-
-    Returns:
-        The fits, none of them solved.
+    ``chunks``: its inputs, in the order in which the pruned one will see them. ``groups``: channel
+    groups of ``dense``; None where every width is as it was. ``linear``: modules in which no layer
+    is fitted through its activation.
     """
     layers = layers_by_weight(dense).values() if groups is not None else ()
     rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
@@ -279,646 +227,8 @@ def _first_changed(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> int:
     return min((reader.call for g in cut for reader in g.readers), default=sys.maxsize)
 
 
-# ---- chunks ---------------------------------------------------------------------------------
-
-
-def chunk_size(model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    """Return how many inputs run at a time: few enough for the memory, not too many threads."""
-    num = sum(map(len, inputs))
-    fit = max(1, _CHUNK_BYTES // _bytes_per_input(model, inputs[0][:1]))
-    return min(num, max(min(fit, 128), -(-num // _MOST_CHUNKS)))
-
-
-def rechunked(inputs: Iterable[Tensor], size: int) -> list[Tensor]:
-    """Return the same inputs in batches of ``size``; the last may be smaller."""
-    chunks: list[Tensor] = []
-    rest: list[Tensor] = []
-    num = 0
-    for x in inputs:
-        rest.append(x)
-        num += len(x)
-        if num >= size:
-            joined = rest[0] if len(rest) == 1 else torch.cat(rest)
-            whole = num - num % size
-            chunks += joined[:whole].split(size)
-            rest, num = ([joined[whole:]] if num > whole else []), num - whole
-    return [*chunks, torch.cat(rest)] if rest else chunks
-
-
-def _bytes_per_input(model: nn.Module, x: Tensor) -> int:
-    """Return what one input needs: a few activations of the largest size are alive at a time."""
-    largest = _LargestOutput()
-    with evaluating(model), torch.no_grad(), largest:
-        model(on_device(x, model))
-    return 6 * largest.num_bytes
-
-
-class _LargestOutput(TorchFunctionMode):
-    num_bytes = 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.num_bytes = max(self.num_bytes, out.numel() * out.element_size())
-        return out
-
-
 def _kept_rows(groups: ChannelGroups, kept: Mapping[str, Tensor], layer: Layer) -> Tensor | None:
     for dim, axis in groups.param_axes.get(f"{layer.name}.weight", ()):
         if dim == 0:
             return axis.kept(kept).nonzero().squeeze(1).to(layer.module.weight.device)
     return None
-
-
-# ---- the walk -------------------------------------------------------------------------------
-
-
-class _AgainError(BaseException):
-    """A chunk has given its part to the fit of a layer, and runs its block again afterwards."""
-
-    def __init__(self, call: Hashable) -> None:
-        super().__init__()
-        self.call = call
-
-
-@dataclass
-class _Pending:
-    """A layer whose refit waits for the addition or the norm behind it."""
-
-    layer: Layer
-    func: Any
-    args: Any
-    kwargs: Any
-    patches: Tensor
-
-
-@dataclass
-class _Fed:
-    """The problem of a call: linear, and through the activation at some positions of each input."""
-
-    pending: _Pending
-    branch: Branch
-    linear: LeastSquares
-    through: ActivationFit | None = None
-    positions: int = 0
-
-
-@dataclass
-class Refits:
-    """What all chunks share: targets, the problem that is being fed, and what was solved.
-
-    ``rows`` says which outputs of each layer stayed; ``moved`` what the norm behind a call took up;
-    calls before ``first`` need no fit.
-    """
-
-    plan: Plan
-    targets: Targets
-    rows: Mapping[str, Tensor | None]
-    ridge: float | None
-    constrain: Constrain | None = None
-    linear: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    first: int = 0
-    solved: set[int] = field(default_factory=set)
-    moved: dict[int, Tensor] = field(default_factory=dict)
-    _fed: dict[int, _Fed] = field(default_factory=dict)
-
-    def feed(
-        self, pending: _Pending, target: Tensor, branch: Branch, held: Tensor, offset: Tensor
-    ) -> None:
-        """Add the rows of one chunk to the problem of a call.
-
-        Args:
-            pending: The layer.
-            target: Pre-activations wanted [inputs, positions, outputs].
-            branch: Where its pre-activation goes.
-            held: Which of the inputs judge the ridge [inputs].
-            offset: What is added to the pre-activation, after the branch's scale, before it is
-                read: a shortcut, or the shift of a BatchNorm [inputs, positions, outputs] or less.
-        """
-        module, patches = pending.layer.module, in_single(pending.patches)
-        target, bias = in_single(target), pending.args[2]
-        if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
-            target = target - bias
-            offset = offset + (bias if branch.scale is None else bias * branch.scale)
-        groups, num_rows, _ = patches.shape
-        target = target.reshape(num_rows, -1)
-        present, per_input = _outputs(patches, module), num_rows // len(held)
-        if branch.call not in self._fed:
-            self._fed[branch.call] = self._problem(pending, branch, per_input)
-        fed = self._fed[branch.call]
-
-        def by_group(rows: Tensor) -> Tensor:
-            return rows.reshape(len(rows), groups, -1).transpose(0, 1)
-
-        rows_held = held.repeat_interleave(per_input)
-        fed.linear.add(patches, by_group(target - present), rows_held)
-        if fed.through is None:
-            return
-        some = (torch.arange(num_rows) % per_input < fed.positions).nonzero().squeeze(1)
-        rows_held, some = rows_held[some], sent(some, patches.device)
-        scale = 1.0 if branch.scale is None else in_single(branch.scale)
-        offset = in_single(offset).expand(len(held), per_input, -1).reshape(num_rows, -1)[some]
-        now, wanted = (by_group(scale * y[some] + offset) for y in (present, target))
-        fed.through.add(patches[:, some], now, wanted, rows_held)
-
-    def _problem(self, pending: _Pending, branch: Branch, per_input: int) -> _Fed:
-        module, num = pending.layer.module, self.plan.all_inputs * per_input
-        groups, _, unknowns = pending.patches.shape
-        free = module.bias is not None or branch.norm is not None
-        few = num <= unknowns and self.constrain is None
-        fed = _Fed(pending, branch, LeastSquares(free=free, few_rows=few))
-        activation = self.targets.activations.get(branch.call)
-        if pending.layer.name.startswith(tuple(f"{name}." for name in self.linear)):
-            activation = None
-        num_outputs = len(module.weight) // groups
-        most = rows_to_hold(num, groups, unknowns, num_outputs)
-        fed.positions = most // self.plan.all_inputs
-        if activation is not None and fed.positions:
-            slope = module.weight.new_ones(len(module.weight))
-            slope = in_single(slope if branch.scale is None else branch.scale)
-            fed.through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)
-        return fed
-
-    @torch.no_grad()
-    def solve(self, call: Hashable) -> None:
-        """Refit the layer of a call with the rows of all chunks."""
-        assert isinstance(call, int)
-        fed = self._fed.pop(call)
-        module, branch, problem = fed.pending.layer.module, fed.branch, fed.linear
-        if self.constrain is None:
-            fit = problem.solve(self.ridge)
-            if fed.through is not None:
-                fit = fed.through.improved(fit, given=self.ridge is not None)
-            change, intercept = fit.change, fit.intercept
-        else:
-            change, intercept = self._constrained(fed.pending.layer, problem)
-        module.weight.add_(change.mT.reshape(module.weight.shape).to(module.weight))
-        shift = intercept.reshape(-1).to(module.weight)
-        if module.bias is not None:
-            module.bias.add_(shift)
-        elif branch.norm is not None:
-            branch.norm.sub_(shift)  # BN(y + b): the running mean takes up -b
-            self.moved[call] = shift
-        self.solved.add(call)
-        self.targets.forget(call)
-
-    def _constrained(self, layer: Layer, problem: LeastSquares) -> tuple[Tensor, Tensor]:
-        assert self.constrain is not None
-        fit, held = problem.folds()
-        both = fit + held
-        found = problem.solve(self.ridge)
-        unknowns = both.gram.shape[1]
-        gram = both.gram / both.count
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        curvature = gram.clone()
-        curvature.diagonal(dim1=1, dim2=2).add_((min(found.ridge, 10.0) * scale)[:, None])
-        present = layer.module.weight.reshape(len(gram), -1, unknowns).double()
-        weights = self.constrain(layer.name, present + found.change.mT, curvature)
-        change = (weights - present).mT
-        return change, both.e_mean - both.x_mean @ change
-
-
-@dataclass(frozen=True)
-class BlockFit:
-    """A block that is fitted as a whole once its layers are.
-
-    ``wanted`` are the inputs of the network that it is fitted on [inputs] (BoolTensor);
-    ``fit(module, call)`` moves its weights; ``batch_dim``: see
-    :class:`tpvprune.repairs.blocks.Block`.
-    """
-
-    name: str
-    wanted: Tensor
-    fit: Callable[[nn.Module, BlockCall], None]
-    batch_dim: int = 0
-
-
-class Walk:
-    """One pass of all chunks through the pruned network, in which every layer is refitted.
-
-    Args:
-        model: Refitted in place.
-        fits: What to fit.
-        chunks: The inputs; each is asked for whenever it starts.
-        max_bytes: Memory for what waiting chunks hold.
-        blocks: What is fitted besides, each when all chunks are through it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        fits: Refits,
-        chunks: Views,
-        max_bytes: int,
-        *,
-        blocks: Sequence[BlockFit] = (),
-    ) -> None:
-        self._model, self._fits, self._chunks = model, fits, chunks
-        self._starts = chunks.starts
-        self._room = max_bytes / max(1, self._starts[-1])
-        self._blocks = {block.name: block for block in blocks}
-        self._calls: dict[str, Samples] = {}
-        self._running = threading.local()
-        self._lockstep: Lockstep[None] = Lockstep(len(chunks), self._fit)
-
-    def run(self) -> None:
-        """Refit all layers, and the blocks."""
-        first = self._chunks[0][:1]
-        fast_layout(on_device(first, self._model), self._model)  # asks once
-        again = set(segments_of(self._model))
-        parts = {n for n, m in self._model.named_modules() if m in again or n in self._blocks}
-        around = {name for part in parts for name in _ancestors(part)} - parts
-        last_read = last_reads(self._model, {*around, *parts}, first)
-        with evaluating(self._model), self._replaced(parts, around, last_read):
-            self._lockstep.run(self._walk)
-
-    def _walk(self, i: int) -> None:
-        run = _RefitRun(
-            layers_by_weight(self._model, self._fits.without),
-            self._fits,
-            slice(*self._starts[i : i + 2]),
-            self._stop,
-            copies=self._chunks.num_views,
-        )
-        self._running.run = run
-        with torch.no_grad(), run:
-            self._again(self._whole, (i,), {}, last=False)
-
-    def _whole(self, i: int) -> None:
-        """Run the network on a chunk: a copy that nobody else holds, and layers may overwrite."""
-        self._model(self._input(i))
-
-    def _input(self, i: int) -> Tensor:
-        # Made in a call of its own: while a chunk waits, nothing but the network holds it.
-        chunk = self._chunks[i]
-        moved = fast_layout(on_device(chunk, self._model), self._model)
-        return moved.clone() if moved is chunk else moved
-
-    def _fit(self, key: Hashable) -> None:
-        """Fit what all chunks have come to: the layer of a call, or a block."""
-        return_free_memory()
-        if not isinstance(key, str):
-            self._fits.solve(key)
-            return
-        block, calls = self._blocks.pop(key), self._calls.pop(key, None)
-        if calls is not None:
-            with torch.enable_grad():
-                block.fit(self._model.get_submodule(key), calls.call())
-            return_free_memory()
-
-    def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
-        """Wait for the others at a fit, here or, with too much to hold, before the block.
-
-        Raises:
-            _AgainError: If the block is to be run again.
-        """
-        if self._is_large(waiting, num):
-            raise _AgainError(call)
-        self._meet(call)
-
-    def _meet(self, key: Hashable) -> None:
-        """Wait for the others, with nothing held that nobody reads again."""
-        self._running.run.forget()
-        self._lockstep.meet(key)
-
-    def _again(
-        self,
-        run: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        *,
-        last: bool = True,
-        held: _Held | None = None,
-    ) -> Any:
-        """Run a part of the network, anew after every fit at which it could not wait.
-
-        Where not even its inputs can be held, a larger part is run again.
-
-        Args:
-            run: The part.
-            args: What it is called with.
-            kwargs: Likewise.
-            last: Whether it will not run again: what it overwrote is read further on.
-            held: What is held of its arguments.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            _AgainError: If a larger part is to be run again.
-        """
-        follower = self._running.run
-        state = follower.state()
-        is_large = self._is_large((*args, *kwargs.values()), follower.num_inputs)
-        while True:
-            given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
-            if held is not None:
-                held.copies = [*given, *named.values()]
-            try:
-                out = run(*given, **named)
-            except _AgainError as error:
-                if is_large or (held is not None and held.is_gone):
-                    raise
-                call = error.call
-            else:
-                if last and not (held is not None and held.is_gone):
-                    _overwrite([*args, *kwargs.values()], [*given, *named.values()])
-                return out
-            del given, named  # not held while others run
-            if held is not None:
-                held.copies = []
-            follower.go_back(state)
-            self._meet(call)
-
-    def _is_large(self, values: Iterable[Any], num: int) -> bool:
-        """Return whether all chunks together cannot hold such tensors of ``num`` inputs."""
-        found = {v.untyped_storage().data_ptr(): v for v in values if isinstance(v, Tensor)}
-        return sum(v.numel() * v.element_size() for v in found.values()) / num > self._room
-
-    def _around(
-        self, last: int | None, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run what holds blocks.
-
-        Returns:
-            Its output.
-        """
-        follower = getattr(self._running, "run", None)
-        if follower is None:
-            return forward(*args, **kwargs)
-        with follower.holding(_Held([*args, *kwargs.values()], last)):
-            return forward(*args, **kwargs)
-
-    def _through(
-        self,
-        name: str,
-        last: int | None,
-        forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run a block, and once more with its new weights where it is fitted as a whole.
-
-        Returns:
-            Its output.
-        """
-        follower = getattr(self._running, "run", None)
-        if follower is None:  # the fit of the block itself
-            return forward(*args, **kwargs)
-        block = self._blocks.get(name)
-        held = _Held([*args, *kwargs.values()], last if block is None else None, again=True)
-        with follower.holding(held):
-            if block is not None:
-                self._gather(block, forward, args, kwargs, held)
-                held.last = last
-            return self._again(forward, args, kwargs, held=held)
-
-    def _gather(
-        self, block: BlockFit, forward: Callable[..., Any], args: Any, kwargs: Any, held: _Held
-    ) -> None:
-        """Refit the layers of a block, keep what it is called with, and wait for its own fit.
-
-        Raises:
-            _AgainError: If its inputs cannot be held while others run.
-        """
-        follower = self._running.run
-        state = follower.state()
-        out = self._again(forward, args, kwargs, last=False, held=held)
-        mask = block.wanted[follower.own]
-        if bool(mask.any()):
-            call = BlockCall(args, kwargs, out).along(block.batch_dim)
-            self._calls.setdefault(block.name, Samples(int(block.wanted.sum()))).add(call, mask)
-        del out
-        held.copies = []
-        if self._is_large((*args, *kwargs.values()), follower.num_inputs):
-            raise _AgainError(block.name)
-        follower.go_back(state)
-        self._meet(block.name)
-
-    @contextmanager
-    def _replaced(
-        self, parts: Iterable[str], around: Iterable[str], last_read: Mapping[str, int]
-    ) -> Iterator[None]:
-        """Let each block of the network be what is run again, or fitted.
-
-        Args:
-            parts: The blocks.
-            around: What holds them.
-            last_read: See :func:`tpvprune.repairs.last_reads.last_reads`.
-
-        Yields:
-            Nothing.
-        """
-        runs = {name: partial(self._through, name, last_read.get(name)) for name in parts}
-        runs |= {name: partial(self._around, last_read.get(name)) for name in around}
-        modules = {self._model.get_submodule(name): run for name, run in runs.items()}
-        before = {module: module.__dict__.get("forward") for module in modules}
-        for module, run in modules.items():
-            module.forward = partial(run, module.forward)
-        try:
-            yield
-        finally:
-            for module, forward in before.items():
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
-
-
-@dataclass
-class _Held:
-    """What the call of a module holds: its arguments, and the copies that it runs on.
-
-    They are read up to contraction ``last`` (None: nobody knows). ``again``: they are what its part
-    of the network is run again from.
-    """
-
-    values: list[Any]
-    last: int | None
-    again: bool = False
-    copies: list[Any] = field(default_factory=list)
-    is_gone: bool = False
-
-    def storages(self) -> dict[int, UntypedStorage]:
-        tensors = (v for v in (*self.values, *self.copies) if isinstance(v, Tensor))
-        found = (t.untyped_storage() for t in tensors)
-        return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
-
-
-def _ancestors(name: str) -> list[str]:
-    """Return the names of the modules that hold a module, the network ("") among them."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of a tensor, which a layer may overwrite; others as they are."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _overwrite(values: Iterable[Any], copies: Iterable[Any]) -> None:
-    """Give tensors what layers wrote into their copies."""
-    for value, copied in zip(values, copies, strict=True):
-        if isinstance(value, Tensor) and copied._version:
-            value.copy_(copied)
-
-
-class _RefitRun(BranchFollower):
-    """Follows one chunk through the pruned network, and gives its rows to the fit of each layer."""
-
-    def __init__(
-        self,
-        layers: dict[int, Layer],
-        fits: Refits,
-        own: slice,
-        stop: Callable[[int, Iterable[Tensor], int], None],
-        *,
-        copies: int,
-    ) -> None:
-        super().__init__(layers, fits.plan)
-        self._fits, self._stop, self.own = fits, stop, own
-        self.num_inputs = own.stop - own.start
-        self._held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
-        self._pending: dict[int, _Pending] = {}
-        self._holding: list[_Held] = []
-
-    @contextmanager
-    def holding(self, held: _Held) -> Iterator[None]:
-        """Note what the module that runs meanwhile holds.
-
-        Yields:
-            Nothing.
-        """
-        self._holding.append(held)
-        try:
-            yield
-        finally:
-            self._holding.pop()
-
-    def forget(self) -> None:
-        """Free the memory of arguments that nobody reads again.
-
-        What the innermost part is run again from stays.
-        """
-        inner = next((h for h in reversed(self._holding) if h.again), None)
-        kept = set().union(
-            *(
-                held.storages()
-                for held in self._holding
-                if held is inner or held.last is None or held.last >= self.call
-            )
-        )
-        for held in self._holding:
-            for pointer, storage in held.storages().items():
-                if pointer not in kept:
-                    storage.resize_(0)
-                    held.is_gone = True
-
-    def state(self) -> tuple[int, set[int]]:
-        """Return where the run is, to come back to."""
-        return self.call, set(self.shared)
-
-    def go_back(self, state: tuple[int, set[int]]) -> None:
-        """Return to an earlier state."""
-        self.call, self.shared = state[0], set(state[1])
-        self._pending.clear()
-
-    def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Refit a layer, or let it wait for the addition or norm behind it.
-
-        Returns:
-            Its output, refitted or not yet.
-        """
-        module, call, targets = layer.module, self.call, self._fits.targets
-        if call < self._fits.first or call in self._fits.solved:
-            return func(*args, **kwargs)
-        x, window = self.plan.inputs_first(call, args[0]), window_of(args, kwargs)
-        positions = self._positions(call, module, count_positions(x, window, self.num_inputs))
-        patches = patches_of(x, window, positions, getattr(module, "groups", 1))
-        pending = _Pending(layer, func, args, kwargs, patches)
-        if call in targets.sums or call in targets.normed:
-            self._pending[call] = pending
-        else:
-            self._refit(pending, self._wanted(targets.outputs, call, layer), Branch(call))
-        return func(*args, **kwargs)
-
-    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
-        """Refit the layer whose branch ends here, towards dense sum - pruned shortcut.
-
-        Returns:
-            The sum.
-        """
-        pending = self._pending.pop(branch.call, None)
-        if pending is None:
-            return func(*args)
-        module = pending.layer.module
-        rows = self.plan.inputs_first(branch.call, other)
-        rows = positions_first(rows, module, self.num_inputs)
-        shortcut = gather(rows, self._positions(branch.call, module, rows.shape[1]))
-        target = self._wanted(self._fits.targets.sums, branch.call, pending.layer) - shortcut
-        if branch.scale is not None and branch.shift is not None:
-            dead = branch.scale.abs() < 1e-8
-            target = (target - branch.shift) / torch.where(dead, 1.0, branch.scale)
-            if bool(dead.any()):  # what nobody sees stays as it is
-                target[..., dead] = _outputs(pending.patches, module).view_as(target)[..., dead]
-        offset = shortcut if branch.shift is None else shortcut + branch.shift
-        self._refit(pending, target, branch, tensor, other, offset=offset)
-        value = pending.func(*pending.args, **pending.kwargs)
-        if branch.scale is not None:
-            shape = [-1] + [1] * (value.ndim - 2) if not isinstance(module, nn.Linear) else [-1]
-            scale, shift = branch.scale, self._shift(branch)
-            value = value * scale.reshape(shape) + shift.reshape(shape)
-        tensor.copy_(value)
-        return func(*args)
-
-    def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-        """Refit a layer that a norm reads: without a bias, the mean of it takes up the intercept.
-
-        Returns:
-            The branch behind the norm, if it goes on there.
-        """
-        through = super().on_norm(branch, args, kwargs)
-        targets = self._fits.targets
-        waits = branch.call in self._pending and branch.call not in targets.sums
-        if through is None or not waits:
-            return through
-        pending = self._pending.pop(branch.call)
-        wanted = self._wanted(targets.outputs, branch.call, pending.layer)
-        self._refit(pending, wanted, through, args[0], offset=through.shift)
-        args[0].copy_(pending.func(*pending.args, **pending.kwargs))
-        return super().on_norm(branch, args, kwargs)
-
-    def _positions(self, call: int, module: Any, num_positions: int) -> Tensor:
-        return self.plan.positions(call, module, num_positions)[self.own]
-
-    def _wanted(self, values: Mapping[int, Tensor], call: int, layer: Layer) -> Tensor:
-        rows = self._fits.rows.get(layer.name)
-        wanted = values[call][self.own]
-        return wanted if rows is None else wanted[..., rows]
-
-    def _shift(self, branch: Branch) -> Tensor:
-        """Return the shift of the BatchNorm behind the layer after it took up the intercept."""
-        assert branch.shift is not None and branch.scale is not None
-        moved = self._fits.moved.get(branch.call)
-        return branch.shift if moved is None else branch.shift + moved * branch.scale
-
-    def _refit(
-        self,
-        pending: _Pending,
-        target: Tensor,
-        branch: Branch,
-        *alive: Tensor,
-        offset: Tensor | None = None,
-    ) -> None:
-        offset = target.new_zeros(1) if offset is None else offset
-        self._fits.feed(pending, target, branch, self._held, offset)
-        pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
-        self._stop(branch.call, (pending.args[0], *alive), self.num_inputs)
-
-
-def _outputs(patches: Tensor, module: Any) -> Tensor:
-    """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
-    groups, num_rows, unknowns = patches.shape
-    weight = module.weight.reshape(groups, -1, unknowns).to(patches)
-    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
-    return outputs if module.bias is None else outputs + module.bias.to(patches)

@@ -25,12 +25,7 @@ _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 def best_repair(found: Mapping[str, Difference], wanted: str) -> str:
     """Return the repair to take: that asked for, unless a cheaper one is closer to the dense model.
 
-    Args:
-        found: What each candidate measures on images held back.
-        wanted: A key of it, or "auto" for the closest of all.
-
-    Returns:
-        A key of ``found``.
+    Returns a key of ``found``.
     """
     order = [name for name in _CHEAPEST_FIRST if name in found]
     if wanted != "auto":
@@ -41,12 +36,7 @@ def best_repair(found: Mapping[str, Difference], wanted: str) -> str:
 def cannot_be_true(now: Difference, predicted_variance: float) -> bool:
     """Tell whether widths were chosen by numbers that the outcome gives the lie to.
 
-    Args:
-        now: What the repaired model measures.
-        predicted_variance: What the curves said of the output variance.
-
-    Returns:
-        True if the model is broken and far from what was predicted.
+    Returns true if the model is broken and far from what was predicted.
     """
     return now.is_broken and not now.output_variance <= _FAR * max(predicted_variance, 0.0)
 
@@ -54,17 +44,7 @@ def cannot_be_true(now: Difference, predicted_variance: float) -> bool:
 def warnings_of(
     found: Mapping[str, Difference], wanted: str, best: str, *, keep: str = "a larger keep"
 ) -> list[str]:
-    """Return what the user must know of the outcome, a line each; the worst first.
-
-    Args:
-        found: See :func:`best_repair`.
-        wanted: Likewise.
-        best: The repair that was taken.
-        keep: How to keep more.
-
-    Returns:
-        Lines, none if all is well.
-    """
+    """Return what the user must know of the outcome, a line each; the worst first."""
     lines = []
     taken = found[best]
     if taken.is_broken:

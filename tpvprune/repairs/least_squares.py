@@ -98,12 +98,8 @@ class Moments:
 def moments(x: Tensor, e: Tensor) -> Moments:
     """Return the moments of some rows.
 
-    Args:
-        x: Inputs [groups, rows, unknowns].
-        e: What is fitted [groups, rows, outputs].
-
-    Returns:
-        Centred before any product, which is taken in float32 or better; sums in float64.
+    ``x``: inputs [groups, rows, unknowns]. ``e``: what is fitted [groups, rows, outputs]. Returns
+    Centred before any product, which is taken in float32 or better; sums in float64.
     """
     x, e = (t if t.dtype == torch.float64 else t.float() for t in (x, e))
     num = max(x.shape[1], 1)
@@ -118,10 +114,8 @@ def moments(x: Tensor, e: Tensor) -> Moments:
 class LeastSquares:
     """One problem, fed in chunks of rows.
 
-    Args:
-        free: Whether there is an intercept.
-        few_rows: Whether all rows together are fewer than the unknowns: they are then kept, and the
-            system is that of the rows, not of the unknowns.
+    ``few_rows``: whether all rows together are fewer than the unknowns: they are then kept, and the
+    system is that of the rows, not of the unknowns.
     """
 
     def __init__(self, *, free: bool, few_rows: bool = False) -> None:
@@ -133,10 +127,8 @@ class LeastSquares:
     def add(self, x: Tensor, e: Tensor, held: Tensor) -> None:
         """Take in rows.
 
-        Args:
-            x: [groups, rows, unknowns].
-            e: [groups, rows, outputs].
-            held: Which rows only judge the ridge [rows], on the CPU.
+        ``x``: [groups, rows, unknowns]. ``e``: [groups, rows, outputs]. ``held``: which rows only
+        judge the ridge [rows], on the CPU.
         """
         self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held))
         self._num_rows += x.shape[1]
@@ -165,11 +157,7 @@ class LeastSquares:
     def solve(self, ridge: float | None = None) -> Fit:
         """Return the fit.
 
-        Args:
-            ridge: Lambda; None: chosen on the rows held back.
-
-        Returns:
-            D and b in float64.
+        ``ridge``: lambda; None: chosen on the rows held back.
         """
         if self._few:
             return self._by_rows(ridge)
@@ -237,12 +225,7 @@ def _changes(m: Moments, ridges: tuple[float, ...]) -> Iterator[tuple[float, Ten
 def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
     """Return the Cholesky factor of gram + ridge I [g, u, u]; ``ridge`` [g] grows until it exists.
 
-    Args:
-        gram: Positive semidefinite up to rounding.
-        ridge: What is added to each diagonal.
-
-    Returns:
-        The lower factors; NaN where the matrix is not finite.
+    Returns the lower factors; NaN where the matrix is not finite.
     """
     finite = gram.isfinite().flatten(1).all(1)
     least = 1e-14 * gram.diagonal(dim1=1, dim2=2).mean(1).abs() + 1e-300

@@ -19,10 +19,7 @@ class Views(Sequence[Tensor]):
     a random place, enlarged to its size, every other one mirrored. They are made anew whenever a
     chunk is asked for, and are the same every time and however the images are cut into chunks.
 
-    Args:
-        chunks: Batches [b, C, H, W]; with one view each, inputs of any kind [b, ...].
-        num_views: Of every image, itself included.
-        seed: Of the places.
+    ``chunks``: batches [b, C, H, W]; with one view each, inputs of any kind [b, ...].
     """
 
     def __init__(self, chunks: Sequence[Tensor], num_views: int = 1, seed: int = 0) -> None:

@@ -25,11 +25,7 @@ Call = Callable[[], Any]
 def threads(num: int | None) -> Iterator[None]:
     """Let torch use so many threads, and the runtimes with it.
 
-    Args:
-        num: None leaves it as it is.
-
-    Yields:
-        Nothing.
+    ``num``: None leaves it as it is.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(num or before)
@@ -42,25 +38,13 @@ def threads(num: int | None) -> Iterator[None]:
 def runs_in_torch(runtime: Runtime) -> bool:
     """Tell whether a runtime is PyTorch itself, on the device of the model; others: the CPU.
 
-    Args:
-        runtime: Where a model runs.
-
-    Returns:
-        True for ``"eager"`` and ``"compile"``.
+    Returns true for ``"eager"`` and ``"compile"``.
     """
     return runtime in {"eager", "compile"}
 
 
 def device_of(runtime: Runtime, device: torch.device) -> str:
-    """Return what a time depends on besides the model: runtime, processor, number of threads.
-
-    Args:
-        runtime: Where a model runs.
-        device: Of its parameters.
-
-    Returns:
-        A line for people.
-    """
+    """Return what a time depends on besides the model: runtime, processor, number of threads."""
     package = "torch" if runs_in_torch(runtime) else runtime
     return f"{runtime} ({package} {version(package)}), {_processor(runtime, device)}"
 
@@ -80,16 +64,9 @@ def _processor(runtime: Runtime, device: torch.device) -> str:
 def model_call(runtime: Runtime, model: nn.Module, x: Tensor) -> Call:
     """Return a call of a model, ready to be timed.
 
-    Args:
-        runtime: Where it runs.
-        model: In eval mode; untouched. It must stay as it is while it is called.
-        x: Inputs [B, ...].
-
-    Returns:
-        The call, on an input that is where it has to be.
-
-    Raises:
-        ValueError: If the runtime does not take the model.
+    ``model``: in eval mode; untouched. It must stay as it is while it is called. ``x``: inputs [B,
+    ...]. Returns the call, on an input that is where it has to be. ValueError if the runtime does
+    not take the model.
     """
     if runtime == "eager":
         return partial(model, on_device(x, model))
@@ -101,16 +78,8 @@ def model_call(runtime: Runtime, model: nn.Module, x: Tensor) -> Call:
 def graph_call(runtime: Runtime, file: bytes, x: Tensor) -> Call:
     """Return a call of an ONNX file.
 
-    Args:
-        runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU.
-        file: Its bytes.
-        x: Its inputs.
-
-    Returns:
-        The call.
-
-    Raises:
-        ValueError: If the runtime does not take it.
+    ``runtime``: ``"onnxruntime"`` or ``"openvino"``, on the CPU. ValueError if the runtime does not
+    take it.
     """
     prepare = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}[runtime]
     try:
@@ -135,13 +104,6 @@ def openvino_nodes_ms(file: bytes, x: Tensor) -> Callable[[], float]:
 
     What brings inputs and outputs from one memory layout into another does not count: a network
     does that at its ends, but a layer by itself twice, which may take longer than the layer.
-
-    Args:
-        file: Its bytes.
-        x: Its inputs.
-
-    Returns:
-        The call.
     """
     request = _openvino_request(file, PERF_COUNT=True)
 

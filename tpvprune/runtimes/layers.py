@@ -30,12 +30,7 @@ class LayerCall:
     def of(cls, module: Any, x: Tensor) -> LayerCall | None:
         """Return how a layer is called on an input.
 
-        Args:
-            module: A convolution over one or two axes, or a linear layer.
-            x: Its input.
-
-        Returns:
-            The call; None for a grouped convolution that is not depthwise.
+        Returns the call; None for a grouped convolution that is not depthwise.
         """
         if isinstance(module, nn.Linear):
             return cls("linear", (*x.shape[:-1], 0), (), (), 0, (), False, x.dtype)
@@ -51,13 +46,7 @@ class LayerCall:
     def run(self, num_in: int, num_out: int, device: torch.device) -> Callable[[], Tensor]:
         """Return a call with these widths in PyTorch; its time knows no values.
 
-        Args:
-            num_in: Channels that it reads; of a depthwise convolution ``num_out`` counts.
-            num_out: Channels that it writes.
-            device: Where.
-
-        Returns:
-            The call.
+        ``num_in``: channels that it reads; of a depthwise convolution ``num_out`` counts.
         """
         shape, size = self._shapes(num_in, num_out)
         x = torch.ones(shape, device=device, dtype=self.dtype)
@@ -71,12 +60,8 @@ class LayerCall:
     def graph(self, num_in: int, num_out: int) -> tuple[bytes, Tensor]:
         """Return it with these widths as an ONNX file, and an input.
 
-        Args:
-            num_in: As of ``run``.
-            num_out: Likewise.
-
-        Returns:
-            The file in memory, and ones to run it on; both in float32.
+        ``num_in``: as of ``run``. Returns the file in memory, and ones to run it on; both in
+        float32.
         """
         shape, size = self._shapes(num_in, num_out)
         if self.kind == "linear":

@@ -17,26 +17,12 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def missing(packages: Sequence[str]) -> list[str]:
-    """Return those of some packages that are not installed.
-
-    Args:
-        packages: Names to import.
-
-    Returns:
-        Some of them.
-    """
+    """Return those of some packages that are not installed."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def check_runtime(name: str) -> None:
-    """Check that a runtime is known and can be used here.
-
-    Args:
-        name: Of a runtime.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Check that a runtime is known and can be used here."""
     if name not in RUNTIMES:
         raise ValueError(
             f"latency runtime: expected one of {', '.join(RUNTIMES)}, found {name!r}; for times "

@@ -22,13 +22,7 @@ _OPSET, _IR_VERSION = 17, 8  # of single layers; read by every runtime since 202
 def onnx_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> Any:
     """Return a model as PyTorch exports it to ONNX; its input is named ``images``.
 
-    Args:
-        model: On the CPU, in eval mode.
-        example: A batch [B, ...].
-        dynamic: Leave the batch size free.
-
-    Returns:
-        A ``torch.onnx.ONNXProgram``.
+    ``example``: a batch [B, ...]. Returns a ``torch.onnx.ONNXProgram``.
     """
     program = torch.onnx.export(
         model,
@@ -45,15 +39,7 @@ def onnx_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) ->
 def onnx_bytes(model: nn.Module, x: Tensor) -> tuple[bytes, Tensor]:
     """Return a model as an ONNX file in memory, and the inputs in the type that it takes.
 
-    Args:
-        model: Any; untouched.
-        x: Inputs [B, ...].
-
-    Returns:
-        The file, and the inputs on the CPU.
-
-    Raises:
-        ValueError: If it cannot be exported.
+    ``x``: inputs [B, ...]. ValueError if it cannot be exported.
     """
     still = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     example = call_arguments(still, x.cpu())[0]
@@ -67,16 +53,7 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> tuple[bytes, Tensor]:
 def onnx_node(
     kind: str, shapes: Sequence[Sequence[int]], attributes: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return an ONNX file of one node, all of whose numbers are ones.
-
-    Args:
-        kind: Of the node, as ONNX names it.
-        shapes: Of its input, then of its constants.
-        attributes: Of the node.
-
-    Returns:
-        The file in memory.
-    """
+    """Return an ONNX file of one node, all of whose numbers are ones."""
     helper: Any = importlib.import_module("onnx.helper")
     numpy_helper: Any = importlib.import_module("onnx.numpy_helper")
     kind_of_float: int = importlib.import_module("onnx").TensorProto.FLOAT
@@ -116,11 +93,7 @@ def quiet() -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Return the first line of what lies behind an error.
 
-    Args:
-        error: Of another program.
-
-    Returns:
-        At most 160 characters.
+    Returns at most 160 characters.
     """
     cause: BaseException = error
     while cause.__cause__ is not None:

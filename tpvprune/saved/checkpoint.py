@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import RANKING_FILE, check_saved
 from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.versions import versions
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
 from tpvprune.saved.downloads import local_folder
@@ -153,14 +152,8 @@ def save_pruned(
 def saved_masks(folder: str | Path) -> dict[str, Tensor] | None:
     """Read which single weights of a saved model stay.
 
-    Args:
-        folder: What ``save_pruned`` wrote.
-
-    Returns:
-        BoolTensors by parameter name, or None where none was set to zero.
-
-    Raises:
-        ValueError: If the file is damaged.
+    ``folder``: what ``save_pruned`` wrote. Returns BoolTensors by parameter name, or None where
+    none was set to zero. ValueError if the file is damaged.
     """
     return load_masks(folder) if (Path(folder) / MASK_FILE).exists() else None
 
@@ -210,15 +203,9 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check the ``config.json`` of a saved pruned model.
 
-    Args:
-        folder: What ``save_pruned`` wrote.
-
-    Returns:
-        ``model``, ``model_kwargs``, ``pretrained_cfg``, ``kept`` (group -> channel indices),
-        ``attributes``, ``shapes``, ``provenance`` and ``format_version``.
-
-    Raises:
-        ValueError: If the file is missing, not JSON, or not of this format.
+    ``folder``: what ``save_pruned`` wrote. Returns ``model``, ``model_kwargs``, ``pretrained_cfg``,
+    ``kept`` (group -> channel indices), ``attributes``, ``shapes``, ``provenance`` and
+    ``format_version``. ValueError if the file is missing, not JSON, or not of this format.
     """
     path = Path(folder) / "config.json"
     check_saved(folder)
@@ -268,8 +255,7 @@ def _kept_of_dense(
 ) -> dict[str, list[int]]:
     """Return the channels of the dense model that stay after an earlier cut and this one.
 
-    Raises:
-        ValueError: If the two do not fit.
+    ValueError if the two do not fit.
     """
     composed = dict(earlier)
     for group, mask in kept.items():
@@ -379,13 +365,7 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _provenance() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in ("tpvprune", "torch", "timm", "safetensors"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
     }

@@ -153,13 +153,7 @@ def _program(model: nn.Module, example: Tensor, *, dynamic: bool) -> Any:
 def check_target(file: Path, format: str, *, overwrite: bool) -> None:
     """Find out before any work is done whether a file of this format can be written.
 
-    Args:
-        file: Where it is to go.
-        format: ``"onnx"`` or ``"pt2"``.
-        overwrite: Whether one that is there already may be replaced.
-
-    Raises:
-        ValueError: If not, or if a package that the format needs is missing.
+    ``format``: ``"onnx"`` or ``"pt2"``.
     """
     if format not in get_args(Format):
         raise ValueError(f"format: expected 'onnx' or 'pt2', found {format!r}")
@@ -179,8 +173,7 @@ def check_target(file: Path, format: str, *, overwrite: bool) -> None:
 def _compared(model: nn.Module, call: Call, batches: list[Tensor], format: Format) -> float:
     """Return the largest relative difference.
 
-    Raises:
-        ValueError: If it is above the tolerance, or outputs are not finite or of another shape.
+    ValueError if it is above the tolerance, or outputs are not finite or of another shape.
     """
     largest = 0.0
     for batch in batches:

@@ -102,13 +102,7 @@ def push_to_hub(
 def model_card(folder: str | Path, repo_id: str, *, license: str | None = None) -> str:
     """Write the model card of a saved pruned model.
 
-    Args:
-        folder: What ``save_pruned`` wrote.
-        repo_id: ``org/name`` that it will have.
-        license: See ``push_to_hub``.
-
-    Returns:
-        Markdown, with the hub's metadata in front.
+    ``folder``: what ``save_pruned`` wrote. ``repo_id``: ``org/name`` that it will have.
     """
     folder = Path(folder)
     config = read_config(folder)

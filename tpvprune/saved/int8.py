@@ -189,8 +189,7 @@ def export_int8(
 def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
     """Return full batches to calibrate, to choose and to measure on.
 
-    Raises:
-        ValueError: If there are too few images.
+    ValueError if there are too few images.
     """
     inputs = torch.cat([batch.cpu().float() for batch in unlabeled(batches)])
     num = len(inputs) // size
@@ -302,11 +301,7 @@ class _Session(nn.Module):
         self._parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, images: Tensor) -> Any:
-        """Run the file on images [B, ...], those beyond its own batch size in further calls.
-
-        Returns:
-            Its output, or a tuple of several.
-        """
+        """Run the file on images [B, ...], those beyond its own batch size in further calls."""
         size = self._size or len(images)
         short = images[:1].expand(-len(images) % size, *images.shape[1:])  # nothing, mostly
         calls = [

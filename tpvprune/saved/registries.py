@@ -16,33 +16,19 @@ TORCHVISION, TRANSFORMERS = "torchvision/", "hf:"
 
 
 def is_registered(name: str) -> bool:
-    """Tell whether a model's name is that of another library than timm.
-
-    Args:
-        name: As the user has given it.
-
-    Returns:
-        True for torchvision/NAME and hf:NAME.
-    """
+    """Tell whether a model's name is that of another library than timm."""
     return name.startswith((TORCHVISION, TRANSFORMERS))
 
 
 def registered_model(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Make a model of torchvision or transformers, which are asked for only here.
 
-    Args:
-        name: torchvision/NAME, a name of torchvision's own list of models; or hf:NAME, a
-            repository of the hub or a folder that ``save_pretrained`` has written.
-        pretrained: Load its weights: torchvision's best, or those beside the configuration.
-        kwargs: Of torchvision's builder; or entries of transformers' configuration, and
-            ``architecture``, the class of transformers (default: the first that the configuration
-            names).
-
-    Returns:
-        The model. Code that comes with a repository is never run.
-
-    Raises:
-        ValueError: If the library is not installed, or does not know the model.
+    ``name``: torchvision/NAME, a name of torchvision's own list of models; or hf:NAME, a repository
+    of the hub or a folder that ``save_pretrained`` has written. ``pretrained``: load its weights:
+    torchvision's best, or those beside the configuration. ``kwargs``: of torchvision's builder; or
+    entries of transformers' configuration, and ``architecture``, the class of transformers
+    (default: the first that the configuration names). Returns the model. Code that comes with a
+    repository is never run. ValueError if the library is not installed, or does not know the model.
     """
     if name.startswith(TORCHVISION):
         return _of_torchvision(name.removeprefix(TORCHVISION), pretrained, kwargs)

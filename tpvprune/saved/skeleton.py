@@ -63,12 +63,7 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
 def prepared_as_saved(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Return a dense model, its computed weights folded and attention unfused as in the saved one.
 
-    Args:
-        model: Untouched.
-        names: Of the saved parameters and buffers.
-
-    Returns:
-        A copy where something is to be replaced, else the argument.
+    Returns a copy where something is to be replaced, else the argument.
     """
     known = set(names)
     folded = any(name in known for name in computed_weights(model))

@@ -58,14 +58,8 @@ _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the othe
 def scorer(criterion: str) -> Scorer:
     """Return a criterion for processes that each have a share of the images.
 
-    Args:
-        criterion: A key of ``SCORERS``.
-
-    Returns:
-        The scorer. Criteria other than ``"tpv"`` see the images of all processes, in each of them.
-
-    Raises:
-        ValueError: If there is no such criterion.
+    ``criterion``: a key of ``SCORERS``. Returns the scorer. Criteria other than ``"tpv"`` see the
+    images of all processes, in each of them. ValueError if there is no such criterion.
     """
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")
@@ -99,17 +93,7 @@ class Labelled:
     def __call__(
         self, model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], **options: Any
     ) -> Scores:
-        """Score with the labelled batches in the place of those given.
-
-        Args:
-            model: The network.
-            groups: Its channel groups.
-            batches: Not used.
-            **options: Of the scorer.
-
-        Returns:
-            The scores.
-        """
+        """Score with the labelled batches in the place of those given."""
         del batches
         return scorer(self.name)(model, groups, self.batches, **options)
 

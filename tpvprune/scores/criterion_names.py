@@ -43,14 +43,7 @@ NAMES: tuple[str, ...] = (
 def is_labelled(name: str) -> bool:
     """Tell whether a criterion reads labels.
 
-    Args:
-        name: Name of the criterion.
-
-    Returns:
-        True if it needs labelled images.
-
-    Raises:
-        ValueError: If there is no such criterion, with close matches.
+    ValueError if there is no such criterion, with close matches.
     """
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=3)

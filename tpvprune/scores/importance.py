@@ -82,14 +82,9 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
     def __call__(self, group: Any, **_: Any) -> Tensor | None:
         """Return the importance of the channels of a torch-pruning group.
 
-        Args:
-            group: A ``tp.dependency.Group``.
-
-        Returns:
-            Tensor [n] in the order of the root layer's indices; None: leave the group whole.
-
-        Raises:
-            ValueError: If the model is not the one that was scored or has been pruned since.
+        ``group``: a ``tp.dependency.Group``. Returns tensor [n] in the order of the root layer's
+        indices; None: leave the group whole. ValueError if the model is not the one that was scored
+        or has been pruned since.
         """
         cuts = [(axis, item) for item in group.items if (axis := cut_axis(item.dep)) is not None]
         if not cuts:

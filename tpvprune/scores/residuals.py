@@ -38,17 +38,10 @@ def residual_maps(
     Column c of M is P[:, c] / P_cc for single channels; the inputs of one unit of several
     channels (a head) leave together, so M there is P[:, R] P_RR^-1.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Batches [B, ...].
-        ridge: See :func:`ridge_inverse`; of readers with more inputs than there are samples the
-            covariance is shrunk instead (:func:`shrunk_precision`).
-        max_samples: Only so many samples, the first, are read; None for all.
-
-    Returns:
-        Reader call -> (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at
-        least.
+    ``inputs``: batches [B, ...]. ``ridge``: See :func:`ridge_inverse`; of readers with more inputs
+    than there are samples the covariance is shrunk instead (:func:`shrunk_precision`).
+    ``max_samples``: only so many samples, the first, are read; None for all. Returns reader call ->
+    (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at least.
     """
     plan = reader_plan(groups)
     dtype = in_single(next(model.parameters())[:0]).dtype
@@ -85,12 +78,8 @@ def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) ->
     these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
     matrices, J. Multivariate Analysis 2004).
 
-    Args:
-        fit: Mean [n] and covariance [n, n], float64.
-        held: Likewise of other rows.
-
-    Returns:
-        [n, n]; NaN if a covariance is not finite.
+    ``fit``: mean [n] and covariance [n, n], float64. Returns [n, n]; NaN if a covariance is not
+    finite.
     """
     mean, covariance = fit
     moved = held[0] - mean
@@ -129,12 +118,9 @@ def _shrunk_inverse(covariance: Tensor, variance: Tensor, rho: float) -> Tensor 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Return M with (a - mean) M the part of each unit that the other inputs cannot predict.
 
-    Args:
-        precision: Inverse covariance [n, n] of the inputs.
-        readers: The ``index`` and ``channel`` of each :class:`tpvprune.groups.Reader`.
-
-    Returns:
-        [n, n]; columns that nobody reads are zero.
+    ``precision``: inverse covariance [n, n] of the inputs. ``readers``: the ``index`` and
+    ``channel`` of each :class:`tpvprune.groups.Reader`. Returns [n, n]; columns that nobody reads
+    are zero.
     """
     matrix = torch.zeros_like(precision)
     for index, channel in readers:
@@ -153,13 +139,9 @@ def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) ->
 def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
     """Return (covariance + ridge * mean variance * I)^-1.
 
-    Args:
-        covariance: Symmetric [n, n], float64.
-        ridge: Relative to the mean variance.
-
-    Returns:
-        The inverse [n, n]; NaN if the covariance is not finite. Of a matrix that is singular to
-        rounding the small eigenvalues are raised first, and a warning says so.
+    ``covariance``: symmetric [n, n], float64. Returns the inverse [n, n]; NaN if the covariance is
+    not finite. Of a matrix that is singular to rounding the small eigenvalues are raised first, and
+    a warning says so.
     """
     if not bool(covariance.isfinite().all()):  # which the scores report
         return torch.full_like(covariance, torch.nan)
@@ -184,13 +166,8 @@ Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
 def is_held(first: int, num: int) -> Tensor:
     """Return which of some inputs of here take no part in a fit, but judge it.
 
-    Args:
-        first: How many came before them here.
-        num: How many.
-
-    Returns:
-        BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four processes
-        draw the same directions for it as one.
+    Returns BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four
+    processes draw the same directions for it as one.
     """
     return global_indices(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
 
@@ -198,12 +175,7 @@ def is_held(first: int, num: int) -> Tensor:
 def fold_indices(first: int, num: int) -> tuple[Tensor, Tensor]:
     """Return which of some inputs of here take part in a fit, and which judge it, as numbers.
 
-    Args:
-        first: See :func:`is_held`.
-        num: Likewise.
-
-    Returns:
-        Indices below ``num``, together all of them.
+    Returns indices below ``num``, together all of them.
     """
     held = is_held(first, num)
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
@@ -214,14 +186,8 @@ def input_covariances(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Measure how the inputs of every reader vary together over samples and positions.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Batches [B, ...]; how the samples are split into them does not matter.
-        **limits: See :func:`folded_covariances`.
-
-    Returns:
-        Reader call -> (mean [n], covariance [n, n]), float64.
+    ``inputs``: batches [B, ...]; how the samples are split into them does not matter. Returns
+    Reader call -> (mean [n], covariance [n, n]), float64.
     """
     _, fit, held = folded_covariances(model, groups, inputs, **limits)
     return merged(fit, held)
@@ -238,18 +204,12 @@ def folded_covariances(
 ) -> tuple[int, Covariances, Covariances]:
     """Measure the covariances of three quarters of the samples, and of the last quarter.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Batches [B, ...].
-        max_inputs: Calls with more inputs (a flattened feature map) are left out.
-        max_positions: At most so many positions of a sample are read, spread evenly.
-        max_samples: Only so many samples, the first, are read; None for all.
-
-    Returns:
-        How many samples of here were read; the covariances of those that :func:`is_held` leaves,
-        and of those that it holds back, if there are any. Products are formed in float32 at least,
-        whatever the model computes in (:mod:`tpvprune.passes.moments`).
+    ``inputs``: batches [B, ...]. ``max_inputs``: calls with more inputs (a flattened feature map)
+    are left out. ``max_positions``: at most so many positions of a sample are read, spread evenly.
+    ``max_samples``: only so many samples, the first, are read; None for all. Returns how many
+    samples of here were read; the covariances of those that :func:`is_held` leaves, and of those
+    that it holds back, if there are any. Products are formed in float32 at least, whatever the
+    model computes in (:mod:`tpvprune.passes.moments`).
     """
     plan = reader_plan(groups)
     moments: dict[int, tuple[Moments, Moments]] = {}
@@ -293,12 +253,7 @@ def folded_covariances(
 def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
     """Return mean and covariance of both parts together.
 
-    Args:
-        fit: As :func:`folded_covariances` returns them.
-        held: Likewise.
-
-    Returns:
-        Reader call -> (mean, covariance).
+    Returns reader call -> (mean, covariance).
     """
     both = {}
     for call, (mean, covariance, num) in fit.items():

@@ -100,19 +100,11 @@ def sample_gradients(
     Costs one forward, one backward by activations per direction, and the products that
     ``collect`` asks for; parameters that no layer owns alone cost a forward and backward more.
 
-    Args:
-        model: Run in eval mode with its parameters frozen; restored afterwards.
-        inputs: Batches [B, ...].
-        collect: Receives the gradients; of a large batch a part at a time.
-        metric: See :func:`tpvprune.scores.tpv.tpv_scores`.
-        num_probes: Directions per sample.
-        seed: Of the directions.
-        only: Names of the parameters looked at; None for all.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
-
-    Yields:
-        The size of each batch when all of its gradients have been shown.
+    ``model``: run in eval mode with its parameters frozen; restored afterwards. ``inputs``: batches
+    [B, ...]. ``only``: names of the parameters looked at; None for all. ``outputs``: of a model
+    with several outputs those that count, or how much each counts, in units of its own second
+    moment; None: all, alike. Yields the size of each batch when all of its gradients have been
+    shown.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = {name: p for name, p in model.named_parameters() if p.is_floating_point()}

@@ -55,12 +55,8 @@ class Part:
 class GradientMoments:
     """Sums up, on the way of passes over the inputs, what :func:`leaving_order` goes by.
 
-    Args:
-        model: The network.
-        groups: Wide groups.
-        probing: How the passes are run.
-        mapped: Calls whose other inputs stand in for those that leave: G is measured.
-        means: By call, of readers whose inputs leave their means behind: E u_c^2 is measured.
+    ``mapped``: calls whose other inputs stand in for those that leave: G is measured. ``means``: by
+    call, of readers whose inputs leave their means behind: E u_c^2 is measured.
     """
 
     def __init__(
@@ -123,14 +119,7 @@ class GradientMoments:
     def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
         """Return the parts of every group's readers.
 
-        Args:
-            inputs: By call, of readers with a map.
-
-        Returns:
-            Group name -> parts.
-
-        Raises:
-            NotFiniteError: If a gradient is not finite.
+        Returns group name -> parts. NotFiniteError if a gradient is not finite.
         """
         pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
         count = max(1.0, total(self._count * self._num_probes))
@@ -213,11 +202,7 @@ class _Left:
         return costs
 
     def remove(self, gone: Tensor) -> float:
-        """Let units [C] (BoolTensor) leave.
-
-        Returns:
-            What the output loses by it.
-        """
+        """Let units [C] (BoolTensor) leave."""
         own = gone[self._channel]
         if not bool(own.any()):
             return 0.0
@@ -285,16 +270,8 @@ class Leaving:
 def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> Leaving:
     """Let the cheapest channels leave, block after block.
 
-    Args:
-        parts: Of the group's readers.
-        num_channels: C.
-        savings: What each channel's removal saves [C].
-
-    Returns:
-        The order.
-
-    Raises:
-        NotFiniteError: If what is lost is not finite.
+    ``savings``: what each channel's removal saves [C]. NotFiniteError if what is lost is not
+    finite.
     """
     # The numbers stay on their device; which channels are left, and leave, the host decides.
     left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
@@ -354,17 +331,9 @@ def measured_variance(
 ) -> dict[str, Tensor]:
     """Measure E[u_R^2] where some of the channels of a group have left in the given order.
 
-    Args:
-        model: The network.
-        groups: Wide groups.
-        batches: Inputs that the parts were not made from.
-        probing: How the passes are run.
-        orders: Group name -> order in which channels leave [C].
-        parts: Group name -> what its readers' inputs predict of each other.
-        means: See :class:`GradientMoments`.
-
-    Returns:
-        Group name -> the variance at :func:`measured_at`, float64, on the CPU.
+    ``orders``: group name -> order in which channels leave [C]. ``parts``: group name -> what its
+    readers' inputs predict of each other. Returns group name -> the variance at
+    :func:`measured_at`, float64, on the CPU.
     """
     device = next(model.parameters()).device
     plan = reader_plan(groups, device)
@@ -439,13 +408,8 @@ def _joint(
 def fitted_curve(shape: Tensor, counts: Sequence[int], measured: Tensor) -> Tensor:
     """Return a curve through what was measured at some counts, of a shape, and never falling.
 
-    Args:
-        shape: From 0, never falling [C].
-        counts: How many channels have gone where it was measured, rising.
-        measured: The variance there.
-
-    Returns:
-        [C]; between two counts it rises as the shape does, beyond the last in proportion to it.
+    ``shape``: from 0, never falling [C]. Returns [C]; between two counts it rises as the shape
+    does, beyond the last in proportion to it.
     """
     at = torch.tensor([0, *counts])
     known = torch.cat([measured.new_zeros(1), measured]).cummax(0).values

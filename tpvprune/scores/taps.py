@@ -55,14 +55,8 @@ def passes(
 ) -> Iterator[tuple[Tensor, list[Tensor], InputTap]]:
     """Run the forwards, batch by batch, with the model frozen and in eval mode.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Batches [B, ...].
-        probing: How.
-
-    Yields:
-        (inputs, directions v [B, K], tap). The tap is closed when the next batch is asked for.
+    ``inputs``: batches [B, ...]. Yields (inputs, directions v [B, K], tap). The tap is closed when
+    the next batch is asked for.
     """
     generator = torch.Generator().manual_seed(probing.seed)
     chosen = probing.outputs
@@ -95,17 +89,8 @@ def probe_directions(
 ) -> list[Tensor]:
     """Draw directions v with E[v v^T] = I, or those that a metric sets.
 
-    Args:
-        outputs: Of the model, [B, K].
-        metric: See :func:`tpvprune.scores.tpv.tpv_scores`.
-        num_probes: Directions per sample.
-        generator: Source of randomness.
-
-    Returns:
-        Directions v [B, K].
-
-    Raises:
-        ValueError: If the metric is unknown.
+    ``outputs``: of the model, [B, K]. Returns directions v [B, K]. ValueError if the metric is
+    unknown.
     """
     outputs = outputs.detach()
     # Sample by sample, so that the directions depend neither on how the inputs are batched nor on
@@ -221,11 +206,7 @@ class _Inputs:
 
     @contextmanager
     def entering(self, segment: nn.Module, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        """Let a segment run on inputs that it will be computed again from.
-
-        Yields:
-            Those inputs.
-        """
+        """Let a segment run on inputs that it will be computed again from."""
         if segment in self._cloned:
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         for a in args:
@@ -256,11 +237,7 @@ class _Inputs:
     def shown_to(
         self, collect: Callable[[int, Tensor, Tensor], None], *, last: bool
     ) -> Iterator[None]:
-        """Let ``collect`` see every input and its gradient during a backward pass.
-
-        Yields:
-            Nothing.
-        """
+        """Let ``collect`` see every input and its gradient during a backward pass."""
         self._collect, self._last = collect, last
         if last:
             self.sources, self._versions = [], {}

@@ -137,12 +137,8 @@ def _moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Measure the scores and their squares.
 
-    Returns:
-        Per group E[u^2] and E[u^4] over samples, u^2 averaged over the directions, and the
-        number of samples.
-
-    Raises:
-        NotFiniteError: If a score is not finite.
+    Returns per group E[u^2] and E[u^4] over samples, u^2 averaged over the directions, and the
+    number of samples. NotFiniteError if a score is not finite.
     """
     maps = {}
     if compensated:
@@ -186,16 +182,7 @@ def _means(
 
 
 def standard_error(mean: Tensor, squares: Tensor, num_samples: float) -> Tensor:
-    """Return the standard error of a mean over samples.
-
-    Args:
-        mean: Of some numbers.
-        squares: Of their squares.
-        num_samples: How many there were of each.
-
-    Returns:
-        As many.
-    """
+    """Return the standard error of a mean over samples."""
     variance = (squares - mean.square()).clamp_min(0)
     return (variance / max(num_samples - 1, 1)).sqrt()
 
@@ -225,16 +212,8 @@ def output_changes(
 ) -> Generator[tuple[dict[str, Tensor], int], None, None]:
     """Measure v^T u_c(x), the change of the output along v when channel c leaves.
 
-    Args:
-        model: The network.
-        groups: Its channel groups.
-        inputs: Batches [B, ...].
-        probing: How the passes are run.
-        maps: Of :func:`tpvprune.scores.residuals.residual_maps`; readers without one are
-        uncompensated.
-
-    Yields:
-        Batch by batch, ({group: [probes, B, C]}, B).
+    ``inputs``: batches [B, ...]. ``maps``: of :func:`tpvprune.scores.residuals.residual_maps`;
+    readers without one are. Yields batch by batch, ({group: [probes, B, C]}, B).
     """
     device = next(model.parameters()).device
     plan = reader_plan(groups, device)

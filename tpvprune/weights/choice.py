@@ -42,25 +42,11 @@ def joint_weight_masks(
     of least summed variance. With a pattern every layer has the same density, and no gradient but
     that of the outputs of each layer is needed.
 
-    Args:
-        model: The network; run in eval mode, restored afterwards.
-        batches: Re-iterable of unlabeled inputs.
-        keep: Fraction of the weights that stays, in (0, 1]; a pattern sets its own.
-        pattern: ``"n:m"``, or None for any.
-        num_steps: Densities tried, per layer.
-        num_probes: Directions per sample.
-        ridge: Relative to the mean square of a layer's inputs.
-        ignore: Layers that stay whole.
-        seed: Of directions and sampled positions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
-
-    Returns:
-        Masks by parameter name, True = stays, and scores: the fraction of the steps at which a
-        weight was still there.
-
-    Raises:
-        ValueError: If keep or the pattern is out of range, or num_probes is below 1.
+    ``keep``: fraction of the weights that stays, in (0, 1]; a pattern sets its own. ``pattern``:
+    ``"n:m"``, or None for any. ``outputs``: of a model with several outputs those that count, or
+    how much each counts, in units of its own second moment; None: all, alike. Returns masks by
+    parameter name, True = stays, and scores: the fraction of the steps at which a weight was still
+    there. ValueError if keep or the pattern is out of range, or num_probes is below 1.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}")

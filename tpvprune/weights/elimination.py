@@ -55,17 +55,10 @@ def elimination_path(
 ) -> Path:
     """Let the weights of one layer leave in the order of what their leaving costs.
 
-    Args:
-        weight: [out, in per group, ...].
-        gram: E[x x^T] of its inputs [groups, unknowns, unknowns].
-        sensitivity: E[delta^2] of its outputs [out].
-        num_steps: Densities 1, 1 - 1/num_steps, ... 1/num_steps.
-        pattern: (n, m): of every m neighbours along the input channels n stay; the path then ends
-            there, in steps of its own.
-        ridge: Relative to the mean square of the inputs.
-
-    Returns:
-        The path.
+    ``weight``: [out, in per group, ...]. ``gram``: E[x x^T] of its inputs [groups, unknowns,
+    unknowns]. ``sensitivity``: E[delta^2] of its outputs [out]. ``num_steps``: Densities 1, 1 -
+    1/num_steps, ... 1/num_steps. ``pattern``: (n, m): of every m neighbours along the input
+    channels n stay; the path then ends there, in steps of its own.
     """
     groups, unknowns = gram.shape[:2]
     start = weight.detach().reshape(groups, -1, unknowns).float()

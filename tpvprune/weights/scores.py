@@ -113,8 +113,7 @@ def tpv_weight_scores(
         ridge: lambda, relative to the mean square of the layer's inputs.
         ignore: Layers that stay whole.
         seed: Of directions and sampled positions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
+        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         Scores by parameter name, in squared output units.

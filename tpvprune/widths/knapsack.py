@@ -16,15 +16,9 @@ def choose_options(
     Costs are rounded up to budget / num_buckets, so the budget is kept; what rounding wastes may
     leave a slightly better choice unseen.
 
-    Args:
-        costs: Per item the costs of its options [n], >= 0.
-        damages: Likewise their damages, float64 [n].
-        budget: What all costs together may come to; at least the sum of the least ones, or the
-            cheapest options are returned.
-        num_buckets: Resolution of the budget.
-
-    Returns:
-        The index of the option, per item.
+    ``costs``: Per item the costs of its options [n], >= 0. ``damages``: likewise their damages,
+    float64 [n]. ``budget``: what all costs together may come to; at least the sum of the least
+    ones, or the cheapest options are returned.
     """
     best_of_all = [int(d.argmin()) for d in damages]
     if sum(float(c[i]) for c, i in zip(costs, best_of_all, strict=True)) <= budget:

@@ -25,15 +25,9 @@ def narrowest(
     Channels of one group need not run through the same layers. The few that run through most serve
     all of them; what a limit asks for beyond those are the cheapest.
 
-    Args:
-        groups: Channel groups.
-        of: What is counted.
-        ranks: Group name -> Tensor [C], bigger = keep, where channels cost the same; by default
-            the first.
-        limits: How far groups may shrink.
-
-    Returns:
-        Group name -> BoolTensor [C], which :func:`tpvprune.groups.removal.remove_channels` accepts.
+    ``ranks``: group name -> Tensor [C], bigger = keep, where channels cost the same; by default the
+    first. Returns group name -> BoolTensor [C], which
+    :func:`tpvprune.groups.removal.remove_channels` accepts.
     """
     costs = unit_costs(groups, of)
     none = {g.name: torch.zeros(g.num_channels, dtype=torch.bool) for g in groups}

@@ -26,20 +26,9 @@ Widths = dict[str, int]
 class WidthProblem:
     """The widths that groups may take, what each does to the outputs, and what all may cost.
 
-    Args:
-        groups: Channel groups.
-        curves: Group name -> the order in which its channels leave, and the damage.
-        keep: Fraction of the dense cost that stays, in (0, 1].
-        of: What the fraction is of.
-        limits: How far groups may shrink.
-
-    Attributes:
-        choices: Group name -> widths, from the whole down to the least.
-        costs: What widths cost.
-        target: What they may cost.
-
-    Raises:
-        ValueError: If the budget is out of range.
+    ``curves``: group name -> the order in which its channels leave, and the damage. ``keep``:
+    Fraction of the dense cost that stays, in (0, 1]. ``of``: what the fraction is of. ValueError if
+    the budget is out of range.
     """
 
     def __init__(
@@ -83,15 +72,7 @@ class WidthProblem:
         return kept
 
     def shrunk(self, widths: Widths, *, per_cost: bool = True) -> Widths:
-        """Return the widths after single steps down, least damage first, until they fit.
-
-        Args:
-            widths: Where to begin.
-            per_cost: Least damage for what it saves; False: for each channel.
-
-        Returns:
-            The widths; the least ones if nothing fits.
-        """
+        """Return the widths after single steps down, least damage first, until they fit."""
         widths, total = dict(widths), self.costs.total(widths)
         at = {name: self.choices[name].index(width) for name, width in widths.items()}
 
@@ -119,15 +100,7 @@ class WidthProblem:
         return widths
 
     def filled(self, widths: Widths, *, per_cost: bool = True) -> Widths:
-        """Return the widths after single steps up, most damage undone first, while they fit.
-
-        Args:
-            widths: Where to begin.
-            per_cost: See :meth:`shrunk`.
-
-        Returns:
-            The widths.
-        """
+        """Return the widths after single steps up, most damage undone first, while they fit."""
         widths, total = dict(widths), self.costs.total(widths)
         while True:
             best: tuple[float, str, int, float] | None = None

@@ -207,8 +207,7 @@ class RankBy:
         stand_in: What takes the place of a channel (``"tpv"`` only).
         probing: How the passes are run (of others than ``"tpv"`` the seed alone counts).
 
-    Raises:
-        ValueError: If they do not go together, or the criterion needs labels and has none.
+    ValueError if they do not go together, or the criterion needs labels and has none.
     """
 
     criterion: str | Scorer = "tpv"
@@ -258,14 +257,7 @@ class RankBy:
     ) -> Ranking:
         """Measure what the channels of a network are worth.
 
-        Args:
-            model: The network.
-            groups: Its channel groups.
-            batches: Unlabeled inputs [B, ...].
-            clock: Told how far the passes are.
-
-        Returns:
-            The ranking.
+        ``batches``: Unlabeled inputs [B, ...].
         """
         weights = digest_of(model).hex()
         with clock("ranking"):

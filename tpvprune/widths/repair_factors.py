@@ -50,21 +50,11 @@ def repair_factors(
     alone as in ``kept``, the model is compensated, and the output variance on inputs that it was
     not fitted to is compared with the sum of the segment's curves.
 
-    Args:
-        model: The network that the groups were found in.
-        groups: Its channel groups.
-        kept: A first choice of what stays, near the budget.
-        curves: As :func:`tpvprune.scores.curves.variance_curves` returns them.
-        inputs: Batches of unlabeled inputs; a quarter of those used measures.
-        num_segments: Segments besides the streams; each costs a compensation.
-        max_inputs: At most so many inputs are used.
-        seed: Of the sampled positions.
-        outputs: What counts of what the network returns; None: all.
-        progress: Called with ("repair factors", done, total) after every segment.
-
-    Returns:
-        Group name -> measured / predicted variance. Groups of which nothing was cut get the
-        average.
+    ``curves``: as :func:`tpvprune.scores.curves.variance_curves` returns them. ``inputs``: batches
+    of unlabeled inputs; a quarter of those used measures. ``outputs``: what counts of what the
+    network returns; None: all. ``progress``: called with ("repair factors", done, total) after
+    every segment. Returns group name -> measured / predicted variance. Groups of which nothing was
+    cut get the average.
     """
     if num_processes() > 1:  # a few factors: all processes measure them on all inputs
         whole = list(gathered(inputs))
@@ -107,12 +97,7 @@ def scaled(curves: Mapping[str, Curve], factors: Mapping[str, float]) -> dict[st
 def split_inputs(inputs: Sequence[Tensor], max_inputs: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return inputs to fit with and inputs to measure on; the same where there is only one.
 
-    Args:
-        inputs: Batches [B, ...].
-        max_inputs: At most so many are used, a quarter of them to measure.
-
-    Returns:
-        Batches of both.
+    ``inputs``: batches [B, ...].
     """
     whole = torch.cat(list(inputs))[:max_inputs]
     size = max(1, len(inputs[0]))

@@ -68,17 +68,8 @@ def ranked_by_scores(
 ) -> dict[str, Curve]:
     """Return the order in which the channels of each group leave, and the sum of their scores.
 
-    Args:
-        groups: Channel groups.
-        scores: See :func:`select_channels`.
-        of: Likewise.
-        per_cost: Likewise.
-
-    Returns:
-        Group name -> :class:`tpvprune.scores.curves.Curve`.
-
-    Raises:
-        ValueError: If a score is missing or not finite.
+    Returns group name -> :class:`tpvprune.scores.curves.Curve`. ValueError if a score is missing or
+    not finite.
     """
     savings = unit_costs(groups, of)
     curves = {}

@@ -48,17 +48,7 @@ class Speed:
 
     @classmethod
     def predicted(cls, dense_ms: float, pruned_ms: float, *, batch_size: int, device: str) -> Speed:
-        """Return what a table says, which knows of no spread.
-
-        Args:
-            dense_ms: Of the dense model.
-            pruned_ms: Of the pruned one.
-            batch_size: Inputs of one call.
-            device: Where the table was measured.
-
-        Returns:
-            A speed of 0 rounds.
-        """
+        """Return what a table says, which knows of no spread."""
         ratio = pruned_ms / dense_ms
         return cls(
             dense_ms, pruned_ms, ratio, ratio, ratio, batch_size, 0,
@@ -90,16 +80,8 @@ class Stopwatch:
     def compare(self, pruned: nn.Module, *, rounds: int = 25) -> Speed:
         """Time a pruned model beside the dense one.
 
-        Args:
-            pruned: The model.
-            rounds: Timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
-
-        Returns:
-            The times, and how they compare within a round.
-
-        Raises:
-            ValueError: If there are too few rounds for a spread, or the runtime does not take a
-                model.
+        ``rounds``: Timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
+        ValueError if there are too few rounds for a spread, or the runtime does not take a model.
         """
         if rounds < 4:
             raise ValueError(f"rounds: expected at least 4, found {rounds}")
@@ -127,16 +109,7 @@ def compare_latency(
 ) -> Speed:
     """Time two models by turns on one batch.
 
-    Args:
-        dense: The dense model.
-        pruned: The pruned one.
-        x: Inputs [B, ...].
-        rounds: As of :meth:`Stopwatch.compare`.
-        runtime: Where both run.
-        num_threads: Of one call on a CPU; None: as many as torch is set to.
-
-    Returns:
-        The times, and how they compare within a round.
+    ``x``: inputs [B, ...]. ``num_threads``: of one call on a CPU; None: as many as torch is set to.
     """
     return Stopwatch(dense, x, runtime, num_threads).compare(pruned, rounds=rounds)
 
@@ -165,13 +138,9 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Return what times calls on a device.
 
-    Args:
-        device: Where they run.
-
-    Returns:
-        On one thread of a CPU the time of this process, from which a busy machine takes nothing:
-        where others wait for the same core, the wall says how often one was interrupted. Else
-        that of the wall.
+    Returns on one thread of a CPU the time of this process, from which a busy machine takes
+    nothing: where others wait for the same core, the wall says how often one was interrupted. Else
+    that of the wall.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone and sys.platform != "win32" else time.perf_counter
@@ -182,16 +151,7 @@ def once(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return the milliseconds of one call.
-
-    Args:
-        call: What is timed.
-        device: Waited for before and after.
-        clock: Gives seconds.
-
-    Returns:
-        Milliseconds.
-    """
+    """Return the milliseconds of one call."""
     synchronize(device)
     start = clock()
     call()
@@ -204,14 +164,9 @@ def as_fast_as(
 ) -> tuple[T, Speed]:
     """Find the largest choice that is measured to be fast enough.
 
-    Args:
-        keep: Fraction of the dense time that may stay.
-        aim: What to ask of ``choose`` first.
-        choose: Fraction of the time, as predicted -> a choice.
-        measure: Choice -> how fast it is.
-
-    Returns:
-        The choice and its speed; the last one that was tried if none is fast enough.
+    ``aim``: what to ask of ``choose`` first. ``choose``: Fraction of the time, as predicted -> a
+    choice. ``measure``: Choice -> how fast it is. Returns the choice and its speed; the last one
+    that was tried if none is fast enough.
     """
     best: tuple[T, Speed] | None = None
     fast, slow = 0.0, 1.0  # the largest aim known to be fast enough, the least known not to be

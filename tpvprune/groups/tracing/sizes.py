@@ -177,16 +177,8 @@ def solve(
 ) -> dict[Attribute, int]:
     """Find the attribute values that a removal asks for.
 
-    Args:
-        rules: Rules of the dense model.
-        kept: Group name -> BoolTensor [C], ``True`` = stays.
-        model: A model that still has the dense attributes.
-
-    Returns:
-        The attributes that change, with their new values.
-
-    Raises:
-        ValueError: If no value satisfies all rules.
+    ``kept``: group name -> BoolTensor [C], ``True`` = stays. Returns the attributes that change,
+    with their new values. ValueError if no value satisfies all rules.
     """
     values: dict[Attribute, int] = {}
     open_rules: list[tuple[SizeRule, int]] = []

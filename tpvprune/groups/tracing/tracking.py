@@ -397,12 +397,8 @@ class Tracker(TorchFunctionMode):
 def track(model: nn.Module, inputs: tuple[Any, ...]) -> Tracker:
     """Run ``model(*inputs)`` once and return the labels of everything it touched.
 
-    Args:
-        model: A private copy, in eval mode; hooks and traced attributes are put on it and stay.
-        inputs: Positional arguments of its forward; only their shapes matter.
-
-    Returns:
-        The tracker, with the network's outputs pinned.
+    ``model``: a private copy, in eval mode; hooks and traced attributes are put on it and stay.
+    ``inputs``: positional arguments of its forward; only their shapes matter.
     """
     named_tensors = [
         *model.named_parameters(remove_duplicate=False),

@@ -1,0 +1,163 @@
+"""The least squares of each layer: fed chunk by chunk, solved when all chunks have come to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvprune.passes.crossing import sent
+from tpvprune.passes.moments import in_single
+from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
+from tpvprune.repairs.branches import Branch, Layer, Plan
+from tpvprune.repairs.least_squares import LeastSquares
+from tpvprune.repairs.targets import Targets
+
+Constrain = Callable[[str, Tensor, Tensor], Tensor]
+"""``constrain(layer, refitted weights, curvature)``; see ``compensation.refitted``."""
+
+
+@dataclass
+class Pending:
+    """A layer whose refit waits for the addition or the norm behind it."""
+
+    layer: Layer
+    func: Any
+    args: Any
+    kwargs: Any
+    patches: Tensor
+
+
+@dataclass
+class _Fed:
+    """The problem of a call: linear, and through the activation at some positions of each input."""
+
+    pending: Pending
+    branch: Branch
+    linear: LeastSquares
+    through: ActivationFit | None = None
+    positions: int = 0
+
+
+@dataclass
+class Refits:
+    """What all chunks share: targets, the problem that is being fed, and what was solved.
+
+    ``rows`` says which outputs of each layer stayed; ``moved`` what the norm behind a call took up;
+    calls before ``first`` need no fit.
+    """
+
+    plan: Plan
+    targets: Targets
+    rows: Mapping[str, Tensor | None]
+    ridge: float | None
+    constrain: Constrain | None = None
+    linear: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    first: int = 0
+    solved: set[int] = field(default_factory=set)
+    moved: dict[int, Tensor] = field(default_factory=dict)
+    _fed: dict[int, _Fed] = field(default_factory=dict)
+
+    def feed(
+        self, pending: Pending, target: Tensor, branch: Branch, held: Tensor, offset: Tensor
+    ) -> None:
+        """Add the rows of one chunk to the problem of a call.
+
+        ``target``: pre-activations wanted [inputs, positions, outputs]. ``held``: which of the
+        inputs judge the ridge [inputs]. ``offset``: what is added to the pre-activation, after the
+        branch's scale, before it is read: a shortcut, or the shift of a BatchNorm [inputs,
+        positions, outputs] or less.
+        """
+        module, patches = pending.layer.module, in_single(pending.patches)
+        target, bias = in_single(target), pending.args[2]
+        if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
+            target = target - bias
+            offset = offset + (bias if branch.scale is None else bias * branch.scale)
+        groups, num_rows, _ = patches.shape
+        target = target.reshape(num_rows, -1)
+        present, per_input = outputs_of(patches, module), num_rows // len(held)
+        if branch.call not in self._fed:
+            self._fed[branch.call] = self._problem(pending, branch, per_input)
+        fed = self._fed[branch.call]
+
+        def by_group(rows: Tensor) -> Tensor:
+            return rows.reshape(len(rows), groups, -1).transpose(0, 1)
+
+        rows_held = held.repeat_interleave(per_input)
+        fed.linear.add(patches, by_group(target - present), rows_held)
+        if fed.through is None:
+            return
+        some = (torch.arange(num_rows) % per_input < fed.positions).nonzero().squeeze(1)
+        rows_held, some = rows_held[some], sent(some, patches.device)
+        scale = 1.0 if branch.scale is None else in_single(branch.scale)
+        offset = in_single(offset).expand(len(held), per_input, -1).reshape(num_rows, -1)[some]
+        now, wanted = (by_group(scale * y[some] + offset) for y in (present, target))
+        fed.through.add(patches[:, some], now, wanted, rows_held)
+
+    def _problem(self, pending: Pending, branch: Branch, per_input: int) -> _Fed:
+        module, num = pending.layer.module, self.plan.all_inputs * per_input
+        groups, _, unknowns = pending.patches.shape
+        free = module.bias is not None or branch.norm is not None
+        few = num <= unknowns and self.constrain is None
+        fed = _Fed(pending, branch, LeastSquares(free=free, few_rows=few))
+        activation = self.targets.activations.get(branch.call)
+        if pending.layer.name.startswith(tuple(f"{name}." for name in self.linear)):
+            activation = None
+        num_outputs = len(module.weight) // groups
+        most = rows_to_hold(num, groups, unknowns, num_outputs)
+        fed.positions = most // self.plan.all_inputs
+        if activation is not None and fed.positions:
+            slope = module.weight.new_ones(len(module.weight))
+            slope = in_single(slope if branch.scale is None else branch.scale)
+            fed.through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)
+        return fed
+
+    @torch.no_grad()
+    def solve(self, call: Hashable) -> None:
+        """Refit the layer of a call with the rows of all chunks."""
+        assert isinstance(call, int)
+        fed = self._fed.pop(call)
+        module, branch, problem = fed.pending.layer.module, fed.branch, fed.linear
+        if self.constrain is None:
+            fit = problem.solve(self.ridge)
+            if fed.through is not None:
+                fit = fed.through.improved(fit, given=self.ridge is not None)
+            change, intercept = fit.change, fit.intercept
+        else:
+            change, intercept = self._constrained(fed.pending.layer, problem)
+        module.weight.add_(change.mT.reshape(module.weight.shape).to(module.weight))
+        shift = intercept.reshape(-1).to(module.weight)
+        if module.bias is not None:
+            module.bias.add_(shift)
+        elif branch.norm is not None:
+            branch.norm.sub_(shift)  # BN(y + b): the running mean takes up -b
+            self.moved[call] = shift
+        self.solved.add(call)
+        self.targets.forget(call)
+
+    def _constrained(self, layer: Layer, problem: LeastSquares) -> tuple[Tensor, Tensor]:
+        assert self.constrain is not None
+        fit, held = problem.folds()
+        both = fit + held
+        found = problem.solve(self.ridge)
+        unknowns = both.gram.shape[1]
+        gram = both.gram / both.count
+        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+        curvature = gram.clone()
+        curvature.diagonal(dim1=1, dim2=2).add_((min(found.ridge, 10.0) * scale)[:, None])
+        present = layer.module.weight.reshape(len(gram), -1, unknowns).double()
+        weights = self.constrain(layer.name, present + found.change.mT, curvature)
+        change = (weights - present).mT
+        return change, both.e_mean - both.x_mean @ change
+
+
+def outputs_of(patches: Tensor, module: Any) -> Tensor:
+    """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
+    groups, num_rows, unknowns = patches.shape
+    weight = module.weight.reshape(groups, -1, unknowns).to(patches)
+    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
+    return outputs if module.bias is None else outputs + module.bias.to(patches)
