@@ -38,11 +38,16 @@ def grouped(path: Path, key: Sequence[str]) -> dict[tuple[str, ...], list[dict[s
     return groups
 
 
-def mean_and_sd(rows: Iterable[Mapping[str, str]], column: str) -> str:
-    """Return the mean ± sd of a column; of one row its value alone."""
+def mean_of(rows: Iterable[Mapping[str, str]], column: str) -> float:
+    """Return the mean of a column."""
+    return statistics.mean(float(row[column]) for row in rows)
+
+
+def mean_and_sd(rows: Iterable[Mapping[str, str]], column: str, *, sign: str = "") -> str:
+    """Return the mean ± sd of a column, with a sign if that is "+"; of one row its value alone."""
     values = [float(row[column]) for row in rows]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
 def interpolated(points: Iterable[tuple[float, float]], at: float) -> float | None:

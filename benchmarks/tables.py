@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import grouped, interpolated, mean_and_sd
+from rows import grouped, interpolated, mean_and_sd, mean_of
 
 from tpvprune.benchmark.plan import REPAIRS
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md")]
 PAGES += [ROOT / "docs" / name for name in ("results.md", "models.md")]
 MODELS = {"vit_tiny_patch16_224": "small ViT"}
+OURS = "prune + distill"
 NAMES = {
     "magnitude": "magnitude, L2",
     "magnitude_l1": "magnitude, L1",
@@ -321,11 +322,58 @@ def other_networks() -> str:
     return markdown(head, lines)
 
 
+def own_task() -> str:
+    """Return what each way to a smaller network gave in equal minutes, and who is ahead."""
+    path = RESULTS / "own-task.csv"
+    if not path.exists():
+        return "(not measured yet)"
+    found = grouped(path, ("keep", "way"))
+    keeps = sorted({keep for keep, _ in found}, key=float, reverse=True)
+    lines, verdicts = [], []
+    for keep in keeps:
+        ours = found.get((keep, OURS), [])
+        for way in (way for k, way in found if k == keep):
+            rows = found[keep, way]
+            cells = [mean_and_sd(rows, name) for name in ("top1", "agreement", "minutes")]
+            apart = _apart(rows, ours) if way != OURS else ""
+            cost = [f"{mean_of(rows, 'macs_kept'):.2f}", f"{mean_of(rows, 'mb'):.1f}"]
+            head = [f"**{way}**" if way == OURS else way, f"`{rows[0]['network']}`"]
+            lines.append([*head, rows[0]["labels"], *cost, *cells, apart])
+        if ours and (theirs := found.get((keep, "smaller + distill"))):
+            verdicts.append(_verdict(keep, ours, theirs))
+    head = "way|network|labels|MACs|MB|top-1|agreement|minutes|top-1, to `prune + distill`"
+    return "\n".join([markdown(head.split("|"), lines), "", *verdicts])
+
+
+def _differences(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    """Return the differences in top-1 between rows of the same seed, in points."""
+    of_seed = {row["seed"]: float(row["top1"]) for row in others}
+    return [float(r["top1"]) - of_seed[r["seed"]] for r in rows if r["seed"] in of_seed]
+
+
+def _apart(rows: Sequence[Row], others: Sequence[Row]) -> str:
+    found = _differences(rows, others)
+    return mean_and_sd([{"x": f"{x}"} for x in found], "x", sign="+") if found else ""
+
+
+def _verdict(keep: str, ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    """Return a line that says which of the two is ahead, or that the seeds do not tell."""
+    apart = _differences(theirs, ours)
+    name, points = f"`{theirs[0]['network']}`", _apart(theirs, ours)
+    if not apart or (min(apart) <= 0 <= max(apart)):
+        who = f"the smaller network {name} and the pruned one are not told apart by these seeds"
+    elif apart[0] > 0:
+        who = f"the smaller network {name} is ahead of the pruned one"
+    else:
+        who = f"the pruned network is ahead of the smaller one {name}"
+    return f"At {keep} of the MACs {who}: {points} points."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost,
-        timm_modules, other_networks,
+        own_task, timm_modules, other_networks,
     )
 }  # fmt: skip
 if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table

@@ -17,6 +17,7 @@ from tpvprune.cli.session_images import all_but, choose, choose_apart
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.evaluation import Difference
+from tpvprune.repairs import duration, training
 from tpvprune.saved.checkpoint import load_pruned, read_config
 from tpvprune.weights.masks import load_masks
 
@@ -150,8 +151,6 @@ def test_killed_command_goes_on_to_the_bytes_of_the_unbroken_one(run, tmp_path, 
     argv = ["--model-ema-decay", "0.9", "--amp", "--epochs", "3"]
     assert run(*distil(tmp_path / "whole", *argv))[0] == 0
 
-    from tpvprune.repairs import training
-
     update, done = training._Run.update, []
 
     def stopped(self, *args):
@@ -175,6 +174,34 @@ def test_killed_command_goes_on_to_the_bytes_of_the_unbroken_one(run, tmp_path, 
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert json.loads(out)["training"]["seconds"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_measuring_before_and_after_is_inside_of_the_minutes(run, tmp_path, monkeypatch):
+    now, seen, updates = [0.0], [], []
+    for module in (training_commands, duration):
+        monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    measure, update = training_commands.difference, training._Run.update
+
+    def measured(*args):
+        seen.append(now[0])
+        now[0] += 6.0
+        return measure(*args)
+
+    def slow(self, *args):
+        update(self, *args)
+        updates.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr(training_commands, "difference", measured)
+    monkeypatch.setattr(training._Run, "update", slow)
+    argv = ["distill", "small", "--data-dir", "flat", *SMALL, "--minutes", "0.5", "--json"]
+    code, out, _ = run(*argv, "--output", tmp_path / "out")
+    assert code == 0
+    document = json.loads(out)["training"]
+    assert (len(updates), seen) == (18, [0.0, 24.0])
+    assert (document["epochs"], document["minutes"], document["seconds"]) == (None, 0.5, 30.0)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>Minutes</th><td>0.5</td>" in report and "<th>Epochs</th>" not in report
 
 
 def test_class_folders_serve_as_unlabeled_images(run, root, tmp_path):
@@ -289,6 +316,8 @@ BAD_INPUT = {
         ["distill", "small", "--amp", "--amp-dtype", "float16"],
         "amp: expected bfloat16 on cpu, found float16",
     ),
+    "epochs and minutes": (["distill", "small", "--minutes", "1"], "not allowed with argument"),
+    "no time": (["finetune", "small", "--minutes", "0"], "--minutes: expected"),
     "temperature without teacher": (["finetune", "small", "--temperature", "1"], "unrecognized"),
     "no labels": (["finetune", "small"], "one subfolder per class"),
     "other classes": (["finetune", "small", "--data-dir", "other"], "the model's 4 classes"),

@@ -55,6 +55,13 @@ def without(record, *names):
     return {key: value for key, value in record.items() if key not in names}
 
 
+def test_a_flag_that_excludes_a_choice_takes_its_place():
+    prune = recipes.prune_parser(build_parser())
+    chosen = {"minutes": 4.0, "lr": 0.01}
+    assert recipes._left(prune, chosen, {"epochs": 3}) == {"lr": 0.01}
+    assert recipes._left(prune, chosen, {"lr": 0.1}) == chosen
+
+
 def test_a_run_repeated_from_its_recipe_is_the_same_bit_for_bit(run, place, tmp_path):
     second = tmp_path / "second"
     assert run("prune", *MODEL, *QUICK, "--like", "first", "--output", second)[0] == 0
@@ -175,7 +182,7 @@ def value_of(action):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries({}, optional={
     name: value_of(action) for name, action in recipes.choices(PRUNE).items()
-    if name not in {"max_loss", "img_size", "outputs"}
+    if name not in {"max_loss", "img_size", "outputs", "minutes"}
 }))  # fmt: skip
 def test_what_is_recorded_gives_the_same_choices_again(tmp_path_factory, recipe):
     path = tmp_path_factory.mktemp("recipe") / "r.json"
@@ -216,7 +223,7 @@ def test_a_budget_that_is_given_takes_the_place_of_the_recipes(tmp_path):
     args = parsed("of = 'latency'\nlatency-threads = 2", "--of", "macs")
     assert (args.of, args.latency_threads) == ("macs", None)
     args = parsed("repair = 'distill'\nepochs = 3", "--repair", "bn")
-    assert (args.repair, args.epochs) == ("bn", 10)
+    assert (args.repair, args.epochs) == ("bn", None)
     args = parsed("keep = [0.9, 0.5]")
     assert args.keeps == [0.9, 0.5]
     assert recipes.of_size(args.choices, 0.9)["keep"] == [0.9]

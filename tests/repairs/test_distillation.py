@@ -10,6 +10,7 @@ from torch import nn
 
 from tpvprune.images.augmentation import HeldImages
 from tpvprune.passes.evaluation import output_variance
+from tpvprune.repairs import duration
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.distillation import distill, divergence, feature_error
 from tpvprune.repairs.finetuning import finetune
@@ -134,6 +135,103 @@ def test_the_rate_ends_near_zero():
     assert rates[-1] < 0.01
     for done, rate in enumerate(rates[3:], 3):
         assert rate == pytest.approx(0.25 * (1 + math.cos(math.pi * done / 20)))
+
+
+# ---- so many minutes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is set forward: [seconds]."""
+    now = [1000.0]
+    monkeypatch.setattr(duration, "monotonic", lambda: now[0])
+    return now
+
+
+def rates_of(clock, cost, *, minutes=1.0, fetch=0.0, **options):
+    """Return the rates of all updates in time; update number n takes ``cost(n)`` seconds."""
+    student, dense = pair(Chain)
+    rates, times, step = [], [], torch.optim.SGD.step
+    begin = clock[0]
+
+    def spy(self, *args):
+        times.append(clock[0] - begin)
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    def slow(x):
+        clock[0] += fetch
+        return x
+
+    def watch(_):
+        clock[0] += cost(len(rates))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", spy)
+        options = {"augment": slow, "watch": watch, "lr": 0.5, **options}
+        distill(student, dense, batches(20, 4), minutes=minutes, **options)
+    return rates, times, clock[0] - begin
+
+
+@pytest.mark.parametrize("cost", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("fetch", [0.0, 0.5])
+def test_the_rate_follows_the_clock_whatever_an_update_costs(clock, cost, fetch):
+    rates, times, end = rates_of(clock, lambda _: cost, fetch=fetch)
+    each = cost + fetch
+    # No update ends late, and none that there was time for is missing; statistics of BatchNorm
+    # have had a batch each, and so has the image that tells that time is up.
+    assert 60 - 2 * each <= times[-1] + cost <= 60
+    assert end <= 60 + fetch
+    assert max(rates) <= 0.5 and rates[-1] <= 0.5 * (math.pi * (3 * each / 60) / 2) ** 2
+    for time, rate in zip(times, rates, strict=True):
+        if time > 1.2:  # after the rise: 0.2 tenths of the minutes
+            assert rate == pytest.approx(0.25 * (1 + math.cos(math.pi * time / 60)), abs=1e-4)
+
+
+def test_the_rate_follows_the_clock_where_updates_get_slower(clock):
+    rates, times, end = rates_of(clock, lambda n: 0.2 if n < 100 else 2.0)
+    assert 56 <= end <= 62  # of the mean duration, which lags behind
+    assert rates[-1] < 0.01
+    half = min(range(len(times)), key=lambda i: abs(times[i] - 30))
+    assert rates[half] == pytest.approx(0.25, abs=0.05)
+
+
+def test_too_few_minutes_make_one_update(clock):
+    rates, _, end = rates_of(clock, lambda _: 100.0, minutes=0.5)
+    assert (len(rates), end) == (1, 100.0)
+
+
+def test_a_run_of_minutes_goes_on_with_what_is_left_of_them(clock, tmp_path):
+    state = tmp_path / "run.safetensors"
+
+    def dies(n):
+        if n == 17:  # of five updates an epoch
+            raise Killed
+        return 1.0
+
+    with pytest.raises(Killed):
+        rates_of(clock, dies, state=state)
+    clock[0] += 1e6  # what lies between does not count
+    rates, _, end = rates_of(clock, lambda _: 1.0, state=state)
+    assert len(rates) == 60 - 15
+    assert end == 45.0
+    assert rates[0] == pytest.approx(0.25 * (1 + math.cos(math.pi * 15 / 60)), abs=1e-3)
+    again, _, _ = rates_of(clock, lambda _: 1.0, state=state)
+    assert again == []
+
+
+def test_fine_tuning_has_a_budget_of_time_too(clock):
+    student, _ = pair(Chain)
+    done = []
+
+    def progress(stage, now, total):
+        clock[0] += 6.0
+        done.append((stage, now / total))
+
+    data = [(x, torch.arange(4) % NUM_CLASSES) for x in batches(8, 4)]
+    finetune(student, data, recipe=Recipe(minutes=0.5), progress=progress)
+    assert [stage for stage, _ in done] == ["epoch 1"] * 2 + ["epoch 2"] * 2 + ["epoch 3"]
+    assert [part for _, part in done] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=2e-4)
 
 
 def digits():
@@ -529,6 +627,10 @@ def test_finetuning_needs_labels_of_the_model(labels, message):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs: expected at least 1, found 0"),
+        ({"minutes": 1}, "epochs: expected a number of epochs or of minutes, found both"),
+        ({"epochs": None}, "epochs: expected a number of epochs or of minutes, found neither"),
+        ({"epochs": None, "minutes": 0}, "minutes: expected a number above 0, found 0"),
+        ({"epochs": None, "minutes": math.nan}, "minutes: expected a number above 0, found nan"),
         ({"lr": 0}, "lr: expected a number above 0, at most 1e30, found 0"),
         ({"lr": math.nan}, "lr: expected a number above 0"),
         ({"loss": "prayer"}, "loss: expected logits or divergence, found 'prayer'"),

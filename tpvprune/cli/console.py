@@ -230,10 +230,10 @@ def _saved(document: Mapping[str, Any]) -> None:
 def show_trained(document: Mapping[str, Any]) -> None:
     """Print what training a pruned model did."""
     training = document["training"]
-    epochs = counted(training["epochs"], "epoch")
+    length = length_of(training["epochs"], training.get("minutes"))
     _say_outcome(
         document,
-        f"{document['model']}: {epochs}, peak rate {training['lr']:g}, on "
+        f"{document['model']}: {length}, peak rate {training['lr']:g}, on "
         f"{training['num_images'] or 'streamed'} images",
     )
     trained_line(training)
@@ -321,6 +321,11 @@ def short(count: float) -> str:
             scaled = count / factor
             return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
     return f"{count:.0f}"
+
+
+def length_of(epochs: int | None, minutes: float | None) -> str:
+    """Return how long a training is, of which one of the two is known."""
+    return f"{minutes:g} minutes" if epochs is None else counted(epochs, "epoch")
 
 
 def counted(num: int, what: str) -> str:

@@ -155,8 +155,8 @@ def add_criterion(sub: Parser) -> None:
 
 
 _ONLY_TRAINING = (
-    *("epochs", "lr", "loss", "temperature", "no_mix", "mirrored", "num_views", "opt", "sched"),
-    *("weight_decay", "warmup_epochs", "clip_grad", "model_ema_decay", "amp_dtype"),
+    *("epochs", "minutes", "lr", "loss", "temperature", "no_mix", "mirrored", "num_views", "opt"),
+    *("sched", "weight_decay", "warmup_epochs", "clip_grad", "model_ema_decay", "amp_dtype"),
     "freeze_batchnorm",
 )
 
@@ -164,7 +164,14 @@ _ONLY_TRAINING = (
 def add_training(sub: Parser, title: str, *, teacher: bool = True) -> None:
     """Add how a pruned model is trained; with what concerns the dense one if that teaches."""
     group = sub.section(title)
-    group.add_argument("--epochs", type=count, default=10, metavar="N", help="passes (10)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=count, metavar="N", help="passes (10)")
+    length.add_argument(
+        "--minutes",
+        type=positive,
+        metavar="M",
+        help="train for so long in their place, measuring before and after included",
+    )
     group.add_argument(
         "--lr", type=positive, default=0.001 if teacher else 0.01, metavar="X",
         help="peak learning rate; a high one undoes what compensation has won (%(default)g)",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpvprune.cli.benchmark import plan_of
-from tpvprune.cli.console import blocked_lines, counted, percent, say, short
+from tpvprune.cli.console import blocked_lines, counted, length_of, percent, say, short
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
 from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
@@ -229,11 +229,12 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
         "dry_run": True,
         "num_images": num,
         "epochs": recipe.epochs,
+        "minutes": recipe.minutes,
         "seconds": seconds,
     }
     teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
-    epochs = counted(recipe.epochs, "epoch")
-    say(f"{args.folder}: {epochs} on {num} images of {images.name}, {teacher}")
+    length = length_of(recipe.epochs, recipe.minutes)
+    say(f"{args.folder}: {length} on {num} images of {images.name}, {teacher}")
     say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
     _say_time(_Expected(seconds))
     return 0, document
@@ -312,8 +313,11 @@ def _say_groups(document: dict[str, Any], groups: ChannelGroups) -> None:
 def _training(
     args: argparse.Namespace, num: int, forward: float, backward: float, *, teacher: bool = True
 ) -> float:
+    recipe = recipe_of(args)
+    if recipe.epochs is None:
+        return 60.0 * (recipe.minutes or 0.0)
     # The gradient of the weights costs about as much as that of the activations.
-    return float(args.epochs * num * ((2 if teacher else 1) * forward + 2 * backward))
+    return float(recipe.epochs * num * ((2 if teacher else 1) * forward + 2 * backward))
 
 
 def _batch_of(args: argparse.Namespace) -> int:

@@ -213,7 +213,7 @@ def _with_defaults(
 def _left(prune: Parser, chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a recipe applies beside the flags that are given."""
     gone: set[str] = set()
-    for pair in (("keeps", "max_loss"), ("img_size", "input_size")):
+    for pair in (("keeps", "max_loss"), ("img_size", "input_size"), ("epochs", "minutes")):
         gone |= set(pair) if given.keys() & set(pair) else set()
     repair, of = given.get("repair", "distill"), given.get("of", "latency")
     gone |= _unused(prune, repair, of)

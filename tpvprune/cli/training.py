@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.cli.console import bar, counted, say, show_trained, updates
+from tpvprune.cli.console import bar, counted, length_of, say, show_trained, updates
 from tpvprune.cli.session import Subject, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
@@ -40,6 +40,7 @@ from tpvprune.saved.checkpoint import read_config, save_pruned, saved_masks
 from tpvprune.saved.downloads import local_folder
 
 _MOST_HELD_BACK = 512
+_EPOCHS = 10
 # What a report of pruning says that training does not change.
 _KEPT = (
     "criterion", "allocation", "keep", "of", "reached", "used_labels", "num_images", "groups",
@@ -81,7 +82,8 @@ class Trained(NamedTuple):
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the flags say to train; a ValueError tells what is out of range."""
     return Recipe(
-        epochs=args.epochs,
+        epochs=None if args.minutes else args.epochs or _EPOCHS,
+        minutes=args.minutes,
         lr=args.lr,
         opt=args.opt,
         sched=args.sched,
@@ -139,9 +141,11 @@ def trained(
     )
     teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
     shown = Shown(eval_images, "measuring")
+    start = monotonic()
     before = difference(subject.model, teacher, shown)
+    during = _between(recipe, 2 * (monotonic() - start), held)
     state = state_file(args.output)
-    resumed, start = state.exists(), time.monotonic()
+    resumed = state.exists()
     if resumed:
         say(f"going on with the run in {state}")
     with updates() as progress, _how_to_go_on():
@@ -149,9 +153,9 @@ def trained(
             "augment": augment, "masks": masks, "state": state, "progress": progress,
         }  # fmt: skip
         if labelled:
-            model = finetune(subject.model, batches, recipe=recipe, **how)
+            model = finetune(subject.model, batches, recipe=during, **how)
         else:
-            how |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+            how |= {field.name: getattr(during, field.name) for field in dataclasses.fields(during)}
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
     after = difference(model, teacher, shown)
@@ -159,8 +163,8 @@ def trained(
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
             "training: expected finite outputs, found others after "
-            f"{counted(recipe.epochs, 'epoch')}: lower --lr ({recipe.lr:g}) or --weight-decay "
-            f"({recipe.weight_decay:g})"
+            f"{length_of(recipe.epochs, recipe.minutes)}: lower --lr ({recipe.lr:g}) or "
+            f"--weight-decay ({recipe.weight_decay:g})"
         )
     # What is further from the teacher in both ways is not saved.
     helped = labelled or (
@@ -178,7 +182,7 @@ def trained(
         "num_held_back": held,
         "used_labels": labelled,
         # Of a run that was stopped in between, only the last part is known.
-        "seconds": None if resumed else round(time.monotonic() - start, 1),
+        "seconds": None if resumed else round(monotonic() - start, 1),
         "before": _closeness(before),
         "after": _closeness(after),
         "saved": "trained" if helped else "start",
@@ -187,6 +191,19 @@ def trained(
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
     return Trained(model, facts, eval_images, found)
+
+
+def _between(recipe: Recipe, measuring: float, held: int) -> Recipe:
+    """Return the recipe for what measuring before and after, in seconds, leaves of the minutes."""
+    if recipe.minutes is None:
+        return recipe
+    left = recipe.minutes - measuring / 60
+    if by_first(lambda: left) <= 0:
+        raise ValueError(
+            f"--minutes: expected more than measuring on {counted(held, 'held-back image')} before "
+            f"and after takes, about {measuring / 60:.2g}, found {recipe.minutes:g}"
+        )
+    return dataclasses.replace(recipe, minutes=left)
 
 
 def state_file(output: Path, kind: str = "unfinished") -> Path:

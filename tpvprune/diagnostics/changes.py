@@ -98,16 +98,16 @@ def changes_of(
         recipe = Recipe(
             epochs=epochs, lr=lr, opt=opt, weight_decay=0.0, freeze_batchnorm=True, seed=seed
         )
-        changes.append(_trained(setting, start, recipe))
+        changes.append(_trained(setting, start, recipe, epochs * len(setting.labelled)))
     return changes, missing
 
 
-def _trained(setting: Setting, start: float, recipe: Recipe) -> Change:
+def _trained(setting: Setting, start: float, recipe: Recipe, updates: int) -> Change:
     name, note = f"{recipe.opt} steps, rate {recipe.lr:g}", ""
     for _ in range(_ATTEMPTS):
         model = finetune(setting.model, setting.labelled, recipe=recipe)
         moved = _accuracy(setting, model) - start
-        steps = f"{recipe.epochs * len(setting.labelled)} steps at {recipe.lr:g}"
+        steps = f"{updates} steps at {recipe.lr:g}"
         change = Change(name, "training", setting.on(model), moved, note + steps)
         if change.neutral:
             break

@@ -28,7 +28,8 @@ def distill(
     dense: nn.Module,
     batches: Iterable[Any],
     *,
-    epochs: int,
+    epochs: int | None = None,
+    minutes: float | None = None,
     lr: float = 1e-3,
     loss: DistillationLoss = "logits",
     temperature: float = 3.0,
@@ -66,7 +67,9 @@ def distill(
         dense: The model it came from; left as it is.
         batches: Re-iterable of inputs [B, ...], such as ``HeldImages`` or a shuffling loader;
             labels are dropped unread.
-        epochs: Passes over them.
+        epochs: Passes over them; or None and minutes.
+        minutes: Wall time in their place, decoding included: rise and way down of the learning
+            rate are laid out over it, whatever an update costs. At least one update is made.
         lr: Peak learning rate.
         loss: ``"logits"`` or ``"divergence"``; without a classifier (``num_classes`` 0) the
             features always.
@@ -81,7 +84,8 @@ def distill(
         opt: Name of a timm optimizer.
         sched: timm's name of the way down to 0: cosine, tanh or poly.
         weight_decay: Of weights; biases and norms have none.
-        warmup_epochs: Linear rise to the peak rate, may be a fraction.
+        warmup_epochs: Linear rise to the peak rate, may be a fraction; of minutes, in tenths of
+            them.
         clip_grad: Largest norm of the gradient; None for any.
         ema_decay: Return the moving average of the weights instead of the last; None for no.
         amp: ``torch.bfloat16``, or ``torch.float16`` on CUDA, for mixed precision.
@@ -90,8 +94,9 @@ def distill(
             False the weight stays zero.
         seed: Of everything random.
         state: File for the state of the unfinished run, written after every epoch; if it is
-            there the run goes on from it, to the same result. Delete it when all is done.
-        progress: Called with (stage, updates done, all updates).
+            there the run goes on from it, to the same result; in a run of minutes for what is
+            left of them. Delete it when all is done.
+        progress: Called with (stage, updates done, all updates); of minutes, with parts of them.
         watch: Called with the student after every update, to look at it only, such as
             ``diagnostics.Trajectory``; of a run that goes on it sees the rest.
 
@@ -113,7 +118,7 @@ def distill(
         known = " or ".join(get_args(DistillationLoss))
         raise ValueError(f"loss: expected {known}, found {loss!r}")
     recipe = Recipe(
-        epochs=epochs, lr=lr, opt=opt, sched=sched, weight_decay=weight_decay,
+        epochs=epochs, minutes=minutes, lr=lr, opt=opt, sched=sched, weight_decay=weight_decay,
         warmup_epochs=warmup_epochs, clip_grad=clip_grad, ema_decay=ema_decay, amp=amp,
         freeze_batchnorm=freeze_batchnorm, num_views=num_views, seed=seed,
     )  # fmt: skip

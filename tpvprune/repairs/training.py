@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tpvprune.passes.running import fast_layout
 from tpvprune.processes.membership import is_first
 from tpvprune.processes.shares import check_same, spread_weights, sum_gradients, total
 from tpvprune.repairs.batchnorm import batchnorms, rebase_batchnorm
+from tpvprune.repairs.duration import PARTS, Duration
 
 Loss = Callable[[nn.Module, Any, tuple[int, int]], Tensor]
 """Of the model in training, a batch, and (view, position) that tell the batch apart.
@@ -42,12 +43,14 @@ class Recipe:
     """How to train; every number that decides the result besides model and images.
 
     Attributes:
-        epochs: Passes over the images, >= 1.
+        epochs: Passes over the images, >= 1; or None and minutes.
+        minutes: Wall time > 0 in their place: as many updates as there is time for.
         lr: Peak learning rate.
         opt: Name of a timm optimizer.
         sched: timm's name of the way down to 0: cosine, tanh or poly.
         weight_decay: Of weights; biases and norms have none.
-        warmup_epochs: Linear rise to the peak rate, may be a fraction.
+        warmup_epochs: Linear rise to the peak rate, may be a fraction; of minutes, in tenths of
+            them.
         clip_grad: Largest norm of the gradient; None for any.
         ema_decay: Return the moving average of the weights instead of the last; None for no.
         amp: bfloat16 or float16 (CUDA only) for mixed precision; None for none.
@@ -56,7 +59,8 @@ class Recipe:
         seed: Of everything random.
     """
 
-    epochs: int
+    epochs: int | None = None
+    minutes: float | None = None
     lr: float = 0.01
     opt: str = "sgd"
     sched: str = "cosine"
@@ -70,13 +74,18 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.minutes is None):
+            found = "neither" if self.epochs is None else "both"
+            raise ValueError(f"epochs: expected a number of epochs or of minutes, found {found}")
+        parts = PARTS if self.epochs is None else self.epochs
         for name, fits, expected in (
-            ("epochs", self.epochs >= 1, "at least 1"),
+            ("epochs", self.epochs is None or self.epochs >= 1, "at least 1"),
+            ("minutes", self.minutes is None or 0 < self.minutes <= _MOST, "a number above 0"),
             ("lr", 0 < self.lr <= _MOST, "a number above 0, at most 1e30"),
             ("opt", _is_known(self.opt), "a name of timm.optim, of first order"),
             ("sched", self.sched in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
             ("weight_decay", 0 <= self.weight_decay <= _MOST, "at least 0, at most 1e30"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to less than epochs"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < parts, "0 to less than epochs"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "a number above 0"),
             ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
             ("amp", self.amp in (None, torch.bfloat16, torch.float16), "bfloat16 or float16"),
@@ -107,7 +116,8 @@ def train(
     """Train a copy of a model.
 
     Every epoch has its own random state, so a run that goes on from a saved state is the
-    unbroken one, bit for bit, on one machine with the same number of threads.
+    unbroken one, bit for bit, on one machine with the same number of threads. A run of so many
+    minutes is never the same twice; one that goes on has what the other has left of them.
 
     Args:
         student: Model; left as it is.
@@ -119,7 +129,8 @@ def train(
             there the run goes on from it. It stays when the run is done.
         masks: Parameter name -> BoolTensor of its shape; where False the weight stays zero.
         identity: What else decides the result; a state of another identity is refused.
-        progress: Called with ("epoch 2/10", updates done, all updates).
+        progress: Called with ("epoch 2/10", updates done, all updates); in a run of minutes with
+            ("epoch 2", ten-thousandths of the time that are gone, 10000).
         watch: Called with the model in training after every update, to look at it only.
 
     Returns:
@@ -131,13 +142,16 @@ def train(
     """
     if num_batches < 1:
         raise ValueError("batches: expected at least one batch, found none: pass images")
+    length = Duration(recipe.epochs, recipe.minutes, num_batches)
     path = None if state is None else Path(state)
     model = copy.deepcopy(student)
     model.zero_grad(set_to_none=True)
     device = _device_of(model, recipe)
     model.train()
     fixed = _fixed(model, masks or {})
-    given = (repr(asdict(recipe)), str(num_batches), model, *identity, *fixed.values())
+    # Minutes may differ: who goes on has used some.
+    same = asdict(replace(recipe, minutes=None if recipe.minutes is None else 1.0))
+    given = (repr(same), str(num_batches), model, *identity, *fixed.values())
     own = "" if path is None else digest_of(*given).hex()
     goes_on = path is not None and path.exists()
     check_same("saved state", int(goes_on))
@@ -149,29 +163,24 @@ def train(
         if recipe.freeze_batchnorm:
             for norm in batchnorms(model):
                 norm.eval()
-        run = _Run(model, recipe, num_batches, fixed)
+        run = _Run(model, recipe, length, fixed)
         done = run.resume(path, own) if path is not None and goes_on else 0
         check_same("epochs done", done)
         with torch.enable_grad(), shared_norms():
-            for epoch in range(done, recipe.epochs):
-                view = epoch % (recipe.num_views or recipe.epochs)
-                seed = _seed_all(recipe.seed, view, device)
-                title = f"epoch {epoch + 1}/{recipe.epochs}"
+            for epoch in count(done):
+                if length.step(epoch * num_batches) is None:
+                    break
+                view = epoch % recipe.num_views if recipe.num_views else epoch
+                batches = islice(epoch_batches(_seed_all(recipe.seed, view, device)), num_batches)
+                title = f"epoch {epoch + 1}" + (f"/{recipe.epochs}" if recipe.epochs else "")
                 losses = torch.zeros((), device=device)
-                for position, batch in enumerate(islice(epoch_batches(seed), num_batches)):
-                    loss = loss_of(model, batch, (view, position))
-                    updates = epoch * num_batches + position
-                    run.update(loss, updates)
+                for loss, step in run.updates(batches, epoch * num_batches, view, loss_of):
+                    losses += loss
                     if watch is not None:
                         watch(model)
-                    losses += loss.detach()
                     if progress is not None:
-                        progress(title, updates + 1, recipe.epochs * num_batches)
-                if not math.isfinite(found := total(float(losses))):
-                    raise ValueError(
-                        f"training: expected a finite loss, found {found} in {title}: "
-                        f"lower lr ({recipe.lr:g}) or set clip_grad"
-                    )
+                        progress(title, step + 1, length.total)
+                _check_finite(total(float(losses)), title, recipe)
                 if path is not None and is_first():
                     run.save(path, own, epoch + 1)
     return _returned(run.result, student)
@@ -181,9 +190,9 @@ class _Run:
     """Model, optimizer, schedule, average and loss scale, which go together."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, num_batches: int, masks: Mapping[str, Tensor]
+        self, model: nn.Module, recipe: Recipe, length: Duration, masks: Mapping[str, Tensor]
     ) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.length = model, recipe, length
         self.masked = [(model.get_parameter(name), mask) for name, mask in masks.items()]
         self.optimizer = timm.optim.create_optimizer_v2(
             model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -191,11 +200,11 @@ class _Run:
         self.schedule, _ = timm.scheduler.create_scheduler_v2(
             self.optimizer,
             sched=recipe.sched,
-            num_epochs=recipe.epochs,
+            num_epochs=length.epochs,
             warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]
             warmup_lr=recipe.lr / 100,
             step_on_epochs=False,
-            updates_per_epoch=num_batches,
+            updates_per_epoch=length.updates_per_epoch,
         )
         decay = recipe.ema_decay
         self.average = (
@@ -214,8 +223,23 @@ class _Run:
         parts = {"model": self.model}
         return parts if self.average is None else {**parts, "average": self.average.module}
 
-    def update(self, loss: Tensor, number: int) -> None:
-        self.schedule.step_update(number)
+    def updates(
+        self, batches: Iterable[Any], done: int, view: int, loss_of: Loss
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Make the updates of an epoch for which there is time.
+
+        Yields:
+            Loss and step of each.
+        """
+        for position, batch in enumerate(batches):
+            if (step := self.length.step(done + position)) is None:
+                return
+            loss = loss_of(self.model, batch, (view, position))
+            self.update(loss, done + position, step)
+            yield loss.detach(), step
+
+    def update(self, loss: Tensor, number: int, step: int) -> None:
+        self.schedule.step_update(step)
         self.scaler.scale(loss).backward()
         sum_gradients(self.trained)
         if self.recipe.clip_grad is not None:
@@ -236,6 +260,7 @@ class _Run:
 
     def save(self, path: Path, identity: str, epochs: int) -> None:
         facts = {"identity": identity, "epochs": epochs, "scaler": self.scaler.state_dict()}
+        facts["seconds"] = self.length.used
         save_state(path, self.modules, self.optimizer, facts)
 
     def resume(self, path: Path, identity: str) -> int:
@@ -248,6 +273,7 @@ class _Run:
         load_state(path, self.modules, self.optimizer)
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
+        self.length.go_on(facts["seconds"])
         return int(facts["epochs"])
 
 
@@ -319,6 +345,14 @@ def _seed_all(seed: int, view: int, device: torch.device) -> int:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(mixed)
     return mixed
+
+
+def _check_finite(loss: float, title: str, recipe: Recipe) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"training: expected a finite loss, found {loss} in {title}: lower lr "
+            f"({recipe.lr:g}) or set clip_grad"
+        )
 
 
 def _returned(model: nn.Module, student: nn.Module) -> nn.Module:

@@ -15,7 +15,9 @@ def training(data: Mapping[str, Any]) -> str:
     if not facts:
         return ""
     rows = [
-        ("Epochs", whole(facts["epochs"])),
+        ("Epochs", whole(facts["epochs"]))
+        if facts["epochs"] is not None
+        else ("Minutes", f"{facts['minutes']:g}"),
         ("Peak learning rate", significant(facts["lr"])),
         ("Images", whole(facts["num_images"]) if facts.get("num_images") else "a stream"),
         ("Images per batch", whole(facts["batch_size"])),
