@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tpvprune import find_groups
+from tpvprune import evaluate, find_groups, prune
+from tpvprune.cifar_resnet import CifarResNet
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import channel_tpv, l2_norm, path_norm, sharpness
 from tpvprune.diagnostics.normalized_loss import normalized_loss
@@ -22,8 +22,11 @@ from tpvprune.diagnostics.volume import local_volume
 from tpvprune.images.loading import choose_images, in_memory
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.images.sources import open_images
+from tpvprune.repairs.compensation import compensate_weights
 
 BATCH, FEW = 64, 128
+KEEP, NUM_TO_PRUNE = 0.5, 512  # of the MACs; images that pruning sees
+CHAIN_CURVES = (("sgd", 0.05), ("sgd", 0.01), ("adam", 1e-3))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Way:
     lr: float = 0.05
     target: float = 0.01
     max_epochs: int = 200
+    arch: str = "chain"
+    weight_decay: float = 0.0
+    mirrored: bool = False
 
 
 def digits(seed: int = 0) -> Images:
@@ -69,25 +75,30 @@ def digits(seed: int = 0) -> Images:
     return Images("digits", (x[train], y[train]), (x[test], y[test]))
 
 
-def folder(train_dir: str, test_dir: str, num: int, seed: int = 0) -> Images:
-    """``num`` labelled images to train and as many to test, at 32 pixels."""
+def folder(name: str, train_dir: str, test_dir: str, nums: tuple[int, int]) -> Images:
+    """So many labelled images to train and to test, at 32 pixels."""
     how: Preprocessing = resolve_preprocessing(
         nn.Identity(), input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0
     )
     parts = []
-    for place in (train_dir, test_dir):
+    for place, num in zip((train_dir, test_dir), nums, strict=True):
         chosen = choose_images(
-            open_images(place, labelled=True), how, num_images=num, seed=seed, batch_size=BATCH,
+            open_images(place, labelled=True), how, num_images=num, seed=0, batch_size=BATCH,
             workers=1, labelled=True,
         )  # fmt: skip
         x, y = (torch.cat(t) for t in zip(*in_memory(chosen), strict=True))
         parts.append((x, y))
-    return Images("CIFAR-10", parts[0], parts[1])
+    return Images(name, parts[0], parts[1])
 
 
 def network(images: Images, way: Way) -> nn.Module:
-    """A chain of convolutions with ReLU and no BatchNorm, He's initialisation times a scale."""
+    """A chain of convolutions with ReLU and no BatchNorm, He's initialisation times a scale.
+
+    Or a ResNet for CIFAR of the depth in its name, 6 n + 2.
+    """
     torch.manual_seed(way.seed)
+    if way.arch != "chain":
+        return CifarResNet((int(way.arch.removeprefix("resnet")) - 2) // 6)
     channels, size = images.train[0].shape[1], images.train[0].shape[2]
     width = 16 if size <= 8 else 24
     layers: list[nn.Module] = []
@@ -122,17 +133,21 @@ def trained(images: Images, way: Way) -> tuple[nn.Module, Trajectory, tuple[Tens
     model = network(images, way)
     watch = Trajectory(model, x[:2])
     shown = torch.cat([x, more[0]]), torch.cat([y, more[1]])
-    optimizer = (
-        torch.optim.SGD(model.parameters(), lr=way.lr, momentum=0.9)
+    how = {"lr": way.lr, "weight_decay": way.weight_decay}
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), momentum=0.9, **how)
         if way.opt == "sgd"
-        else torch.optim.Adam(model.parameters(), lr=way.lr)
+        else torch.optim.AdamW(model.parameters(), **how)
     )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, way.max_epochs)
     epochs = 0
     if way.pretrain_wrong:
         for _ in range(20):
             one_epoch(model, (x, first), optimizer, generator, watch)
     for epochs in range(1, way.max_epochs + 1):  # noqa: B007
-        loss = one_epoch(model, shown, optimizer, generator, watch)
+        loss = one_epoch(model, shown, optimizer, generator, watch, mirrored=way.mirrored)
+        if way.arch != "chain":
+            schedule.step()
         if loss < way.target:
             break
     return model.eval(), watch, (x, y), epochs
@@ -144,11 +159,17 @@ def one_epoch(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     watch: Callable[[nn.Module], None],
+    *,
+    mirrored: bool = False,
 ) -> float:
     x, y = labelled
     total = 0.0
     for batch in torch.randperm(len(x), generator=generator).split(BATCH):
-        loss = F.cross_entropy(model(x[batch]), y[batch])
+        shown = x[batch]
+        if mirrored:
+            turned = torch.rand(len(batch), generator=generator) < 0.5
+            shown = torch.where(turned[:, None, None, None], shown.flip(3), shown)
+        loss = F.cross_entropy(model(shown), y[batch])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -167,15 +188,12 @@ def corrupted(y: Tensor, part: float, generator: torch.Generator) -> Tensor:
 def measured(images: Images, way: Way) -> dict[str, Any]:
     """Train one network and take every measure of it."""
     model, watch, train, epochs = trained(images, way)
-    test = images.test
-    few = [(x, y) for x, y in zip(train[0][:FEW].split(BATCH), train[1][:FEW].split(BATCH),
-                                  strict=True)]  # fmt: skip
-    inputs, held = [x for x, _ in few], list(test[0][:FEW].split(BATCH))
+    test, seen = batches(images.test), batches(train)
+    few = batches((train[0][:FEW], train[1][:FEW]))
+    inputs, held = [x for x, _ in few], [x for x, _ in batches(images.test)][: FEW // BATCH]
     groups = find_groups(model, train[0][:2])
     other = rescale(model, groups, train[0][:2], octaves=1 + way.seed % 3, seed=way.seed).model
-    on_train, on_test = normalized_loss(model, [train]), normalized_loss(model, [test])
-    with torch.no_grad():
-        train_loss, test_loss = (float(F.cross_entropy(model(x), y)) for x, y in (train, test))
+    on_train, on_test = normalized_loss(model, seen), normalized_loss(model, test)
     volumes = [local_volume(m, inputs, num_directions=4) for m in (model, other)]
     bias = watch.first_bias
     assert bias is not None
@@ -185,8 +203,8 @@ def measured(images: Images, way: Way) -> dict[str, Any]:
         "epochs": epochs,
         "train_error": on_train.error,
         "test_error": on_test.error,
-        "train_loss": train_loss,
-        "test_loss": test_loss,
+        "train_loss": mean_loss(model, seen),
+        "test_loss": mean_loss(model, test),
         "normalized_train": on_train.loss,
         "normalized_test": on_test.loss,
         "channel_tpv": channel_tpv(model, groups, inputs).value,
@@ -207,11 +225,31 @@ def measured(images: Images, way: Way) -> dict[str, Any]:
         "bias_length": bias.length,
         "bias_distance": bias.distance,
         "bias_variance": bias.variance,
+        **after_pruning(model, [x for x, _ in batches(train)][: NUM_TO_PRUNE // BATCH], test),
     }
 
 
-def paths(args: argparse.Namespace) -> Images | None:
-    """The user's own labelled images, if they are named."""
-    if args.data_dir is None or args.test_dir is None:
-        return None
-    return folder(args.data_dir, args.test_dir, args.num_images)
+def batches(labelled: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(part.split(BATCH) for part in labelled), strict=True))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, labelled: Sequence[tuple[Tensor, Tensor]]) -> float:
+    total = sum(float(F.cross_entropy(model(x), y, reduction="sum")) for x, y in labelled)
+    return total / sum(len(y) for _, y in labelled)
+
+
+def after_pruning(
+    model: nn.Module, inputs: list[Tensor], test: list[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Prune to ``KEEP`` of the MACs and measure the cut network, and the compensated one."""
+    cut = prune(
+        model, inputs, keep=KEEP, repair="none", planned_repair="compensate", repair_factors=False
+    )
+    repaired = compensate_weights(cut.model, model, inputs, groups=cut.groups, kept=cut.kept)
+    found = {}
+    for name, network in (("cut", cut.model), ("compensated", repaired)):
+        result = evaluate(network, test, dense=model)
+        assert result.agreement is not None
+        found |= {f"{name}_top1": result.top1, f"{name}_agreement": result.agreement}
+    return found

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import paper_chart
 from rows import grouped, interpolated, mean_and_sd, mean_of
+from titles import NAMES, markdown
 
 from tpvprune.benchmark.plan import REPAIRS
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
@@ -21,26 +23,9 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md")]
 PAGES += [ROOT / "docs" / name for name in ("results.md", "models.md")]
+PAPER_PRUNING = "paper-pruning-cifar_resnet56.csv"
 MODELS = {"vit_tiny_patch16_224": "small ViT"}
 OURS = "prune + distill"
-NAMES = {
-    "magnitude": "magnitude, L2",
-    "magnitude_l1": "magnitude, L1",
-    "taylor": "Taylor, corrected",
-    "taylor_torch_pruning": "Taylor, torch-pruning's",
-    "jbr": "JBR, the paper's code",
-    "bn_scale": "BatchNorm scale",
-    "activation_variance": "activation variance",
-    "fpgm": "FPGM",
-    "whc": "WHC",
-    "lamp": "LAMP",
-    "lfh": "LFH",
-    "wanda": "Wanda",
-    "tpv": "TPV, 1 probe",
-    "tpv_8_probes": "TPV, 8 probes",
-    "tp:magnitude": "magnitude, torch-pruning's pruner",
-    "tp:taylor": "Taylor, torch-pruning's pruner",
-}
 
 
 def main() -> int:
@@ -57,11 +42,6 @@ def filled(text: str) -> str:
         return f"{mark[1]}\n{TABLES[mark[2]]()}\n{mark[3]}"
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n(<!-- /table -->)", table, text, flags=re.S)
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def accuracy() -> str:
@@ -247,6 +227,11 @@ def iterative() -> str:
     )
 
 
+def paper_pruning() -> str:
+    """Return top-1 on the way down in 18 steps to a tenth of the channels."""
+    return paper_chart.table(RESULTS / PAPER_PRUNING)
+
+
 def weights() -> str:
     """Return top-1 by criterion for single weights."""
     found = grouped(RESULTS / "weights-cifar_resnet56.csv", ("granularity", "scope", "criterion"))
@@ -378,6 +363,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }  # fmt: skip
 if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table
     TABLES |= {f.__name__: f for f in (headline, photographs, photographs_criteria)}
+if (RESULTS / PAPER_PRUNING).exists():
+    TABLES["paper_pruning"] = paper_pruning
 
 if __name__ == "__main__":
     raise SystemExit(main())

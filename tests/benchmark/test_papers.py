@@ -1,0 +1,140 @@
+"""benchmarks/papers.py: intervals are the bootstrap's, verdicts follow them, rows are resumed."""
+
+import importlib
+import itertools
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    # Draws cost time; what is checked here does not need many.
+    monkeypatch.setattr(importlib.import_module("paper_statistics"), "NUM_DRAWS", 40)
+    return importlib.import_module
+
+
+def mean(rows):
+    return statistics.mean(row["x"] for row in rows)
+
+
+def test_intervals_are_quantiles_over_all_sets_that_can_be_drawn(load):
+    rows = [{"x": x} for x in (0.0, 1.0, 3.0, 8.0, 9.0)]
+    every = sorted(map(mean, itertools.product(rows, repeat=5)))
+    low, high = (every[round(q * (len(every) - 1))] for q in (0.025, 0.975))
+    found = load("paper_statistics").bootstrap(rows, mean, num_draws=4000)
+    assert found.value == 4.2
+    assert found.low == pytest.approx(low, abs=0.3)
+    assert found.high == pytest.approx(high, abs=0.3)
+
+
+def test_seeds_are_drawn_within_each_way(load):
+    tool = load("paper_statistics")
+    rows = [{"way": way, "x": 100.0 * way + seed} for way in range(3) for seed in range(2 + way)]
+
+    def checked(drawn):
+        assert [sum(r["way"] == w for r in drawn) for w in range(3)] == [2, 3, 4]
+        return mean(drawn)
+
+    tool.bootstrap(rows, checked, within=("way",), num_draws=50)
+    same = tool.bootstrap([{"way": w, "x": w} for w in (0, 0, 5, 5)], mean, within=("way",))
+    assert (same.low, same.value, same.high) == (2.5, 2.5, 2.5)
+
+
+def test_too_few_networks_have_no_interval(load):
+    tool = load("paper_statistics")
+    rows = [{"way": 0, "x": 1.0}, {"way": 1, "x": 2.0}]
+    for found in (tool.bootstrap(rows, mean), tool.bootstrap(rows, mean, within=("way",))):
+        assert (found.low, found.high) == (-math.inf, math.inf)
+        assert tool.Bound("mean", found, least=0).verdict == "undecided"
+        assert "no interval" in str(found)
+    flat = [{"x": 1.0, "y": float(y)} for y in range(5)]
+    assert math.isnan(tool.bootstrap(flat, tool.rank("x", "y")).value)
+    assert tool.bootstrap(flat, tool.rank("x", "y")).high == math.inf
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.7, 0.9, "held"), (0.1, 0.6, "not held"), (0.6, 0.8, "undecided"), (0.9, 1.2, "undecided"),
+     (1.2, 1.3, "not held"), (0.1, 1.3, "undecided")],
+)  # fmt: skip
+def test_an_interval_that_crosses_a_threshold_decides_nothing(load, low, high, expected):
+    tool = load("paper_statistics")
+    bound = tool.Bound("slope", tool.Interval((low + high) / 2, low, high), 0.7, 1.0)
+    assert bound.verdict == expected
+    sure = tool.Bound("other", tool.Interval(0.0, 0.0, 0.0), most=1.0)
+    assert tool.verdict([sure, bound]) == expected
+    assert tool.verdict([sure]) == "held"
+    assert (bound.needs, sure.needs) == ("slope 0.7 to 1", "other ≤ 1")
+
+
+def networks(num, ratio, arch="resnet8"):
+    """Rows in which channel TPV tells the agreement, and nothing else tells anything."""
+    generator = torch.Generator().manual_seed(num)
+    names = [
+        *("tpv_train", "normalized_train", "path_norm", "sharpness", "pac_bayes_origin"),
+        *("input_lipschitz", "log_radius", "train_loss", "test_error", "test_loss"),
+        *("normalized_test", "cut_top1", "compensated_top1"),
+    ]
+    rows = []
+    for i in range(num):
+        values = torch.rand(len(names), generator=generator).tolist()
+        row = dict(zip(names, values, strict=True)) | {"channel_tpv": float(i), "arch": arch}
+        row["tpv_test"] = row["tpv_train"] * ratio(i)
+        row |= {"cut_agreement": 1 / (1 + i), "compensated_agreement": 1 / (2 + i)}
+        rows.append(row | {"images": "some", "set": "resnet", "train_error": 0.5})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(lambda i: 1.0, "held"), (lambda i: 1.5, "not held"), (lambda i: 1.2 - 0.2 * (i > 0), None)],
+)
+def test_the_stability_claim_is_held_where_it_is_true(load, ratio, expected):
+    lines = load("paper_claims").claims(networks(12, ratio), [])
+    (line,) = [line for line in lines if "equals TPV on test images" in line.claim]
+    assert line.verdict == (expected or "undecided")
+    assert line.needs == "5 % quantile ≥ 0.85; 95 % quantile ≤ 1.15"
+
+
+def test_the_measure_that_tells_of_pruning_is_found(load):
+    tool = load("paper_prediction")
+    found = tool.predictions(networks(20, lambda i: 1.0))
+    networks_of, title, figures = found[0]
+    assert (networks_of, title) == ("some (resnet8), 20", tool.MEASURES["channel_tpv"])
+    assert figures["cut_agreement"] == pytest.approx((-1.0, -1.0, -1.0))
+    assert len(found) == len(tool.MEASURES)
+    assert tool.table(found).count("\n") == 1 + len(tool.MEASURES)
+    unfitted = networks(20, lambda i: 1.0, "chain")
+    assert math.isnan(tool.predictions(unfitted)[0][2]["cut_agreement"].value)
+
+
+def test_every_measure_of_a_network_is_taken_once(load, tmp_path, monkeypatch, capsys):
+    papers, models = load("papers"), load("paper_models")
+    some = [models.Way("init", seed=seed, num_train=125, max_epochs=3) for seed in range(3)]
+    monkeypatch.setattr(papers, "ways", lambda seeds: some[:seeds])
+    monkeypatch.setattr(papers, "distilled", lambda images, seed: [])
+    page = tmp_path / "claims.md"
+    words = ["--output", str(tmp_path), "--docs", str(page)]
+    with torch.random.fork_rng():
+        assert papers.main(["--seeds", "2", *words]) == 0
+        first = (tmp_path / papers.MODELS).read_text()
+        assert len(first.splitlines()) == 3
+        assert papers.main(["--seeds", "3", *words]) == 0
+        text = (tmp_path / papers.MODELS).read_text()
+        assert text.startswith(first)
+        assert len(text.splitlines()) == 4
+        monkeypatch.setattr(papers, "measured", None)  # nothing is left to do
+        assert papers.main(["--seeds", "3", *words]) == 0
+    out = capsys.readouterr().out
+    assert "| paper | claim | measured | needs | verdict |" in out
+    assert "## Which measure tells what pruning will do?" in page.read_text("utf-8")
+    (tmp_path / papers.MODELS).write_text("images,set\ndigits,init\n")
+    with pytest.raises(SystemExit, match="it is older: move it away"):
+        papers.main(words)
