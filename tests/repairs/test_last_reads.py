@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import NUM_CLASSES, batches, images
 from torch import nn
+from torch.nn import functional as F
 
 from tpvprune import compensate_weights, find_groups, remove_channels
 from tpvprune.passes.operations import CONTRACTIONS, function_name
@@ -171,3 +172,38 @@ def test_a_waiting_network_holds_what_is_read_again_only(cls, held, monkeypatch)
     monkeypatch.setattr(compensation, "chunk_size", lambda *_: 2)
     compensate_weights(pruned, model, data, groups=groups, kept=kept, max_bytes=1 << 30)
     assert counts[0] >= len(data) and counts[-2] == held * len(data)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(STEM, 5, 1)
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.blocks = nn.ModuleList([block()])
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.blocks[0](y + F.linear(self.table, self.table).expand(y.shape))
+
+
+class ReadAtTheSum(Chain):
+    """A layer that waits for a sum is run again there, behind the last read of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Sum()
+
+
+def test_what_is_run_again_at_a_sum_is_not_forgotten():
+    torch.manual_seed(0)
+    model, data = ReadAtTheSum().double().eval(), batches(8, 2)
+    groups = find_groups(model, data[0])
+    kept = {g.name: torch.arange(g.num_channels) > 0 for g in groups}
+    pruned = remove_channels(model, groups, kept)
+    options = {"groups": groups, "kept": kept}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compensation, "chunk_size", lambda *_: 2)
+        some = compensate_weights(pruned, model, data, **options, max_bytes=1 << 30)
+    whole = compensate_weights(pruned, model, data, **options, max_bytes=1 << 30)
+    for a, b in zip(some.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)

@@ -128,18 +128,18 @@ class Walk:
                 block.fit(self._model.get_submodule(key), calls.call())
             return_free_memory()
 
-    def _stop(self, call: int, waiting: Iterable[Tensor], num: int) -> None:
+    def _stop(self, call: int, waiting: Sequence[Tensor]) -> None:
         """Wait for the others at a fit, here or, with too much to hold, before the block.
 
         _AgainError if the block is to be run again.
         """
-        if self._is_large(waiting, num):
+        if self._is_large(waiting):
             raise _AgainError(call)
-        self._meet(call)
+        self._meet(call, waiting)
 
-    def _meet(self, key: Hashable) -> None:
+    def _meet(self, key: Hashable, waiting: Iterable[Tensor] = ()) -> None:
         """Wait for the others, with nothing held that nobody reads again."""
-        self._running.run.forget()
+        self._running.run.forget(waiting)
         self._lockstep.meet(key)
 
     def _again(
@@ -160,7 +160,7 @@ class Walk:
         """
         follower = self._running.run
         state = follower.state()
-        is_large = self._is_large((*args, *kwargs.values()), follower.num_inputs)
+        is_large = self._is_large([*args, *kwargs.values()])
         while True:
             given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
             if held is not None:
@@ -181,10 +181,11 @@ class Walk:
             follower.go_back(state)
             self._meet(call)
 
-    def _is_large(self, values: Iterable[Any], num: int) -> bool:
-        """Return whether all chunks together cannot hold such tensors of ``num`` inputs."""
-        found = {v.untyped_storage().data_ptr(): v for v in values if isinstance(v, Tensor)}
-        return sum(v.numel() * v.element_size() for v in found.values()) / num > self._room
+    def _is_large(self, values: Iterable[Any]) -> bool:
+        """Return whether all chunks cannot hold such values, and what else a run holds here."""
+        follower = self._running.run
+        held = storages_of(values) | follower.kept()
+        return sum(s.nbytes() for s in held.values()) / follower.num_inputs > self._room
 
     def _around(
         self, last: int | None, forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -232,7 +233,7 @@ class Walk:
             self._calls.setdefault(block.name, Samples(int(block.wanted.sum()))).add(call, mask)
         del out
         held.copies = []
-        if self._is_large((*args, *kwargs.values()), follower.num_inputs):
+        if self._is_large([*args, *kwargs.values()]):
             raise _AgainError(block.name)
         follower.go_back(state)
         self._meet(block.name)
@@ -275,9 +276,14 @@ class _Held:
     is_gone: bool = False
 
     def storages(self) -> dict[int, UntypedStorage]:
-        tensors = (v for v in (*self.values, *self.copies) if isinstance(v, Tensor))
-        found = (t.untyped_storage() for t in tensors)
-        return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
+        return storages_of((*self.values, *self.copies))
+
+
+def storages_of(values: Iterable[Any]) -> dict[int, UntypedStorage]:
+    """Return the memory that activations take, by where it is."""
+    tensors = (v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
+    found = (t.untyped_storage() for t in tensors)
+    return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
 
 
 def _ancestors(name: str) -> list[str]:
@@ -306,7 +312,7 @@ class _RefitRun(BranchFollower):
         layers: dict[int, Layer],
         fits: Refits,
         own: slice,
-        stop: Callable[[int, Iterable[Tensor], int], None],
+        stop: Callable[[int, Sequence[Tensor]], None],
         *,
         copies: int,
     ) -> None:
@@ -326,19 +332,18 @@ class _RefitRun(BranchFollower):
         finally:
             self._holding.pop()
 
-    def forget(self) -> None:
-        """Free the memory of arguments that nobody reads again.
-
-        What the innermost part is run again from stays.
-        """
+    def kept(self, waiting: Iterable[Tensor] = ()) -> dict[int, UntypedStorage]:
+        """Return what is read again, or needed to run the innermost part again."""
         inner = next((h for h in reversed(self._holding) if h.again), None)
-        kept = set().union(
-            *(
-                held.storages()
-                for held in self._holding
-                if held is inner or held.last is None or held.last >= self.call
-            )
-        )
+        kept = storages_of((*waiting, *(p.args[0] for p in self._pending.values())))
+        for held in self._holding:
+            if held is inner or held.last is None or held.last >= self.call:
+                kept |= held.storages()
+        return kept
+
+    def forget(self, waiting: Iterable[Tensor] = ()) -> None:
+        """Free the memory of arguments that nobody reads again."""
+        kept = self.kept(waiting)
         for held in self._holding:
             for pointer, storage in held.storages().items():
                 if pointer not in kept:
@@ -432,4 +437,4 @@ class _RefitRun(BranchFollower):
         offset = target.new_zeros(1) if offset is None else offset
         self._fits.feed(pending, target, branch, self._held, offset)
         pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
-        self._stop(branch.call, (pending.args[0], *alive), self.num_inputs)
+        self._stop(branch.call, (pending.args[0], *alive))
