@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.section("comparison")
     how.add_argument("--keep", type=fraction, nargs="+", default=[0.7, 0.5], help="(0.7 0.5)")
     how.add_argument("--minutes", type=positive, default=4.0, metavar="M", help="of a way (4)")
-    how.add_argument("--epochs", type=count, default=10, metavar="N", help="of the teacher (10)")
+    how.add_argument("--epochs", type=count, default=5, metavar="N", help="of the teacher (5)")
     how.add_argument("--smaller", nargs="+", action="append", default=[], metavar="X")
     how.add_argument("--training", nargs="+", default=[], metavar="KIND=LOSS:RATE")
     how.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(all)")

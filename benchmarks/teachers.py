@@ -78,6 +78,10 @@ class Task:
         """What the teacher says to the test images."""
         return classes(self.teacher, [x for x, _ in self.test])
 
+    def read(self) -> None:
+        """Read what is held in memory, so that no way has to wait for it."""
+        _ = self.test, self.held, self.calibration
+
     def training(self, *, labelled: bool) -> tuple[Any, Any]:
         """Return what every training sees: batches, and what is left to augment of them."""
         return training_images(
@@ -136,6 +140,7 @@ def opened(args: argparse.Namespace, seed: int) -> Task:
         args.work.mkdir(parents=True, exist_ok=True)
         save_file(_finetuned(task).state_dict(), file)
     task.teacher.load_state_dict(load_file(file))
+    task.read()
     return task
 
 

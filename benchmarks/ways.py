@@ -66,21 +66,18 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
     Without labels what is further from the teacher than it was, in both ways, is not returned.
     """
     loss, _, rate = task.args.training[kind].partition(":")
-    labelled = kind == "labels"
-    batches, augment = task.training(labelled=labelled)
+    batches, augment = task.training(labelled=kind == "labels")
+    if kind == "labels":
+        recipe = Recipe(minutes=_some(minutes), lr=float(rate), seed=task.seed)
+        return finetune(student, batches, recipe=recipe, augment=augment)
     start = monotonic()
     before = difference(student, task.teacher, task.held)
-    left = minutes - 2 * (monotonic() - start) / 60
-    if left <= 0:
-        raise ValueError(f"--minutes: nothing is left to train, {minutes:.2g} minutes before: more")
-    if labelled:
-        recipe = Recipe(minutes=left, lr=float(rate), seed=task.seed)
-        return finetune(student, batches, recipe=recipe, augment=augment)
+    measuring = 2 * (monotonic() - start) / 60
     trained = distill(
         student,
         task.teacher,
         batches,
-        minutes=left,
+        minutes=_some(minutes - measuring),
         lr=float(rate),
         loss=loss,  # type: ignore[arg-type]
         augment=augment,
@@ -89,6 +86,15 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
     after = difference(trained, task.teacher, task.held)
     nearer = after.output_variance <= before.output_variance
     return trained if nearer or after.agreement >= before.agreement else student
+
+
+def _some(minutes: float) -> float:
+    if minutes <= 0:
+        raise ValueError(
+            "--minutes: expected more than cutting and measuring take, found "
+            f"{-minutes:.2g} less than those: pass more"
+        )
+    return minutes
 
 
 def _finished(task: Task, way: str, cut: nn.Module, start: float, name: str) -> Made:

@@ -147,7 +147,7 @@ def test_who_is_ahead_is_computed(tools, theirs, said):
         (["--smaller", "0.7", "x"], "--smaller: expected KEEP NAME CHECKPOINT"),
         (["--training", "pruned=prayer:1"], "--training: expected"),
         (["--training", "labels=logits:1"], "--training: expected"),
-        (["--minutes", "0.001", "--seed", "9"], "nothing is left to train"),
+        (["--minutes", "0.001", "--seed", "9"], "expected more than cutting"),
     ],
 )
 def test_bad_input_is_one_line(tools, root, tmp_path, capsys, flags, message):
