@@ -21,6 +21,7 @@ MEASURES = {
     "train_loss": "for comparison: training loss",
     "test_error": "for comparison: test error before",
 }
+LABELLED = {"normalized_train", "sharpness", "pac_bayes_origin", "train_loss", "test_error"}
 TARGETS = {
     "cut_agreement": "agreement, cut",
     "compensated_agreement": "agreement, compensated",
@@ -30,7 +31,7 @@ TARGETS = {
 
 
 Line = tuple[str, str, dict[str, Interval]]
-"""The networks, the measure, and its rank correlation with each target."""
+"""The networks, the measure's column, and its rank correlation with each target."""
 
 
 def predictions(rows: Sequence[Row]) -> list[Line]:
@@ -45,10 +46,10 @@ def predictions(rows: Sequence[Row]) -> list[Line]:
         lines = [
             (
                 f"{images} ({arch}), {len(mine)}",
-                title,
+                measure,
                 {target: bootstrap(mine, rank(measure, target)) for target in TARGETS},
             )
-            for measure, title in MEASURES.items()
+            for measure in MEASURES
         ]
         found += sorted(lines, key=lambda line: -abs(line[2]["cut_agreement"].value))
     return found
@@ -57,8 +58,11 @@ def predictions(rows: Sequence[Row]) -> list[Line]:
 def table(found: Sequence[Line]) -> str:
     """Return the table of :func:`predictions`."""
     return markdown(
-        ["networks", "measure", *TARGETS.values()],
-        [[networks, title, *map(str, of.values())] for networks, title, of in found],
+        ["networks", "measure", "labels", *TARGETS.values()],
+        [
+            [networks, MEASURES[name], "yes" if name in LABELLED else "no", *map(str, of.values())]
+            for networks, name, of in found
+        ],
     )
 
 

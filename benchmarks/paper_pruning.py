@@ -54,6 +54,7 @@ PAPER = ("jacobian", "jbr", "magnitude_l1", "random", "bn_scale", "fpgm", "whc",
          "taylor_torch_pruning")  # fmt: skip
 OURS = ("tpv", "tpv_curves")
 WEIGHTS_ALONE = frozenset({"magnitude", "magnitude_l1", "lamp", "bn_scale", "fpgm", "whc"})
+NO_IMAGES = WEIGHTS_ALONE | {"random"}
 KEY = ["model", "criterion", "repair", "ratio", "steps", "num_images", "num_test", "seed"]
 SETTINGS = KEY[3:-1]  # one file, one setting: what is left of them is compared
 COLUMNS = [*KEY, "step", "labels", "channels_kept", "macs_kept", "params_kept"]
@@ -224,8 +225,8 @@ def steps_down(
         left = alone + sum(int(mask.sum()) for mask in kept.values())
         model = remove_channels(model, groups, kept)
         measured = step % every == 0 or step == steps
-        # What weights alone decide does not depend on the statistics in between.
-        if key["repair"] == "bn" and (measured or key["criterion"] not in WEIGHTS_ALONE):
+        # A ranking without images does not depend on the statistics in between.
+        if key["repair"] == "bn" and (measured or key["criterion"] not in NO_IMAGES):
             model = recalibrate_batchnorm(model, inputs)
         groups = regrouped(model, whole, inputs[0][:1])
         yield step, left / total, model

@@ -34,9 +34,9 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         if not math.isfinite(self.high - self.low):
             return f"{self.value:+.2f} (no interval)"
-        digits = 2 if max(abs(self.low), abs(self.high)) >= 0.1 else 3
-        low, high = (f"{bound:+.{digits}f}" for bound in (self.low, self.high))
-        return f"{self.value:+.{digits}f} ({low} to {high})"
+        digits = 2 if self.high - self.low >= 0.02 else 4
+        value, low, high = (f"{number:+.{digits}f}" for number in self)
+        return f"{value} ({low} to {high})"
 
 
 class Bound(NamedTuple):
