@@ -28,6 +28,7 @@ from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.shares import summed, total
 from tpvprune.scores.cuts import Cut, Size, collected, parts_of, size_of
+from tpvprune.scores.leaving import leaving_order
 from tpvprune.scores.residuals import (
     Covariances,
     Inputs,
@@ -41,7 +42,6 @@ from tpvprune.scores.second_moments import (
     MEASURED,
     GradientMoments,
     fitted_curve,
-    leaving_order,
     measured_at,
     measured_variance,
 )
