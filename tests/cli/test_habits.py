@@ -13,7 +13,7 @@ import timm
 import torch
 from image_cases import write_classes, write_images
 
-from tpvprune.cli import benchmark, planning, pruning
+from tpvprune.cli import benchmark, expected_time, planning, pruning
 from tpvprune.cli import entry as cli
 from tpvprune.cli.entry import main
 from tpvprune.disk.digest import file_digest
@@ -169,7 +169,7 @@ def test_estimates_come_from_a_trial_of_the_whole_run(run, tmp_path, monkeypatch
     assert "besides block reconstruction" in text
     run(*argv, "--granularity", "weight")
     assert tried[1:] == ["weights"]
-    monkeypatch.setattr(planning, "_PATIENCE", 0)
+    monkeypatch.setattr(expected_time, "_PATIENCE", 0)
     _, out, err = run(*argv)
     assert len(tried) == 2
     assert "besides reading images, variance curves and least squares" in " ".join(err.split())

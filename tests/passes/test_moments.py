@@ -17,7 +17,7 @@ from tpvprune.passes.moments import Moments
 from tpvprune.passes.running import takes_channels_last
 from tpvprune.repairs.batchnorm import rebase_batchnorm
 from tpvprune.scores.baselines.activations import activation_variance_scores
-from tpvprune.scores.residuals import input_covariances
+from tpvprune.scores.residuals import folded_covariances, merged
 
 # Of products in float32 (64 rows and more are summed in it); float64 has nearly all digits.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -114,7 +114,8 @@ def test_covariances_of_inputs_far_from_zero(dtype, offset, split):
     takes_channels_last(model, x)  # asks the model once
     read = []
     hook = model.read.register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
-    found = input_covariances(model, groups, list(x.split(split)), max_positions=64)
+    _, *folds = folded_covariances(model, groups, list(x.split(split)), max_positions=64)
+    found = merged(*folds)
     hook.remove()
     rows = torch.cat(read).movedim(1, -1).reshape(-1, 6)
     mean, covariance = found[groups["stem"].readers[0].call]

@@ -10,7 +10,7 @@ from torch import nn
 import tpvprune
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.scores.curves import _eliminate
-from tpvprune.scores.residuals import input_covariances
+from tpvprune.scores.residuals import folded_covariances, merged
 
 
 class Squeezed(nn.Module):
@@ -40,7 +40,7 @@ def near_ones(noise, seed):
 def test_inputs_that_hardly_vary_are_pruned(noise, seed):
     model, x = Squeezed(seed).eval(), near_ones(noise, seed)
     groups = tpvprune.find_groups(model, x[0][:2])
-    for _, covariance in input_covariances(model, groups, x).values():
+    for _, covariance in merged(*folded_covariances(model, groups, x)[1:]).values():
         assert bool((covariance.diagonal() >= 0).all())
     result = tpvprune.prune(model, x, keep=0.5)
     assert result.report["reached"]

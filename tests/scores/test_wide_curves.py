@@ -14,14 +14,9 @@ from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.saved.models import load_model
+from tpvprune.scores.leaving import Part, leaving_order
 from tpvprune.scores.residuals import SHRINKAGES, Inputs
-from tpvprune.scores.second_moments import (
-    GradientMoments,
-    Part,
-    fitted_curve,
-    leaving_order,
-    measured_at,
-)
+from tpvprune.scores.second_moments import GradientMoments, fitted_curve, measured_at
 from tpvprune.scores.taps import Probing, passes
 
 OUTPUTS = 10

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, length_of, percent, say, short
+from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_of
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
 from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
@@ -27,7 +26,6 @@ from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.budget import Budget, cost
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
-from tpvprune.passes.running import evaluating, frozen, tensors_of
 from tpvprune.pipeline import prune
 from tpvprune.pipeline.choices import leaving
 from tpvprune.pipeline.within import NUM_SIZES
@@ -39,15 +37,7 @@ from tpvprune.weights.pruning import prune_weights
 from tpvprune.weights.scores import prunable_weights
 from tpvprune.widths.narrowest import narrowest
 
-_BATCH = 8
 _GUESS = 1024  # images that --num-images auto may take
-_REPEATS = 3
-# Images of noise that a run is tried on, if their passes take at most so many seconds; at least so
-# many say anything.
-_SAMPLE, _PATIENCE, _FEWEST = 64, 5.0, 8
-# Seconds grow with this power of the images, within a factor of two: 64 to 1,000 images of
-# cifar_resnet20 and test_resnet.
-_GROWTH = 0.6
 # What a trial leaves out.
 _MORE = {"reconstruct": "block reconstruction (minutes), ", "distill": ""}
 
@@ -64,7 +54,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     groups = find_groups(subject.model, subject.example, ignore=layers)
     apart = num_apart(args, images)
     num = _num_images(args, images, apart)
-    forward, backward = _seconds(subject)
+    forward, backward = seconds_of(subject)
 
     # The clock is left alone, and so is what takes minutes on noise, too.
     quicker: dict[str, Any] = {
@@ -88,7 +78,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
-    expected = _expected(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
+    expected = expected_of(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
     more = _left_out(args)
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
@@ -113,7 +103,7 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
         f"{counted(args.steps, 'step')}, {labels}"
     )
-    _say_time(expected, more)
+    say_time(expected, more)
     return (0 if reached else 3), document
 
 
@@ -171,7 +161,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         undivided = [name for name, weight in weights.items() if weight.shape[1] % m]
         left = sum(size * (1 if name in undivided else n / m) for name, size in sizes.items())
     num = _num_images(args, images)
-    forward, backward = _seconds(subject)
+    forward, backward = seconds_of(subject)
 
     def whole(batches: list[torch.Tensor]) -> None:
         prune_weights(
@@ -181,7 +171,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             ignore=ignored(args, subject),
         )
 
-    expected = _expected(subject, whole, num, 2 * (forward + backward) + 4 * forward)
+    expected = expected_of(subject, whole, num, 2 * (forward + backward) + 4 * forward)
     document = {
         **provenance(args, subject),
         "dry_run": True,
@@ -199,7 +189,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     )
     blocked_lines(document["blocked"])
     say(f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}")
-    _say_time(expected)
+    say_time(expected)
     return 0, document
 
 
@@ -223,7 +213,7 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
     images = open_data(args, labelled=labelled)
     num = (images.count or 0) - num_held_back(images)
     num = num if args.num_images is None else min(num, args.num_images)
-    seconds = _training(args, num, *_seconds(subject), teacher=not labelled)
+    seconds = _training(args, num, *seconds_of(subject), teacher=not labelled)
     document = {
         **provenance(args, subject),
         "dry_run": True,
@@ -236,7 +226,7 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
     length = length_of(recipe.epochs, recipe.minutes)
     say(f"{args.folder}: {length} on {num} images of {images.name}, {teacher}")
     say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
-    _say_time(_Expected(seconds))
+    say_time(Expected(seconds))
     return 0, document
 
 
@@ -247,7 +237,7 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     images = open_data(args, labelled=plan.labelled)
     groups = find_groups(subject.model, subject.example)
     num = _num_images(args, images)
-    forward, backward = _seconds(subject)
+    forward, backward = seconds_of(subject)
     rows = len(plan.keys())
     seconds = len(plan.series()) * num * (forward + backward) + rows * num * 4 * forward
     document = _document(args, subject, groups, seconds, num_images=num)
@@ -257,7 +247,7 @@ def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         f"{rows} rows: {', '.join(plan.criteria)}; repair {', '.join(plan.repairs)}; keep "
         f"{', '.join(map(str, plan.keeps))}; {len(plan.seeds)} seeds; {num} images of {images.name}"
     )
-    _say_time(_Expected(seconds), "measuring top-1 on --eval-dir, ")
+    say_time(Expected(seconds), "measuring top-1 on --eval-dir, ")
     return 0, document
 
 
@@ -322,73 +312,3 @@ def _training(
 
 def _batch_of(args: argparse.Namespace) -> int:
     return int(args.batch_size or 128)
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """How long a run may take; `num` images of noise took `took` seconds, if that was tried."""
-
-    seconds: float
-    num: int = 0
-    took: float = 0.0
-
-
-def _expected(
-    subject: Subject,
-    whole: Callable[[list[torch.Tensor]], None],
-    num: int,
-    passes: float,
-) -> _Expected:
-    """Return how long `num` images take, from a trial on a few of noise where that is quick."""
-    # The work beside the passes (variance curves, least squares) grows more slowly than the number
-    # of images: all of them are used, but of many each lends fewer positions.
-    sample = min(num // 4, _SAMPLE)
-    if passes * sample > _PATIENCE or sample < _FEWEST:
-        return _Expected(num * passes)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(sample, *subject.example.shape[1:], generator=generator)
-    batches = list(noise.to(subject.device).split(_SAMPLE))
-    start = time.perf_counter()
-    whole(batches)
-    took = time.perf_counter() - start
-    return _Expected(took * (num / sample) ** _GROWTH, sample, took)
-
-
-def _say_time(expected: _Expected, more: str = "") -> None:
-    about = f"about {_duration(expected.seconds)}"
-    if expected.num:
-        say(
-            f"{about} on this device: {expected.num} images of noise took "
-            f"{_duration(expected.took)}; besides {more}reading images and measuring"
-        )
-    else:
-        say(
-            f"{about} of forward and backward passes on this device, besides {more}reading images, "
-            "variance curves and least squares, which may take several times as long"
-        )
-    say("dry run: nothing was written")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _seconds(subject: Subject) -> tuple[float, float]:
-    """Return the seconds of one image in a forward and in an activation-only backward pass."""
-    inputs = subject.example[:1].expand(_BATCH, -1, -1, -1).contiguous()
-    times = [_passes(subject.model, inputs) for _ in range(1 + _REPEATS)][1:]
-    forward, backward = (min(column) / len(inputs) for column in zip(*times, strict=True))
-    return forward, backward
-
-
-def _passes(model: nn.Module, inputs: torch.Tensor) -> tuple[float, float]:
-    with evaluating(model), frozen(model), torch.enable_grad():
-        inputs = inputs.clone().requires_grad_(True)
-        start = time.perf_counter()
-        returned = tensors_of(model(inputs))
-        outputs = torch.stack([t.sum().cpu() for t in returned if t.requires_grad]).sum()
-        middle = time.perf_counter()
-        torch.autograd.grad(outputs, inputs)[0].cpu()
-        return middle - start, time.perf_counter() - middle

@@ -5,6 +5,7 @@ from tpvprune.diagnostics.catalogue import MEASURES, Measure, Setting, setting_o
 from tpvprune.diagnostics.changes import Change, changes_of
 from tpvprune.diagnostics.fragility import Fragility, fragility
 from tpvprune.diagnostics.jacobian_norms import Estimate, JacobianNorms, jacobian_norms
+from tpvprune.diagnostics.label_noise import label_noise_variance
 from tpvprune.diagnostics.measures import (
     Measurement,
     channel_tpv,
@@ -18,7 +19,6 @@ from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.rankings import kendall, same_cut
 from tpvprune.diagnostics.rescaling import Rescaling, rescale
 from tpvprune.diagnostics.tpv import (
-    label_noise_variance,
     perturbed_variance,
     selection_variance,
     stability_rows,

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
 
 from tpvprune.diagnostics.jacobian_norms import (
     Estimate,
@@ -28,19 +26,19 @@ from tpvprune.diagnostics.jacobian_norms import (
     jacobian_norms,
     mean_and_error,
 )
+from tpvprune.diagnostics.label_noise import distance, floating, label_noise_variance
 from tpvprune.groups import ChannelGroups
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import output_variance
 from tpvprune.passes.outputs import Chosen, Outputs
-from tpvprune.passes.running import evaluating, on_device, prepare_forward_mode
+from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.taps import Probing
 from tpvprune.scores.tpv import output_changes
 
 StepOf = Literal["model", "tensor"]
 Draw = Callable[[str, Tensor, torch.Generator], Tensor]
 """``draw(parameter name, its values, generator)`` returns its perturbation."""
-_Outputs = Callable[..., Tensor]
 
 
 # ---- perturbations with a diagonal covariance ------------------------------------------------
@@ -54,7 +52,7 @@ def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, 
 
     Returns variance by parameter name, in squared weight units.
     """
-    return dict.fromkeys(_floating(model), lr / (2 * batch_size))
+    return dict.fromkeys(floating(model), lr / (2 * batch_size))
 
 
 def quantization_steps(
@@ -70,7 +68,7 @@ def quantization_steps(
         raise ValueError(f"bits: expected 1 to 16, found {bits}")
     if step_of not in {"model", "tensor"}:
         raise ValueError(f"step_of: expected 'model' or 'tensor', found {step_of!r}")
-    values = {name: p.detach() for name, p in _floating(model).items()}
+    values = {name: p.detach() for name, p in floating(model).items()}
     ends = {name: (float(p.min()), float(p.max())) for name, p in values.items()}
     if step_of == "model":
         widest = min(low for low, _ in ends.values()), max(high for _, high in ends.values())
@@ -83,7 +81,7 @@ def quantized(model: nn.Module, *, bits: int, step_of: StepOf = "model") -> nn.M
     steps = quantization_steps(model, bits=bits, step_of=step_of)
     rounded = copy.deepcopy(model)
     with torch.no_grad():
-        for name, p in _floating(rounded).items():
+        for name, p in floating(rounded).items():
             if steps[name] > 0:
                 p.copy_((p / steps[name]).round() * steps[name])
     return rounded
@@ -133,7 +131,7 @@ def perturbed_variance(
     inputs = [on_device(x, model) for x in unlabeled(batches)]
     counted = Outputs.measured(model, inputs, outputs)
     perturbed = copy.deepcopy(model)
-    weights, noisy = _floating(model), _floating(perturbed)
+    weights, noisy = floating(model), floating(perturbed)
     found = []
     with evaluating(model, perturbed):
         dense = [counted.joined(model(x), len(x)) for x in inputs]
@@ -141,125 +139,8 @@ def perturbed_variance(
             for name, p in noisy.items():
                 p.copy_(weights[name] + draw(name, p, generator).to(p))
             moved = [counted.joined(perturbed(x), len(x)) for x in inputs]
-            found.append(_distance(moved, dense))
+            found.append(distance(moved, dense))
     return mean_and_error(torch.tensor(found, dtype=torch.float64))
-
-
-# ---- label noise -----------------------------------------------------------------------------
-
-
-def label_noise_variance(
-    model: nn.Module,
-    train_batches: Iterable[Any],
-    measured_batches: Sequence[Iterable[Any]],
-    *,
-    linear: bool = False,
-    noise: float = 0.1,
-    num_draws: int = 5,
-    epochs: int = 5,
-    lr: float = 1e-4,
-    momentum: float = 0.9,
-    seed: int = 0,
-    outputs: Outputs | Chosen | None = None,
-) -> list[Estimate]:
-    r"""Measure how far noise on the training targets moves the outputs.
-
-    The targets are the network's own outputs plus normal noise eps; SGD with momentum fits them by
-    mean squared error, with fixed BatchNorm statistics, the same batches in the same order for
-    every draw, and TPV = E_eps E_x ||f(x; w_eps) - f(x; w)||^2. In the trace form (``linear``) the
-    network is replaced by its linearisation, f + J dw: then dw = A eps for the matrix A of the
-    whole training, C = sigma^2 A A^T, and the mean over draws estimates Tr(H_eff C).
-
-    Args:
-        model: The network; not changed.
-        train_batches: Inputs that it is trained on; these batches are the mini-batches.
-        measured_batches: Sets of inputs on which the outputs are compared.
-        linear: Trace form instead of Monte-Carlo; a step takes about twice as long.
-        noise: Standard deviation of eps, relative to the mean absolute output.
-        num_draws: Trainings, >= 1. The same seed draws the same noise for both forms.
-        epochs: Passes over the training inputs.
-        lr: Learning rate.
-        momentum: Of SGD.
-        seed: Of the noise.
-        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
-
-    Returns:
-        An estimate for each measured set, in squared output units; standard errors over draws.
-
-    Raises:
-        ValueError: If num_draws is below 1, or training diverges.
-    """
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, found {num_draws}")
-    generator = torch.Generator().manual_seed(seed)
-    train = [on_device(x, model) for x in unlabeled(train_batches)]
-    measured = [[on_device(x, model) for x in unlabeled(b)] for b in measured_batches]
-    weights = {name: p.detach() for name, p in _floating(model).items()}
-    found: list[list[float]] = [[] for _ in measured]
-    counted = Outputs.measured(model, train, outputs)
-    with evaluating(model):
-
-        def rows(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            return counted.joined(functional_call(model, parameters, (x,)), len(x))
-
-        with torch.no_grad():
-            dense = [rows(weights, x) for x in train]
-            before = [[rows(weights, x) for x in inputs] for inputs in measured]
-        scale = noise * torch.cat(dense).abs().mean()
-        for _ in range(num_draws):
-            eps = [torch.randn(f.shape, generator=generator).to(f) * scale for f in dense]
-            noisy = list(zip(train, dense, eps, strict=True))
-            moved = _trained(
-                rows, weights, noisy, linear=linear, epochs=epochs, lr=lr, momentum=momentum
-            )
-            for inputs, fs, values in zip(measured, before, found, strict=True):
-                after = [_outputs_at(rows, weights, moved, x, linear) for x in inputs]
-                values.append(_distance(after, [0 * f if linear else f for f in fs]))
-    estimates = [mean_and_error(torch.tensor(v, dtype=torch.float64)) for v in found]
-    if any(e.value != e.value or e.value == float("inf") for e in estimates):
-        raise ValueError(f"lr: training diverged at {lr:g}: pass a lower one")
-    return estimates
-
-
-def _trained(
-    outputs: _Outputs,
-    weights: dict[str, Tensor],
-    noisy: Sequence[tuple[Tensor, Tensor, Tensor]],
-    *,
-    linear: bool,
-    epochs: int,
-    lr: float,
-    momentum: float,
-) -> dict[str, Tensor]:
-    """Return dw after SGD on mean squared error; noisy holds (inputs, outputs at w, eps)."""
-    moved = {name: torch.zeros_like(p) for name, p in weights.items()}
-    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for _ in range(epochs):
-        for x, f, e in noisy:
-            at = weights if linear else {n: w + moved[n] for n, w in weights.items()}
-            now, *pull = vjp(partial(outputs, x=x), at)
-            change = _outputs_at(outputs, weights, moved, x, linear) if linear else now - f
-            gradient = pull[0](2 * (change - e).detach() / f.numel())[0]
-            for name, v in velocity.items():
-                v.mul_(momentum).add_(gradient[name])
-                moved[name] = moved[name] - lr * v
-    return moved
-
-
-def _outputs_at(
-    outputs: _Outputs,
-    weights: dict[str, Tensor],
-    moved: dict[str, Tensor],
-    x: Tensor,
-    linear: bool,
-) -> Tensor:
-    """Return f(w + dw), or J dw of the linearisation."""
-    with torch.no_grad():
-        if linear:
-            prepare_forward_mode()
-            change: Tensor = jvp(partial(outputs, x=x), (weights,), (moved,))[1]
-            return change
-        return outputs({name: w + moved[name] for name, w in weights.items()}, x)
 
 
 # ---- a real selection ------------------------------------------------------------------------
@@ -404,18 +285,3 @@ def parameter_points(
     """Return (parameter, E||J_p||^2 on training inputs, on held-out inputs): a scatter plot."""
     first, second = train.by_parameter(), held_out.by_parameter()
     return [(name, first[name], second[name]) for name in train.names]
-
-
-# ---- small pieces ---------------------------------------------------------------------------
-
-
-def _floating(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-
-
-def _distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
-    """Return E_x ||after - before||^2."""
-    total = sum(
-        float((a.double() - b.double()).square().sum()) for a, b in zip(after, before, strict=True)
-    )
-    return total / sum(map(len, before))

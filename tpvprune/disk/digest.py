@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def digest_of(*parts: Any) -> bytes:
     """Compute the SHA-256 of values; names, order and every bit of the tensors count.
 
-    ``*parts``: Strings, tensors, modules, mappings of tensors, or values with a ``repr``.
+    ``*parts``: strings, tensors, modules, mappings of tensors, or values with a ``repr``.
     """
     digest = hashlib.sha256()
     for part in parts:

@@ -12,30 +12,29 @@ readers of a channel get its mean in its place, or nothing: u_R(x) = sum_{c in R
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.groups import ChannelGroup, ChannelGroups, Reader
+from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.groups.budget import Budget, unit_costs
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
-from tpvprune.passes.moments import in_single
 from tpvprune.passes.outputs import Chosen, Outputs
-from tpvprune.processes.shares import global_indices, share, summed, total
+from tpvprune.processes.shares import summed, total
+from tpvprune.scores.cuts import Cut, Size, collected, parts_of, size_of
+from tpvprune.scores.leaving import leaving_order
 from tpvprune.scores.residuals import (
     Covariances,
     Inputs,
     folded_covariances,
     is_held,
     merged,
-    residual_map,
     ridge_inverse,
     shrunk_precision,
 )
@@ -43,11 +42,10 @@ from tpvprune.scores.second_moments import (
     MEASURED,
     GradientMoments,
     fitted_curve,
-    leaving_order,
     measured_at,
     measured_variance,
 )
-from tpvprune.scores.taps import Metric, Probing, passes, reader_plan
+from tpvprune.scores.taps import Metric, Probing
 from tpvprune.scores.tpv import standard_error
 
 StandIn = Literal["map", "mean", "zero"]
@@ -148,7 +146,7 @@ def variance_curves(
         widths = {c: len(m) for c, m in means.items()} if stand_in == "map" else {}
         # Other directions tell nothing new of how the inputs vary.
         needed = rows_per_channel * num_probes
-        sizes = {g.name: _size(g, widths, most, max_bytes, needed) for g in groups}
+        sizes = {g.name: size_of(g, widths, most, max_bytes, needed) for g in groups}
         narrow = {name: size for name, size in sizes.items() if size is not None}
         calls = {r.call for g in groups if g.name in narrow for r in g.readers}
         precisions = {}
@@ -164,9 +162,9 @@ def variance_curves(
 
         wide = [g for g in groups if g.name not in narrow]
         gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=_means(fit))
-        for names in list(_parts(narrow, max_bytes_held)) or [[]]:
+        for names in list(parts_of(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
-            cuts = _collect(
+            cuts = collected(
                 model, part, source, probing,
                 num_inputs=num, means=means, precisions=precisions, sizes=narrow,
                 gradients=gradients if wide and not gradients.is_full else None,
@@ -223,7 +221,7 @@ def _wide_curves(
     judges: Iterable[Tensor] = _Held(inputs)
     judges = judges if total(sum(map(len, judges))) else inputs
     sizes = {name: _map_bytes(g, widths) for name, g in groups.items()}
-    for names in _parts(sizes, max_bytes_held):
+    for names in parts_of(sizes, max_bytes_held):
         part = [groups[name] for name in names]
         measured = measured_variance(
             model, part, judges, again, orders=orders, parts=parts, means=_means(fit)
@@ -253,218 +251,20 @@ class _Held:
                 yield x[mask]
 
 
-def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> _Size:
+def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> Size:
     """Return what the maps of a wide group take while its variance is measured."""
     numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
-    return _Size(0, 4 * len(MEASURED) * numbers)
+    return Size(0, 4 * len(MEASURED) * numbers)
 
 
 def _inputs(fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]) -> Inputs:
     return Inputs(fit[0], shrunk_precision(fit[:2], held[:2]))
 
 
-# ---- statistics -----------------------------------------------------------------------------
-
-
-class _Cut:
-    """One reader of a group: S [own, rows, n] (or u [own, rows, 1]), and the stand-in map.
-
-    Both are where the network is; which columns are whose, and are left, the host keeps.
-    """
-
-    def __init__(
-        self, reader: Reader, precision: Tensor | None, num_rows: int, device: torch.device
-    ) -> None:
-        self.index, self.channel = reader.index, reader.channel
-        self.columns = _columns(reader.index, device)
-        self.precision = precision
-        # Filled batch by batch: joining thousands of parts would need twice the memory, and leave
-        # it in pieces.
-        width = 1 if precision is None else len(precision)
-        self.s = torch.empty(len(reader.index), num_rows, width, device=device)
-        self._filled = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Take the next rows [rows, own, n]."""
-        start, self._filled = self._filled, self._filled + len(rows)
-        self.s[:, start : self._filled] = rows.transpose(0, 1)
-
-    def changes(self, num_channels: int) -> Tensor:
-        """Return u [C, rows]: what each channel's leaving now would change."""
-        rows = self.s.shape[1]
-        if not len(self.index):
-            return self.s.new_zeros(num_channels, rows)
-        if self.precision is None:
-            per_column = self.s[:, :, 0]
-        else:
-            weights = residual_map(self.precision, [(self.index, self.channel)])[:, self.index]
-            per_column = torch.bmm(self.s, weights.T.float().unsqueeze(2)).squeeze(2)
-        changes = self.s.new_zeros(num_channels, rows)
-        return changes.index_add_(0, self.channel.to(changes.device), per_column)
-
-    def remove(self, channels: Tensor) -> Tensor:
-        """Return the joint change [rows] of channels that leave now; the others take over."""
-        gone = torch.isin(self.channel, channels)
-        columns = gone.nonzero().squeeze(1)
-        if not len(columns):
-            return self.s.new_zeros(self.s.shape[1])
-        leaving, inputs = self.s[columns], self.index[columns]
-        self._drop(gone)
-        if self.precision is None:
-            return leaving.sum((0, 2))
-        p = self.precision[:, inputs]
-        taken = torch.linalg.solve(p[inputs], p.T).T  # [n, |R|] = P[:, R] P_RR^-1
-        # The inputs that stay predict those that leave: a_R ~ -P_RR^-1 P_RK a_K.
-        share = -taken[self.index].float()
-        self.s.flatten(1).addmm_(share, leaving.flatten(1))
-        self.precision = self.precision - taken @ p.T
-        self.precision[inputs] = 0
-        self.precision[:, inputs] = 0
-        # Rows of inputs that left are never used again; one keeps the matrix invertible.
-        self.precision[inputs, inputs] = 1
-        return torch.einsum("crj,jc->r", leaving, taken.float())
-
-    def _drop(self, gone: Tensor) -> None:
-        """Let the last columns that stay fill the places of those that leave: S is not copied."""
-        stays = len(gone) - int(gone.sum())
-        order = torch.arange(stays)
-        holes = gone[:stays].nonzero().squeeze(1)
-        order[holes] = (~gone[stays:]).nonzero().squeeze(1) + stays
-        self.s[holes] = self.s[order[holes]]
-        self.s = self.s[:stays]
-        self.index, self.channel = self.index[order], self.channel[order]
-
-
-class _Size(NamedTuple):
-    """How many rows of a group are measured, and their bytes."""
-
-    rows: int
-    num_bytes: int
-
-
-def _size(
-    group: ChannelGroup,
-    widths: Mapping[int, int],
-    most_rows: int,
-    max_bytes: int,
-    rows_per_channel: float,
-) -> _Size | None:
-    """Return the rows of a group; None where they are too few for its channels."""
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
-    rows = min(most_rows, max_bytes // (4 * max(numbers, 1)))
-    if rows < max(1.0, rows_per_channel * group.num_channels):
-        return None
-    return _Size(rows, 4 * rows * numbers)
-
-
-def _parts(sizes: Mapping[str, _Size], max_bytes_held: int) -> Iterator[list[str]]:
-    """Yield groups that are held together; those that want many inputs need few passes."""
-    part: list[str] = []
-    held = 0
-    if not sizes:
-        return
-    for name in sorted(sizes, key=lambda name: -sizes[name].rows):
-        if part and held + sizes[name].num_bytes > max_bytes_held:
-            yield part
-            part, held = [], 0
-        part.append(name)
-        held += sizes[name].num_bytes
-    yield part
-
-
-def _collect(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    inputs: Iterable[Tensor],
-    probing: Probing,
-    *,
-    num_inputs: int,
-    means: Mapping[int, Tensor],
-    precisions: Mapping[int, Tensor],
-    sizes: Mapping[str, _Size],
-    gradients: GradientMoments | None = None,
-) -> dict[str, list[_Cut]]:
-    device = next(model.parameters()).device
-    plan = reader_plan(groups)
-    cuts: dict[tuple[str, int], _Cut] = {}
-    # The first images of the whole set, with all of their directions.
-    probes = probing.num_probes
-    wanted = {g.name: min(num_inputs, share(-(-sizes[g.name].rows // probes))) for g in groups}
-    for group in groups:
-        for r in group.readers:
-            precision = precisions.get(r.call)
-            num_rows = wanted[group.name] * probes
-            cuts[group.name, r.call] = _Cut(r, precision, num_rows, device)
-    seen, most = 0, max(wanted.values(), default=0)
-    if not groups and gradients is None:
-        return {}
-    read = [*groups, *(gradients.groups if gradients is not None else ())]
-    for x, directions, tap in passes(model, read, inputs, probing):
-        also = None if gradients is None or gradients.is_full else gradients
-        if also is not None:
-            also.begin(global_indices(seen, len(x)), ~is_held(seen, len(x)))
-
-        def collect(
-            call: int,
-            a: Tensor,
-            grad: Tensor,
-            *,
-            v: Tensor,
-            num: int = len(x),
-            seen: int = seen,
-            also: GradientMoments | None = also,
-        ) -> None:
-            if also is not None and call in also.plan:
-                also.add(call, a, grad, v)
-            if call not in plan or seen >= most:
-                return
-            inputs, gradients = (_by_sample(plan[call][0][1], t, num) for t in (a, grad))
-            for group, _ in plan[call]:
-                take = max(0, wanted[group.name] - seen)
-                rows, cut = in_single(inputs[:take]), cuts[group.name, call]
-                own = in_single(gradients[:take, :, cut.columns])
-                if cut.precision is not None:
-                    s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
-                else:
-                    gone = rows[:, :, cut.columns]
-                    if call in means:
-                        gone = gone - means[call][cut.columns].to(gone)
-                    s = (gone * own).sum(1).unsqueeze(2)
-                cut.add(s)
-
-        for v in directions:
-            tap.backward(v, partial(collect, v=v))
-        seen += len(x)
-        if seen >= most and (gradients is None or gradients.is_full):
-            break
-    found: dict[str, list[_Cut]] = {g.name: [] for g in groups}
-    for (name, _), cut in cuts.items():
-        if not bool(cut.s.isfinite().all()):
-            raise NotFiniteError(
-                f"group {name!r}: expected finite output changes, found NaN or infinity: check "
-                "the inputs and the weights for non-finite values"
-            )
-        found[name].append(cut)
-    return found
-
-
-def _columns(index: Tensor, device: torch.device) -> slice | Tensor:
-    """Return what selects these positions: those that follow one another need no copy."""
-    num, first = len(index), int(index[0]) if len(index) else 0
-    run = torch.equal(index, torch.arange(first, first + num))
-    return slice(first, first + num) if run else index.to(device)
-
-
-def _by_sample(reader: Reader, t: Tensor, num: int) -> Tensor:
-    """Return [B, positions, n]."""
-    rows = reader.by_channel(t, num).transpose(1, 2)
-    return rows.reshape(num, -1, rows.shape[2])
-
-
 # ---- elimination ----------------------------------------------------------------------------
 
 
-def _eliminate(group: ChannelGroup, cuts: list[_Cut], savings: Tensor) -> Curve:
+def _eliminate(group: ChannelGroup, cuts: list[Cut], savings: Tensor) -> Curve:
     num = group.num_channels
     block = -(-num // _MAX_STEPS)
     left = torch.ones(num, dtype=torch.bool)

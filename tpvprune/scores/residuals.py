@@ -38,7 +38,7 @@ def residual_maps(
     Column c of M is P[:, c] / P_cc for single channels; the inputs of one unit of several
     channels (a head) leave together, so M there is P[:, R] P_RR^-1.
 
-    ``inputs``: batches [B, ...]. ``ridge``: See :func:`ridge_inverse`; of readers with more inputs
+    ``inputs``: batches [B, ...]. ``ridge``: see :func:`ridge_inverse`; of readers with more inputs
     than there are samples the covariance is shrunk instead (:func:`shrunk_precision`).
     ``max_samples``: only so many samples, the first, are read; None for all. Returns reader call ->
     (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at least.
@@ -179,18 +179,6 @@ def fold_indices(first: int, num: int) -> tuple[Tensor, Tensor]:
     """
     held = is_held(first, num)
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
-
-
-def input_covariances(
-    model: nn.Module, groups: ChannelGroups, inputs: Iterable[Tensor], **limits: int
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Measure how the inputs of every reader vary together over samples and positions.
-
-    ``inputs``: batches [B, ...]; how the samples are split into them does not matter. Returns
-    Reader call -> (mean [n], covariance [n, n]), float64.
-    """
-    _, fit, held = folded_covariances(model, groups, inputs, **limits)
-    return merged(fit, held)
 
 
 def folded_covariances(

@@ -56,7 +56,7 @@ def elimination_path(
     """Let the weights of one layer leave in the order of what their leaving costs.
 
     ``weight``: [out, in per group, ...]. ``gram``: E[x x^T] of its inputs [groups, unknowns,
-    unknowns]. ``sensitivity``: E[delta^2] of its outputs [out]. ``num_steps``: Densities 1, 1 -
+    unknowns]. ``sensitivity``: E[delta^2] of its outputs [out]. ``num_steps``: densities 1, 1 -
     1/num_steps, ... 1/num_steps. ``pattern``: (n, m): of every m neighbours along the input
     channels n stay; the path then ends there, in steps of its own.
     """

@@ -16,7 +16,7 @@ def choose_options(
     Costs are rounded up to budget / num_buckets, so the budget is kept; what rounding wastes may
     leave a slightly better choice unseen.
 
-    ``costs``: Per item the costs of its options [n], >= 0. ``damages``: likewise their damages,
+    ``costs``: per item the costs of its options [n], >= 0. ``damages``: likewise their damages,
     float64 [n]. ``budget``: what all costs together may come to; at least the sum of the least
     ones, or the cheapest options are returned.
     """

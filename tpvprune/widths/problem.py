@@ -27,7 +27,7 @@ class WidthProblem:
     """The widths that groups may take, what each does to the outputs, and what all may cost.
 
     ``curves``: group name -> the order in which its channels leave, and the damage. ``keep``:
-    Fraction of the dense cost that stays, in (0, 1]. ``of``: what the fraction is of. ValueError if
+    fraction of the dense cost that stays, in (0, 1]. ``of``: what the fraction is of. ValueError if
     the budget is out of range.
     """
 

@@ -257,7 +257,7 @@ class RankBy:
     ) -> Ranking:
         """Measure what the channels of a network are worth.
 
-        ``batches``: Unlabeled inputs [B, ...].
+        ``batches``: unlabeled inputs [B, ...].
         """
         weights = digest_of(model).hex()
         with clock("ranking"):

@@ -80,7 +80,7 @@ class Stopwatch:
     def compare(self, pruned: nn.Module, *, rounds: int = 25) -> Speed:
         """Time a pruned model beside the dense one.
 
-        ``rounds``: Timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
+        ``rounds``: timed calls of each, >= 4; slow models get fewer, but 6, within 20 seconds.
         ValueError if there are too few rounds for a spread, or the runtime does not take a model.
         """
         if rounds < 4:
@@ -164,8 +164,8 @@ def as_fast_as(
 ) -> tuple[T, Speed]:
     """Find the largest choice that is measured to be fast enough.
 
-    ``aim``: what to ask of ``choose`` first. ``choose``: Fraction of the time, as predicted -> a
-    choice. ``measure``: Choice -> how fast it is. Returns the choice and its speed; the last one
+    ``aim``: what to ask of ``choose`` first. ``choose``: fraction of the time, as predicted -> a
+    choice. ``measure``: choice -> how fast it is. Returns the choice and its speed; the last one
     that was tried if none is fast enough.
     """
     best: tuple[T, Speed] | None = None

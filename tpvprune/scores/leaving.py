@@ -1,0 +1,155 @@
+"""The order in which the channels of a wide group leave: by second moments (``second_moments``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpvprune.groups import Reader
+from tpvprune.passes.crossing import fetched
+from tpvprune.passes.finite import NotFiniteError
+from tpvprune.scores.residuals import Inputs
+
+_MAX_STEPS = 96  # channels leave in so many blocks
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reader of a group: P [n, n] and G [own, own], or only E u_c^2 [own] without a map."""
+
+    reader: Reader
+    inputs: Inputs | None
+    moments: Tensor
+
+
+class _Left:
+    """What is left of one reader with a map: P and G of the inputs that have not left."""
+
+    def __init__(self, part: Part) -> None:
+        assert part.inputs is not None
+        self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
+        self._index, self._channel = (t.cpu() for t in (part.reader.index, part.reader.channel))
+
+    def costs(self, num_channels: int) -> Tensor:
+        """Return tr(G_cc P_cc^-1) of every unit [C]."""
+        costs = torch.zeros(num_channels, dtype=torch.float64, device=self._g.device)
+        for unit, own in _by_unit(self._channel):
+            g = self._g[own[:, :, None], own[:, None, :]]
+            at = self._index[own]
+            p = self._p[at[:, :, None], at[:, None, :]]
+            costs[unit] += (
+                (g * torch.linalg.inv(p)).sum((1, 2)) if p.shape[1] > 1 else ((g / p)[:, 0, 0])
+            )
+        return costs
+
+    def remove(self, gone: Tensor) -> float:
+        """Let units [C] (BoolTensor) leave."""
+        own = gone[self._channel]
+        if not bool(own.any()):
+            return 0.0
+        at = self._index[own]
+        residual = torch.linalg.inv(self._p[at][:, at])
+        taken = self._p[:, at] @ residual  # [n, |R|]
+        g_gone = self._g[own]
+        lost = float((g_gone[:, own] * residual).sum())
+        share = -taken[self._index[~own]].T  # [|R|, own that stay]
+        cross = share.T @ g_gone[:, ~own]
+        g = self._g[~own][:, ~own]
+        g += cross
+        g += cross.T
+        g += share.T @ g_gone[:, own] @ share
+        stay = torch.ones(len(self._p), dtype=torch.bool)
+        stay[at] = False
+        self._p = self._p[stay][:, stay].addmm_(taken[stay], self._p[at][:, stay], alpha=-1)
+        self._g = g
+        place = stay.cumsum(0) - 1
+        self._index, self._channel = place[self._index[~own]], self._channel[~own]
+        return lost
+
+
+class _Static:
+    """A reader without a map: what a channel costs does not depend on the others."""
+
+    def __init__(self, part: Part, num_channels: int) -> None:
+        zero = part.moments.new_zeros(num_channels)
+        self._costs = zero.index_add_(0, part.reader.channel.to(zero.device), part.moments)
+
+    def costs(self, num_channels: int) -> Tensor:
+        """Return the cost of every unit [C]."""
+        return self._costs[:num_channels]
+
+    def remove(self, gone: Tensor) -> float:
+        """Return what the output loses by these units [C]."""
+        return float(self._costs[gone].sum())
+
+
+def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (units [U], their own inputs [U, k]) for every number k of inputs of a unit."""
+    order = channel.argsort(stable=True)
+    units, counts = channel[order].unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    for k in counts.unique().tolist():
+        of_size = counts == k
+        yield units[of_size], order[starts[of_size][:, None] + torch.arange(k)]
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """The order in which the channels of a group leave, and what is lost, up to a common factor.
+
+    Attributes:
+        order: Channels [C].
+        shape: What was lost once k have left [C].
+        alone: What is lost with each channel alone [C].
+    """
+
+    order: Tensor
+    shape: Tensor
+    alone: Tensor
+
+
+def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> Leaving:
+    """Let the cheapest channels leave, block after block.
+
+    ``savings``: what each channel's removal saves [C]. NotFiniteError if what is lost is not
+    finite.
+    """
+    # The numbers stay on their device; which channels are left, and leave, the host decides.
+    left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
+    block = -(-num_channels // _MAX_STEPS)
+    stays = torch.ones(num_channels, dtype=torch.bool)
+    order: list[Tensor] = []
+    shape = [0.0]
+
+    def each() -> Tensor:
+        (costs,) = fetched(sum((p.costs(num_channels) for p in left), torch.zeros(())))
+        return costs
+
+    first = each()
+    while (num_left := int(stays.sum())) > 1:
+        costs = each() if order else first
+        # Ranked are those that are left, and no others: every step makes progress.
+        candidates = stays.nonzero().squeeze(1)
+        ranks = (costs / savings.clamp_min(1e-12))[candidates]
+        chosen = candidates[ranks.argsort(stable=True)[: min(block, num_left - 1)]]
+        gone = torch.zeros(num_channels, dtype=torch.bool)
+        gone[chosen] = True
+        lost = sum(p.remove(gone) for p in left)
+        if not math.isfinite(lost):
+            raise NotFiniteError(
+                f"expected a finite curve, found {lost} with {num_left} of {num_channels} channels "
+                "left: the inputs of its readers are collinear or not finite, ignore the layer"
+            )
+        lost = max(0.0, lost)
+        # Within a block by what each costs alone, so that the curve rises from cheap to dear.
+        alone = costs[chosen].clamp_min(0)
+        alone = alone / alone.sum() if float(alone.sum()) > 0 else alone + 1 / len(chosen)
+        shape += (shape[-1] + lost * alone.cumsum(0)).tolist()
+        order.append(chosen)
+        stays[chosen] = False
+    leaves = torch.cat([*order, stays.nonzero().squeeze(1)])
+    return Leaving(leaves, torch.tensor(shape, dtype=torch.float64), first.clamp_min(0))
