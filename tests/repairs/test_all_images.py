@@ -336,3 +336,11 @@ def test_models_of_short_numbers_are_repaired_as_well(dtype):
     found = output_variance(fit, short[0], [x.to(dtype) for x in others])
     assert long < 0.5 * unrepaired
     assert found < 1.2 * long  # the weights are rounded to 3 digits
+
+
+def test_progress_counts_every_layer_once():
+    torch.manual_seed(0)
+    dense, told = UNet().double().eval(), []
+    repaired(dense, *cut_everywhere(dense), progress=lambda *a: told.append(a))
+    num = sum(isinstance(m, nn.Conv2d) for m in dense.modules()) - 1  # the first sees no change
+    assert told == [("compensation", i, num) for i in range(1, num + 1)]

@@ -93,7 +93,9 @@ class Run:
             refits["bn"] = recalibrate_batchnorm(cut, given.fit)
         if repair in {"compensate", "reconstruct", "auto"}:
             with given.clock("compensation", step, steps):
-                refits["compensate"] = compensate_weights(cut, given.aligned, given.fit, **options)
+                refits["compensate"] = compensate_weights(
+                    cut, given.aligned, given.fit, **options, progress=given.clock.progress
+                )
         if repair == "reconstruct" and step == steps:
             with given.clock("reconstruction", step, steps):
                 refits["reconstruct"] = reconstruct_blocks(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.clock import Progress
 from tpvprune.passes.memory import is_lack_of_memory, release_memory, spare_bytes
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import spread_weights, total
@@ -62,6 +63,7 @@ def compensate_weights(
     nonlinear: bool = True,
     max_bytes: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose layers are refitted to the dense one.
 
@@ -93,6 +95,7 @@ def compensate_weights(
             values that are fitted to may take 2 GiB besides: large models look at fewer positions
             of every input.
         seed: Of the sampled positions.
+        progress: Called with ("compensation", layers done, layers) after every layer.
 
     Returns:
         The repaired copy.
@@ -100,6 +103,7 @@ def compensate_weights(
     return refitted(
         pruned, dense, batches, groups=groups, kept=kept, ridge=ridge, seed=seed,
         rows_per_input=rows_per_input, min_rows=min_rows, nonlinear=nonlinear, max_bytes=max_bytes,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -118,6 +122,7 @@ def refitted(
     nonlinear: bool = False,
     constrain: Constrain | None = None,
     wanted: Wanted | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Return a copy of the pruned model, every layer refitted in one pass over the inputs.
 
@@ -140,7 +145,7 @@ def refitted(
             nonlinear=nonlinear, targets=known.targets,
         )  # fmt: skip
         del known  # what is fitted can go
-        Walk(repaired, fits, Views(chunks), room).run()
+        Walk(repaired, fits, Views(chunks), room, progress=progress).run()
         spread_weights(repaired)
         return repaired
 

@@ -62,6 +62,12 @@ class Refits:
     moved: dict[int, Tensor] = field(default_factory=dict)
     _fed: dict[int, _Fed] = field(default_factory=dict)
 
+    @property
+    def num_layers(self) -> int:
+        """How many calls are solved, or still have values to be fitted to."""
+        waiting = {*self.targets.outputs, *self.targets.sums} - self.solved
+        return len(self.solved) + sum(call >= self.first for call in waiting)
+
     def feed(
         self, pending: Pending, target: Tensor, branch: Branch, held: Tensor, offset: Tensor
     ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from tpvprune.passes.clock import Progress
 from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import return_free_memory
 from tpvprune.passes.patches import count_positions, gather, patches_of, window_of
@@ -63,7 +64,8 @@ class BlockFit:
 class Walk:
     """One pass of all chunks through the pruned network, in which every layer is refitted.
 
-    ``blocks``: what is fitted besides, each when all chunks are through it.
+    ``blocks``: what is fitted besides, each when all chunks are through it. ``progress``: called
+    with ("compensation", done, total) after every layer.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class Walk:
         max_bytes: int,
         *,
         blocks: Sequence[BlockFit] = (),
+        progress: Progress | None = None,
     ) -> None:
         self._model, self._fits, self._chunks = model, fits, chunks
         self._starts = chunks.starts
         self._room = max_bytes / max(1, self._starts[-1])
         self._blocks = {block.name: block for block in blocks}
         self._calls: dict[str, Samples] = {}
+        self._progress, self._num_layers = progress, fits.num_layers
         self._running = threading.local()
         self._lockstep: Lockstep[None] = Lockstep(len(chunks), self._fit)
 
@@ -121,6 +125,8 @@ class Walk:
         return_free_memory()
         if not isinstance(key, str):
             self._fits.solve(key)
+            if self._progress is not None:
+                self._progress("compensation", len(self._fits.solved), self._num_layers)
             return
         block, calls = self._blocks.pop(key), self._calls.pop(key, None)
         if calls is not None:
