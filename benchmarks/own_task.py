@@ -18,8 +18,8 @@ classifier, and learns from the teacher alone.
 A seed draws images, classifiers and all that is random. One CSV row per way, share and seed is
 appended as soon as it is measured; rows that exist are skipped. `held_agreement`, in % of images
 that no way trains on, chooses rates: `--training pruned=logits:0.003` is another loss and learning
-rate for `pruned` networks, `smaller` ones, or those trained with `labels`. Exit code 2: bad input,
-in one line.
+rate for `pruned` networks, `smaller` ones, or those trained with `labels`; with `:frozen` behind
+them BatchNorm keeps its running statistics. Exit code 2: bad input, in one line.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--minutes", type=positive, default=4.0, metavar="M", help="of a way (4)")
     how.add_argument("--epochs", type=count, default=5, metavar="N", help="of the teacher (5)")
     how.add_argument("--smaller", nargs="+", action="append", default=[], metavar="X")
-    how.add_argument("--training", nargs="+", default=[], metavar="KIND=LOSS:RATE")
+    how.add_argument("--training", nargs="+", default=[], metavar="KIND=LOSS:RATE[:frozen]")
     how.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(all)")
     run = parser.section("run")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
@@ -119,11 +119,12 @@ def _smaller(words: Sequence[str]) -> Smaller:
 
 def _training(text: str) -> tuple[str, str]:
     kind, _, how = text.partition("=")
-    loss, _, rate = how.partition(":")
-    if loss not in _LOSSES.get(kind, ()):
+    loss, _, more = how.partition(":")
+    rate, _, frozen = more.partition(":")
+    if loss not in _LOSSES.get(kind, ()) or not rate or frozen not in ("", "frozen"):
         raise ValueError(
-            "--training: expected pruned|smaller=logits|divergence:RATE or "
-            f"labels=cross-entropy:RATE, found {text}"
+            "--training: expected pruned|smaller=logits|divergence:RATE[:frozen] or "
+            f"labels=cross-entropy:RATE[:frozen], found {text}"
         )
     positive(rate)
     return kind, how

@@ -65,10 +65,11 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
 
     Without labels what is further from the teacher than it was, in both ways, is not returned.
     """
-    loss, _, rate = task.args.training[kind].partition(":")
+    loss, rate, *frozen = task.args.training[kind].split(":")
+    how: dict[str, Any] = {"lr": float(rate), "freeze_batchnorm": bool(frozen), "seed": task.seed}
     batches, augment = task.training(labelled=kind == "labels")
     if kind == "labels":
-        recipe = Recipe(minutes=_some(minutes), lr=float(rate), seed=task.seed)
+        recipe = Recipe(minutes=_some(minutes), **how)
         return finetune(student, batches, recipe=recipe, augment=augment)
     start = monotonic()
     before = difference(student, task.teacher, task.held)
@@ -78,10 +79,9 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
         task.teacher,
         batches,
         minutes=_some(minutes - measuring),
-        lr=float(rate),
         loss=loss,  # type: ignore[arg-type]
         augment=augment,
-        seed=task.seed,
+        **how,
     )
     after = difference(trained, task.teacher, task.held)
     nearer = after.output_variance <= before.output_variance

@@ -150,7 +150,7 @@ def test_who_is_ahead_is_computed(tools, theirs, said):
         (["--minutes", "0.001", "--seed", "9"], "expected more than cutting"),
     ],
 )
-def test_bad_input_is_one_line(tools, root, tmp_path, capsys, flags, message):
+def test_bad_input_is_one_line(tools, root, capsys, flags, message):
     ways = ["--ways", "smaller + distill"]
-    assert tools["own_task"].main(words(root, tmp_path / "rows.csv", *ways, *flags)) == 2
+    assert tools["own_task"].main(words(root, root / "rows.csv", *ways, *flags)) == 2
     assert message in failed(capsys)
