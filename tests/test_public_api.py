@@ -1,10 +1,12 @@
 """The public names, and that calling them leaves everything as it was."""
 
+import ast
 import functools
 import inspect
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
 from functools import partial
 
@@ -41,6 +43,9 @@ def test_public_functions_document_their_arguments(name):
     for argument in signature.parameters:
         assert re.search(rf"^    \**{argument}: ", words, re.M), argument
     assert ("\nReturns:\n" in words) == (signature.return_annotation not in {"None", None})
+    code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(FUNCTIONS[name]))))
+    if any(isinstance(node, ast.Raise) for node in ast.walk(code)):
+        assert "\nRaises:\n" in words
 
 
 def test_public_names_are_listed_once():
