@@ -171,6 +171,20 @@ def test_without_a_refit_the_better_of_curves_and_ranks_is_the_default(case, rep
     assert left(None) == pytest.approx(min(left("curves"), left("rank")), rel=1e-6)
 
 
+def test_each_step_ranks_once(monkeypatch):
+    """Curves and ranks are both cut from the same scores."""
+    model, data = build(Chain, 12), batches(80, 20)
+    ranked, counts = ranking.RankBy.ranked, []
+
+    def counted(self, *given):
+        counts.append(1)
+        return ranked(self, *given)
+
+    monkeypatch.setattr(ranking.RankBy, "ranked", counted)
+    prune(model, data, keep=0.4, repair="bn", steps=3)
+    assert len(counts) == 3
+
+
 def test_nothing_of_it_reads_a_label():
     x, labels = images(60), torch.full((60,), 10**6)
     pairs = list(zip(x.split(20), labels.split(20), strict=True))

@@ -154,9 +154,10 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
     clock.seconds = {**clock.seconds, **rounds.seconds}
     for step in range(rounds.chosen + 1, told.steps + 1):
         before = replace(rounds)
-        run.cut(rounds, step)
+        ranked = run.ranked(rounds, step)
+        run.cut(rounds, step, *ranked)
         refits, outcome = run.repaired(rounds, step)
-        refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome)
+        refits, outcome = run.ranked_instead(before, rounds, step, refits, outcome, ranked=ranked)
         costs = {"macs": groups.macs(rounds.kept), "params": groups.params(rounds.kept)}
         rounds.history.append({**costs, **guard.facts(outcome)})
         if step < told.steps:

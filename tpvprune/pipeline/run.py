@@ -20,6 +20,7 @@ from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.runtimes.names import TABLE
+from tpvprune.widths.ranking import Ranking
 from tpvprune.widths.rounds import Rounds
 from tpvprune.widths.speed import Speed, Stopwatch, as_fast_as
 
@@ -32,16 +33,18 @@ class Run:
     notes: list[str] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
 
-    def cut(self, rounds: Rounds, step: int, *, by_scores: bool = False) -> None:
-        """Rank the channels of the network as it is, choose widths, and remove what must go."""
-        given, model, ranking = self.given, rounds.model, rounds.ranking
-        groups, steps = given.groups, given.told.steps
-        if step > 1:
-            groups = _regrouped(model, given.groups, rounds.kept, given.batch[:1])
-            found = given.by.ranked(model, groups, given.fit, given.clock)
-            ranking = replace(found, factors=ranking.factors)
-        if by_scores:
-            ranking = ranking.by_scores(groups, given.by.of)
+    def ranked(self, rounds: Rounds, step: int) -> tuple[ChannelGroups, Ranking]:
+        """Rank the channels of the network as it is."""
+        given, model = self.given, rounds.model
+        if step == 1:
+            return given.groups, rounds.ranking
+        groups = _regrouped(model, given.groups, rounds.kept, given.batch[:1])
+        found = given.by.ranked(model, groups, given.fit, given.clock)
+        return groups, replace(found, factors=rounds.ranking.factors)
+
+    def cut(self, rounds: Rounds, step: int, groups: ChannelGroups, ranking: Ranking) -> None:
+        """Choose widths, and remove what must go."""
+        given, model, steps = self.given, rounds.model, self.given.told.steps
         with given.clock("selection", step, steps):
             target = given.told.keep ** (step / steps) * given.dense_cost
             target = min(1.0, target / cost(groups, {}, given.budget))
@@ -117,6 +120,8 @@ class Run:
         step: int,
         refits: dict[str, nn.Module],
         outcome: Difference,
+        *,
+        ranked: tuple[ChannelGroups, Ranking],
     ) -> tuple[dict[str, nn.Module], Difference]:
         """Choose widths by the scores of single channels where curves may be wrong.
 
@@ -130,7 +135,8 @@ class Run:
         wrong = guard.cannot_be_true(outcome, rounds.predicted)
         if by.how != "curves" or not (doubted or wrong):
             return refits, outcome
-        self.cut(before, step, by_scores=True)
+        groups, ranking = ranked
+        self.cut(before, step, groups, ranking.by_scores(groups, by.of))
         others, second = self.repaired(before, step)
         if not second.share < outcome.share:
             return refits, outcome
