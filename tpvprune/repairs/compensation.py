@@ -33,19 +33,7 @@ from tpvprune.repairs.chunks import chunk_size, rechunked
 from tpvprune.repairs.refits import Constrain, Refits
 from tpvprune.repairs.targets import Targets, dense_targets, plan_for
 from tpvprune.repairs.views import Views
-from tpvprune.repairs.walk import BlockFit, Walk
-
-__all__ = [
-    "TARGET_BYTES",
-    "BlockFit",
-    "Walk",
-    "chunk_size",
-    "compensate_weights",
-    "rechunked",
-    "refits_towards",
-    "refitted",
-    "wanted_of",
-]
+from tpvprune.repairs.walk import Walk
 
 TARGET_BYTES = 2 << 30  # of the dense values that all layers are fitted to
 

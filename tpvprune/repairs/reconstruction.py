@@ -29,17 +29,12 @@ from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered, spread_weights
 from tpvprune.repairs.blocks import Block, BlockCall, find_blocks, room_for
 from tpvprune.repairs.branches import FEWER_ROWS, Plan
-from tpvprune.repairs.compensation import (
-    TARGET_BYTES,
-    BlockFit,
-    Walk,
-    chunk_size,
-    rechunked,
-    refits_towards,
-)
+from tpvprune.repairs.chunks import chunk_size, rechunked
+from tpvprune.repairs.compensation import TARGET_BYTES, refits_towards
 from tpvprune.repairs.gauss_newton import GaussNewton
 from tpvprune.repairs.targets import plan_for
 from tpvprune.repairs.views import Views
+from tpvprune.repairs.walk import BlockFit, Walk
 
 _FEWEST = 128  # inputs that a block sees however large it is
 _LARGEST = 2e11  # MACs of a stage's forward for all of its inputs
