@@ -191,6 +191,9 @@ def measured(images: Images, way: Way) -> dict[str, Any]:
     test, seen = batches(images.test), batches(train)
     few = batches((train[0][:FEW], train[1][:FEW]))
     inputs, held = [x for x, _ in few], [x for x, _ in batches(images.test)][: FEW // BATCH]
+    with torch.no_grad():
+        if not bool(model(train[0][:FEW]).std(0).any()):
+            raise ValueError("its outputs do not depend on the image: layers died")
     groups = find_groups(model, train[0][:2])
     other = rescale(model, groups, train[0][:2], octaves=1 + way.seed % 3, seed=way.seed).model
     on_train, on_test = normalized_loss(model, seen), normalized_loss(model, test)

@@ -19,7 +19,7 @@ import csv
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,10 @@ def pools(args: argparse.Namespace) -> Iterator[tuple[Images, list[Way]]]:
     yield digits(), ways(args.seeds)
     if args.data_dir and args.test_dir:
         places = args.data_dir, args.test_dir
-        chains = init_ways((0.7, 1.0, 2.0), (0.0, 1.0), args.seeds)
+        # At the digits' rate of 0.05 layers die on larger images.
+        chains = [
+            replace(way, lr=0.01) for way in init_ways((0.7, 1.0, 2.0), (0.0, 1.0), args.seeds)
+        ]
         yield folder("CIFAR-10", *places, (args.num_images,) * 2), chains
         if args.resnet != "none":
             size = args.resnet_images

@@ -138,3 +138,19 @@ def test_every_measure_of_a_network_is_taken_once(load, tmp_path, monkeypatch, c
     (tmp_path / papers.MODELS).write_text("images,set\ndigits,init\n")
     with pytest.raises(SystemExit, match="it is older: move it away"):
         papers.main(words)
+
+
+def test_a_network_whose_layers_died_is_left_out(load, tmp_path, monkeypatch, capsys):
+    papers, models = load("papers"), load("paper_models")
+
+    def dead(images, way):
+        model = models.network(images, way).eval()
+        torch.nn.init.zeros_(model[-3].weight)
+        return model, models.Trajectory(model, images.train[0][:2]), images.train, 1
+
+    monkeypatch.setattr(models, "trained", dead)
+    args = papers.parse(["--output", str(tmp_path)])
+    with torch.random.fork_rng():
+        assert papers.taken(args, models.digits(), [models.Way("init")]) == []
+    assert "its outputs do not depend on the image" in capsys.readouterr().out
+    assert not (tmp_path / papers.MODELS).exists()
