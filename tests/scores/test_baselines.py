@@ -8,6 +8,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
+from tpvprune import find_groups
 from tpvprune.groups import ChannelGroup, ParamSlice, Reader
 from tpvprune.scores.baselines.activations import activation_variance_scores
 from tpvprune.scores.baselines.filters import fpgm_scores, whc_scores
@@ -571,3 +572,13 @@ def test_only_the_labelled_criteria_say_that_they_used_labels(net, groups, label
 def test_names_are_those_of_the_scorers():
     assert tuple(SCORERS) == NAMES
     assert set(NAMES) > NEEDS_LABELS
+
+
+@pytest.mark.parametrize("criterion", sorted(set(SCORERS) - {"jbr"}))  # it needs confidence
+def test_where_nothing_can_go_there_are_no_scores(criterion):
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 3, 8, 8)
+    groups = find_groups(model, x[:2], ignore=["conv", "mix"])
+    labelled = [(x, torch.zeros(4, dtype=torch.long))]
+    scores = SCORERS[criterion](model, groups, labelled if criterion in NEEDS_LABELS else [x])
+    assert not len(groups) and not len(scores)

@@ -159,6 +159,8 @@ class InputTap:
         outputs, sources = self.outputs, self._inputs.sources
         if last:
             self.outputs = outputs.detach()
+        if not sources:  # nothing that could go is read
+            return
         with self._inputs.shown_to(collect, last=last):
             torch.autograd.grad(outputs, sources, v, retain_graph=not last, allow_unused=True)
 

@@ -41,6 +41,8 @@ def weight_gradients(
             for name, parameter in model.named_parameters()
             if name in names
         }
+        if not leaves:
+            return {}
         value = objective(functional_call(model, leaves, (_usable(inputs),)))
         gradients = torch.autograd.grad(
             value, list(leaves.values()), allow_unused=True, materialize_grads=True
