@@ -41,7 +41,7 @@ def filled(text: str) -> str:
     def table(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{TABLES[mark[2]]()}\n{mark[3]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n(<!-- /table -->)", table, text, flags=re.S)
+    return re.sub(r"(<!-- table: (\w+) -->)\n(?:(?!<!--).*\n)*(<!-- /table -->)", table, text)
 
 
 def accuracy() -> str:
