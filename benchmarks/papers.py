@@ -243,9 +243,9 @@ def page(table: str, rows: Sequence[Row], args: argparse.Namespace) -> str:
         "its figures lie within its thresholds, set beforehand, *not held* where one lies "
         "outside, else *undecided*: for\nnetworks of this size, on these images, and no further. "
         "Correlations are Spearman's. Where a paper measures something that\nis out of reach "
-        "here, the line says what was taken instead. One measure was changed after it was seen: of TPV's "
-        "ratios of test and training\nimages, the quantiles, as a bootstrap is no guide to extremes; "
-        "these lay within the same thresholds.\n\n"
+        "here, the line says what was taken instead.\nOne measure was changed after it was seen: "
+        "of TPV's ratios of test and training images the quantiles count,\nas a bootstrap is no "
+        "guide to extremes; these lay within the same thresholds.\n\n"
         f"{table}\n\n{section(rows)}"
     )
 
