@@ -366,3 +366,8 @@ def test_models_with_nothing_to_prune_are_rejected():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).double()
     with pytest.raises(ValueError, match="found none"):
         prune(model, data())
+
+
+def test_an_unknown_argument_is_named_with_the_function():
+    with pytest.raises(TypeError, match=r"prune\(\) got an unexpected keyword argument 'kep'"):
+        prune(build("chain"), batches(), kep=0.5)

@@ -119,11 +119,16 @@ def told_by(choices: Callable[P, Choices]) -> Callable[[_Takes[R]], _Told[P, R]]
     """Let a function of a model, inputs and a record take the fields of it as arguments."""
 
     def decorate(function: _Takes[R]) -> _Told[P, R]:
+        own, fields = inspect.signature(function), inspect.signature(choices)
+
         @wraps(function)
         def called(model: nn.Module, batches: Iterable[Any], **told: Any) -> R:
+            for name in told.keys() - fields.parameters.keys():
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}"
+                )
             return function(model, batches, cast(Any, choices)(**told))
 
-        own, fields = inspect.signature(function), inspect.signature(choices)
         parameters = [*list(own.parameters.values())[:2], *fields.parameters.values()]
         cast(Any, called).__signature__ = own.replace(parameters=parameters)
         return cast(Any, called)
