@@ -77,7 +77,9 @@ class _Reads(_Contractions):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._last: dict[int, int] = {}
-        self._left_out = {_pointer(t) for t in (*model.parameters(), *model.buffers())}
+        self._left_out = set(
+            map(_pointer, filter(_is_strided, (*model.parameters(), *model.buffers())))
+        )
         self._args: dict[str, list[Tensor]] = {}
 
     def note(self, name: str, tensors: list[Tensor]) -> None:
@@ -87,7 +89,7 @@ class _Reads(_Contractions):
 
     def on_read(self, args: Any, kwargs: Any) -> None:
         for tensor in flatten((args, kwargs)):
-            if isinstance(tensor, Tensor):
+            if _is_strided(tensor):
                 self._last[_pointer(tensor)] = self.call
 
     def found(self) -> dict[str, int]:
@@ -133,7 +135,7 @@ def _watched(
     """
 
     def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        note(name, [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)])
+        note(name, [t for t in flatten((args, kwargs)) if _is_strided(t)])
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(before, name), with_kwargs=True)
@@ -144,6 +146,11 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_strided(value: Any) -> bool:
+    """Return whether a value is a tensor with memory of its own kind: not a sparse one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -288,7 +288,7 @@ class _Held:
 def storages_of(values: Iterable[Any]) -> dict[int, UntypedStorage]:
     """Return the memory that activations take, by where it is."""
     tensors = (v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
-    found = (t.untyped_storage() for t in tensors)
+    found = (t.untyped_storage() for t in tensors if t.layout == torch.strided)
     return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
 
 
@@ -352,7 +352,7 @@ class _RefitRun(BranchFollower):
         kept = self.kept(waiting)
         for held in self._holding:
             for pointer, storage in held.storages().items():
-                if pointer not in kept:
+                if pointer not in kept and storage.resizable():  # not what numpy owns
                     storage.resize_(0)
                     held.is_gone = True
 
