@@ -253,3 +253,40 @@ def test_a_network_with_a_sparse_matrix_is_refitted():
     fitted = compensation.refitted(model, model, data, groups=None, kept={}, **given)
     with torch.no_grad():
         torch.testing.assert_close(fitted(data[0]), model(data[0]))
+
+
+class InList(Chain):
+    """A block that is run again takes a list, of what its caller was called with."""
+
+    class Body(nn.Module):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.small = nn.Sequential(nn.Conv2d(STEM, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+                self.large = nn.Conv2d(4, 5, 1)
+
+            def forward(self, xs):
+                return self.large(F.interpolate(self.small(xs[0]), scale_factor=4))
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(self.Block())
+
+        def forward(self, x):
+            return self.blocks([x])
+
+    def __init__(self):
+        super().__init__()
+        self.body = self.Body()
+
+
+@pytest.mark.parametrize("room", [1, 1 << 14, 1 << 30])  # a large layer is run again, or not
+def test_what_a_block_is_run_again_from_stays_in_lists_too(room):
+    torch.manual_seed(0)
+    model, data = InList().double().eval(), batches(8, 2)
+    given = {"ridge": 1e-2, "rows_per_input": 2, "min_rows": 8, "seed": 0}
+    fitted = compensation.refitted(
+        model, model, data, groups=None, kept={}, max_bytes=room * 8, **given
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(fitted(data[0]), model(data[0]))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import return_free_memory
@@ -166,11 +167,11 @@ class Walk:
         """
         follower = self._running.run
         state = follower.state()
-        is_large = self._is_large([*args, *kwargs.values()])
+        is_large = self._is_large(flatten((args, kwargs)))
         while True:
             given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
             if held is not None:
-                held.copies = [*given, *named.values()]
+                held.copies = list(flatten((given, named)))
             try:
                 out = run(*given, **named)
             except _AgainError as error:
@@ -200,7 +201,7 @@ class Walk:
         follower = getattr(self._running, "run", None)
         if follower is None:
             return forward(*args, **kwargs)
-        with follower.holding(_Held([*args, *kwargs.values()], last)):
+        with follower.holding(_Held(list(flatten((args, kwargs))), last)):
             return forward(*args, **kwargs)
 
     def _through(
@@ -216,7 +217,7 @@ class Walk:
         if follower is None:  # the fit of the block itself
             return forward(*args, **kwargs)
         block = self._blocks.get(name)
-        held = _Held([*args, *kwargs.values()], last if block is None else None, again=True)
+        held = _Held(list(flatten((args, kwargs))), None if block else last, again=True)
         with follower.holding(held):
             if block is not None:
                 self._gather(block, forward, args, kwargs, held)
@@ -239,7 +240,7 @@ class Walk:
             self._calls.setdefault(block.name, Samples(int(block.wanted.sum()))).add(call, mask)
         del out
         held.copies = []
-        if self._is_large([*args, *kwargs.values()]):
+        if self._is_large(flatten((args, kwargs))):
             raise _AgainError(block.name)
         follower.go_back(state)
         self._meet(block.name)
