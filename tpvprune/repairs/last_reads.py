@@ -120,8 +120,7 @@ class _Spoiled(_Contractions):
     def on_contraction(self) -> None:
         for name in [n for n in self._waiting if self._last[n] < self.call]:
             for tensor in self._waiting.pop(name):
-                if tensor.is_floating_point():
-                    tensor.fill_(torch.nan)
+                tensor.fill_(torch.nan)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class Walk:
         )
         self._running.run = run
         with torch.no_grad(), run:
-            self._again(self._whole, (i,), {}, last=False)
+            self._again(self._whole, (i,), {}, _Held([], None), last=False)
 
     def _whole(self, i: int) -> None:
         """Run the network on a chunk: a copy that nobody else holds, and layers may overwrite."""
@@ -154,9 +154,9 @@ class Walk:
         run: Callable[..., Any],
         args: Any,
         kwargs: Any,
+        held: _Held,
         *,
         last: bool = True,
-        held: _Held | None = None,
     ) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
 
@@ -170,21 +170,19 @@ class Walk:
         is_large = self._is_large(flatten((args, kwargs)))
         while True:
             given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
-            if held is not None:
-                held.copies = list(flatten((given, named)))
+            held.copies = list(flatten((given, named)))
             try:
                 out = run(*given, **named)
             except _AgainError as error:
-                if is_large or (held is not None and held.is_gone):
+                if is_large or held.is_gone:
                     raise
                 call = error.call
             else:
-                if last and not (held is not None and held.is_gone):
+                if last and not held.is_gone:
                     _overwrite([*args, *kwargs.values()], [*given, *named.values()])
                 return out
             del given, named  # not held while others run
-            if held is not None:
-                held.copies = []
+            held.copies = []
             follower.go_back(state)
             self._meet(call)
 
@@ -222,7 +220,7 @@ class Walk:
             if block is not None:
                 self._gather(block, forward, args, kwargs, held)
                 held.last = last
-            return self._again(forward, args, kwargs, held=held)
+            return self._again(forward, args, kwargs, held)
 
     def _gather(
         self, block: BlockFit, forward: Callable[..., Any], args: Any, kwargs: Any, held: _Held
@@ -233,7 +231,7 @@ class Walk:
         """
         follower = self._running.run
         state = follower.state()
-        out = self._again(forward, args, kwargs, last=False, held=held)
+        out = self._again(forward, args, kwargs, held, last=False)
         mask = block.wanted[follower.own]
         if bool(mask.any()):
             call = BlockCall(args, kwargs, out).along(block.batch_dim)
