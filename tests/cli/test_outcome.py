@@ -224,3 +224,25 @@ def test_no_path_measures_agreement_on_more(root, asked, bound, num, kind):
     batches, eval_images = calibration(args, subject, images, labelled=False, held_out=bound)
     assert (num_images(eval_images.batches), eval_images.kind) == (num, kind)
     assert num_images(batches) == min(asked, 100)
+
+
+@pytest.mark.parametrize(
+    ("dense_ms", "fastest", "pruned_ms", "of", "hint"),
+    [
+        (10.0, 9.5, 9.4, "macs", None),
+        (10.0, 9.5, 9.6, "macs", "--of latency"),
+        (10.0, 9.5, 12.0, "params", "--of latency"),
+        (10.0, 9.5, 12.0, "latency", "a smaller --keep"),
+        (None, None, None, "macs", None),
+    ],
+)
+def test_a_cut_that_is_no_faster_than_the_fastest_dense_round_is_said_to_be_so(
+    dense_ms, fastest, pruned_ms, of, hint
+):
+    dense = {"latency_ms": dense_ms, "latency_range_ms": fastest and [fastest, dense_ms + 1]}
+    pruned = {"latency_ms": pruned_ms, "latency_range_ms": None}
+    said = session_results.said_of_speed(dense, pruned, of=of)
+    assert len(said) == (hint is not None)
+    if hint:
+        assert said[0].startswith(f"no faster on this device: {pruned_ms:.2f} ms")
+        assert hint in said[0]

@@ -63,7 +63,27 @@ def pruned_document(
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
+    if isinstance(result, PruningResult):  # zeros among the weights make nothing faster
+        slow = said_of_speed(dense, pruned, of=args.of)
+        document["warnings"] = [*document["warnings"], *slow]
     return document, seen
+
+
+def said_of_speed(dense: Mapping[str, Any], pruned: Mapping[str, Any], *, of: str) -> list[str]:
+    """Return that a cut made nothing faster, and what to try; nothing if it did, or none timed.
+
+    ``dense``, ``pruned``: facts with ``latency_ms`` and ``latency_range_ms``; ``of``: the budget.
+    """
+    before, after, spread = dense["latency_ms"], pruned["latency_ms"], dense["latency_range_ms"]
+    if before is None or spread is None or after < spread[0]:
+        return []
+    hint = (
+        "a smaller --keep, or another --latency-runtime"
+        if of == "latency"
+        else "--of latency aims at milliseconds, with --latency-runtime onnxruntime at those of an "
+        "exported file"
+    )
+    return [f"no faster on this device: {after:.2f} ms, {before:.2f} ms before: {hint}"]
 
 
 def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,6 @@ class Difference:
         return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
 
 
-@torch.no_grad()
 def difference(
     model: nn.Module,
     dense: nn.Module,
@@ -99,14 +98,71 @@ def difference(
     None: all, each in units of its second moment. Returns the difference; ``share`` is infinite
     where the dense outputs do not vary but these do.
     """
-    inputs = unlabeled(batches)
-    outputs = Outputs.measured(dense, inputs, outputs)
-    tally = _Tally(len(outputs.scales))
-    with evaluating(model, dense):
-        for x in inputs:
-            ours, theirs = (outputs.of(returned(m, x)).values() for m in (model, dense))
-            tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
-    return tally.difference(outputs)
+    return Reference(dense, batches, outputs, max_bytes=0).difference(model)
+
+
+class Reference:
+    """The dense network on some images, which several models are compared with.
+
+    Its outputs are held in memory if they take no more than ``max_bytes``, and computed anew for
+    every model else. The other arguments are those of :func:`difference`.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        batches: Iterable[Any],
+        outputs: Outputs | Chosen | None = None,
+        *,
+        max_bytes: int = 1 << 28,
+    ) -> None:
+        self._dense, self._inputs = dense, unlabeled(batches)
+        self._outputs = Outputs.measured(dense, self._inputs, outputs)
+        self._room = max_bytes
+        self._held: list[list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def difference(self, model: nn.Module) -> Difference:
+        """Return how far a model is from the dense one."""
+        tally = _Tally(len(self._outputs.scales))
+        with evaluating(model, self._dense):
+            for x, theirs in self._answers():
+                ours = self._of(model, x)
+                tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
+        return tally.difference(self._outputs)
+
+    def output_variance(self, model: nn.Module) -> float:
+        """Return E||f(x) - f_dense(x)||^2, in squared output units."""
+        return self.difference(model).output_variance
+
+    @torch.no_grad()
+    def second_moment(self) -> float:
+        """Return E||f_dense||^2, the yardstick of every output variance."""
+        square, num = torch.zeros(1, dtype=torch.float64), 0
+        with evaluating(self._dense):
+            for x, outputs in self._answers():
+                for output, scale in zip(outputs, self._outputs.scales.values(), strict=True):
+                    square += float((scale * output.double()).square().sum())
+                num += len(x)
+        return float(over_all(square, num)[0]) / total(num)
+
+    def _answers(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield inputs with what the dense network returns for them; hold it if there is room."""
+        if self._held is not None:
+            yield from zip(self._inputs, self._held, strict=True)
+            return
+        seen = []
+        for x in self._inputs:
+            answer = self._of(self._dense, x)
+            yield x, answer
+            if self._room > 0:
+                seen.append(answer)
+                self._room -= sum(t.nbytes for t in answer)
+        if self._room > 0:
+            self._held = seen
+
+    def _of(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        return list(self._outputs.of(returned(model, x)).values())
 
 
 class _Tally:

@@ -13,6 +13,7 @@ from tpvprune.passes.batches import private_randomness, unlabeled
 from tpvprune.passes.costs import Latency, count_macs, count_params, measure_latency
 from tpvprune.passes.difference import (
     Difference,
+    Reference,
     agreement,
     comparison,
     difference,
@@ -28,6 +29,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Latency",
+    "Reference",
     "agreement",
     "count_macs",
     "count_params",

@@ -20,6 +20,18 @@ def in_single(t: Tensor) -> Tensor:
     return t if t.dtype.itemsize >= 4 else t.float()
 
 
+def centred(rows: Tensor, dim: int, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the mean along a dimension, in float64, and the rows without it.
+
+    Sums in float64 would take most of the time of a product of the rows: the mean is taken twice.
+    """
+    shift = rows.mean(dim, keepdim=True)
+    left = rows.sub_(shift) if in_place else rows - shift
+    rest = left.mean(dim, keepdim=True)  # what rounding left of the mean
+    left -= rest
+    return shift.double() + rest.double(), left
+
+
 class Moments:
     """The moments of rows of n numbers: how many, their mean, and how they vary.
 
@@ -39,16 +51,12 @@ class Moments:
         """Take in rows [num, n]: products in float32 at least, whatever they come in."""
         if not len(rows):
             return
-        rows = in_single(rows.detach())
-        shift = rows.mean(0)
-        centred = rows - shift
-        rest = centred.mean(0)  # what rounding left of the mean
-        centred -= rest
+        mean, left = centred(in_single(rows.detach()), 0)
         if self.spread.ndim == 2:
-            spread = centred.T @ centred
+            spread = left.T @ left
         else:
-            spread = centred.square().sum(0, dtype=torch.float64)
-        self.merge(float(len(rows)), shift.double() + rest.double(), spread)
+            spread = left.square().sum(0, dtype=torch.float64)
+        self.merge(float(len(rows)), mean.squeeze(0), spread)
 
     def merge(self, count: float, mean: Tensor, spread: Tensor) -> None:
         """Take in the moments of other rows."""

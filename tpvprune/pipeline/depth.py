@@ -23,7 +23,7 @@ from tpvprune.groups import ChannelGroups, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Clock
-from tpvprune.passes.evaluation import output_variance
+from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
 from tpvprune.processes.shares import by_first
@@ -65,9 +65,11 @@ def shallower(
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
-        images = split_inputs(given.fit, _affordable(given))
+        fit, held = split_inputs(given.fit, _affordable(given))
     found = _Branches(given, branches, saved, scores)
-    trials = _Trials(found, ranking, keep, by_channel, order, *images)
+    trials = _Trials(
+        found, ranking, keep, by_channel, order, fit, Reference(given.dense, held, given.outputs)
+    )
     num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
     return found.final(order[:num], by_channel=by_channel)
 
@@ -159,7 +161,7 @@ class _Trials:
     by_channel: bool
     order: Sequence[Branch]
     fit: Sequence[Tensor]
-    held: Sequence[Tensor]
+    dense: Reference
 
     def damage(self, num: int) -> Damage:
         """Return how far the network without ``num`` branches exceeds the budget, and its variance.
@@ -179,7 +181,7 @@ class _Trials:
             return over, float("inf")
         cut = remove_channels(there.start, there.groups, kept)
         repaired = self._repaired(cut, there, kept)
-        return 0.0, output_variance(repaired, there.dense, self.held, outputs=there.outputs)
+        return 0.0, self.dense.output_variance(repaired)
 
     def _repaired(self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor]) -> nn.Module:
         by, fit = there.by, self.fit

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import cost
 from tpvprune.passes.evaluation import Difference
-from tpvprune.passes.outputs import Outputs
-from tpvprune.passes.running import evaluating, on_device
 from tpvprune.pipeline.run import Run
 from tpvprune.pipeline.setup import Depth
 from tpvprune.processes.shares import total
@@ -57,7 +54,7 @@ def report_of(
         "held_back": guard.facts(measured[best]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},
-        "output_second_moment": _second_moment(given.dense, given.held, given.outputs),
+        "output_second_moment": given.reference.second_moment(),
         "steps": rounds.history,
         "timings": given.clock.seconds,
         **_widths(given.groups, rounds.kept),
@@ -100,13 +97,3 @@ def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
             for b in groups.blocked
         ],
     }
-
-
-def _second_moment(model: nn.Module, held: list[Tensor], outputs: Outputs) -> float:
-    """Return E||f||^2, the yardstick of every output variance."""
-    with evaluating(model), torch.no_grad():
-        square = sum(
-            float(outputs.joined(model(on_device(x, model)), len(x)).double().square().sum())
-            for x in held
-        )
-    return total(square) / total(sum(len(x) for x in held))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
-from tpvprune.passes.evaluation import Difference, difference
+from tpvprune.passes.evaluation import Difference
 from tpvprune.pipeline.setup import Setup
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
@@ -107,11 +107,7 @@ class Run:
                 )  # fmt: skip
         rounds.model = [cut, *refits.values()][-1]
         with given.clock("measurement", step, steps):
-            return refits, self._difference(rounds.model)
-
-    def _difference(self, model: nn.Module) -> Difference:
-        """Return how far a model is from the dense one on the images held back."""
-        return difference(model, self.given.dense, self.given.held, outputs=self.given.outputs)
+            return refits, self.given.reference.difference(rounds.model)
 
     def ranked_instead(
         self,
@@ -165,13 +161,13 @@ class Run:
         if repair == "auto":
             candidates["compensate+bn"] = recalibrate_batchnorm(refits["compensate"], fit)
         measured = {
-            name: outcome if found is last else self._difference(found)
+            name: outcome if found is last else self.given.reference.difference(found)
             for name, found in candidates.items()
         }
         missing = refits and "bn" not in candidates
         if missing and guard.best_repair(measured, repair) == "none":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
-            measured["bn"] = self._difference(candidates["bn"])
+            measured["bn"] = self.given.reference.difference(candidates["bn"])
         return candidates, measured
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.reaching import unseen
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.finite import check_outputs
 from tpvprune.passes.forwards import (
     forward_of,
@@ -116,6 +118,11 @@ class Setup:
     clock: Clock
     notes: list[str]
     depth: Depth | None = None
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The dense network on the images held back."""
+        return Reference(self.dense, self.held, self.outputs)
 
     @property
     def start(self) -> nn.Module:

@@ -5,26 +5,27 @@ r"""Ridge least squares in chunks, the ridge chosen on rows that took no part in
 with s the mean variance of x. Too few rows make a small ridge fit noise: with n rows and u
 unknowns the error on other rows is about (1 + u / n) / (1 - u / n) times that on these. So a part
 of the rows is held back, and of several lambda, among them infinity (D = 0), the one with the least
-error on those is taken; then all rows are fitted with it.
+error on those is taken, as far as going downhill finds it; then all rows are fitted with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tpvprune.passes.crossing import sent
+from tpvprune.passes.moments import centred, in_single
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import gathered, summed
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
 FIXED_RIDGE = 1e-3  # where no rows are held back to choose it
 
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 4096, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,21 @@ class Moments:
         return Moments(float(count), x_sum / num, e_sum / num, gram, cross, square)
 
 
-def moments(x: Tensor, e: Tensor) -> Moments:
+def moments(x: Tensor, e: Tensor, *, in_place: bool = False) -> Moments:
     """Return the moments of some rows.
 
-    ``x``: inputs [groups, rows, unknowns]. ``e``: what is fitted [groups, rows, outputs]. Returns
-    Centred before any product, which is taken in float32 or better; sums in float64.
+    ``x``: inputs [groups, rows, unknowns]. ``e``: what is fitted [groups, rows, outputs].
+    Both are centred, ``in_place`` where they are nobody else's, before any product, which is taken
+    in float32 or better.
     """
-    x, e = (t if t.dtype == torch.float64 else t.float() for t in (x, e))
-    num = max(x.shape[1], 1)
-    x_mean, e_mean = (t.sum(1, keepdim=True, dtype=torch.float64) / num for t in (x, e))
-    x, e = x - x_mean.to(x), e - e_mean.to(e)
-    return Moments(
-        float(x.shape[1]), x_mean, e_mean, (x.mT @ x).double(), (x.mT @ e).double(),
-        e.square().sum((1, 2), dtype=torch.float64),
-    )  # fmt: skip
+    num = float(x.shape[1])
+    if not num:
+        x_mean, e_mean = (t.sum(1, keepdim=True) for t in (x.double(), e.double()))
+    else:
+        (x_mean, x), (e_mean, e) = (centred(in_single(t), 1, in_place=in_place) for t in (x, e))
+    squares = e.square().sum((1, 2), dtype=torch.float64)
+    cross = (e.mT @ x).mT  # the other way round, x^T e of one column takes six times as long
+    return Moments(num, x_mean, e_mean, (x.mT @ x).double(), cross.double(), squares)
 
 
 class LeastSquares:
@@ -132,8 +134,9 @@ class LeastSquares:
         """
         self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held))
         self._num_rows += x.shape[1]
-        # Products of a few rows at a time would be all overhead.
-        if not self._few and self._num_rows >= max(_ROWS_AT_ONCE, x.shape[2]):
+        # Products of a few rows at a time would be all overhead, large ones leave the caches.
+        enough = min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * x.shape[2]))
+        if not self._few and self._num_rows >= max(enough, x.shape[2]):
             self._flush()
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,15 +147,23 @@ class LeastSquares:
     def _flush(self) -> None:
         if not self._rows:
             return
-        x, e, held = self._joined()
-        for fold, mask in enumerate((~held, held)):
-            if not bool(mask.all()):
-                rows = sent(mask.nonzero().squeeze(1), x.device)
-                found = moments(x[:, rows], e[:, rows])
-            else:
-                found = moments(x, e)
+        for fold in range(2):
+            found = moments(*(self._rows_of(fold, part) for part in range(2)), in_place=True)
             known = self._folds[fold]
             self._folds[fold] = found if known is None else known + found
+        self._rows, self._num_rows = [], 0
+
+    def _rows_of(self, fold: int, part: int) -> Tensor:
+        """Return the rows of inputs (part 0) or errors (1) of a fold, copied but once."""
+        chosen = [(held == bool(fold)).nonzero().squeeze(1) for *_, held in self._rows]
+        values = [rows[part] for rows in self._rows]
+        joined = values[0].new_empty(sum(map(len, chosen)), *values[0].shape[1:])
+        start = 0
+        for rows, value in zip(chosen, values, strict=True):
+            end = start + len(rows)
+            torch.index_select(value, 0, sent(rows, value.device), out=joined[start:end])
+            start = end
+        return joined.transpose(0, 1)
 
     def solve(self, ridge: float | None = None) -> Fit:
         """Return the fit.
@@ -166,9 +177,8 @@ class LeastSquares:
         if ridge is None:
             ridge = FIXED_RIDGE
             if held.count and fit.count:
-                losses = {r: _held_loss(change, fit, held) for r, change in _changes(fit, RIDGES)}
-                ridge = min(losses, key=losses.__getitem__)
-        ((_, change),) = _changes(both, (ridge,))
+                ridge = _best(lambda r: _held_loss(_change(fit, r), fit, held))
+        change = _change(both, ridge)
         return Fit(change, both.e_mean - both.x_mean @ change, ridge)
 
     def folds(self) -> tuple[Moments, Moments]:
@@ -191,7 +201,7 @@ class LeastSquares:
         x_mean, e_mean = self._means(x, e)
         x, e = x - x_mean.to(x), e - e_mean.to(e)
         kernel = (x @ x.mT).double()
-        change = x.double().mT @ next(_duals(kernel, e.double(), x.shape, (ridge,)))[1]
+        change = x.double().mT @ _dual(kernel, e.double(), x.shape[2], ridge)
         return Fit(change, e_mean - x_mean @ change, ridge)
 
     def _chosen_by_rows(self, x: Tensor, e: Tensor, x_held: Tensor, e_held: Tensor) -> float:
@@ -199,11 +209,12 @@ class LeastSquares:
         x, e = x - x_mean.to(x), e - e_mean.to(e)
         across = ((x_held - x_mean.to(x)) @ x.mT).double()
         kernel, left = (x @ x.mT).double(), e_held.double() - e_mean
-        losses = {
-            ridge: float((left - across @ dual).square().sum())
-            for ridge, dual in _duals(kernel, e.double(), x.shape, RIDGES)
-        }
-        return min(losses, key=losses.__getitem__)
+
+        def loss(ridge: float) -> float:
+            dual = _dual(kernel, e.double(), x.shape[2], ridge)
+            return float((left - across @ dual).square().sum())
+
+        return _best(loss)
 
     def _means(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         means = (t.mean(1, keepdim=True, dtype=torch.float64) for t in (x, e))
@@ -211,15 +222,28 @@ class LeastSquares:
         return x_mean, e_mean
 
 
-def _changes(m: Moments, ridges: tuple[float, ...]) -> Iterator[tuple[float, Tensor]]:
-    """Yield (ridge, D [g, u, o]) by Cholesky; a ridge that is too small for the rounding grows."""
+def _best(loss: Callable[[float], float]) -> float:
+    """Return the ridge of the least loss, from the middle of them downhill: it has one valley."""
+    known: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in known:
+            known[i] = loss(RIDGES[i]) if 0 <= i < len(RIDGES) else math.inf
+        return known[i]
+
+    best = len(RIDGES) // 2
+    for step in (-1, 1):
+        while at(best + step) < at(best):
+            best += step
+    return RIDGES[best]
+
+
+def _change(m: Moments, ridge: float) -> Tensor:
+    """Return D [g, u, o] by Cholesky; a ridge that is too small for the rounding grows."""
+    if math.isinf(ridge):
+        return torch.zeros_like(m.cross)
     scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * max(m.count, 1.0))
-    for ridge in ridges:
-        if math.isinf(ridge):
-            yield ridge, torch.zeros_like(m.cross)
-            continue
-        factor = factorised(m.gram, ridge * scale)
-        yield ridge, torch.cholesky_solve(m.cross, factor)
+    return torch.cholesky_solve(m.cross, factorised(m.gram, ridge * scale))
 
 
 def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
@@ -240,18 +264,13 @@ def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
     return torch.full_like(gram, torch.nan)
 
 
-def _duals(
-    kernel: Tensor, e: Tensor, shape: torch.Size, ridges: tuple[float, ...]
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield (ridge, A [g, rows, o]) with D = x^T A."""
-    _, rows, unknowns = shape
+def _dual(kernel: Tensor, e: Tensor, unknowns: int, ridge: float) -> Tensor:
+    """Return A [g, rows, o] with D = x^T A."""
+    if math.isinf(ridge):
+        return torch.zeros_like(e)
     trace = kernel.diagonal(dim1=1, dim2=2).sum(1)
-    scale = (trace / unknowns).clamp_min(1e-12 * max(rows, 1))
-    for ridge in ridges:
-        if math.isinf(ridge):
-            yield ridge, torch.zeros_like(e)
-            continue
-        yield ridge, torch.cholesky_solve(e, factorised(kernel, ridge * scale))
+    scale = (trace / unknowns).clamp_min(1e-12 * max(e.shape[1], 1))
+    return torch.cholesky_solve(e, factorised(kernel, ridge * scale))
 
 
 def _held_loss(change: Tensor, fit: Moments, held: Moments) -> float:

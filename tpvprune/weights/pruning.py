@@ -12,7 +12,7 @@ from tpvprune.groups import folded_if_equal
 from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back
-from tpvprune.passes.evaluation import difference
+from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import on_device
 from tpvprune.repairs.guard import facts, warnings_of
@@ -127,7 +127,8 @@ def prune_weights(
             pruned = compensate_masked(model, fit, masks, seed=seed)
     models = {"none": masked, repair: pruned}
     with clock("measurement"):
-        measured = {n: difference(m, model, held, outputs=counted) for n, m in models.items()}
+        dense = Reference(model, held, counted)
+        measured = {name: dense.difference(found) for name, found in models.items()}
     name = repair if repair == "none" else "weights"
     more = "a larger keep" if pattern is None else "a pattern that keeps more"
     report = {

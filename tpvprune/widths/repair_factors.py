@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tpvprune.groups import ChannelGroup, ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.clock import Progress
-from tpvprune.passes.evaluation import output_variance
+from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered
@@ -68,6 +68,7 @@ def repair_factors(
     predicted, measured = 0.0, 0.0
     segment_of: dict[str, float] = {}
     wanted = wanted_of(model, fit, **ROUGHLY, seed=seed)
+    dense = Reference(model, held, outputs)
     segments = _segments(groups, kept, curves, num_segments)
     for number, segment in enumerate(segments, 1):
         expected = sum(_damage(g, kept, curves) for g in segment)
@@ -79,7 +80,7 @@ def repair_factors(
             smaller, model, fit, groups=groups, kept=cut, ridge=None, seed=seed, wanted=wanted,
             **ROUGHLY,
         )  # fmt: skip
-        found = output_variance(repaired, model, held, outputs=outputs)
+        found = dense.output_variance(repaired)
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
         if progress is not None:
