@@ -38,11 +38,11 @@ from torch.nn import functional as F
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.removal import remove_channels
+from tpvprune.pipeline.choices import Choices
+from tpvprune.pipeline.setup import Setup, set_up
 from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.scores.baselines.jacobian import jbr_scores
-from tpvprune.scores.curves import variance_curves
 from tpvprune.scores.tpv import tpv_scores
-from tpvprune.widths.allocation import allocate
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = [
@@ -81,9 +81,15 @@ class Material:
         """The images without labels."""
         return [x for x, _ in self.batches]
 
+    @functools.cached_property
+    def setup(self) -> Setup:
+        """What `prune` makes of them before it ranks: a tenth of the images is held back."""
+        return set_up(self.model, self.inputs, Choices(num_images=None))
+
     def first(self) -> Material:
         """Return the same with one batch only."""
         some = copy.copy(self)
+        some.__dict__.pop("setup", None)
         some.batches = self.batches[:1]
         return some
 
@@ -166,8 +172,15 @@ def grouping(m: Material) -> None:
     find_groups(m.model, m.inputs[0][:1], verify=False)
 
 
+def curves(m: Material) -> None:
+    """The default's scores: what any number of channels of every group changes when it goes."""
+    m.setup.by.ranked(m.setup.dense, m.setup.groups, m.setup.fit, m.setup.clock)
+
+
 def selection(m: Material) -> None:
-    allocate(m.groups, variance_curves(m.model, m.groups, m.inputs), keep=0.5)
+    """All between the groups and the cut: curves, what the repair makes up for, widths."""
+    setup = m.setup
+    setup.ranked().choose(setup.groups, keep=0.5, of="macs", limits=setup.limits)
 
 
 def removal(m: Material) -> None:
@@ -196,6 +209,7 @@ PROCEDURES: dict[str, Callable[[Material], None]] = {
     "tpv_plain_checkpointing": functools.partial(tpv, compensated=False, grad_checkpointing=True),
     "grouping": grouping,
     "verification": verification,
+    "curves": curves,
     "selection": selection,
     "removal": removal,
     "compensation": compensation,

@@ -47,7 +47,7 @@ from tpvprune.widths.repair_factors import repair_factors as measured_factors
 
 # Repair factors take four compensations more, minutes at most: on so many MACs of forwards, unless
 # that leaves too few images to fit and to measure with; more would tell nothing new.
-_FACTOR_MACS, _FACTOR_IMAGES = 1.2e11, (256, 1024)
+_FACTOR_MACS, _FACTOR_IMAGES = 1.0e11, (256, 1024)
 _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve every size
 
 

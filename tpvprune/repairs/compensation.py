@@ -106,6 +106,7 @@ def refitted(
     rows_per_input: int,
     min_rows: int,
     seed: int,
+    fewer: int = FEWER_ROWS,
     max_bytes: int | None = None,
     nonlinear: bool = False,
     constrain: Constrain | None = None,
@@ -127,7 +128,7 @@ def refitted(
     def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
         chunks = rechunked(inputs, chunk)
-        known = wanted or wanted_of(dense, chunks, rows_per_input, min_rows, seed=seed)
+        known = wanted or wanted_of(dense, chunks, rows_per_input, min_rows, fewer=fewer, seed=seed)
         fits = refits_towards(
             dense, chunks, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
             nonlinear=nonlinear, targets=known.targets,
@@ -162,12 +163,21 @@ class Wanted:
 
 
 def wanted_of(
-    dense: nn.Module, inputs: Sequence[Tensor], rows_per_input: int, min_rows: int, *, seed: int
+    dense: nn.Module,
+    inputs: Sequence[Tensor],
+    rows_per_input: int,
+    min_rows: int,
+    *,
+    fewer: int = FEWER_ROWS,
+    seed: int,
 ) -> Wanted:
-    """Run the dense network."""
+    """Run the dense network.
+
+    ``fewer``: layers of several groups are fitted to so many times fewer rows, at most.
+    """
     num = sum(map(len, inputs))
     plan = Plan(
-        num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=FEWER_ROWS,
+        num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=fewer,
         device=next(dense.parameters()).device,
     )  # fmt: skip
     plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)

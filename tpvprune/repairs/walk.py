@@ -309,6 +309,15 @@ def _overwrite(values: Iterable[Any], copies: Iterable[Any]) -> None:
             value.copy_(copied)
 
 
+def _unwritten(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return a tensor of the shape and layout of what a call gives, without running it."""
+    x = args[0]
+    shape = func(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs).shape
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 class _RefitRun(BranchFollower):
     """Follows one chunk through the pruned network, and gives its rows to the fit of each layer."""
 
@@ -375,6 +384,8 @@ class _RefitRun(BranchFollower):
         pending = Pending(layer, func, args, kwargs, patches)
         if call in targets.sums or call in targets.normed:
             self._pending[call] = pending
+            if call not in targets.sums:  # the norm alone reads it, and it is overwritten there
+                return _unwritten(func, args, kwargs)
         else:
             self._refit(pending, self._wanted(targets.outputs, call, layer), Branch(call))
         return func(*args, **kwargs)

@@ -27,7 +27,8 @@ from tpvprune.repairs.compensation import refitted, wanted_of
 from tpvprune.scores.curves import Curve
 
 _RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
-ROUGHLY: dict[str, Any] = {"rows_per_input": 12, "min_rows": 16384}  # a linear fit does with fewer
+ROUGHLY: dict[str, Any] = {"rows_per_input": 12, "min_rows": 16384, "fewer": 32}
+"""Rows of a compensation that is only measured: what all segments lose alike changes no width."""
 
 
 def repair_factors(
