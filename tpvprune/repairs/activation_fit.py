@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tpvprune.passes.crossing import sent
 from tpvprune.processes.shares import summed, total
-from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments
+from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments, rows_at_once
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -38,7 +38,6 @@ _LARGEST_RIDGE = 10.0  # where the linear fit would rather leave the weights
 _MOST_MACS = 4e10  # of one step over all rows
 _MOST_BYTES = 1 << 29  # of the rows that are held
 _ROWS_PER_UNKNOWN = 4
-_ROWS_AT_ONCE = 4096
 _DEAD = 1e-8
 
 
@@ -70,7 +69,10 @@ class _Map:
     intercept: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.intercept.to(x), x, self.change.to(x))
+        intercept, change = self.intercept.to(x), self.change.to(x)
+        if change.shape[2] == 1:  # the other way round x D takes three times as long
+            return (change.mT @ x.mT).mT.add_(intercept)
+        return torch.baddbmm(intercept, x, change)
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,8 @@ class ActivationFit:
         sums: list[Any] = [0.0, 0.0]
         for r in (part for whole in rows for part in _parts(whole)):
             error = r.wanted - self.activation(self._moved(r, here))
-            sums[0] = sums[0] + (r.x.mT @ error).double()
-            sums[1] = sums[1] + error.sum(1, keepdim=True, dtype=torch.float64)
+            sums[0] = sums[0] + (error.mT @ r.x).mT.double()
+            sums[1] = sums[1] + error.sum(1, keepdim=True).double()
         products, lacks = map(self._per_slope, summed(*sums))
         return products, lacks
 
@@ -219,7 +221,7 @@ class ActivationFit:
             for rows in self._held
             for r in _parts(rows)
         )
-        loss = float(_summed(error.square().sum(dtype=torch.float64) for error in errors))
+        loss = float(_summed(error.square_().sum(1).double().sum() for error in errors))
         return loss if math.isfinite(loss) else math.inf
 
     def _moved(self, rows: _Rows, here: _Map) -> Tensor:
@@ -234,5 +236,6 @@ def _summed(parts: Iterable[Tensor]) -> Tensor:
 
 def _parts(rows: _Rows) -> Iterator[_Rows]:
     """Yield a few rows at a time: what is computed from them is as large as they are."""
-    for start in range(0, max(1, rows.x.shape[1]), _ROWS_AT_ONCE):
-        yield rows.at(slice(start, start + _ROWS_AT_ONCE))
+    num = rows_at_once(rows.x)
+    for start in range(0, max(1, rows.x.shape[1]), num):
+        yield rows.at(slice(start, start + num))

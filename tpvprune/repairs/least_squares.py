@@ -113,6 +113,14 @@ def moments(x: Tensor, e: Tensor, *, in_place: bool = False) -> Moments:
     return Moments(num, x_mean, e_mean, (x.mT @ x).double(), cross.double(), squares)
 
 
+def rows_at_once(x: Tensor) -> int:
+    """Return how many rows of x [g, n, u] to multiply at once.
+
+    Of few most of the time is overhead; many leave the caches.
+    """
+    return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * max(1, x.shape[2]))))
+
+
 class LeastSquares:
     """One problem, fed in chunks of rows.
 
@@ -134,9 +142,7 @@ class LeastSquares:
         """
         self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held))
         self._num_rows += x.shape[1]
-        # Products of a few rows at a time would be all overhead, large ones leave the caches.
-        enough = min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * x.shape[2]))
-        if not self._few and self._num_rows >= max(enough, x.shape[2]):
+        if not self._few and self._num_rows >= max(rows_at_once(x), x.shape[2]):
             self._flush()
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
