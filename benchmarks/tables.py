@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import own_task_chart
 import paper_chart
+from own_task_chart import OURS
 from rows import grouped, interpolated, mean_and_sd, mean_of
 from titles import NAMES, markdown
 
@@ -25,13 +27,15 @@ PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md")]
 PAGES += [ROOT / "docs" / name for name in ("results.md", "models.md")]
 PAPER_PRUNING = "paper-pruning-cifar_resnet56.csv"
 MODELS = {"vit_tiny_patch16_224": "small ViT"}
-OURS = "prune + distill"
+OWN_TASK = RESULTS / "own-task.csv"
 
 
 def main() -> int:
     """Write the tables."""
     for page in PAGES:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
+    if OWN_TASK.exists():
+        (ROOT / "docs/own-task.svg").write_text(own_task_chart.chart(OWN_TASK), "utf-8")
     return 0
 
 
@@ -309,10 +313,9 @@ def other_networks() -> str:
 
 def own_task() -> str:
     """Return what each way to a smaller network gave in equal minutes, and who is ahead."""
-    path = RESULTS / "own-task.csv"
-    if not path.exists():
+    if not OWN_TASK.exists():
         return "(not measured yet)"
-    found = grouped(path, ("keep", "way"))
+    found = grouped(OWN_TASK, ("keep", "way"))
     keeps = sorted({keep for keep, _ in found}, key=float, reverse=True)
     lines, verdicts = [], []
     for keep in keeps:

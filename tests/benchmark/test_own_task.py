@@ -3,6 +3,7 @@
 import csv
 import importlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ MODEL = "test_resnet"
 def tools(monkeypatch):
     """The script, its ways, and a clock that goes on by a quarter of a second when looked at."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("own_task", "ways", "teachers", "tables")
+    names = ("own_task", "ways", "teachers", "tables", "own_task_chart")
     found = {name: importlib.import_module(name) for name in names}
     now = [0.0]
 
@@ -154,3 +155,21 @@ def test_bad_input_is_one_line(tools, root, capsys, flags, message):
     ways = ["--ways", "smaller + distill"]
     assert tools["own_task"].main(words(root, root / "rows.csv", *ways, *flags)) == 2
     assert message in failed(capsys)
+
+
+def test_the_chart_has_a_panel_for_each_share_with_the_best_way_first(tools, tmp_path):
+    names = ("keep", "way", "labels", "dense_top1", "top1")
+    ways = (("low", 61), ("high & <mighty>", 83))
+    lines = [(keep, way, "no", 90.0, top1) for keep in (0.5, 0.7) for way, top1 in ways]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([names, (1, "dense", "no", 90.0, 90.0), *lines])
+    root = ElementTree.fromstring(tools["own_task_chart"].chart(path))
+    svg = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{svg}text")]
+    panels = [text for text in texts if "MACs" in text]
+    assert panels == ["70 % of the MACs: top-1", "50 % of the MACs: top-1"]
+    assert [text for text in texts if text in dict(ways)] == ["high & <mighty>", "low"] * 2
+    dots = [float(dot.get("cx")) for dot in root.iter(f"{svg}circle")]
+    assert len(dots) == 4 and dots[0] > dots[1] and dots[:2] == dots[2:]
