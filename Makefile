@@ -11,11 +11,12 @@ API := tpvprune tpvprune.groups tpvprune.scores.baselines tpvprune.widths.latenc
   tpvprune.passes.batches tpvprune.images.sources tpvprune.images.preprocessing \
   tpvprune.images.augmentation tpvprune.saved.models tpvprune.diagnostics tpvprune.cifar_resnet
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-long lint docs clean
 
 help:
 	@echo "make demo   prune a small model on real images, offline; the report lands in demo-output/"
 	@echo "make test   run the tests"
+	@echo "make test-long  those that take seconds each: processes, whole commands"
 	@echo "make lint   run ruff and mypy"
 	@echo "make docs   build the API reference from the docstrings, into site/"
 	@echo "make clean  remove the virtual environment, caches and the demo's output"
@@ -26,8 +27,13 @@ demo: $(STAMP)
 
 # One thread per worker: two libraries that both use all cores slow each other down many times over.
 # One worker per file: what the tests of a file share is made once.
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(TEST)
+
+test-long: $(STAMP)
+	$(TEST) -m 'long and not slow'
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

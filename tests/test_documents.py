@@ -77,6 +77,7 @@ def test_names_of_torch_pruning_exist(name):
         found = getattr(found, part)
 
 
+@pytest.mark.long
 def test_workflow_for_timm_users_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     spec = importlib.util.spec_from_file_location("workflow", ROOT / "examples/timm_workflow.py")
@@ -92,6 +93,7 @@ def test_workflow_for_timm_users_runs(tmp_path, monkeypatch, capsys):
     assert macs["pruned"] == macs["distilled"] <= 0.25 * macs["dense"]
 
 
+@pytest.mark.long
 def test_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -109,6 +111,7 @@ def test_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert "rank correlation" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_api_reference_has_every_public_name(tmp_path):
     pdoc = pytest.importorskip("pdoc", reason="the API reference needs pdoc (pip install .[dev])")
     makefile = (ROOT / "Makefile").read_text("utf-8")

@@ -30,6 +30,7 @@ def images(model, name, num, labelled=False):
     return in_memory(batches)
 
 
+@pytest.mark.long
 def test_scores_rank_channels_as_removing_them_does(model):
     unlabeled = images(model, "cifar10-train", 125)
     groups = find_groups(model, next(iter(unlabeled))[:1])

@@ -75,6 +75,7 @@ def test_every_row_is_what_prune_returns(order, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.long
 def test_iterative_rows_go_down_from_cut_to_cut(repair, tmp_path, monkeypatch):
     model = build("residual")
     wanted = plan(keeps=(0.4,), steps=3, rankings=("curves",), repairs=REPAIRS)

@@ -24,6 +24,7 @@ def verdicts(out):
     return {what: verdict for what, _, _, verdict in rows}
 
 
+@pytest.mark.long
 def test_the_whole_on_the_cpu(tool, capsys):
     flags = [part.allow_tf32 for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
     assert tool.main(["--device", "cpu", *TINY]) == 0
@@ -33,6 +34,7 @@ def test_the_whole_on_the_cpu(tool, capsys):
     assert flags == [b.allow_tf32 for b in (torch.backends.cuda.matmul, torch.backends.cudnn)]
 
 
+@pytest.mark.long
 def test_a_device_is_compared_with_the_cpu(tool):
     material = tool.lively("test_resnet:32", num_images=4, batch_size=2)
     with simulated_device():
@@ -40,6 +42,7 @@ def test_a_device_is_compared_with_the_cpu(tool):
     assert [row.passed for row in rows] == [True] * 3
 
 
+@pytest.mark.long
 def test_checks_fail_where_a_device_is_wrong(tool, monkeypatch):
     def spoil(module):
         if isinstance(module, torch.nn.Conv2d):

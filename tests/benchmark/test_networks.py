@@ -22,6 +22,7 @@ def networks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FEW)
+@pytest.mark.long
 def test_a_network_is_pruned_as_it_should_be(networks, name):
     (line,) = (li for li in networks.NETWORKS.strip().splitlines() if networks.parts(li)[1] == name)
     library = networks.parts(line)[0]

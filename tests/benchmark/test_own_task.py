@@ -67,6 +67,7 @@ def failed(capsys):
     return line
 
 
+@pytest.mark.long
 def test_every_way_has_the_same_minutes_and_is_measured_once(tools, root, tmp_path, capsys):
     output = tmp_path / "rows.csv"
     assert tools["own_task"].main(words(root, output)) == 0

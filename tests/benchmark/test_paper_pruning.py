@@ -123,6 +123,7 @@ def test_what_is_ranked_without_images_sees_none(tool, model, pairs):
         assert all(torch.equal(before[g.name], after[g.name]) for g in groups)
 
 
+@pytest.mark.long
 def test_a_run_writes_rows_a_table_and_a_chart_and_goes_on(tool, tmp_path, monkeypatch, capsys):
     for name, num in (("train", 8), ("test", 3)):
         write_classes(tmp_path / name, ["a", "b"], num)

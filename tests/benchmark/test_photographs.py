@@ -133,6 +133,7 @@ def test_labels_come_from_a_file_and_only_for_those_who_ask(tool, root, tmp_path
         assert message in failed(capsys)
 
 
+@pytest.mark.long
 def test_criteria_of_others(tool, root, tmp_path):
     output, criteria = tmp_path / "rows.csv", ("taylor", "tp:magnitude", "tp:taylor")
     labels = ("--calib-labels", root / "labels.tsv")
@@ -183,6 +184,7 @@ def test_crops_are_told_from_paths(tool):
     assert tool._with_crop("C:/photos") == ("C:/photos", None)
 
 
+@pytest.mark.long
 def test_tables_are_made_from_the_results(tool, root, tmp_path, monkeypatch, capsys):
     tables = importlib.import_module("tables")
     output = tmp_path / "photographs-test_resnet.csv"

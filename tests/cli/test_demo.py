@@ -25,6 +25,7 @@ def finished(tmp_path_factory):
     return output, code, document, args
 
 
+@pytest.mark.long
 def test_every_row_meets_the_budget_and_only_taylor_used_labels(finished):
     _, code, document, _ = finished
     dense, *rows = document["comparison"]

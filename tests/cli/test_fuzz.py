@@ -136,6 +136,7 @@ def spoilt(**files):
 
 @cases(0.4)
 @given(data=st.data())
+@pytest.mark.long
 def test_no_config_breaks_a_command(place, data):
     valid = json.loads((place / "out" / "config.json").read_text("utf-8"))
     folder = spoilt(config_json=data.draw(configs(valid)))

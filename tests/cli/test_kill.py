@@ -117,6 +117,7 @@ def check_state(folder, old, new):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.long
 def test_killed_command_leaves_nothing_half_done_and_goes_on(place, run, name):
     argv = COMMANDS[name]
     numbers = random.Random(KILLS)

@@ -68,6 +68,7 @@ def test_a_table_is_written_and_aimed_at(run, tmp_path):
     assert speed["ratio"] <= 0.7 * (1 + 1e-9)
 
 
+@pytest.mark.long
 def test_a_runtime_is_measured_and_shown(run, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -88,6 +88,7 @@ def once(function):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(place, name, capsys, monkeypatch):
     for slow in ("changes_of", "fragility", "_stability"):
         monkeypatch.setattr(audit, slow, once(getattr(audit, slow)))

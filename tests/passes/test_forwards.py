@@ -165,6 +165,7 @@ def targets(num):
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "ssd", "fasterrcnn", "maskrcnn"])
+@pytest.mark.long
 def test_detectors_are_pruned_along_backbone_and_heads(kind):
     model = detector(kind).eval()
     generator = torch.Generator().manual_seed(1)

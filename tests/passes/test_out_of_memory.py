@@ -53,6 +53,7 @@ def prune(output, *extra):
 
 
 @pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.long
 def test_pruning_goes_on_with_smaller_batches_to_the_same_model(place, memory, name, capsys):
     cheap = ["-b", "8", "--criterion", "activation_variance", "--repair", "none"]
     assert main(prune("whole", *cheap)) == 0
@@ -100,6 +101,7 @@ def test_what_does_not_fit_at_all_is_one_line(place, memory, capsys, monkeypatch
     assert not (place / "out").exists()
 
 
+@pytest.mark.long
 def test_other_commands_go_on_too_and_the_flag_that_was_given_is_the_first_try(
     place, memory, capsys
 ):

@@ -58,6 +58,7 @@ def found(start, tmp_path):
 
 
 @pytest.mark.parametrize("job", ["statistics", "drawing", "pipeline", "training"])
+@pytest.mark.long
 def test_results_do_not_depend_on_the_number_of_processes(found, job):
     (one,) = found(job, 1)
     for size in (2, 3):
@@ -68,6 +69,7 @@ def test_results_do_not_depend_on_the_number_of_processes(found, job):
                 assert gap <= tolerance, f"{name}: {gap:.1e}"
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_saved_state(found, tmp_path):
     (unbroken,) = found("training", 1, str(tmp_path / "state"))
     again = found("training", 2, str(tmp_path / "state"))
@@ -100,6 +102,7 @@ def prune(images, output):
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_torchrun_gives_what_one_process_gives(start, tmp_path):
     images = write_images(tmp_path / "images", 11)
     one = start("command", 1, *prune(images, tmp_path / "one"))
@@ -126,6 +129,7 @@ def test_torchrun_gives_what_one_process_gives(start, tmp_path):
         ("fails", "the disk of this machine is full"),
     ],
 )
+@pytest.mark.long
 def test_a_process_that_is_lost_ends_the_run(start, tmp_path, how, message):
     images = write_images(tmp_path / "images", 11)
     output = tmp_path / "out" / "pruned"

@@ -337,6 +337,7 @@ def test_it_improves_on_compensation_and_touches_no_argument(name, stage_iterati
     assert error(repaired, x[128:]) < 1.02 * error(start, x[128:])
 
 
+@pytest.mark.long
 def test_it_is_deterministic_and_mirror_images_count():
     x = pictures(12, (3, 32))
     model = make("resnet10t")
@@ -405,6 +406,7 @@ def test_mirror_images_are_shown_where_there_is_room(monkeypatch, num_views, max
     assert seen[0].num_views == expected
 
 
+@pytest.mark.long
 def test_less_memory_gives_the_same():
     x = pictures(20, (3, 32))
     model = make("resnet10t")

@@ -104,6 +104,7 @@ def test_what_is_said_of_the_file_is_so(written):
         assert 0 < low <= run.latency_ms <= high
 
 
+@pytest.mark.long
 def test_only_the_images_to_calibrate_with_decide_a_range(tmp_path):
     model, shown = model_of(), images(9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
@@ -201,6 +202,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
 # ---- command line ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
     import timm
 

@@ -266,6 +266,7 @@ def test_standard_error_is_that_of_the_mean_over_samples():
 
 @pytest.mark.parametrize("measure", [tpv_scores, variance_curves])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_leaves_no_activation_to_the_garbage_collector(case, measure):
     model = build(case)
     groups = found(model)

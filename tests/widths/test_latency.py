@@ -260,6 +260,7 @@ def test_turns_in_a_runtime_show_which_model_is_faster(runtime):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.long
 def test_a_table_of_a_runtime_sums_to_the_whole_network(runtime, monkeypatch, untouched):
     pytest.importorskip(runtime)
     model, x = Wide(), torch.randn(1, 3, 16, 16)

@@ -51,6 +51,7 @@ def stop_at(number):
 @pytest.mark.parametrize(
     "options", [{"criterion": "tpv"}, {"criterion": "magnitude"}, {"repair": "bn"}]
 )
+@pytest.mark.long
 def test_a_stopped_run_gives_what_an_unbroken_one_does(model, tmp_path, options):
     options = {"keep": 0.4, "steps": 2, "repair": "reconstruct", **options}
     progress, calls = stop_at(None)
