@@ -421,7 +421,7 @@ def looked_at(model, group, x, num_directions):
         return t.flatten(2).mT if t.ndim > 2 else t[:, None]
 
     return {
-        r.call: (rows(inputs[r.call], r), torch.stack([rows(g[i], r) for g in grads]))
+        r.call: (rows(inputs[r.call], r), [rows(g[i], r) for g in grads])
         for i, r in enumerate(group.readers)
     }
 
@@ -453,7 +453,7 @@ def true_variances(model, group, order, counts, *, x, others):
                     gone, stay, b = maps[call]
                     a = a - fits[call][0]  # noqa: PLW2901
                     residual = a[..., gone] - a[..., stay] @ b
-                    u = u + (d[..., gone] * residual).sum((2, 3))
+                    u = u + (torch.stack(d)[..., gone] * residual).sum((2, 3))
                 squares, num = squares + float(u.square().sum()), num + u.numel()
             least = min(least, squares / num)
         found.append(least)
