@@ -19,7 +19,7 @@ STYLE = (
     "text { font: 13px system-ui, sans-serif; fill: #3d4248; } .title { font-weight: 600; } "
     ".soft { fill: #767b81; } .paper { fill: #fcfbf9; } .grid { stroke: #e3e0da; } "
     ".dense { stroke: #8a8f95; stroke-dasharray: 4 3; } .dot { fill: #8a8f95; } "
-    ".labels .dot { fill: #c2792b; } .ours .dot { fill: #0e6f66; } "
+    ".labels .dot { fill: #c2792b; } .ours .dot, .tpv .dot { fill: #0e6f66; } "
     ".ours text { font-weight: 600; } .error { stroke: #55595e; }"
 )
 Rows = Sequence[Mapping[str, str]]
@@ -89,7 +89,8 @@ def _way(way: str, rows: Rows, scale: Scale, y: float) -> str:
     if spread:
         ends = (scale.x(top1 - spread), y), (scale.x(top1 + spread), y)
         drawn.insert(0, _line("error", *ends))
-    kind = "ours" if way == OURS else "labels" if labels else ""
+    kind = "ours" if way == OURS else "tpv" if way.startswith("prune") else ""
+    kind = "labels" if labels else kind
     return f'<g class="{kind}">{"".join(drawn)}</g>'
 
 

@@ -320,8 +320,8 @@ def own_task() -> str:
     lines, verdicts = [], []
     for keep in keeps:
         ours = found.get((keep, OURS), [])
-        for way in (way for k, way in found if k == keep):
-            rows = found[keep, way]
+        of_keep = {way: rows for (k, way), rows in found.items() if k == keep}
+        for way, rows in sorted(of_keep.items(), key=lambda f: -mean_of(f[1], "top1")):
             cells = [mean_and_sd(rows, name) for name in ("top1", "agreement", "minutes")]
             apart = _apart(rows, ours) if way != OURS else ""
             cost = [f"{mean_of(rows, 'macs_kept'):.2f}", f"{mean_of(rows, 'mb'):.1f}"]
