@@ -464,14 +464,20 @@ def true_variances(model, group, order, counts, *, x, others):
 def test_variances_of_a_real_network_are_those_of_other_images():
     checkpoint = str(shared("weights/timm_resnet10t_cifar10.safetensors"))
     model = load_model("resnet10t", checkpoint=checkpoint, num_classes=10)[0].eval()
-    x, others = cifar(model, "train", 1500), cifar(model, "test", 800)
-    groups = find_groups(model, x[:1])
-    wide = [g for g in groups if 128 <= g.num_channels <= 512]
-    assert len({g.num_channels for g in wide}) == 3
-    curves = variance_curves(model, groups, x.split(100))
-    fit = x[torch.arange(len(x)) % 16 < 12]
-    for group in wide:
-        curve, counts = curves[group.name], at(group.num_channels)
-        truths = true_variances(model, group, curve.order, counts, x=fit, others=others)
-        for k, truth in zip(counts, truths, strict=True):
-            assert 0.75 < float(curve.variance[k]) / truth < 1.25, (group.name, k)
+    images_seen, others = cifar(model, "train", 4500), cifar(model, "test", 800)
+    groups = find_groups(model, images_seen[:1])
+    wide = {g.num_channels: g for g in groups if 128 <= g.num_channels <= 512}
+    assert len(wide) == 3
+    ratios = {width: [] for width in wide}
+    # A curve is measured on the images held back, some 170: of one draw it is as noisy as these.
+    for x in images_seen.split(1500):
+        curves = variance_curves(model, groups, x.split(100))
+        fit = x[torch.arange(len(x)) % 16 < 12]
+        for width, group in wide.items():
+            curve, counts = curves[group.name], at(width)
+            truths = true_variances(model, group, curve.order, counts, x=fit, others=others)
+            ratios[width].append(curve.variance[counts] / torch.tensor(truths))
+    for width, found in ratios.items():
+        mean = torch.stack(found).mean(0)
+        assert (mean > 0.75).all() and (mean < 1.25).all(), (width, found)
+        print(width, found)
