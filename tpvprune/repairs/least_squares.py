@@ -11,7 +11,7 @@ error on those is taken, as far as going downhill finds it; then all rows are fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,17 @@ def rows_at_once(x: Tensor) -> int:
     return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * max(1, x.shape[2]))))
 
 
+def _picked(parts: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    """Return the chosen rows of all parts [n, g, u], copied but once, as [g, rows, u]."""
+    joined = parts[0].new_empty(sum(map(len, chosen)), *parts[0].shape[1:])
+    start = 0
+    for part, rows in zip(parts, chosen, strict=True):
+        end = start + len(rows)
+        torch.index_select(part, 0, sent(rows, part.device), out=joined[start:end])
+        start = end
+    return joined.transpose(0, 1)
+
+
 class LeastSquares:
     """One problem, fed in chunks of rows.
 
@@ -154,22 +165,12 @@ class LeastSquares:
         if not self._rows:
             return
         for fold in range(2):
-            found = moments(*(self._rows_of(fold, part) for part in range(2)), in_place=True)
+            chosen = [(held == bool(fold)).nonzero().squeeze(1) for *_, held in self._rows]
+            x, e = (_picked([rows[part] for rows in self._rows], chosen) for part in range(2))
+            found = moments(x, e, in_place=True)
             known = self._folds[fold]
             self._folds[fold] = found if known is None else known + found
         self._rows, self._num_rows = [], 0
-
-    def _rows_of(self, fold: int, part: int) -> Tensor:
-        """Return the rows of inputs (part 0) or errors (1) of a fold, copied but once."""
-        chosen = [(held == bool(fold)).nonzero().squeeze(1) for *_, held in self._rows]
-        values = [rows[part] for rows in self._rows]
-        joined = values[0].new_empty(sum(map(len, chosen)), *values[0].shape[1:])
-        start = 0
-        for rows, value in zip(chosen, values, strict=True):
-            end = start + len(rows)
-            torch.index_select(value, 0, sent(rows, value.device), out=joined[start:end])
-            start = end
-        return joined.transpose(0, 1)
 
     def solve(self, ridge: float | None = None) -> Fit:
         """Return the fit.
@@ -199,7 +200,7 @@ class LeastSquares:
         if num_processes() > 1:
             ((x, e, held),) = gathered([(x.transpose(0, 1), e.transpose(0, 1), held)])
             x, e = x.transpose(0, 1), e.transpose(0, 1)
-        x, e = (t if t.dtype == torch.float64 else t.float() for t in (x, e))
+        x, e = in_single(x), in_single(e)
         if ridge is None:
             ridge = FIXED_RIDGE
             if bool(held.any()) and not bool(held.all()):
