@@ -133,6 +133,69 @@ def test_variances_without_stand_ins_are_those_of_other_images(width, stand_in):
     assert (mean_of(ratios) < 1.25).all()
 
 
+# ---- what stays predicts what leaves ---------------------------------------------------------
+
+
+def spread_inputs(num, width=96, seed=0):
+    """Return rows [num, width]: ten common causes, and noise of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = 6 * torch.randn(10, width, generator=torch.Generator().manual_seed(99)).double()
+    common, own = (torch.randn(num, n, generator=generator).double() for n in (10, width))
+    return common @ mix + own
+
+
+def fit_of(rows):
+    return rows.mean(0), torch.cov(rows.T, correction=0)
+
+
+def nested(width, fractions=(0.125, *QUARTERS, 0.94)):
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
+    return [order[: round(f * width)] for f in fractions]
+
+
+@pytest.mark.parametrize("rho", SHRINKAGES)
+def test_maps_of_a_shrinkage_are_those_of_the_inverse_covariance(rho):
+    fit = fit_of(spread_inputs(500))
+    inputs = Inputs(fit, fit, torch.linalg.inv(shrunk(fit[1], rho)), rho)
+    for gone in nested(96):
+        p = inputs.precision
+        wanted = p[:, gone] @ torch.linalg.inv(p[gone][:, gone])
+        torch.testing.assert_close(inputs.residual_map(gone, rho), wanted, rtol=1e-4, atol=1e-4)
+
+
+def shrunk(covariance, rho):
+    return (1 - rho) * covariance + rho * covariance.diagonal().diag()
+
+
+def test_the_fewer_stay_the_less_their_maps_are_shrunk():
+    fit, held = fit_of(spread_inputs(110, seed=1)), fit_of(spread_inputs(400, seed=2))
+    others = spread_inputs(4000, seed=3) - fit[0]
+    mix = torch.randn(96, 10, generator=torch.Generator().manual_seed(5)).double()
+    inputs = Inputs.of(fit, held)
+    assert inputs.shrinkage > SHRINKAGES[1]
+    ratios, rho = [], inputs.shrinkage
+    for gone in nested(96):
+        rho = inputs.less_shrunk(gone, mix[gone] @ mix[gone].T, rho)
+        found = {
+            r: float(((others @ inputs.residual_map(gone, r)) @ mix[gone]).square().sum())
+            for r in SHRINKAGES
+        }
+        assert found[rho] <= 1.05 * min(found.values())
+        ratios.append(found[inputs.shrinkage] / found[rho])
+    # One shrinkage for all of them lets few channels stand in for less than they can.
+    assert max(ratios) > 1.2
+
+
+def test_inputs_that_leave_without_others_and_none_that_leave():
+    fit = fit_of(spread_inputs(200, width=6))
+    inputs = Inputs.of(fit, fit)
+    none, every = torch.tensor([], dtype=torch.long), torch.arange(6)
+    assert inputs.residual_map(none, 0.1).shape == (6, 0)
+    torch.testing.assert_close(inputs.residual_map(every, 0.1), torch.eye(6).double())
+    for gone in (none, every):
+        assert inputs.less_shrunk(gone, torch.eye(len(gone)).double(), 0.1) in SHRINKAGES
+
+
 # ---- the order ------------------------------------------------------------------------------
 
 
@@ -150,7 +213,9 @@ def random_part(num_channels, per_channel, extra=2, *, seed=0):
     channel = torch.arange(num_channels).repeat_interleave(per_channel)
     channel = channel[torch.randperm(own, generator=generator)]
     covariance = spread(size)
-    inputs = Inputs(torch.zeros(size, dtype=torch.float64), torch.linalg.inv(covariance))
+    varies = torch.zeros(size, dtype=torch.float64), covariance
+    # Judged on the rows of the fit itself the least shrinkage is best.
+    inputs = Inputs(varies, varies, torch.linalg.inv(shrunk(covariance, 0.25)), 0.25)
     return Part(reader(index, channel), inputs, spread(own)), covariance
 
 
@@ -179,8 +244,8 @@ def slow_cost(part, covariance, stays, unit):
 
 
 @pytest.mark.parametrize("per_channel", [(1,), (2,), (3, 1), (1, 0)])
-@pytest.mark.parametrize("num_channels", [2, 7])
-def test_orders_equal_a_slow_elimination(num_channels, per_channel):
+@pytest.mark.parametrize(("num_channels", "counts"), [(2, ()), (7, ()), (9, (2, 5, 7))])
+def test_orders_equal_a_slow_elimination(num_channels, counts, per_channel):
     parts, covariances = [], []
     savings = 1 + torch.rand(num_channels, dtype=torch.float64)
     for i, size in enumerate(per_channel):
@@ -192,31 +257,34 @@ def test_orders_equal_a_slow_elimination(num_channels, per_channel):
             covariance = None
         parts.append(part)
         covariances.append(covariance)
+    leaving = leaving_order(parts, num_channels, savings, counts)
+    shrinkages = [[p.inputs.shrinkage if p.inputs else 0.0 for p in parts]]
+    shrinkages += zip(*leaving.shrinkages, strict=True)
+    if counts:  # which they are allowed to, and do
+        assert any(len(set(of_part)) > 1 for of_part in zip(*shrinkages, strict=True))
+
+    def cost(unit, stays):
+        gone = num_channels - int(stays.sum())
+        now = shrinkages[sum(gone >= c for c in counts)]
+        return sum(
+            float(p.moments[unit]) if c is None else slow_cost(p, shrunk(c, rho), stays, unit)
+            for p, c, rho in zip(parts, covariances, now, strict=True)
+        )
+
     stays, order, shape = torch.ones(num_channels, dtype=torch.bool), [], [0.0]
     while stays.sum() > 1:
-        costs = {
-            unit: sum(
-                float(p.moments[unit]) if c is None else slow_cost(p, c, stays, unit)
-                for p, c in zip(parts, covariances, strict=True)
-            )
-            for unit in stays.nonzero().squeeze(1).tolist()
-        }
+        costs = {unit: cost(unit, stays) for unit in stays.nonzero().squeeze(1).tolist()}
         gone = min(costs, key=lambda unit: costs[unit] / float(savings[unit]))
         order.append(gone)
         shape.append(shape[-1] + costs[gone])
         stays[gone] = False
-    leaving = leaving_order(parts, num_channels, savings)
     found, curve = leaving.order, leaving.shape
     every = torch.ones(num_channels, dtype=torch.bool)
     for unit, alone in enumerate(leaving.alone.tolist()):
-        slow = sum(
-            float(p.moments[unit]) if c is None else slow_cost(p, c, every, unit)
-            for p, c in zip(parts, covariances, strict=True)
-        )
-        assert alone == pytest.approx(slow, rel=1e-9)
+        assert alone == pytest.approx(cost(unit, every), rel=1e-5)
     assert found.tolist() == [*order, *stays.nonzero().squeeze(1).tolist()]
     torch.testing.assert_close(
-        curve, torch.tensor(shape, dtype=torch.float64), rtol=1e-9, atol=1e-12
+        curve, torch.tensor(shape, dtype=torch.float64), rtol=1e-5, atol=1e-9
     )
 
 
@@ -255,7 +323,8 @@ class Mapped(nn.Module):
 def inputs_of(groups, num=12):
     eye = torch.eye(num, dtype=torch.float64)
     calls = {r.call: len(r.index) for g in groups for r in g.readers}
-    return {c: Inputs(eye[0, :n], eye[:n, :n]) for c, n in calls.items()}
+    fits = {c: (eye[0, :n], eye[:n, :n]) for c, n in calls.items()}
+    return {c: Inputs.of(fit, fit) for c, fit in fits.items()}
 
 
 def gradient_moments(model, groups, batches, probing, inputs):
@@ -479,6 +548,4 @@ def test_variances_of_a_real_network_are_those_of_other_images():
             ratios[width].append(curve.variance[counts] / torch.tensor(truths))
     means = {width: torch.stack(found).mean(0) for width, found in ratios.items()}
     off = [width for width, mean in means.items() if (mean < 0.75).any() or (mean > 1.25).any()]
-    if off == [512]:
-        pytest.xfail(f"three quarters of 512 gone, on 170 images: {ratios[512]}")
     assert not off, ratios

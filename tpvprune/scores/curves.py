@@ -36,7 +36,6 @@ from tpvprune.scores.residuals import (
     is_held,
     merged,
     ridge_inverse,
-    shrunk_precision,
 )
 from tpvprune.scores.second_moments import (
     MEASURED,
@@ -205,17 +204,18 @@ def _wide_curves(
     if not groups:
         return
     stood_in = {
-        r.call: _inputs(fit[r.call], held.get(r.call, fit[r.call]))
+        r.call: Inputs.of(fit[r.call][:2], held.get(r.call, fit[r.call])[:2])
         for g in groups.values()
         for r in g.readers
         if r.call in widths
     }
     parts = gradients.parts(stood_in)
     found = {
-        name: leaving_order(parts[name], g.num_channels, savings[name].double())
+        name: leaving_order(
+            parts[name], g.num_channels, savings[name].double(), measured_at(g.num_channels)
+        )
         for name, g in groups.items()
     }
-    orders = {name: leaving.order for name, leaving in found.items()}
     # Other directions on inputs that took no part, where there are any.
     again = replace(probing, seed=probing.seed + 1)
     judges: Iterable[Tensor] = _Held(inputs)
@@ -224,7 +224,7 @@ def _wide_curves(
     for names in parts_of(sizes, max_bytes_held):
         part = [groups[name] for name in names]
         measured = measured_variance(
-            model, part, judges, again, orders=orders, parts=parts, means=_means(fit)
+            model, part, judges, again, leaving=found, parts=parts, means=_means(fit)
         )
         for g in part:
             leaving, counts = found[g.name], measured_at(g.num_channels)
@@ -255,10 +255,6 @@ def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> Size:
     """Return what the maps of a wide group take while its variance is measured."""
     numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
     return Size(0, 4 * len(MEASURED) * numbers)
-
-
-def _inputs(fit: tuple[Tensor, Tensor, float], held: tuple[Tensor, Tensor, float]) -> Inputs:
-    return Inputs(fit[0], shrunk_precision(fit[:2], held[:2]))
 
 
 # ---- elimination ----------------------------------------------------------------------------

@@ -31,8 +31,10 @@ class _Left:
 
     def __init__(self, part: Part) -> None:
         assert part.inputs is not None
+        self._part, self._inputs = part, part.inputs
         self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
         self._index, self._channel = (t.cpu() for t in (part.reader.index, part.reader.channel))
+        self.shrinkage = part.inputs.shrinkage
 
     def costs(self, num_channels: int) -> Tensor:
         """Return tr(G_cc P_cc^-1) of every unit [C]."""
@@ -54,21 +56,44 @@ class _Left:
         at = self._index[own]
         residual = torch.linalg.inv(self._p[at][:, at])
         taken = self._p[:, at] @ residual  # [n, |R|]
-        g_gone = self._g[own]
-        lost = float((g_gone[:, own] * residual).sum())
-        share = -taken[self._index[~own]].T  # [|R|, own that stay]
-        cross = share.T @ g_gone[:, ~own]
-        g = self._g[~own][:, ~own]
-        g += cross
-        g += cross.T
-        g += share.T @ g_gone[:, own] @ share
+        lost = float((self._g[own][:, own] * residual).sum())
         stay = torch.ones(len(self._p), dtype=torch.bool)
         stay[at] = False
+        self._g = _carried(self._g, own, -taken[self._index[~own]].T)
         self._p = self._p[stay][:, stay].addmm_(taken[stay], self._p[at][:, stay], alpha=-1)
-        self._g = g
         place = stay.cumsum(0) - 1
         self._index, self._channel = place[self._index[~own]], self._channel[~own]
         return lost
+
+    def shrink_less(self, gone: Tensor) -> None:
+        """Once units [C] (BoolTensor) have left: fewer inputs that stay, other maps of them."""
+        reader, moments = self._part.reader, self._part.moments
+        own = gone[reader.channel.cpu()]
+        at = reader.index.cpu()
+        g = moments[own][:, own]
+        shrinkage = self._inputs.less_shrunk(at[own], g, self.shrinkage)
+        if shrinkage == self.shrinkage:
+            return
+        self.shrinkage = shrinkage
+        stay = torch.ones(len(self._inputs.precision), dtype=torch.bool)
+        stay[at[own]] = False
+        m = self._inputs.residual_map(at[own], shrinkage)
+        self._g = _carried(moments, own, -m[at[~own]].T)
+        self._p = self._inputs.precision_of(stay.nonzero().squeeze(1), shrinkage)
+
+
+def _carried(g: Tensor, own: Tensor, share: Tensor) -> Tensor:
+    """Return G of the inputs that stay, with what they carry for those that left, ``own``.
+
+    ``share`` [|R|, own that stay]: by how much each of those stands in.
+    """
+    g_gone = g[own]
+    cross = share.T @ g_gone[:, ~own]
+    g = g[~own][:, ~own]
+    g += cross
+    g += cross.T
+    g += share.T @ g_gone[:, own] @ share
+    return g
 
 
 class _Static:
@@ -85,6 +110,11 @@ class _Static:
     def remove(self, gone: Tensor) -> float:
         """Return what the output loses by these units [C]."""
         return float(self._costs[gone].sum())
+
+    def shrink_less(self, gone: Tensor) -> None:
+        """Nothing here depends on what has left."""
+
+    shrinkage = 0.0
 
 
 def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,18 +135,22 @@ class Leaving:
         order: Channels [C].
         shape: What was lost once k have left [C].
         alone: What is lost with each channel alone [C].
+        shrinkages: Of each part's maps, at the counts asked for.
     """
 
     order: Tensor
     shape: Tensor
     alone: Tensor
+    shrinkages: tuple[tuple[float, ...], ...]
 
 
-def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> Leaving:
+def leaving_order(
+    parts: Sequence[Part], num_channels: int, savings: Tensor, counts: Sequence[int] = ()
+) -> Leaving:
     """Let the cheapest channels leave, block after block.
 
-    ``savings``: what each channel's removal saves [C]. NotFiniteError if what is lost is not
-    finite.
+    ``savings``: what each channel's removal saves [C]. ``counts``: when so many have left (rising),
+    the shrinkage is chosen anew for those that stay. NotFiniteError if what is lost is not finite.
     """
     # The numbers stay on their device; which channels are left, and leave, the host decides.
     left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
@@ -130,12 +164,15 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
         return costs
 
     first = each()
+    shrinkages: list[tuple[float, ...]] = []
     while (num_left := int(stays.sum())) > 1:
         costs = each() if order else first
         # Ranked are those that are left, and no others: every step makes progress.
         candidates = stays.nonzero().squeeze(1)
         ranks = (costs / savings.clamp_min(1e-12))[candidates]
-        chosen = candidates[ranks.argsort(stable=True)[: min(block, num_left - 1)]]
+        until = min((c for c in counts if c > num_channels - num_left), default=num_channels - 1)
+        num_leaving = min(block, until - num_channels + num_left)
+        chosen = candidates[ranks.argsort(stable=True)[:num_leaving]]
         gone = torch.zeros(num_channels, dtype=torch.bool)
         gone[chosen] = True
         lost = sum(p.remove(gone) for p in left)
@@ -151,5 +188,14 @@ def leaving_order(parts: Sequence[Part], num_channels: int, savings: Tensor) -> 
         shape += (shape[-1] + lost * alone.cumsum(0)).tolist()
         order.append(chosen)
         stays[chosen] = False
+        if num_channels - num_left + num_leaving in counts:
+            for p in left:
+                p.shrink_less(~stays)
+            shrinkages.append(tuple(p.shrinkage for p in left))
     leaves = torch.cat([*order, stays.nonzero().squeeze(1)])
-    return Leaving(leaves, torch.tensor(shape, dtype=torch.float64), first.clamp_min(0))
+    return Leaving(
+        leaves,
+        torch.tensor(shape, dtype=torch.float64),
+        first.clamp_min(0),
+        tuple(zip(*shrinkages, strict=True)) or ((),) * len(parts),
+    )

@@ -60,15 +60,85 @@ def residual_maps(
     return maps
 
 
+Fit = tuple[Tensor, Tensor]
+"""Mean [n] and covariance [n, n], float64, of the inputs of one reader."""
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """How the inputs of one reader vary: mean [n], and inverse covariance [n, n], float64."""
+    """How the inputs of one reader vary.
 
-    mean: Tensor
+    Attributes:
+        fit: Of the images that maps are fitted to.
+        held: Of others, by which shrinkages are chosen.
+        precision: Inverse covariance [n, n], shrunk by ``shrinkage``.
+        shrinkage: With which each input is predicted best from all others.
+    """
+
+    fit: Fit
+    held: Fit
     precision: Tensor
+    shrinkage: float = SHRINKAGES[0]
+
+    @classmethod
+    def of(cls, fit: Fit, held: Fit) -> Inputs:
+        """Choose the shrinkage: see :func:`shrunk_precision`."""
+        rho, precision = _shrunk(fit, held)
+        return cls(fit, held, precision, rho)
+
+    def less_shrunk(self, gone: Tensor, gradients: Tensor, shrinkage: float) -> float:
+        """Return the shrinkage, at most ``shrinkage``, to predict some inputs by those that stay.
+
+        The fewer stay, the less do their maps need it: it falls as long as the variance of the
+        output on held-back images does. ``gone``: [|R|], as indices of inputs; ``gradients``:
+        E d d^T [|R|, |R|] there.
+        """
+        at = SHRINKAGES.index(shrinkage)
+        if not at or not len(gone):
+            return shrinkage
+        least = self._variance(self.residual_map(gone, shrinkage), gradients)
+        while at:
+            variance = self._variance(self.residual_map(gone, SHRINKAGES[at - 1]), gradients)
+            if not variance < least:
+                break
+            at, least = at - 1, variance
+        return SHRINKAGES[at]
+
+    def precision_of(self, stay: Tensor, shrinkage: float) -> Tensor:
+        """Return the inverse covariance [|S|, |S|] of inputs that stay; NaN if there is none."""
+        own = self.fit[1][stay][:, stay]
+        found = _shrunk_inverse(own, _positive(own.diagonal()), shrinkage)
+        return torch.full_like(own, torch.nan) if found is None else found
+
+    def residual_map(self, gone: Tensor, shrinkage: float) -> Tensor:
+        """Return M with (a - mean) M what the inputs that stay cannot predict of some, ``gone``.
+
+        Returns [n, |R|]: the identity where inputs leave, elsewhere minus their predictors; NaN if
+        there are none.
+        """
+        covariance = self.fit[1]
+        stays = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
+        stays[gone] = False
+        stay = stays.nonzero().squeeze(1)
+        m = covariance.new_zeros(len(covariance), len(gone))
+        m[gone] = torch.eye(len(gone), dtype=m.dtype, device=m.device)
+        if len(stay) and len(gone):
+            own = covariance[stay][:, stay]
+            factor = _shrunk_factor(own, _positive(own.diagonal()), shrinkage)
+            if factor is None:
+                return torch.full_like(m, torch.nan)
+            across = (1 - shrinkage) * covariance[stay][:, gone]
+            m[stay] = -torch.cholesky_solve(across, factor)
+        return m
+
+    def _variance(self, m: Tensor, gradients: Tensor) -> float:
+        """Return tr(E d d^T M^T E[(a - mean)(a - mean)^T] M) on held-back images."""
+        mean, covariance = self.held
+        moved = (mean - self.fit[0]) @ m
+        return float(((m.T @ (covariance @ m) + torch.outer(moved, moved)) * gradients).sum())
 
 
-def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> Tensor:
+def shrunk_precision(fit: Fit, held: Fit) -> Tensor:
     r"""Return the inverse of a covariance, shrunk towards its diagonal.
 
     .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
@@ -78,14 +148,17 @@ def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) ->
     these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
     matrices, J. Multivariate Analysis 2004).
 
-    ``fit``: mean [n] and covariance [n, n], float64. Returns [n, n]; NaN if a covariance is not
-    finite.
+    Returns [n, n]; NaN if a covariance is not finite.
     """
+    return _shrunk(fit, held)[1]
+
+
+def _shrunk(fit: Fit, held: Fit) -> tuple[float, Tensor]:
+    """Return rho and P of :func:`shrunk_precision`."""
     mean, covariance = fit
     moved = held[0] - mean
     spread = held[1] + torch.outer(moved, moved)
-    variance = covariance.diagonal().clamp_min(0)
-    variance = variance + 1e-6 * variance.mean() + 1e-30
+    variance = _positive(covariance.diagonal())
     wide = len(covariance) > _LARGEST_DOUBLE
     parts = [t.float() if wide else t for t in (covariance, spread, variance)]
     chosen, least = None, float("inf")
@@ -100,19 +173,31 @@ def shrunk_precision(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) ->
             break  # the error falls, then rises
         chosen, least, best = rho, loss, precision
     if chosen is None:
-        return torch.full_like(covariance, torch.nan)
+        return SHRINKAGES[0], torch.full_like(covariance, torch.nan)
     if not wide:
-        return best
+        return chosen, best
     precision = _shrunk_inverse(covariance, variance, chosen)
-    return best.double() if precision is None else precision
+    return chosen, best.double() if precision is None else precision
+
+
+def _positive(variance: Tensor) -> Tensor:
+    """Return variances of inputs that never vary at a millionth of the others'."""
+    variance = variance.clamp_min(0)
+    return variance + 1e-6 * variance.mean() + 1e-30
 
 
 def _shrunk_inverse(covariance: Tensor, variance: Tensor, rho: float) -> Tensor | None:
     """Return the inverse of the shrunk covariance; None if it is singular to rounding."""
+    factor = _shrunk_factor(covariance, variance, rho)
+    return None if factor is None else torch.cholesky_inverse(factor)
+
+
+def _shrunk_factor(covariance: Tensor, variance: Tensor, rho: float) -> Tensor | None:
+    """Return the Cholesky factor of the shrunk covariance, or None."""
     damped = (1 - rho) * covariance
     damped.diagonal().add_(rho * variance)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    return None if bool(failed.any()) else torch.cholesky_inverse(factor)
+    return None if bool(failed.any()) else factor
 
 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

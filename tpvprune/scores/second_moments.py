@@ -31,7 +31,7 @@ from tpvprune.groups import ChannelGroup, Reader
 from tpvprune.passes.crossing import fetched, sent
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.processes.shares import summed, total
-from tpvprune.scores.leaving import Part
+from tpvprune.scores.leaving import Leaving, Part
 from tpvprune.scores.residuals import Inputs
 from tpvprune.scores.taps import Probing, passes, reader_plan
 
@@ -182,21 +182,23 @@ def measured_variance(
     batches: Iterable[Tensor],
     probing: Probing,
     *,
-    orders: Mapping[str, Tensor],
+    leaving: Mapping[str, Leaving],
     parts: Mapping[str, Sequence[Part]],
     means: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
     """Measure E[u_R^2] where some of the channels of a group have left in the given order.
 
-    ``orders``: group name -> order in which channels leave [C]. ``parts``: group name -> what its
-    readers' inputs predict of each other. Returns group name -> the variance at
-    :func:`measured_at`, float64, on the CPU.
+    ``leaving``: group name -> the order, with the shrinkage of maps at :func:`measured_at`.
+    ``parts``: group name -> what its readers' inputs predict of each other. Returns group name ->
+    the variance at :func:`measured_at`, float64, on the CPU.
     """
     device = next(model.parameters()).device
     plan = reader_plan(groups, device)
-    gone = {g.name: _gone(orders[g.name], measured_at(g.num_channels)) for g in groups}
+    gone = {g.name: _gone(leaving[g.name].order, measured_at(g.num_channels)) for g in groups}
     maps = {
-        (name, part.reader.call): _maps(part, gone[name]) for name in gone for part in parts[name]
+        (name, part.reader.call): _maps(part, gone[name], shrinkages)
+        for name in gone
+        for part, shrinkages in zip(parts[name], leaving[name].shrinkages, strict=True)
     }
     gone = {name: g.to(device) for name, g in gone.items()}
     sums = {
@@ -238,16 +240,15 @@ def _gone(order: Tensor, counts: Sequence[int]) -> Tensor:
     return rank < torch.tensor(counts)[:, None]
 
 
-def _maps(part: Part, gone: Tensor) -> Tensor | None:
-    """Return P_:R P_RR^-1 for every set R of channels that have left: [sets, n, own]."""
+def _maps(part: Part, gone: Tensor, shrinkages: Sequence[float]) -> Tensor | None:
+    """Return the residual map of every set R of channels that have left: [sets, n, own]."""
     if part.inputs is None:
         return None
-    p, index = part.inputs.precision, part.reader.index
-    maps = torch.zeros(len(gone), len(p), len(index), device=p.device)
-    for m, left in zip(maps, gone[:, part.reader.channel], strict=True):
-        if bool(left.any()):
-            at = index[left]
-            m[:, left] = torch.linalg.solve(p[at][:, at], p[at]).T.float()
+    index, precision = part.reader.index, part.inputs.precision
+    maps = torch.zeros(len(gone), len(precision), len(index), device=precision.device)
+    own = gone[:, part.reader.channel]
+    for m, left, shrinkage in zip(maps, own, shrinkages, strict=True):
+        m[:, left] = part.inputs.residual_map(index[left].to(m.device), shrinkage).float()
     return maps
 
 
