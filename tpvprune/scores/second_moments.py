@@ -15,10 +15,11 @@ output feels it by G_cc, its own gradient and what it carries for those that lef
     P \leftarrow P - P_{:B} P_{BB}^{-1} P_{B:}, \quad
     G \leftarrow (I + \beta)^T G (I + \beta), \quad \beta = -P_{BB}^{-1} P_{B:},
 
-for a block B that leaves at each step. The fewer stay, the less do their maps need shrinking: at the
-widths that are measured the shrinkage is chosen anew, and P and G with it. That sum takes residuals and gradients for independent, of
-each other and between positions, so it gives the order and the shape alone: how much it is at a few
-widths is measured, on images that neither the maps nor the order were fitted to.
+for a block B that leaves at each step. The fewer stay, the less do their maps need shrinking: at
+the widths that are measured the shrinkage is chosen anew, and P and G with it. That sum takes
+residuals and gradients for independent, of each other and between positions, so it gives the order
+and the shape alone: how much it is at a few widths is measured, on images that neither the maps nor
+the order were fitted to.
 """
 
 from __future__ import annotations
