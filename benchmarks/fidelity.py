@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tpvprune import keep_freed_memory
 from tpvprune.depth import Branch, Removal, branch_scores, find_branches, remove_branches
 from tpvprune.diagnostics import ablation_scores, spearman
 from tpvprune.groups import ChannelGroup, ChannelGroups, find_groups
@@ -62,6 +63,7 @@ Parts = Sequence[ChannelGroup] | Sequence[Branch]
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, _ = load_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
     model.to(args.device)

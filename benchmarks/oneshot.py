@@ -26,6 +26,7 @@ from rows import append, grouped, mean_and_sd, read
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from tpvprune import keep_freed_memory
 from tpvprune.images.loading import choose_images, in_memory
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.images.sources import open_images
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"oneshot-{args.model}.csv"
     done = read(path, KEY)

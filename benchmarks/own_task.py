@@ -37,6 +37,7 @@ from rows import append
 from teachers import Task, opened
 from ways import CUTS, DENSE, WAYS, Job, Smaller, quality
 
+from tpvprune import keep_freed_memory
 from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction, positive
 
 SETTINGS = ("weights", "images", "arguments")
@@ -161,6 +162,7 @@ def measured(args: argparse.Namespace, done: Sequence[Row] = ()) -> Iterator[Row
                     f"{value!r}: choose another file"
                 )
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     keys = {tuple(row[name] for name in KEY) for row in done}
     for seed in range(args.seed, args.seed + args.seeds):
         task: Task | None = None

@@ -31,7 +31,7 @@ from paper_chart import chart, table
 from rows import append, read
 from torch import Tensor, nn
 
-from tpvprune import find_groups
+from tpvprune import find_groups, keep_freed_memory
 from tpvprune.groups import ChannelGroup, ChannelGroups, with_blocked
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.budget import LatencyTable, Term
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table and draw the chart."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"paper-pruning-{args.model}.csv"
     done = read(path, KEY)

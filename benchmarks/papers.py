@@ -35,7 +35,7 @@ from paper_statistics import Row
 from titles import markdown
 from tqdm import tqdm
 
-from tpvprune import agreement, distill, prune
+from tpvprune import agreement, distill, keep_freed_memory, prune
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and measure what is missing, then print the table of claims."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     start = time.perf_counter()
     rows = [row for images, chosen in pools(args) for row in taken(args, images, chosen)]
     students = [row for seed in range(args.seeds) for row in distilled(digits(), seed)]

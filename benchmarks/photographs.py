@@ -31,7 +31,7 @@ from rows import append
 from tables import photographs_table
 from torch import Tensor, nn
 
-from tpvprune import prune
+from tpvprune import keep_freed_memory, prune
 from tpvprune.benchmark.plan import Plan, Series, Target, needs_labels
 from tpvprune.benchmark.rows import COLUMNS as COMMON
 from tpvprune.benchmark.rows import RANKINGS, Row, key_of, read_rows
@@ -241,6 +241,7 @@ def measured(
     if not missing:
         return
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     subject = subject or opened(args)
     drawn: tuple[int, list[Any]] | None = None
     left_out: dict[str, str] = {}

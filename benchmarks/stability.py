@@ -18,6 +18,7 @@ import torch
 from environment import write_environment
 from torch import Tensor, nn
 
+from tpvprune import keep_freed_memory
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
 from tpvprune.images.loading import choose_images
@@ -31,6 +32,7 @@ from tpvprune.saved.models import load_model
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
     model, _ = load_model(args.model, checkpoint=args.checkpoint)
     train, test = (images(args, model, folder) for folder in (args.train_dir, args.test_dir))

@@ -23,6 +23,7 @@ from environment import write_environment
 from oneshot import images
 from rows import append, grouped, mean_and_sd, read
 
+from tpvprune import keep_freed_memory
 from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.saved.models import load_model
 from tpvprune.weights.pruning import prune_weights
@@ -36,6 +37,7 @@ FREE = [("tpv", "joint"), ("magnitude", "global"), ("magnitude", "layer"), ("wan
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"weights-{args.model}.csv"
     done = read(path, KEY)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tpvprune.passes.costs import count_macs, count_params, measure_latency
     from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
     from tpvprune.passes.forwards import own_forward, with_forward
+    from tpvprune.passes.memory import keep_freed_memory
     from tpvprune.pipeline import PruningResult, prune, prune_within, rank_channels
     from tpvprune.repairs.batchnorm import recalibrate_batchnorm
     from tpvprune.repairs.compensation import compensate_weights
@@ -77,6 +78,8 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "count_macs",
     "count_params",
     "measure_latency",
+    # speed on a CPU
+    "keep_freed_memory",
     # files, and other people's pruners
     "save_pruned",
     "load_pruned",
@@ -99,6 +102,7 @@ _MODULES = {
     "passes.evaluation": ("Evaluation", "agreement", "evaluate"),
     "saved.export": ("export_model",),
     "passes.forwards": ("own_forward", "with_forward"),
+    "passes.memory": ("keep_freed_memory",),
     "groups": (
         "ChannelGroup",
         "ChannelGroups",

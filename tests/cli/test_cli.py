@@ -1,7 +1,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import statistics
@@ -497,43 +496,28 @@ class TestStart:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages of Linux")
     @pytest.mark.parametrize(
-        ("argv", "own", "expected"),
+        ("argv", "expected"),
         [
-            (["prune", "--output", "new"], None, "1"),
-            (["prune", "--output", "new"], "0", "0"),
-            (["prune", "--output", "new", "--of", "latency"], None, None),
-            (["prune", "--output", "new", "--of", "params", "--dry-run"], None, "1"),
-            (["score", "--output", "new"], None, "1"),
-            (["benchmark", "--output", "new"], None, "1"),
-            (["distill", "flat", "--output", "new"], None, "1"),
-            (["evaluate"], None, None),
-            (["export"], None, None),
+            (["prune", "--output", "new"], True),
+            (["prune", "--output", "new", "--of", "latency"], False),
+            (["prune", "--output", "new", "--of", "params", "--dry-run"], True),
+            (["score", "--output", "new"], True),
+            (["benchmark", "--output", "new"], True),
+            (["distill", "small", "--output", "new"], True),
+            (["evaluate"], False),
+            (["export"], False),
         ],
     )
-    def test_large_pages_are_asked_for_where_no_milliseconds_are_the_result(
-        self, root, argv, own, expected
+    def test_freed_memory_is_kept_where_no_milliseconds_are_the_result(
+        self, root, run, monkeypatch, argv, expected
     ):
-        # Of what torch is started with; no images, so the command ends before it is imported.
+        kept = []
+        monkeypatch.setattr("tpvprune.passes.memory.keep_freed_memory", lambda: kept.append(1))
+        monkeypatch.setattr("tpvprune.cli.memory.within_memory", lambda run, args: (0, {}))
+        monkeypatch.setattr("tpvprune.cli.entry.check_first", lambda args: None)
         model = [] if argv[0] == "distill" else ["--model", "test_resnet"]
-        code = f"""
-            import os, sys
-            from tpvprune.cli.entry import main
-            assert main({[*argv, *model, "--data-dir", "none"]!r}) == 2
-            assert "torch" not in sys.modules
-            print(os.environ.get("THP_MEM_ALLOC_ENABLE"))
-        """
-        variables = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-        variables |= {"THP_MEM_ALLOC_ENABLE": own} if own else {}
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            cwd=root, env=variables, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout.strip() == str(expected)
-
-    def test_a_process_that_has_torch_already_keeps_its_environment(self, run, monkeypatch):
-        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-        run("prune", "--model", "test_resnet", "--data-dir", "none", "--output", "new")
-        assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+        assert run(*argv, *model, "--data-dir", "flat")[0] == 0
+        assert bool(kept) == expected
 
     @pytest.mark.parametrize("command", ["prune", "score", "groups", "evaluate", "demo"])
     def test_help_fits_the_terminal(self, command, capsys, monkeypatch):

@@ -1,6 +1,9 @@
 """How much memory may be filled: a share of what is free, whatever tells it."""
 
+import ctypes
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -38,3 +41,41 @@ def test_a_system_that_tells_nothing_gives_the_least(monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", missing)
     assert memory.spare_bytes(CPU) == 1 << 30
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.parametrize(("thread", "share"), [(False, 0.1), (True, 0.5)])
+def test_tensors_take_the_memory_that_others_left(thread, share):
+    """Pages are touched anew by every tensor of a plain process, and once where they are kept."""
+    code = """
+        import resource, sys, threading, torch
+        from tpvprune import keep_freed_memory
+
+        if sys.argv[1] == "kept":
+            keep_freed_memory()
+
+        def touch():
+            for _ in range(20):
+                torch.ones(1 << 24)
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        touch()
+        before = faults()
+        runner = threading.Thread(target=touch)
+        runner.start() if sys.argv[2] == "True" else touch()
+        if sys.argv[2] == "True":
+            runner.join()
+        print(faults() - before)
+    """
+    plain, kept = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(code), how, str(thread)],
+                capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for how in ("plain", "kept")
+    )  # fmt: skip
+    assert kept < share * plain

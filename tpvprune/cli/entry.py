@@ -22,8 +22,7 @@ from tpvprune.cli.recipes import parsed
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
-_LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by torch when it first allocates
-_IN_LARGE_PAGES = frozenset({"prune", "score", "distill", "finetune", "benchmark"})
+_KEEPING_MEMORY = frozenset({"prune", "score", "distill", "finetune", "benchmark"})
 # Where the commands live that are not in `commands`.
 _HOMES = {
     "audit": "audit",
@@ -59,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "keeps" in args:
             args.keep = min(args.keeps)  # what a plan goes by
         args.command_line = shlex.join(["tpvprune", *argv])
-        _ask_for_large_pages(args)
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
             dry = getattr(args, "dry_run", False)
@@ -67,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"tpvprune.cli.{home}")
             name = args.command.replace("-", "_")
             run = getattr(module, f"{'plan' if dry else 'run'}_{name}")
+            if _keeps_memory(args):
+                importlib.import_module("tpvprune.passes.memory").keep_freed_memory()
             memory = importlib.import_module("tpvprune.cli.memory")
             code, document = memory.within_memory(run, args)
     except KeyboardInterrupt:
@@ -78,19 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-def _ask_for_large_pages(args: Any) -> None:
-    """Let torch put its tensors into transparent huge pages, where Linux has them.
+def _keeps_memory(args: Any) -> bool:
+    """Tell whether memory that tensors leave behind is kept for the next.
 
-    Who scores, repairs and trains makes and drops tensors of tens of megabytes all the time, and
-    mapping each anew in pages of 4 KiB may take a third of the time. What states milliseconds as
-    its result does without (``--of latency``, ``latency-table``, ``evaluate``, ``export``): they
-    are to be those of a plain process, as the model will run in. A value that the user has set
-    stays.
+    What states milliseconds as its result does without (``--of latency``, ``latency-table``,
+    ``evaluate``, ``export``): they are to be those of a plain process, as the model will run in.
     """
-    timed = getattr(args, "of", None) == "latency"
-    wanted = args.command in _IN_LARGE_PAGES and not timed
-    if wanted and sys.platform.startswith("linux") and "torch" not in sys.modules:
-        os.environ.setdefault(_LARGE_PAGES, "1")
+    return args.command in _KEEPING_MEMORY and getattr(args, "of", None) != "latency"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a lack of memory looks like, and what can be done about it."""
+"""How this process holds memory, what a lack of it looks like, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+# Of malloc.h. One heap, because those of further threads are cut into pieces of 64 MB.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1, _ARENA_MAX: 1}
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -60,6 +64,21 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def keep_freed_memory() -> None:
+    """Let the C library (glibc, on Linux) keep what tensors leave behind for the next ones.
+
+    Passes, repairs and training make and drop tensors of tens of megabytes all the time. By default
+    each is mapped anew and handed back, and touching fresh pages takes up to half of the time on a
+    CPU. This process then takes tensors of up to 1 GiB from one heap and holds up to 2 GiB of it
+    that nobody uses, until it ends; elsewhere than on glibc nothing happens. Call it once, before
+    the first pass, where the process is your own; every command that prunes or trains does.
+    """
+    libc = _libc()
+    if libc is not None:
+        for option, value in _KEEPING.items():
+            libc.mallopt(option, value)
+
+
 def return_free_memory() -> None:
     """Let the C library hand free pages back to the system (glibc), where memory gets short.
 
@@ -85,7 +104,7 @@ def _resident() -> int:
 def _libc() -> Any:
     try:
         libc = ctypes.CDLL(None)
-        libc.malloc_trim  # noqa: B018
+        libc.malloc_trim, libc.mallopt  # noqa: B018
     except (OSError, AttributeError, TypeError):
         return None
     return libc
