@@ -18,9 +18,10 @@ from tpvprune.groups import find_groups
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import count_macs, count_params
-from tpvprune.passes.evaluation import difference
+from tpvprune.passes.difference import Reference
 from tpvprune.repairs.distillation import distill
 from tpvprune.repairs.finetuning import finetune
+from tpvprune.repairs.interpolation import FRACTIONS, nearest_between
 from tpvprune.repairs.training import Recipe
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import stock_prune
@@ -63,7 +64,7 @@ class Made(NamedTuple):
 def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Module:
     """Train a network as its kind is trained; measuring on held-back images is in the minutes.
 
-    Without labels what is further from the teacher than it was, in both ways, is not returned.
+    Without labels these choose between the network as it was and what training made of it.
     """
     loss, rate, *frozen = task.args.training[kind].split(":")
     how: dict[str, Any] = {"lr": float(rate), "freeze_batchnorm": bool(frozen), "seed": task.seed}
@@ -72,8 +73,9 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
         recipe = Recipe(minutes=_some(minutes), **how)
         return finetune(student, batches, recipe=recipe, augment=augment)
     start = monotonic()
-    before = difference(student, task.teacher, task.held)
-    measuring = 2 * (monotonic() - start) / 60
+    reference = Reference(task.teacher, task.held)
+    before = reference.difference(student)
+    measuring = len(FRACTIONS) * (monotonic() - start) / 60
     trained = distill(
         student,
         task.teacher,
@@ -83,9 +85,7 @@ def taught(task: Task, student: nn.Module, kind: str, minutes: float) -> nn.Modu
         augment=augment,
         **how,
     )
-    after = difference(trained, task.teacher, task.held)
-    nearer = after.output_variance <= before.output_variance
-    return trained if nearer or after.agreement >= before.agreement else student
+    return nearest_between(student, trained, reference, before).model
 
 
 def _some(minutes: float) -> float:

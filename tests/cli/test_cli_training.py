@@ -10,14 +10,16 @@ import pytest
 import timm
 import torch
 from image_cases import write_classes, write_images
+from safetensors.torch import load_file
 
 from tpvprune.cli import training as training_commands
 from tpvprune.cli.entry import main
 from tpvprune.cli.session_images import all_but, choose, choose_apart
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
+from tpvprune.passes import difference
 from tpvprune.passes.evaluation import Difference
-from tpvprune.repairs import duration, training
+from tpvprune.repairs import duration, interpolation, training
 from tpvprune.saved.checkpoint import load_pruned, read_config
 from tpvprune.weights.masks import load_masks
 
@@ -59,23 +61,36 @@ def weights_of(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [(2.0, 0.8, "start"), (2.0, 0.95, "trained"), (0.5, 0.8, "trained"), (0.5, 0.95, "trained")],
-)
-def test_training_that_only_harms_is_not_saved(run, root, tmp_path, monkeypatch, case):
-    variance, agreement, saved = case
-    found = [Difference(4, 0.9, 0.2, 1.0, 0.1), Difference(4, agreement, 0.2, variance, 0.1)]
-    measured = iter(found)
-    monkeypatch.setattr(training_commands, "difference", lambda *_: next(measured))
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_what_is_closest_on_held_back_images_is_saved(run, root, tmp_path, monkeypatch, fraction):
+    point = Difference(4, 0.9, 0.2, 1.0, 0.1)
+    ended = point if fraction == 1 else Difference(4, 0.8, 0.2, 2.0, 0.2)
+    ends = {}
+
+    def nearest(start, end, *_, **__):
+        ends[0.0], ends[1.0] = start.state_dict(), end.state_dict()
+        model = end if fraction == 1 else interpolation._point(start, end, fraction)
+        return interpolation.Between(model, fraction, point, ended)
+
+    monkeypatch.setattr(training_commands, "nearest_between", nearest)
     code, out, err = run(*distil(tmp_path / "out", "--json"))
-    document = json.loads(out)
+    document, said = json.loads(out), " ".join(err.split())
     assert code == 0
-    assert document["training"]["saved"] == saved
-    assert document["pruned"]["agreement"] == found[saved == "trained"].agreement
-    assert document["held_back"]["output_variance"] == found[saved == "trained"].output_variance
-    assert ("weights it began with are saved" in " ".join(err.split())) == (saved == "start")
-    assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (saved == "start")
+    training = document["training"]
+    assert training["saved"] == ("trained" if fraction else "start")
+    assert training["fraction"] == fraction
+    # Of the start that is saved, what training would have made of it is told.
+    assert training["after"]["agreement"] == (point if fraction else ended).agreement
+    assert document["pruned"]["agreement"] == point.agreement
+    assert document["held_back"]["output_variance"] == point.output_variance
+    assert ("weights it began with are saved" in said) == (fraction == 0)
+    assert ("0.5 of the way" in said) == (fraction == 0.5)
+    assert (weights_of(tmp_path / "out") == weights_of(root / "small")) == (fraction == 0)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for name, t in saved.items():
+        if t.is_floating_point():
+            wanted = torch.lerp(ends[0.0][name], ends[1.0][name], fraction)
+            torch.testing.assert_close(t, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_training_is_measured_on_images_that_an_earlier_prune_has_not_fitted(root):
@@ -180,28 +195,29 @@ def test_measuring_before_and_after_is_inside_of_the_minutes(run, tmp_path, monk
     now, seen, updates = [0.0], [], []
     for module in (training_commands, duration):
         monkeypatch.setattr(module, "monotonic", lambda: now[0])
-    measure, update = training_commands.difference, training._Run.update
+    measure, update = difference.Reference.difference, training._Run.update
 
-    def measured(*args):
+    def measured(self, model):
         seen.append(now[0])
         now[0] += 6.0
-        return measure(*args)
+        return measure(self, model)
 
     def slow(self, *args):
         update(self, *args)
         updates.append(now[0])
         now[0] += 1.0
 
-    monkeypatch.setattr(training_commands, "difference", measured)
+    monkeypatch.setattr(difference.Reference, "difference", measured)
     monkeypatch.setattr(training._Run, "update", slow)
-    argv = ["distill", "small", "--data-dir", "flat", *SMALL, "--minutes", "0.5", "--json"]
+    argv = ["distill", "small", "--data-dir", "flat", *SMALL, "--minutes", "1", "--json"]
     code, out, _ = run(*argv, "--output", tmp_path / "out")
     assert code == 0
     document = json.loads(out)["training"]
-    assert (len(updates), seen) == (18, [0.0, 24.0])
-    assert (document["epochs"], document["minutes"], document["seconds"]) == (None, 0.5, 30.0)
+    # Before; then the end, and three points between.
+    assert (len(updates), seen[:5]) == (30, [0.0, 36.0, 42.0, 48.0, 54.0])
+    assert (document["epochs"], document["minutes"], document["seconds"]) == (None, 1.0, 60.0)
     report = (tmp_path / "out" / "report.html").read_text()
-    assert "<th>Minutes</th><td>0.5</td>" in report and "<th>Epochs</th>" not in report
+    assert "<th>Minutes</th><td>1</td>" in report and "<th>Epochs</th>" not in report
 
 
 def test_class_folders_serve_as_unlabeled_images(run, root, tmp_path):

@@ -49,7 +49,7 @@ def test_a_broken_result_is_said_before_anything_else(capsys, show):
     after = {"output_variance": 1.0, "agreement": 0.9}
     facts = {
         "epochs": 2, "lr": 0.1, "num_images": 9, "num_held_back": 2, "used_labels": False,
-        "before": after, "after": after, "saved": "trained",
+        "before": after, "after": after, "saved": "trained", "fraction": 1.0,
     }  # fmt: skip
     lines, text = said(capsys, show, document(BROKEN, training=facts))
     assert lines[0].startswith("BROKEN: of 92 images held back only 31.0 %")

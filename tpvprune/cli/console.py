@@ -283,8 +283,12 @@ def trained_line(training: Mapping[str, Any]) -> None:
             "note: training took the model further from its teacher, so the weights it began "
             "with are saved: try more images or a lower --lr"
         )
-    elif not after["output_variance"] <= before["output_variance"]:
-        say("note: training took the outputs further from the teacher's: try a lower --lr")
+    elif training["fraction"] < 1:
+        say(
+            f"note: saved are the weights {training['fraction']:g} of the way from those it began "
+            "with to those it ended with, which are closest to the teacher: a lower --lr or more "
+            "images may bring more"
+        )
 
 
 def show_evaluated(document: Mapping[str, Any]) -> None:

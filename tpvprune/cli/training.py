@@ -29,11 +29,13 @@ from tpvprune.disk.digest import file_digest
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
+from tpvprune.passes.difference import Reference
 from tpvprune.passes.evaluation import Difference, count_macs, count_params, difference
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
 from tpvprune.repairs.distillation import distill, teacher_of
 from tpvprune.repairs.finetuning import finetune
+from tpvprune.repairs.interpolation import FRACTIONS, nearest_between
 from tpvprune.repairs.training import Recipe
 from tpvprune.reports.report import read_report
 from tpvprune.saved.checkpoint import read_config, save_pruned, saved_masks
@@ -142,8 +144,10 @@ def trained(
     teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
     shown = Shown(eval_images, "measuring")
     start = monotonic()
-    before = difference(subject.model, teacher, shown)
-    during = _between(recipe, 2 * (monotonic() - start), held)
+    reference = Reference(teacher, shown)
+    before = reference.difference(subject.model)
+    measured = 2 if labelled else len(FRACTIONS)
+    during = _between(recipe, measured * (monotonic() - start), held)
     state = state_file(args.output)
     resumed = state.exists()
     if resumed:
@@ -158,7 +162,14 @@ def trained(
             how |= {field.name: getattr(during, field.name) for field in dataclasses.fields(during)}
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
-    after = difference(model, teacher, shown)
+    if labelled:
+        after = found = reference.difference(model)
+        fraction = 1.0
+    else:
+        nearest = nearest_between(subject.model, model, reference, before)
+        model, fraction, found, after = (
+            nearest.model, nearest.fraction, nearest.found, nearest.end,
+        )  # fmt: skip
     if not math.isfinite(after.output_variance):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
@@ -166,10 +177,6 @@ def trained(
             f"{length_of(recipe.epochs, recipe.minutes)}: lower --lr ({recipe.lr:g}) or "
             f"--weight-decay ({recipe.weight_decay:g})"
         )
-    # What is further from the teacher in both ways is not saved.
-    helped = labelled or (
-        after.output_variance <= before.output_variance or after.agreement >= before.agreement
-    )
     facts = {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
@@ -184,10 +191,10 @@ def trained(
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(monotonic() - start, 1),
         "before": _closeness(before),
-        "after": _closeness(after),
-        "saved": "trained" if helped else "start",
+        "after": _closeness(after if fraction == 0 else found),
+        "fraction": fraction,
+        "saved": "trained" if fraction else "start",
     }
-    model, found = (model, after) if helped else (subject.model, before)
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
     return Trained(model, facts, eval_images, found)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import call_arguments
@@ -66,6 +67,8 @@ class Difference:
             are from the mean.
         by_output: The share of each output by itself. Of several outputs agreement is that of the
             first, and output variance the sum over all, each in units of its second moment.
+        divergence: KL(softmax(f_dense) || softmax(f)) of the first output, in nats, the mean over
+            inputs: smoother than agreement, and blind to classes that neither takes into account.
     """
 
     num_images: int
@@ -74,6 +77,7 @@ class Difference:
     output_variance: float
     share: float
     by_output: Mapping[str, float] = field(default_factory=dict)
+    divergence: float = float("nan")
 
     @property
     def is_broken(self) -> bool:
@@ -120,6 +124,10 @@ class Reference:
         self._outputs = Outputs.measured(dense, self._inputs, outputs)
         self._room = max_bytes
         self._held: list[list[Tensor]] | None = None
+        num_classes = getattr(dense, "num_classes", None)
+        self.classifies = (
+            isinstance(num_classes, int) and num_classes > 1 and len(self._outputs.scales) == 1
+        )
 
     @torch.no_grad()
     def difference(self, model: nn.Module) -> Difference:
@@ -169,7 +177,8 @@ class _Tally:
     """Sums over images of how far outputs are apart; of the first of them, how often they agree."""
 
     def __init__(self, num_outputs: int) -> None:
-        self._num, self._agree = 0, torch.zeros(1, dtype=torch.float64)
+        # Of the first output: agreements, and divergences.
+        self._num, self._first = 0, torch.zeros(2, dtype=torch.float64)
         self._changed = torch.zeros(2, num_outputs, dtype=torch.float64)  # without a shift, too
         self._chosen = torch.zeros(2, 0, dtype=torch.float64)
         self._spread: list[Moments] = []
@@ -177,7 +186,7 @@ class _Tally:
     def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take in the outputs [B, ...] of both models, the dense one's second."""
         device = pairs[0][0].device  # where the sums stay until all images have been seen
-        self._changed, self._agree = self._changed.to(device), self._agree.to(device)
+        self._changed, self._first = self._changed.to(device), self._first.to(device)
         for i, (ours, theirs) in enumerate(pairs):
             compared = comparison(ours, theirs)
             rows = _without_shift(theirs).flatten(1)
@@ -187,7 +196,7 @@ class _Tally:
                 self._spread.append(Moments(rows.shape[1], device=device))
             self._spread[i].add(rows)
             if i == 0:
-                self._agree += compared[0]
+                self._first += torch.stack([compared[0], _divergence(ours, theirs)])
                 counts = [o.argmax(1).flatten().bincount(minlength=o.shape[1]) for o in pairs[0]]
                 chosen = torch.stack(counts).double()
                 self._chosen = chosen + self._chosen if self._num else chosen
@@ -196,8 +205,8 @@ class _Tally:
 
     def difference(self, outputs: Outputs) -> Difference:
         """Return the means over the images of all processes."""
-        self._changed, self._agree, self._chosen = (
-            t.cpu() for t in (self._changed, self._agree, self._chosen)
+        self._changed, self._first, self._chosen = (
+            t.cpu() for t in (self._changed, self._first, self._chosen)
         )
         for m in self._spread:
             m.mean, m.spread = m.mean.cpu(), m.spread.cpu()
@@ -212,7 +221,7 @@ class _Tally:
             self._chosen = torch.zeros(2, num_classes, dtype=torch.float64)
             self._spread = [Moments(size) for size in others]
         changed, num = over_all(self._changed, self._num)
-        (squared, apart), (agree,) = changed / num, summed(self._agree)[0] / num
+        (squared, apart), (agree, diverged) = changed / num, summed(self._first)[0] / num
         chosen = summed(self._chosen)[0]
         odds = chosen / chosen.sum(1, keepdim=True)
         weights = torch.tensor(list(outputs.scales.values()), dtype=torch.float64).square()
@@ -225,11 +234,19 @@ class _Tally:
             float(weights @ squared),
             _share(float(weights @ apart), float(weights @ varies)),
             dict(zip(outputs.scales, shares, strict=True)),
+            float(diverged),
         )
 
 
 def _share(changed: float, variance: float) -> float:
     return changed / variance if variance > 0 else (0.0 if changed == 0 else float("inf"))
+
+
+def _divergence(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
+    """Return the sum over the batch of KL(dense || these) of the classes, in nats."""
+    given, wanted = (t.log_softmax(1) for t in (outputs, dense_outputs.to(outputs.device)))
+    apart = F.kl_div(given, wanted, reduction="none", log_target=True).sum(1)
+    return apart.flatten(1).mean(1).sum() if apart.ndim > 1 else apart.sum()
 
 
 def _without_shift(outputs: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.difference import Reference
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.processes.shares import part_of, summed
+from tpvprune.repairs.interpolation import nearest_between
 from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
 
 DistillationLoss = Literal["logits", "divergence"]
@@ -45,6 +47,7 @@ def distill(
     amp: torch.dtype | None = None,
     freeze_batchnorm: bool = False,
     masks: Mapping[str, Tensor] | None = None,
+    held_back: Iterable[Any] | None = None,
     seed: int = 0,
     state: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -92,6 +95,10 @@ def distill(
         freeze_batchnorm: Keep the running statistics of BatchNorm and normalise by them.
         masks: Parameter name -> BoolTensor of its shape, as ``prune_weights`` returns them; where
             False the weight stays zero.
+        held_back: Re-iterable of inputs [B, ...] that are not in ``batches``: of five points
+            between the student and what training made of it, both included, that is returned which
+            is closest to the dense model on these (:mod:`tpvprune.repairs.interpolation`), after
+            and besides the epochs or minutes. None: what training made of it, be it worse.
         seed: Of everything random.
         state: File for the state of the unfinished run, written after every epoch; if it is
             there the run goes on from it, to the same result; in a run of minutes for what is
@@ -127,7 +134,7 @@ def distill(
     teacher = teacher_of(dense, mirrored=mirrored)
     loss_of = _Difference(teacher, recipe, temperature if loss == "divergence" else None)
     with evaluating(dense):
-        return train(
+        trained = train(
             student,
             lambda seed: _augmented(source, augment, student_like, seed),
             count_batches(source),
@@ -139,6 +146,9 @@ def distill(
             progress=progress,
             watch=watch,
         )
+    if held_back is None:
+        return trained
+    return nearest_between(student, trained, Reference(teacher, held_back)).model
 
 
 def teacher_of(dense: nn.Module, *, mirrored: bool) -> nn.Module:

@@ -31,6 +31,8 @@ def training(data: Mapping[str, Any]) -> str:
     ):
         cells = ("" if side.get(key) is None else write(side[key]) for side in (before, after))
         rows.append((label, " \u2192 ".join(cells)))
+    if facts.get("fraction", 1.0) < 1:
+        rows.append(("Of the way to the last weights", f"{facts['fraction']:g}"))
     body = "".join(f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in rows)
     teacher = (
         "With labels and cross-entropy."
