@@ -96,12 +96,22 @@ class Inputs:
         at = SHRINKAGES.index(shrinkage)
         if not at or not len(gone):
             return shrinkage
-        least = self._variance(self.residual_map(gone, shrinkage), gradients)
-        while at:
-            variance = self._variance(self.residual_map(gone, SHRINKAGES[at - 1]), gradients)
-            if not variance < least:
-                break
-            at, least = at - 1, variance
+        stay, mean = self._others(gone), self.held[0] - self.fit[0]
+        dtype = torch.float32 if len(mean) > _LARGEST_DOUBLE else torch.float64
+        own, across = (t.to(dtype) for t in _split(self.fit[1], stay, gone))
+        held_own, held_across = (t.to(dtype) for t in _split(self.held[1], stay, gone))
+        mean, gradients = mean.to(dtype), gradients.to(dtype)
+
+        def variance(shrinkage: float) -> float:
+            """Return tr(G M^T E[(a - mean)(a - mean)^T] M) less what no map changes."""
+            b = _predictors(own, across, shrinkage)
+            moved = mean[gone] - mean[stay] @ b
+            moment = ((b @ gradients) * (held_own @ b - 2 * held_across)).sum()
+            return float(moment + moved @ gradients @ moved)
+
+        least = variance(shrinkage)
+        while at and (found := variance(SHRINKAGES[at - 1])) < least:
+            at, least = at - 1, found
         return SHRINKAGES[at]
 
     def precision_of(self, stay: Tensor, shrinkage: float) -> Tensor:
@@ -116,26 +126,32 @@ class Inputs:
         Returns [n, |R|]: the identity where inputs leave, elsewhere minus their predictors; NaN if
         there are none.
         """
-        covariance = self.fit[1]
-        stays = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
-        stays[gone] = False
-        stay = stays.nonzero().squeeze(1)
-        m = covariance.new_zeros(len(covariance), len(gone))
+        m = self.fit[1].new_zeros(len(self.fit[0]), len(gone))
         m[gone] = torch.eye(len(gone), dtype=m.dtype, device=m.device)
-        if len(stay) and len(gone):
-            own = covariance[stay][:, stay]
-            factor = _shrunk_factor(own, _positive(own.diagonal()), shrinkage)
-            if factor is None:
-                return torch.full_like(m, torch.nan)
-            across = (1 - shrinkage) * covariance[stay][:, gone]
-            m[stay] = -torch.cholesky_solve(across, factor)
+        stay = self._others(gone)
+        m[stay] = -_predictors(*_split(self.fit[1], stay, gone), shrinkage)
         return m
 
-    def _variance(self, m: Tensor, gradients: Tensor) -> float:
-        """Return tr(E d d^T M^T E[(a - mean)(a - mean)^T] M) on held-back images."""
-        mean, covariance = self.held
-        moved = (mean - self.fit[0]) @ m
-        return float(((m.T @ (covariance @ m) + torch.outer(moved, moved)) * gradients).sum())
+    def _others(self, gone: Tensor) -> Tensor:
+        stays = torch.ones(len(self.fit[0]), dtype=torch.bool, device=self.fit[0].device)
+        stays[gone] = False
+        return stays.nonzero().squeeze(1)
+
+
+def _split(covariance: Tensor, stay: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the covariance of inputs that stay [|S|, |S|], and theirs with others [|S|, |R|]."""
+    rows = covariance[stay]
+    return rows[:, stay], rows[:, gone]
+
+
+def _predictors(own: Tensor, across: Tensor, shrinkage: float) -> Tensor:
+    """Return B [|S|, |R|] of the least squares that are shrunk; NaN if there is none."""
+    if not across.numel():
+        return across
+    factor = _shrunk_factor(own, _positive(own.diagonal()), shrinkage)
+    if factor is None:
+        return torch.full_like(across, torch.nan)
+    return torch.cholesky_solve((1 - shrinkage) * across, factor)
 
 
 def shrunk_precision(fit: Fit, held: Fit) -> Tensor:
