@@ -167,7 +167,9 @@ def shrunk(covariance, rho):
     return (1 - rho) * covariance + rho * covariance.diagonal().diag()
 
 
-def test_the_fewer_stay_the_less_their_maps_are_shrunk():
+@pytest.mark.parametrize("largest_double", [4, 1024])
+def test_the_fewer_stay_the_less_their_maps_are_shrunk(largest_double, monkeypatch):
+    monkeypatch.setattr("tpvprune.scores.residuals._LARGEST_DOUBLE", largest_double)
     fit, held = fit_of(spread_inputs(110, seed=1)), fit_of(spread_inputs(400, seed=2))
     others = spread_inputs(4000, seed=3) - fit[0]
     mix = torch.randn(96, 10, generator=torch.Generator().manual_seed(5)).double()
