@@ -198,8 +198,8 @@ def test_it_is_pruned_repaired_saved_and_trained(kind, tmp_path):
     model, x, _ = made(kind)
     result = tpvprune.prune(model, x.split(8), keep=0.7, num_images=None)
     report = result.report
-    variance = report["output_variance"]
-    assert result.reached and variance[report["repair_chosen"]] <= variance["none"]
+    share = report["variance_share"]
+    assert result.reached and share[report["repair_chosen"]] <= share["none"]
     tpvprune.save_pruned(result, tmp_path / "pruned", dense=model)
     loaded = tpvprune.load_pruned(tmp_path / "pruned", model=model)
     assert torch.equal(loaded(x), result.model(x))
