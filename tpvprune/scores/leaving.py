@@ -99,6 +99,8 @@ def _carried(g: Tensor, own: Tensor, share: Tensor) -> Tensor:
 class _Static:
     """A reader without a map: what a channel costs does not depend on the others."""
 
+    shrinkage = 0.0  # there is no map
+
     def __init__(self, part: Part, num_channels: int) -> None:
         zero = part.moments.new_zeros(num_channels)
         self._costs = zero.index_add_(0, part.reader.channel.to(zero.device), part.moments)
@@ -113,8 +115,6 @@ class _Static:
 
     def shrink_less(self, gone: Tensor) -> None:
         """Nothing here depends on what has left."""
-
-    shrinkage = 0.0
 
 
 def _by_unit(channel: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
