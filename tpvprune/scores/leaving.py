@@ -75,11 +75,9 @@ class _Left:
         if shrinkage == self.shrinkage:
             return
         self.shrinkage = shrinkage
-        stay = torch.ones(len(self._inputs.precision), dtype=torch.bool)
-        stay[at[own]] = False
         m = self._inputs.residual_map(at[own], shrinkage)
         self._g = _carried(moments, own, -m[at[~own]].T)
-        self._p = self._inputs.precision_of(stay.nonzero().squeeze(1), shrinkage)
+        self._p = self._inputs.precision_without(at[own], shrinkage)
 
 
 def _carried(g: Tensor, own: Tensor, share: Tensor) -> Tensor:

@@ -114,8 +114,9 @@ class Inputs:
             at, least = at - 1, found
         return SHRINKAGES[at]
 
-    def precision_of(self, stay: Tensor, shrinkage: float) -> Tensor:
+    def precision_without(self, gone: Tensor, shrinkage: float) -> Tensor:
         """Return the inverse covariance [|S|, |S|] of inputs that stay; NaN if there is none."""
+        stay = self._others(gone)
         own = self.fit[1][stay][:, stay]
         found = _shrunk_inverse(own, _positive(own.diagonal()), shrinkage)
         return torch.full_like(own, torch.nan) if found is None else found
