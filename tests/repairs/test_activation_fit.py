@@ -27,11 +27,15 @@ NUM = 2000
 
 
 class Problem:
-    """Half of the inputs of a random layer are seen; what it should give is that of all."""
+    """Half of the inputs of a random layer are seen; what it should give is that of all.
 
-    def __init__(self, phi, *, seed=0, groups=1, slope=1.0, few=NUM):
+    ``share``: the moments of the linear fit serve the one through the activation, too.
+    """
+
+    def __init__(self, phi, *, seed=0, groups=1, slope=1.0, few=NUM, free=True, share=False):
         generator = torch.Generator().manual_seed(seed)
         draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        self.free, self.share = free, share
         self.phi, self.slope = phi, slope * (1 + draw(groups, 1, 5).abs())
         x = draw(groups, NUM + few, 12) @ draw(groups, 12, 12) / 3 + 1
         weight, shift = draw(groups, 12, 5) / 3, draw(groups, 1, 5) - 1
@@ -43,13 +47,15 @@ class Problem:
     def fits(self):
         """Return the linear fit, and the one through the activation."""
         rows = [t[:, NUM:] for t in (self.x, self.present, self.wanted)]
-        linear = LeastSquares(free=True)
-        linear.add(rows[0], (rows[2] - rows[1]) / self.slope, self.is_held)
-        through = ActivationFit(self.phi, self.slope, free=True)
-        for part in (slice(0, 100), slice(100, None)):
-            through.add(*(t[:, part] for t in rows), self.is_held[part])
+        linear = LeastSquares(free=self.free)
+        through = ActivationFit(self.phi, self.slope, free=self.free)
+        for held in (False, True):
+            own = [t[:, self.is_held == held] for t in rows]
+            linear.add(own[0], (own[2] - own[1]) / self.slope, held=held)
+            for part in (slice(0, 100), slice(100, None)):
+                through.add(*(t[:, part].clone() for t in own), held=held)
         found = linear.solve()
-        return found, through.improved(found)
+        return found, through.improved(found, known=linear.folds() if self.share else None)
 
     def error(self, fit):
         """Return E ||phi(z) - phi(z*)||^2 on rows that took no part."""
@@ -96,12 +102,29 @@ def test_an_output_that_is_scaled_to_nothing_stays():
     assert not change[..., 2].any()
 
 
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_of_the_linear_fit_serve_this_one(free, groups):
+    for seed in range(3):
+        alone, shared = (
+            Problem(F.relu, seed=seed, groups=groups, free=free, share=share)
+            for share in (False, True)
+        )
+        for problem in (alone, shared):  # small enough to count as none, large enough to divide by
+            problem.slope[..., 2] = 1e-9
+        found, expected = shared.fits()[1], alone.fits()[1]
+        torch.testing.assert_close(found.change, expected.change, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found.intercept, expected.intercept, rtol=1e-6, atol=1e-9)
+        assert not found.change[..., 2].any()
+
+
 def test_a_ridge_that_is_given_is_kept():
     problem = Problem(F.relu)
     fit = Fit(torch.zeros(1, 6, 5).double(), torch.zeros(1, 1, 5).double(), 0.3)
     rows = [t[:, NUM:] for t in (problem.x, problem.present, problem.wanted)]
     through = ActivationFit(problem.phi, problem.slope, free=True)
-    through.add(*rows, problem.is_held)
+    for held in (False, True):
+        through.add(*(t[:, problem.is_held == held] for t in rows), held=held)
     assert through.improved(fit, given=True).ridge == 0.3
 
 

@@ -57,8 +57,9 @@ def solved(x, e, held=None, *, ridge=None, free=True, few_rows=False, sizes=None
     held = torch.zeros(x.shape[1], dtype=torch.bool) if held is None else held
     fit = LeastSquares(free=free, few_rows=few_rows)
     sizes = sizes or [x.shape[1]]
-    for parts in zip(x.split(sizes, 1), e.split(sizes, 1), held.split(sizes), strict=True):
-        fit.add(*parts)
+    for *part, judge in zip(x.split(sizes, 1), e.split(sizes, 1), held.split(sizes), strict=True):
+        for rows in (~judge, judge):
+            fit.add(*(t[:, rows] for t in part), held=rows is judge)
     return fit.solve(ridge)
 
 

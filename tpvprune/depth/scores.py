@@ -153,6 +153,7 @@ class _Rows(WithoutBranches):
             held = torch.arange(len(x)) % _HELD == _HELD - 1
             num = min(x.shape[1], _ROWS_PER_IMAGE)
             picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
-            x, added = (t[:, picked].flatten(0, 1)[None] for t in (x, added))
-            self.problems[branch.name].add(x, added, held.repeat_interleave(num))
+            for judge in (False, True):
+                rows = (t[held == judge][:, picked].flatten(0, 1)[None] for t in (x, added))
+                self.problems[branch.name].add(*rows, held=judge)
         return super().on_addition(number, args)

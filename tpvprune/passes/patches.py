@@ -10,13 +10,25 @@ import torch
 from torch import Tensor
 
 
-def gather(rows: Tensor, positions: Tensor) -> Tensor:
-    """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C]."""
-    first = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+def gather(rows: Tensor, positions: Tensor, order: Tensor | None = None) -> Tensor:
+    """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C].
+
+    ``order``: that of the inputs in what is returned [B]; None: theirs.
+    """
+    inputs, positions = _ordered(positions, order, rows.device)
     flat = rows.reshape(-1, rows.shape[-1])
-    return flat.index_select(0, (first + positions.to(rows.device)).flatten()).view(
-        *positions.shape, -1
-    )
+    place = inputs[:, None] * rows.shape[1] + positions
+    return flat.index_select(0, place.flatten()).view(*positions.shape, -1)
+
+
+def _ordered(
+    positions: Tensor, order: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the inputs [B] and their positions [B, p] in an order."""
+    if order is None:
+        return torch.arange(len(positions), device=device), positions.to(device)
+    order = order.to(device)
+    return order, positions.to(device).index_select(0, order)
 
 
 @dataclass(frozen=True)
@@ -87,19 +99,29 @@ def count_positions(x: Tensor, window: Window | None, num_inputs: int) -> int:
     return math.prod(window.outputs(x)) * (len(x) // num_inputs)
 
 
-def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int = 1) -> Tensor:
-    """Return what these output positions see: [groups, rows, inputs per group * kernel]."""
+def patches_of(
+    x: Tensor,
+    window: Window | None,
+    positions: Tensor,
+    groups: int = 1,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Return what these output positions see: [groups, rows, inputs per group * kernel].
+
+    Of several groups rows lie side by side in memory, as if it were [groups, inputs, rows]: few
+    numbers of each are multiplied with those of many rows. ``order``: see :func:`gather`.
+    """
     num, per_input = positions.shape
     if window is None:
-        rows = gather(x.reshape(num, -1, x.shape[-1]), positions)
+        rows = gather(x.reshape(num, -1, x.shape[-1]), positions, order)
         return rows.reshape(1, num * per_input, -1)
     high, wide = [1, *x.shape[2:]][-2:]
     maps = (x.unsqueeze(2) if x.ndim == 3 else x).movedim(1, -1).reshape(-1, x.shape[1])
-    positions = positions.to(x.device)
+    inputs, positions = _ordered(positions, order, x.device)
     width = window.outputs(x)[1]
     rows = positions // width * window.stride[0] - window.before[0]
     columns = positions % width * window.stride[1] - window.before[1]
-    first = torch.arange(num, device=x.device)[:, None] * (high * wide)
+    first = inputs[:, None] * (high * wide)
     taps = []
     for i in range(window.kernel[0]):
         for j in range(window.kernel[1]):
@@ -110,7 +132,9 @@ def patches_of(x: Tensor, window: Window | None, positions: Tensor, groups: int 
                 inside = (at >= 0) & (at < high) & (across >= 0) & (across < wide)
                 seen = seen * inside.reshape(-1, 1)
             taps.append(seen)
-    if len(taps) == 1 and groups == 1:
+    if groups > 1:
+        patches = torch.stack([tap.t() for tap in taps], 1)  # [C, k, rows]
+        return patches.reshape(groups, -1, num * per_input).mT
+    if len(taps) == 1:
         return taps[0].unsqueeze(0)
-    patches = torch.stack(taps, 2)  # [rows, C, k]
-    return patches.reshape(num * per_input, groups, -1).transpose(0, 1)
+    return torch.stack(taps, 2).reshape(1, num * per_input, -1)

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvprune.passes.crossing import sent
 from tpvprune.processes.shares import summed, total
 from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments, rows_at_once
 
@@ -124,25 +123,32 @@ class ActivationFit:
     _fit: list[_Rows] = field(default_factory=list)
     _held: list[_Rows] = field(default_factory=list)
 
-    def add(self, x: Tensor, present: Tensor, wanted: Tensor, held: Tensor) -> None:
-        """Take in rows.
+    def add(self, x: Tensor, present: Tensor, wanted: Tensor, *, held: bool = False) -> None:
+        """Take in rows, which are overwritten.
 
         ``x``: [groups, rows, unknowns]. ``present``: what the activation reads with the present
-        weights [groups, rows, outputs]. ``held``: which rows only judge [rows], on the CPU.
+        weights [groups, rows, outputs]. ``held``: whether they only judge.
         """
-        rows = _Rows(x, present, wanted)
-        for part, mask in ((self._fit, ~held), (self._held, held)):
-            part.append(rows.at(sent(mask.nonzero().squeeze(1), x.device)))
+        (self._held if held else self._fit).append(_Rows(x, present, wanted))
 
-    def improved(self, linear: Fit, *, given: bool = False) -> Fit:
+    def improved(
+        self,
+        linear: Fit,
+        *,
+        given: bool = False,
+        known: tuple[Moments, Moments] | None = None,
+    ) -> Fit:
         """Return the fit through the activation, from the ridge of the linear one.
+
+        ``known``: moments of x and of what the linear fit is to (``LeastSquares.folds``), where
+        that was fed the same rows.
 
         Returns the step that is best on the rows held back; the linear fit where none are.
         """
         if not total(sum(r.x.shape[1] for r in self._held)):
             return linear
         ridge = min(linear.ridge, _LARGEST_RIDGE)
-        origin, problem, held = self._systems()
+        origin, problem, held = self._systems(known)
         here, before = problem.solved(problem.linear, ridge), None
         least = self._loss(here)
         ridges = (ridge,) if given else (ridge, 10 * ridge, ridge / 10)
@@ -164,32 +170,40 @@ class ActivationFit:
         found = both.solved(both.linear if before is None else self._sought(both, before), ridge)
         return Fit(found.change, found.intercept - origin @ found.change, ridge)
 
-    def _systems(self) -> tuple[Tensor, _System, _System]:
+    def _systems(self, known: tuple[Moments, Moments] | None) -> tuple[Tensor, _System, _System]:
         """Return where x is taken from [g, 1, u], and the rows to fit and those held back.
 
         From now on x is what it is beyond there, and ``wanted`` phi of the dense values.
         """
-        systems = []
-        for rows in (self._fit, self._held):
-            found = (
-                moments(r.x, self._per_slope(r.wanted - r.present))
-                for whole in rows
-                for r in _parts(whole)
-            )
-            systems.append(_System(rows, functools.reduce(operator.add, found).over_all()))
-        origin = systems[0].moments.x_mean
-        if not self.free:
-            systems = [_System(s.rows, s.moments.uncentred()) for s in systems]
-            origin = torch.zeros_like(origin)
-        for system in systems:
-            for r in system.rows:
-                r.x.sub_(origin)
-                r.wanted = self.activation(r.wanted)
+        folds = (self._fit, self._held)
+        found = list(map(self._without_dead, known)) if known else list(map(self._moments, folds))
+        # Rounded once: a difference of float64 and float32 takes ten times as long.
+        rounded = found[0].x_mean.to(self._fit[0].x)
+        origin = rounded.to(found[0].x_mean)
+        for r in (part for rows in folds for part in rows):
+            r.x.sub_(rounded)
+            r.wanted = self.activation(r.wanted)
         fit, held = (
-            replace(s, moments=replace(s.moments, x_mean=s.moments.x_mean - origin))
-            for s in systems
+            _System(rows, replace(m, x_mean=m.x_mean - origin))
+            for rows, m in zip(folds, found, strict=True)
         )
         return origin, fit, held
+
+    def _moments(self, rows: list[_Rows]) -> Moments:
+        """Return the moments of x and (z* - z) / s over the rows of all processes."""
+        found = (
+            moments(r.x, self._per_slope(r.wanted - r.present))
+            for whole in rows
+            for r in _parts(whole)
+        )
+        summed_up = functools.reduce(operator.add, found).over_all()
+        return summed_up if self.free else summed_up.uncentred()
+
+    def _without_dead(self, m: Moments) -> Moments:
+        """Return moments in which outputs that are scaled to nothing ask for no change."""
+        dead = self.slope.abs() < _DEAD
+        cross, mean = m.cross.masked_fill(dead, 0.0), m.e_mean.masked_fill(dead, 0.0)
+        return replace(m, cross=cross, e_mean=mean)
 
     def _per_slope(self, values: Tensor) -> Tensor:
         """Return changes of what is read as changes of the pre-activation."""

@@ -78,7 +78,7 @@ class Plan:
         self.batch_dims = batch_dims or {}
         self.all_inputs = num_inputs if all_inputs is None else all_inputs
         self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
-        self._device = torch.device("cpu") if device is None else device
+        self.device = torch.device("cpu") if device is None else device
         self._positions: dict[int, Tensor] = {}
 
     def thinned(self, factor: float) -> Plan:
@@ -98,7 +98,7 @@ class Plan:
     ) -> Plan:
         return Plan(
             self.num_inputs, rows_per_input, min_rows, self._seed, common,
-            all_inputs=self.all_inputs, fewer=self._fewer, device=self._device,
+            all_inputs=self.all_inputs, fewer=self._fewer, device=self.device,
             batch_dims=self.batch_dims if batch_dims is None else batch_dims,
         )  # fmt: skip
 
@@ -121,13 +121,13 @@ class Plan:
         if call not in self._positions:
             per_input = self._per_input(layer, num_positions)
             if per_input == num_positions:
-                every = torch.arange(num_positions, device=self._device)
+                every = torch.arange(num_positions, device=self.device)
                 self._positions[call] = every.expand(self.num_inputs, -1)
             else:
                 generator = torch.Generator().manual_seed(self._seed * 100003 + call)
                 num = self.num_inputs * num_processes()
                 noise = own(torch.rand(num, num_positions, generator=generator))
-                self._positions[call] = sent(noise.topk(per_input, 1).indices, self._device)
+                self._positions[call] = sent(noise.topk(per_input, 1).indices, self.device)
         return self._positions[call]
 
 

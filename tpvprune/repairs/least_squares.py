@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpvprune.passes.crossing import sent
 from tpvprune.passes.moments import centred, in_single
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import gathered, summed
@@ -121,15 +120,15 @@ def rows_at_once(x: Tensor) -> int:
     return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * max(1, x.shape[2]))))
 
 
-def _picked(parts: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
-    """Return the chosen rows of all parts [n, g, u], copied but once, as [g, rows, u]."""
-    joined = parts[0].new_empty(sum(map(len, chosen)), *parts[0].shape[1:])
-    start = 0
-    for part, rows in zip(parts, chosen, strict=True):
-        end = start + len(rows)
-        torch.index_select(part, 0, sent(rows, part.device), out=joined[start:end])
-        start = end
-    return joined.transpose(0, 1)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts [g, n, u] in memory of their own.
+
+    Of several groups, which have few unknowns each, those of an unknown lie side by side: products
+    of rows that do not take many times as long.
+    """
+    if len(parts[0]) == 1:
+        return torch.cat(list(parts), 1)
+    return torch.cat([part.mT for part in parts], 2).mT
 
 
 class LeastSquares:
@@ -142,35 +141,31 @@ class LeastSquares:
     def __init__(self, *, free: bool, few_rows: bool = False) -> None:
         self._free, self._few = free, few_rows
         self._folds: list[Moments | None] = [None, None]
-        self._rows: list[tuple[Tensor, ...]] = []
-        self._num_rows = 0
+        self._rows: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
-    def add(self, x: Tensor, e: Tensor, held: Tensor) -> None:
+    def add(self, x: Tensor, e: Tensor, *, held: bool = False) -> None:
         """Take in rows.
 
-        ``x``: [groups, rows, unknowns]. ``e``: [groups, rows, outputs]. ``held``: which rows only
-        judge the ridge [rows], on the CPU.
+        ``x``: [groups, rows, unknowns]. ``e``: [groups, rows, outputs]. ``held``: whether they only
+        judge the ridge.
         """
-        self._rows.append((x.transpose(0, 1), e.transpose(0, 1), held))
-        self._num_rows += x.shape[1]
-        if not self._few and self._num_rows >= max(rows_at_once(x), x.shape[2]):
-            self._flush()
+        rows = self._rows[held]
+        rows.append((x, e))
+        if not self._few and _count(rows) >= max(rows_at_once(x), x.shape[2]):
+            self._flush(held)
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        x, e, held = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-        self._rows, self._num_rows = [], 0
-        return x.transpose(0, 1), e.transpose(0, 1), held
+    def _taken(self, *folds: int) -> tuple[Tensor, Tensor]:
+        parts = [part for fold in folds for part in self._rows[fold]]
+        for fold in folds:
+            self._rows[fold].clear()
+        x, e = map(_joined, zip(*parts, strict=True))
+        return x, e
 
-    def _flush(self) -> None:
-        if not self._rows:
+    def _flush(self, fold: int) -> None:
+        if not self._rows[fold]:
             return
-        for fold in range(2):
-            chosen = [(held == bool(fold)).nonzero().squeeze(1) for *_, held in self._rows]
-            x, e = (_picked([rows[part] for rows in self._rows], chosen) for part in range(2))
-            found = moments(x, e, in_place=True)
-            known = self._folds[fold]
-            self._folds[fold] = found if known is None else known + found
-        self._rows, self._num_rows = [], 0
+        found, known = moments(*self._taken(fold), in_place=True), self._folds[fold]
+        self._folds[fold] = found if known is None else known + found
 
     def solve(self, ridge: float | None = None) -> Fit:
         """Return the fit.
@@ -190,13 +185,16 @@ class LeastSquares:
 
     def folds(self) -> tuple[Moments, Moments]:
         """Return the moments of the rows to fit and of those held back, of all processes."""
-        self._flush()
+        for fold in range(2):
+            self._flush(fold)
         found = [m.over_all() for m in self._folds if m is not None]
         fit, held = found if self._free else [m.uncentred() for m in found]
         return fit, held
 
     def _by_rows(self, ridge: float | None) -> Fit:
-        x, e, held = self._joined()
+        num_held = _count(self._rows[1])
+        x, e = self._taken(0, 1)
+        held = torch.arange(x.shape[1]) >= x.shape[1] - num_held
         if num_processes() > 1:
             ((x, e, held),) = gathered([(x.transpose(0, 1), e.transpose(0, 1), held)])
             x, e = x.transpose(0, 1), e.transpose(0, 1)
@@ -227,6 +225,10 @@ class LeastSquares:
         means = (t.mean(1, keepdim=True, dtype=torch.float64) for t in (x, e))
         x_mean, e_mean = means if self._free else map(torch.zeros_like, means)
         return x_mean, e_mean
+
+
+def _count(rows: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(x.shape[1] for x, _ in rows)
 
 
 def _best(loss: Callable[[float], float]) -> float:

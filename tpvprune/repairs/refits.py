@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tpvprune.passes.crossing import sent
 from tpvprune.passes.moments import in_single
 from tpvprune.repairs.activation_fit import ActivationFit, rows_to_hold
 from tpvprune.repairs.branches import Branch, Layer, Plan
@@ -33,13 +32,17 @@ class Pending:
 
 @dataclass
 class _Fed:
-    """The problem of a call: linear, and through the activation at some positions of each input."""
+    """The problem of a call: linear, and through the activation at some positions of each input.
+
+    ``all_rows``: these are all that the linear one has.
+    """
 
     pending: Pending
     branch: Branch
     linear: LeastSquares
     through: ActivationFit | None = None
     positions: int = 0
+    all_rows: bool = False
 
 
 @dataclass
@@ -69,40 +72,40 @@ class Refits:
         return len(self.solved) + sum(call >= self.first for call in waiting)
 
     def feed(
-        self, pending: Pending, target: Tensor, branch: Branch, held: Tensor, offset: Tensor
+        self,
+        pending: Pending,
+        target: Tensor,
+        branch: Branch,
+        num_held: int,
+        offset: Tensor,
     ) -> None:
         """Add the rows of one chunk to the problem of a call.
 
-        ``target``: pre-activations wanted [inputs, positions, outputs]. ``held``: which of the
-        inputs judge the ridge [inputs]. ``offset``: what is added to the pre-activation, after the
-        branch's scale, before it is read: a shortcut, or the shift of a BatchNorm [inputs,
-        positions, outputs] or less.
+        ``target``: pre-activations wanted [inputs, positions, outputs]. ``num_held``: how many of
+        the inputs, the last ones, judge the ridge. ``offset``: what is added to the pre-activation,
+        after the branch's scale, before it is read: a shortcut [inputs, positions, outputs], the
+        shift of a BatchNorm [outputs], or [1].
         """
         module, patches = pending.layer.module, in_single(pending.patches)
         target, bias = in_single(target), pending.args[2]
         if bias is not None and bias is not module.bias:  # made elsewhere, as in Swin V2: it stays
             target = target - bias
             offset = offset + (bias if branch.scale is None else bias * branch.scale)
-        groups, num_rows, _ = patches.shape
-        target = target.reshape(num_rows, -1)
-        present, per_input = outputs_of(patches, module), num_rows // len(held)
+        groups, (num_inputs, per_input) = len(patches), target.shape[:2]
         if branch.call not in self._fed:
             self._fed[branch.call] = self._problem(pending, branch, per_input)
         fed = self._fed[branch.call]
-
-        def by_group(rows: Tensor) -> Tensor:
-            return rows.reshape(len(rows), groups, -1).transpose(0, 1)
-
-        rows_held = held.repeat_interleave(per_input)
-        fed.linear.add(patches, by_group(target - present), rows_held)
+        present, wanted = outputs_of(patches, module), by_group(target, groups)
+        for held, part in _folds((patches, wanted - present), num_held * per_input):
+            fed.linear.add(*part, held=held)
         if fed.through is None:
             return
-        some = (torch.arange(num_rows) % per_input < fed.positions).nonzero().squeeze(1)
-        rows_held, some = rows_held[some], sent(some, patches.device)
-        scale = 1.0 if branch.scale is None else in_single(branch.scale)
-        offset = in_single(offset).expand(len(held), per_input, -1).reshape(num_rows, -1)[some]
-        now, wanted = (by_group(scale * y[some] + offset) for y in (present, target))
-        fed.through.add(patches[:, some], now, wanted, rows_held)
+        scale = fed.through.slope
+        offset = by_group(in_single(offset).expand(*offset.shape[:-1], target.shape[-1]), groups)
+        parts = (patches, scale * present + offset, scale * wanted + offset)
+        some = [_first_positions(t, num_inputs, fed.positions) for t in parts]
+        for held, part in _folds(some, num_held * fed.positions):
+            fed.through.add(*part, held=held)
 
     def _problem(self, pending: Pending, branch: Branch, per_input: int) -> _Fed:
         module, num = pending.layer.module, self.plan.all_inputs * per_input
@@ -116,6 +119,7 @@ class Refits:
         num_outputs = len(module.weight) // groups
         most = rows_to_hold(num, groups, unknowns, num_outputs)
         fed.positions = most // self.plan.all_inputs
+        fed.all_rows = fed.positions == per_input
         if activation is not None and fed.positions:
             slope = module.weight.new_ones(len(module.weight))
             slope = in_single(slope if branch.scale is None else branch.scale)
@@ -131,7 +135,8 @@ class Refits:
         if self.constrain is None:
             fit = problem.solve(self.ridge)
             if fed.through is not None:
-                fit = fed.through.improved(fit, given=self.ridge is not None)
+                known = problem.folds() if fed.all_rows else None
+                fit = fed.through.improved(fit, given=self.ridge is not None, known=known)
             change, intercept = fit.change, fit.intercept
         else:
             change, intercept = self._constrained(fed.pending.layer, problem)
@@ -162,8 +167,32 @@ class Refits:
 
 
 def outputs_of(patches: Tensor, module: Any) -> Tensor:
-    """Return the layer's outputs [rows, outputs] of patches [groups, rows, unknowns]."""
-    groups, num_rows, unknowns = patches.shape
+    """Return the layer's outputs [groups, rows, outputs] of patches [groups, rows, unknowns]."""
+    groups, _, unknowns = patches.shape
     weight = module.weight.reshape(groups, -1, unknowns).to(patches)
-    outputs = torch.einsum("gru,gou->rgo", patches, weight).reshape(num_rows, -1)
-    return outputs if module.bias is None else outputs + module.bias.to(patches)
+    outputs = patches @ weight.mT if groups == 1 else (weight @ patches.mT).mT
+    if module.bias is None:
+        return outputs
+    return outputs + module.bias.to(patches).reshape(groups, 1, -1)
+
+
+def by_group(outputs: Tensor, groups: int) -> Tensor:
+    """Return outputs [..., C] as [groups, rows, C / groups], in memory as `patches_of` has them."""
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    if groups == 1:
+        return rows.unsqueeze(0)
+    return rows.t().contiguous().view(groups, -1, len(rows)).mT
+
+
+def _folds(parts: Sequence[Tensor], num_held: int) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
+    """Yield the rows [g, n, u] to fit, and those held back, which are the last."""
+    num_fit = parts[0].shape[1] - num_held
+    yield False, tuple(t[:, :num_fit] for t in parts)
+    yield True, tuple(t[:, num_fit:] for t in parts)
+
+
+def _first_positions(rows: Tensor, num_inputs: int, num: int) -> Tensor:
+    """Return the rows [g, n, u] of the first so many positions of every input: a view of all."""
+    if len(rows) == 1:
+        return rows.unflatten(1, (num_inputs, -1))[:, :, :num].flatten(1, 2)
+    return rows.mT.unflatten(2, (num_inputs, -1))[..., :num].flatten(2).mT

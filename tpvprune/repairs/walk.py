@@ -18,6 +18,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.clock import Progress
+from tpvprune.passes.crossing import sent
 from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import return_free_memory
 from tpvprune.passes.patches import count_positions, gather, patches_of, window_of
@@ -333,7 +334,10 @@ class _RefitRun(BranchFollower):
         super().__init__(layers, fits.plan)
         self._fits, self._stop, self.own = fits, stop, own
         self.num_inputs = own.stop - own.start
-        self._held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
+        held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
+        self._num_held = int(held.sum())
+        # Rows are taken in this order, so that those of the inputs held back are the last.
+        self._order = sent(held.to(torch.uint8).argsort(stable=True), fits.plan.device)
         self._pending: dict[int, Pending] = {}
         self._holding: list[_Held] = []
 
@@ -380,7 +384,7 @@ class _RefitRun(BranchFollower):
             return func(*args, **kwargs)
         x, window = self.plan.inputs_first(call, args[0]), window_of(args, kwargs)
         positions = self._positions(call, module, count_positions(x, window, self.num_inputs))
-        patches = patches_of(x, window, positions, getattr(module, "groups", 1))
+        patches = patches_of(x, window, positions, getattr(module, "groups", 1), order=self._order)
         pending = Pending(layer, func, args, kwargs, patches)
         if call in targets.sums or call in targets.normed:
             self._pending[call] = pending
@@ -398,13 +402,15 @@ class _RefitRun(BranchFollower):
         module = pending.layer.module
         rows = self.plan.inputs_first(branch.call, other)
         rows = positions_first(rows, module, self.num_inputs)
-        shortcut = gather(rows, self._positions(branch.call, module, rows.shape[1]))
+        positions = self._positions(branch.call, module, rows.shape[1])
+        shortcut = gather(rows, positions, order=self._order)
         target = self._wanted(self._fits.targets.sums, branch.call, pending.layer) - shortcut
         if branch.scale is not None and branch.shift is not None:
             dead = branch.scale.abs() < 1e-8
             target = (target - branch.shift) / torch.where(dead, 1.0, branch.scale)
             if bool(dead.any()):  # what nobody sees stays as it is
-                target[..., dead] = outputs_of(pending.patches, module).view_as(target)[..., dead]
+                present = outputs_of(pending.patches, module).transpose(0, 1)
+                target[..., dead] = present.reshape(target.shape)[..., dead]
         offset = shortcut if branch.shift is None else shortcut + branch.shift
         self._refit(pending, target, branch, tensor, other, offset=offset)
         value = pending.func(*pending.args, **pending.kwargs)
@@ -433,7 +439,7 @@ class _RefitRun(BranchFollower):
 
     def _wanted(self, values: Mapping[int, Tensor], call: int, layer: Layer) -> Tensor:
         rows = self._fits.rows.get(layer.name)
-        wanted = values[call][self.own]
+        wanted = values[call][self.own].index_select(0, self._order)
         return wanted if rows is None else wanted[..., rows]
 
     def _shift(self, branch: Branch) -> Tensor:
@@ -451,6 +457,6 @@ class _RefitRun(BranchFollower):
         offset: Tensor | None = None,
     ) -> None:
         offset = target.new_zeros(1) if offset is None else offset
-        self._fits.feed(pending, target, branch, self._held, offset)
+        self._fits.feed(pending, target, branch, self._num_held, offset)
         pending.patches = pending.patches.new_empty(0)  # its rows are in the sums
         self._stop(branch.call, (pending.args[0], *alive))
