@@ -20,14 +20,14 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpvprune.processes.shares import summed, total
-from tpvprune.repairs.least_squares import Fit, Moments, factorised, moments, rows_at_once
+from tpvprune.repairs.least_squares import Fit, Moments, factorised, joined, moments, rows_at_once
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -175,7 +175,7 @@ class ActivationFit:
 
         From now on x is what it is beyond there, and ``wanted`` phi of the dense values.
         """
-        folds = (self._fit, self._held)
+        folds = (self._fit, self._held) = _in_blocks(self._fit), _in_blocks(self._held)
         found = list(map(self._without_dead, known)) if known else list(map(self._moments, folds))
         # Rounded once: a difference of float64 and float32 takes ten times as long.
         rounded = found[0].x_mean.to(self._fit[0].x)
@@ -246,6 +246,19 @@ class ActivationFit:
 def _summed(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum over all parts of all processes."""
     return summed(functools.reduce(torch.add, parts))[0]
+
+
+def _in_blocks(parts: list[_Rows]) -> list[_Rows]:
+    """Return the same rows in fewer parts: of few rows most of the time is overhead."""
+    blocks: list[_Rows] = []
+    taken: list[_Rows] = []
+    while parts:
+        taken.append(parts.pop(0))
+        if not parts or sum(r.x.shape[1] for r in taken) >= rows_at_once(taken[0].x):
+            whole = (joined([getattr(r, f.name) for r in taken]) for f in fields(_Rows))
+            blocks.append(_Rows(*whole))
+            taken = []
+    return blocks
 
 
 def _parts(rows: _Rows) -> Iterator[_Rows]:

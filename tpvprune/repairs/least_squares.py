@@ -120,7 +120,7 @@ def rows_at_once(x: Tensor) -> int:
     return max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (len(x) * max(1, x.shape[2]))))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """Return the rows of all parts [g, n, u] in memory of their own.
 
     Of several groups, which have few unknowns each, those of an unknown lie side by side: products
@@ -158,7 +158,7 @@ class LeastSquares:
         parts = [part for fold in folds for part in self._rows[fold]]
         for fold in folds:
             self._rows[fold].clear()
-        x, e = map(_joined, zip(*parts, strict=True))
+        x, e = map(joined, zip(*parts, strict=True))
         return x, e
 
     def _flush(self, fold: int) -> None:
