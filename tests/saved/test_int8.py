@@ -131,6 +131,47 @@ def test_ranges_are_those_that_agree_best_of_equals_the_closest(agreements, expe
     assert int8._best(tried) == RANGES[expected]
 
 
+def positive():
+    """Return a model whose products are large and of one sign: sums of two pass 16 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8),
+    )  # fmt: skip
+    with torch.no_grad():
+        for conv in (model[0], model[2]):
+            conv.weight.uniform_(0.5, 1.0).div_(conv.weight[0].numel())
+    return model.eval()
+
+
+def exported_bits(folder, bits):
+    shown = torch.rand(60, 3, 12, 12)
+    given = {} if bits is None else {"weight_bits": bits}
+    found = export_int8(
+        positive(), [shown], folder / "x.onnx", ranges=["min-max"], latency_repeats=0, **given
+    )
+    import onnx
+
+    stored = onnx.load(folder / "x.onnx").graph.initializer
+    weights = [onnx.numpy_helper.to_array(w) for w in stored if w.name.endswith("weight_quantized")]
+    assert len(weights) == 3
+    return found, max(int(np.abs(w.astype(int)).max()) for w in weights)
+
+
+@pytest.mark.parametrize("bits", [[8], [7], None])
+def test_weights_have_as_many_bits_as_said(bits, tmp_path):
+    found, largest = exported_bits(tmp_path, bits)
+    assert list(found.tried_bits) == (bits or [8, 7])
+    assert found.weight_bits == min(found.tried_bits, key=lambda b: found.tried_bits[b].share)
+    assert largest == {8: 127, 7: 64}[found.weight_bits]
+
+
+def test_the_bits_chosen_are_close_on_any_processor(tmp_path):
+    """Without VNNI products of 8 bits saturate, and the file is none of the model's."""
+    found, _ = exported_bits(tmp_path, None)
+    assert found.difference.share < 0.5
+
+
 def test_dense_and_pruned_are_compared_with_dense_and_batches_may_be_free(tmp_path, untouched):
     dense, shown = model_of(), images(24)
     pruned = tpvprune.prune(dense, [shown], keep=0.7).model
@@ -194,6 +235,8 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
         run(batch_size=4)
     with pytest.raises(ValueError, match=r"ranges of min-max, percentile, entropy .* found kl"):
         run(ranges=["kl"])
+    with pytest.raises(ValueError, match="weight_bits: expected 8, 7 or both, found 8, 6"):
+        run(weight_bits=[8, 6])
     with pytest.raises(ValueError, match="at least 2, found min-max and 1"):
         run(ranges=["min-max"], latency_repeats=1)
     assert list(tmp_path.iterdir()) == []
@@ -239,6 +282,7 @@ def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
         (["--int8", "--format", "pt2"], "--int8: expected --format onnx, found pt2"),
         (["--ranges", "entropy"], "--ranges: expected only with --int8"),
         (["--dense", "pretrained"], "--dense: expected only with --int8"),
+        (["--weight-bits", "7"], "--weight-bits: expected only with --int8"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, tmp_path, capsys):

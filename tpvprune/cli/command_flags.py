@@ -243,6 +243,11 @@ def _add_export(sub: Parser) -> None:
         "--ranges", nargs="+", metavar="R",
         help="of activations, with --int8: the best of min-max, percentile, entropy (all three)",
     )  # fmt: skip
+    how.add_argument(
+        "--weight-bits", type=int, nargs="+", metavar="N",
+        help="of weights, with --int8: the closer of 8 and 7 on this processor (both); 7 for one "
+        "without VNNI",
+    )  # fmt: skip
     sub.section("model").add_argument(
         "--dense", metavar="F",
         help="checkpoint of the dense model, or `pretrained`, to compare OUT with (--int8)",

@@ -16,7 +16,7 @@ from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
 from tpvprune.saved.export import Exported, export_model
-from tpvprune.saved.int8 import RANGES, Quantized, Run, export_int8
+from tpvprune.saved.int8 import RANGES, WEIGHT_BITS, Quantized, Run, export_int8
 
 _NUM_IMAGES, _NUM_INT8_IMAGES = 64, 512
 _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
@@ -48,9 +48,9 @@ def _check(args: argparse.Namespace, *, given: bool) -> None:
         raise ValueError(f"--int8: expected --format onnx, found {args.format}")
     if args.int8 and not given:
         raise ValueError("--int8: expected images to calibrate with: pass --data-dir D")
-    for flag in ("dense", "ranges"):
+    for flag in ("dense", "ranges", "weight_bits"):
         if getattr(args, flag) is not None and not args.int8:
-            raise ValueError(f"--{flag}: expected only with --int8")
+            raise ValueError(f"--{flag.replace('_', '-')}: expected only with --int8")
 
 
 def _images(args: argparse.Namespace, subject: Subject) -> Any:
@@ -101,6 +101,7 @@ def _int8(
         file,
         dense=dense,
         ranges=args.ranges or RANGES,
+        weight_bits=args.weight_bits or WEIGHT_BITS,
         batch_size=_batch_size(args),
         dynamic_batch=args.dynamic_batch,
         latency_repeats=args.latency_repeats,
@@ -114,6 +115,8 @@ def _int8(
         "input_shape": found.input_shape,
         "ranges": found.ranges,
         "tried": {name: entry.agreement for name, entry in found.tried.items()},
+        "weight_bits": found.weight_bits,
+        "tried_bits": {bits: entry.share for bits, entry in found.tried_bits.items()},
         "num_calibration": found.num_calibration,
         "num_choosing": found.num_choosing,
         "num_images": found.num_measured,
@@ -147,6 +150,12 @@ def _show_int8(found: Quantized) -> None:
         f"ranges of activations from {found.num_calibration} images: {found.ranges}, the best on "
         f"{found.num_choosing} others ({tried})"
     )
+    if len(found.tried_bits) > 1:
+        shares = ", ".join(f"{n}: {entry.share:.2g}" for n, entry in found.tried_bits.items())
+        say(
+            f"weights of {found.weight_bits} bits, the closer ones on this processor (share of the "
+            f"variance with {shares}); for another one: --weight-bits"
+        )
     say("ONNX Runtime, one thread; ms: median (quartiles)")
 
 

@@ -32,6 +32,7 @@ _RANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "entropy": ("Entropy", {}),
 }
 RANGES = tuple(_RANGES)
+WEIGHT_BITS = (8, 7)
 # Where there are any of these only products are quantized, else nothing is left of a ViT.
 _DELICATE = {"Softmax", "LayerNormalization"}
 _PRODUCTS = ["Conv", "Gemm", "MatMul"]
@@ -68,6 +69,8 @@ class Quantized:
         num_choosing: Others, on which ``ranges`` agreed best with the float32 model.
         num_measured: Others again, on which everything below was measured.
         tried: Ranges -> difference from the float32 file on the images to choose on.
+        weight_bits: How many bits of a weight are used: the closest of ``tried_bits``.
+        tried_bits: Likewise, bits -> difference, with the best ranges.
         difference: The int8 file against the float32 file of the same model.
         runs: ``"float32"`` and ``"int8"``, before them the same two of a dense model.
         batch_size: Images of one call that was timed.
@@ -80,6 +83,8 @@ class Quantized:
     num_choosing: int
     num_measured: int
     tried: Mapping[str, Difference]
+    weight_bits: int
+    tried_bits: Mapping[int, Difference]
     difference: Difference
     runs: Mapping[str, Run]
     batch_size: int
@@ -103,6 +108,7 @@ def export_int8(
     *,
     dense: nn.Module | None = None,
     ranges: Sequence[str] = RANGES,
+    weight_bits: Sequence[int] = WEIGHT_BITS,
     batch_size: int = 1,
     dynamic_batch: bool = False,
     latency_repeats: int = 50,
@@ -121,6 +127,10 @@ def export_int8(
     products are quantized, else every operator that can be. Of the images a third, at most 64,
     calibrates, half of the others chooses ranges, the rest measures; a seed says which is which.
 
+    x86 processors without VNNI add pairs of products in 16 bits, where large ones saturate: weights
+    of 8 bits are wrong there, of 7 not, at equal speed. Both are tried on the processor that this
+    runs on, and the closer one is taken; for a file that will run on another, say which.
+
     Weights are not equalised across layers, nor biases corrected.
 
     Args:
@@ -129,6 +139,7 @@ def export_int8(
         file: Where to write.
         dense: The model that ``model`` was pruned from: is quantized and measured likewise.
         ranges: Which ranges to try, of :data:`RANGES`.
+        weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`.
         batch_size: Of the file, and of the calls that are timed.
         dynamic_batch: Leave the batch size of the file free.
         latency_repeats: Timed calls of each file, by turns; 0 for none, else at least 2.
@@ -145,6 +156,7 @@ def export_int8(
     """
     file = Path(file).expanduser()
     check_target(file, "onnx", overwrite=overwrite)
+    check_bits(weight_bits)
     unknown = sorted(set(ranges) - set(RANGES))
     if unknown or not ranges or latency_repeats == 1 or latency_repeats < 0:
         raise ValueError(
@@ -153,7 +165,7 @@ def export_int8(
         )
     calibration, choosing, measuring = _parts(batches, batch_size, seed)
     models = {"": model} if dense is None else {"dense ": dense, "": model}
-    tried: dict[str, dict[str, Difference]] = {}
+    tried: dict[str, _Tried] = {}
     with tempfile.TemporaryDirectory() as temporary, written_file(file) as unfinished:
         folder, files = Path(temporary), dict[str, Path]()
         for name, network in models.items():
@@ -166,8 +178,8 @@ def export_int8(
                 batches=calibration[:1],
                 metadata=metadata,
             )
-            small, tried[name] = _quantized(whole, calibration, choosing, ranges)
-            files |= {f"{name}float32": whole, f"{name}int8": small}
+            tried[name] = _tried(whole, calibration, choosing, ranges, weight_bits)
+            files |= {f"{name}float32": whole, f"{name}int8": tried[name].file}
         sessions = {name: _Session(path) for name, path in files.items()}
         runs = _measured(sessions, files, measuring, latency_repeats)
         apart = difference(sessions["int8"], sessions["float32"], measuring)
@@ -175,11 +187,13 @@ def export_int8(
     return Quantized(
         file=file,
         input_shape=exported.input_shape,
-        ranges=_best(tried[""]),
+        ranges=_best(tried[""].ranges),
         num_calibration=sum(map(len, calibration)),
         num_choosing=sum(map(len, choosing)),
         num_measured=sum(map(len, measuring)),
-        tried=tried[""],
+        tried=tried[""].ranges,
+        weight_bits=_closest(tried[""].bits),
+        tried_bits=tried[""].bits,
         difference=apart,
         runs=runs,
         batch_size=len(measuring[0]),
@@ -208,16 +222,47 @@ def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
 # ---- quantizing ------------------------------------------------------------------------------
 
 
-def _quantized(
-    whole: Path, calibration: Sequence[Tensor], choosing: Sequence[Tensor], ranges: Sequence[str]
-) -> tuple[Path, dict[str, Difference]]:
-    """Return the file whose ranges agree best with the float32 one, and how far each is from it."""
-    reference, tried, files = _Session(whole), dict[str, Difference](), dict[str, Path]()
-    for name in ranges:
-        files[name] = whole.with_name(f"{whole.stem}-{name}.onnx")
-        _quantize(whole, files[name], calibration, name)
-        tried[name] = difference(_Session(files[name]), reference, choosing)
-    return files[_best(tried)], tried
+@dataclass(frozen=True)
+class _Tried:
+    """The file that was chosen, and how far from the float32 one each that was tried is."""
+
+    file: Path
+    ranges: dict[str, Difference]
+    bits: dict[int, Difference]
+
+
+def _tried(
+    whole: Path,
+    calibration: Sequence[Tensor],
+    choosing: Sequence[Tensor],
+    ranges: Sequence[str],
+    weight_bits: Sequence[int],
+) -> _Tried:
+    """Return the file whose ranges agree best with the float32 one, with the closer weights."""
+    reference, first = _Session(whole), weight_bits[0]
+    files: dict[tuple[str, int], Path] = {}
+
+    def apart(name: str, bits: int) -> Difference:
+        files[name, bits] = small = whole.with_name(f"{whole.stem}-{name}-{bits}.onnx")
+        _quantize(whole, small, calibration, name, bits)
+        return difference(_Session(small), reference, choosing)
+
+    by_range = {name: apart(name, first) for name in ranges}
+    best = _best(by_range)
+    by_bits = {first: by_range[best], **{bits: apart(best, bits) for bits in weight_bits[1:]}}
+    return _Tried(files[best, _closest(by_bits)], by_range, by_bits)
+
+
+def check_bits(weight_bits: Sequence[int]) -> None:
+    """Raise a ValueError unless these are bits of weights that can be tried, each once."""
+    known = set(weight_bits) <= set(WEIGHT_BITS)
+    if not (weight_bits and known and len(set(weight_bits)) == len(weight_bits)):
+        found = ", ".join(map(str, weight_bits)) or "none"
+        raise ValueError(f"weight_bits: expected 8, 7 or both, found {found}")
+
+
+def _closest(tried: Mapping[int, Difference]) -> int:
+    return min(tried, key=lambda bits: tried[bits].share)
 
 
 def _best(tried: Mapping[str, Difference]) -> str:
@@ -225,7 +270,9 @@ def _best(tried: Mapping[str, Difference]) -> str:
     return max(tried, key=lambda name: (tried[name].agreement, -tried[name].share))
 
 
-def _quantize(whole: Path, small: Path, calibration: Sequence[Tensor], ranges: str) -> None:
+def _quantize(
+    whole: Path, small: Path, calibration: Sequence[Tensor], ranges: str, weight_bits: int
+) -> None:
     tools = importlib.import_module("onnxruntime.quantization")
     method, options = _RANGES[ranges]
     kinds = {node.op_type for node in importlib.import_module("onnx").load(whole).graph.node}
@@ -237,6 +284,7 @@ def _quantize(whole: Path, small: Path, calibration: Sequence[Tensor], ranges: s
                 _reader(calibration),
                 op_types_to_quantize=_PRODUCTS if kinds & _DELICATE else None,
                 per_channel=True,
+                reduce_range=weight_bits == 7,
                 activation_type=tools.QuantType.QUInt8,
                 weight_type=tools.QuantType.QInt8,
                 calibrate_method=tools.CalibrationMethod[method],
