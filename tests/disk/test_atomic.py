@@ -1,5 +1,7 @@
 """What is written is whole or not there, and what a killed process left behind goes."""
 
+import os
+import stat
 import uuid
 
 import pytest
@@ -64,3 +66,20 @@ def test_names_of_leftovers_are_known(tmp_path):
         assert is_unfinished(unfinished)
     assert not is_unfinished(tmp_path / "x.json")
     assert not is_unfinished(tmp_path / ".x.json.tmp")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_says_who_may_read_what_is_written(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with written_folder(tmp_path / "folder") as folder:
+            for name in ("plain", "private"):
+                (folder / name).write_text(name)
+            (folder / "private").chmod(0o600)  # as safetensors does
+        with written_file(tmp_path / "file") as file:
+            file.write_text("x")
+            file.chmod(0o600)
+    finally:
+        os.umask(before)
+    written = [*(tmp_path / "folder").iterdir(), tmp_path / "file"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}

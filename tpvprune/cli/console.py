@@ -307,7 +307,7 @@ def show_evaluated(document: Mapping[str, Any]) -> None:
     if document["top1"] is None:
         say(
             "only costs were measured: top-1 needs one subfolder per class of the model, "
-            "agreement needs a saved pruned model and --dense F"
+            "agreement needs --dense F, the weights that a saved pruned model came from"
         )
 
 

@@ -20,6 +20,8 @@ _OWN_FILES = frozenset(
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.
 _REFUSALS = (OSError, SafetensorError)
+# The user's umask says who may read a file; safetensors would let nobody but the owner.
+_FILES = 0o666
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -65,7 +67,10 @@ def written_folder(folder: Path) -> Iterator[Path]:
         _clear(folder)
         unfinished.mkdir()
         yield unfinished
+        mode = unfinished.stat().st_mode & _FILES
         for path in (*unfinished.rglob("*"), unfinished):
+            if path.is_file():
+                path.chmod(mode)
             _flush(path)
         _replace(folder, unfinished)
         _flush(folder.parent)
@@ -87,7 +92,11 @@ def written_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode & _FILES
+        unfinished.unlink()
         yield unfinished
+        unfinished.chmod(mode)
         _flush(unfinished)
         unfinished.replace(path)
         _flush(path.parent)

@@ -134,10 +134,7 @@ def save_pruned(
             key: value.cpu().clone(memory_format=torch.contiguous_format)
             for key, value in tensors_of(pruned).items()
         }
-        weights = unfinished / "model.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        # safetensors writes for the owner's eyes only; the user's umask decides instead.
-        weights.chmod((unfinished / "config.json").stat().st_mode)
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
         if masks is not None:
             save_masks(masks, unfinished / MASK_FILE)
         ranking = None if is_model else getattr(result_or_model, "ranking", None)
