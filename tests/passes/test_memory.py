@@ -46,9 +46,9 @@ def test_a_system_that_tells_nothing_gives_the_least(monkeypatch):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 @pytest.mark.parametrize("thread", [False, True])
 def test_tensors_take_the_memory_that_others_left(thread):
-    """Pages are touched anew by every tensor of a plain process, and mostly not where they are kept.
+    """Pages are touched anew by every tensor of a plain process, mostly not where they are kept.
 
-    In one of several runs five of the twenty tensors still get new ones.
+    In some runs five of the twenty tensors still get new ones.
     """
     code = """
         import resource, sys, threading, torch
