@@ -44,11 +44,11 @@ def test_a_system_that_tells_nothing_gives_the_least(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-@pytest.mark.parametrize("thread", [False, True])
-def test_tensors_take_the_memory_that_others_left(thread):
-    """Pages are touched anew by every tensor of a plain process, mostly not where they are kept.
+@pytest.mark.parametrize(("thread", "share"), [(False, 0.1), (True, 0.5)])
+def test_tensors_take_the_memory_that_others_left(thread, share):
+    """Pages are touched anew by every tensor of a plain process, and once where they are kept.
 
-    In some runs five of the twenty tensors still get new ones.
+    The allocator needs up to six tensors until it has found its places, now and then anew.
     """
     code = """
         import resource, sys, threading, torch
@@ -58,7 +58,7 @@ def test_tensors_take_the_memory_that_others_left(thread):
             keep_freed_memory()
 
         def touch():
-            for _ in range(20):
+            for _ in range(100):
                 torch.ones(1 << 24)
 
         def faults():
@@ -81,4 +81,4 @@ def test_tensors_take_the_memory_that_others_left(thread):
         )
         for how in ("plain", "kept")
     )  # fmt: skip
-    assert kept < 0.5 * plain
+    assert kept < share * plain

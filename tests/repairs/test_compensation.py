@@ -478,3 +478,36 @@ def test_labels_are_dropped_unread():
     labelled = repair(dense, pruned, groups, kept, data=[(x, None) for x in batches(NUM, 20)])
     for name, tensor in plain.state_dict().items():
         assert torch.equal(labelled.state_dict()[name], tensor)
+
+
+class Film(nn.Module):
+    """Frames one by one, and their mean; ``folded``: of a film [B, 4, C, H, W], in one batch."""
+
+    def __init__(self, *, folded):
+        super().__init__()
+        self.folded = folded
+        self.convs = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 9, 3, padding=1), nn.ReLU()
+        )
+        self.fc = nn.Linear(9, 4)
+
+    def forward(self, x):
+        out = self.fc(self.convs(x.flatten(0, 1) if self.folded else x).mean((2, 3)))
+        return out.unflatten(0, (len(x), -1)).mean(1) if self.folded else out
+
+
+def test_frames_in_the_batch_are_fitted_like_frames_by_themselves():
+    torch.manual_seed(0)
+    films, others = torch.randn(2, 48, 4, 3, 8, 8, dtype=torch.float64)
+    film, frame = (Film(folded=folded).double().eval() for folded in (True, False))
+    frame.load_state_dict(film.state_dict())
+    left = []
+    for model, data in ((film, films), (frame, films.flatten(0, 1))):
+        groups = find_groups(model, data[:2])
+        kept = {g.name: torch.arange(g.num_channels) % 3 > 0 for g in groups}
+        pruned = remove_channels(model, groups, kept)
+        repaired = repair(model, pruned, groups, kept, ridge=None, data=[data])
+        frame_by_frame = copy.deepcopy(repaired)
+        frame_by_frame.folded = True
+        left.append(float(output_variance(frame_by_frame, film, [others])))
+    assert left[0] < 1.05 * left[1]

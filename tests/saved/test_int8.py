@@ -283,6 +283,7 @@ def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
         (["--ranges", "entropy"], "--ranges: expected only with --int8"),
         (["--dense", "pretrained"], "--dense: expected only with --int8"),
         (["--weight-bits", "7"], "--weight-bits: expected only with --int8"),
+        (["--int8", "--data-dir", ".", "--weight-bits", "9"], "expected 8, 7 or both, found 9"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, tmp_path, capsys):

@@ -16,7 +16,7 @@ from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
 from tpvprune.saved.export import Exported, export_model
-from tpvprune.saved.int8 import RANGES, WEIGHT_BITS, Quantized, Run, export_int8
+from tpvprune.saved.int8 import RANGES, WEIGHT_BITS, Quantized, Run, check_bits, export_int8
 
 _NUM_IMAGES, _NUM_INT8_IMAGES = 64, 512
 _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
@@ -51,6 +51,7 @@ def _check(args: argparse.Namespace, *, given: bool) -> None:
     for flag in ("dense", "ranges", "weight_bits"):
         if getattr(args, flag) is not None and not args.int8:
             raise ValueError(f"--{flag.replace('_', '-')}: expected only with --int8")
+    check_bits(args.weight_bits or WEIGHT_BITS)
 
 
 def _images(args: argparse.Namespace, subject: Subject) -> Any:

@@ -109,7 +109,8 @@ def patches_of(
     """Return what these output positions see: [groups, rows, inputs per group * kernel].
 
     Of several groups rows lie side by side in memory, as if it were [groups, inputs, rows]: few
-    numbers of each are multiplied with those of many rows. ``order``: see :func:`gather`.
+    numbers of each are multiplied with those of many rows. ``positions``: of all that belongs to an
+    input, see :func:`count_positions`. ``order``: see :func:`gather`.
     """
     num, per_input = positions.shape
     if window is None:
@@ -118,17 +119,19 @@ def patches_of(
     high, wide = [1, *x.shape[2:]][-2:]
     maps = (x.unsqueeze(2) if x.ndim == 3 else x).movedim(1, -1).reshape(-1, x.shape[1])
     inputs, positions = _ordered(positions, order, x.device)
-    width = window.outputs(x)[1]
-    rows = positions // width * window.stride[0] - window.before[0]
-    columns = positions % width * window.stride[1] - window.before[1]
-    first = inputs[:, None] * (high * wide)
+    height, width = window.outputs(x)
+    # Maps that belong to one input, such as the frames of a film, follow each other in the batch.
+    own, within = positions // (height * width), positions % (height * width)
+    rows = within // width * window.stride[0] - window.before[0]
+    columns = within % width * window.stride[1] - window.before[1]
+    first = (inputs[:, None] * (len(x) // num) + own) * (high * wide)
     taps = []
     for i in range(window.kernel[0]):
         for j in range(window.kernel[1]):
             at, across = rows + i * window.dilation[0], columns + j * window.dilation[1]
             place = first + at.clamp(0, high - 1) * wide + across.clamp(0, wide - 1)
             seen = maps.index_select(0, place.flatten())  # whole rows: channels lie side by side
-            if len(x) != num or not window.stays_inside(i, j, x):
+            if not window.stays_inside(i, j, x):
                 inside = (at >= 0) & (at < high) & (across >= 0) & (across < wide)
                 seen = seen * inside.reshape(-1, 1)
             taps.append(seen)
