@@ -87,7 +87,8 @@ def test_a_runtime_is_measured_and_shown(run, tmp_path, monkeypatch):
     low, high = document["pruned"]["latency_range_ms"]
     assert 0 < low <= document["pruned"]["latency_ms"] <= high
     assert "latency, 1 image, onnxruntime" in err
-    assert "latency: median ± half of what lies between the quartiles" in " ".join(err.split())
+    assert f"quartiles {document['dense']['latency_range_ms'][0]:.2f} to " in " ".join(err.split())
+    assert f"{low:.2f} to {high:.2f} ms pruned" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

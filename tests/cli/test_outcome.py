@@ -1,6 +1,7 @@
 """What the command line says of a result: broken first, then warnings, then what was held back."""
 
 import json
+import re
 import time
 from argparse import Namespace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 
 from tpvprune.cli import outcome, session_images, session_results
 from tpvprune.cli.benchmark import broken_rows
-from tpvprune.cli.console import show_pruned, show_trained
+from tpvprune.cli.console import show_pruned, show_trained, stages
 from tpvprune.cli.session_images import calibration, num_eval_images, num_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
@@ -253,3 +254,20 @@ def test_a_cut_that_is_no_faster_than_the_fastest_dense_round_is_said_to_be_so(
     if hint:
         assert said[0].startswith(f"{how} on this device: {pruned_ms:.2f} ms")
         assert hint in said[0]
+
+
+def test_a_pipe_gets_a_line_now_and_then(capsys):
+    """Where stderr is no terminal long work must not look as if it hung."""
+    with stages(seconds=0.05) as progress:
+        time.sleep(0.12)  # nothing runs yet: nothing is said
+        progress("curves", 1, 4)
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(re.fullmatch(r"curves 1/4 \.\.\. \d s, about \d s left", line) for line in lines)
+
+
+def test_short_work_says_nothing_to_a_pipe(capsys):
+    with stages() as progress:
+        progress("curves", 1, 4)
+    assert capsys.readouterr().err == ""

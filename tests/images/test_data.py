@@ -423,6 +423,15 @@ class TestModels:
         ):
             load_model("test_resnet", checkpoint=tmp_path / "weights.pt", num_classes=7)
 
+    def test_a_checkpoint_of_another_network_is_said_to_be_so(self, tmp_path, model):
+        torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=r"0 of \d+ tensors do: is it another network's\?"):
+            load_model("test_resnet", checkpoint=tmp_path / "weights.pt")
+        state = {**model.state_dict(), "surplus": torch.zeros(1)}
+        torch.save(state, tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match="does not fit the model: has unknown surplus"):
+            load_model("test_resnet", checkpoint=tmp_path / "weights.pt")
+
     def test_pickled_code_is_not_run(self, tmp_path):
         class Bomb:
             def __reduce__(self):

@@ -129,6 +129,21 @@ def parse(page):
     return parser
 
 
+def test_classes_of_few_images_are_counted_but_not_shown(tmp_path):
+    data = full_data()
+    data["disagreement"]["classes"] += [
+        {"class": 3, "num_images": 4, "agreement": 0.0},
+        {"class": 4, "num_images": 5, "agreement": 0.25},
+    ]
+    data.pop("class_names", None)
+    _, page = write_report(data, tmp_path)
+    text = page.read_text()
+    assert "1 of fewer than 5 images each are left out" in text
+    shown = text[text.index("Agreement by class") : text.index("Images that changed")]
+    assert "class 3" not in shown
+    assert "25.0" in shown
+
+
 def test_every_section_is_there(tmp_path):
     _, page = write_report(full_data(), tmp_path)
     assert parse(page.read_text()).found == [

@@ -16,7 +16,8 @@ import tpvprune
 from tpvprune.cli.entry import main
 from tpvprune.saved import int8
 from tpvprune.saved.export import export_model
-from tpvprune.saved.int8 import RANGES, export_int8
+from tpvprune.saved.int8 import export_int8
+from tpvprune.saved.quantization import RANGES, Tried
 
 needed = ("onnx", "onnxscript", "onnxruntime")
 pytestmark = pytest.mark.skipif(
@@ -105,7 +106,7 @@ def test_what_is_said_of_the_file_is_so(written):
 
 
 @pytest.mark.long
-def test_only_the_images_to_calibrate_with_decide_a_range(tmp_path):
+def test_images_to_measure_on_decide_nothing(tmp_path):
     model, shown = model_of(), images(9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
     run = partial(export_int8, model, ranges=["min-max"], latency_repeats=0, overwrite=True)
@@ -117,7 +118,7 @@ def test_only_the_images_to_calibrate_with_decide_a_range(tmp_path):
         return (tmp_path / "x.onnx").read_bytes()
 
     plain = file_with([])
-    assert file_with(order[3:]) == plain  # three of nine calibrate
+    assert file_with(order[6:]) == plain  # three of nine calibrate, three choose
     assert file_with(order[:1]) != plain
 
 
@@ -128,7 +129,7 @@ def test_ranges_are_those_that_agree_best_of_equals_the_closest(agreements, expe
         name: int8.Difference(9, agreement, 0.1, 1.0, share[i])
         for i, (name, agreement) in enumerate(zip(RANGES, agreements, strict=True))
     }
-    assert int8._best(tried) == RANGES[expected]
+    assert Tried(None, tried, {}).best_ranges == RANGES[expected]
 
 
 def positive():
@@ -161,9 +162,12 @@ def exported_bits(folder, bits):
 @pytest.mark.parametrize("bits", [[8], [7], None])
 def test_weights_have_as_many_bits_as_said(bits, tmp_path):
     found, largest = exported_bits(tmp_path, bits)
-    assert list(found.tried_bits) == (bits or [8, 7])
-    assert found.weight_bits == min(found.tried_bits, key=lambda b: found.tried_bits[b].share)
-    assert largest == {8: 127, 7: 64}[found.weight_bits]
+    tried = found.tried_weights
+    assert {(way.bits, way.biases_corrected) for way in tried} == {
+        (b, corrected) for b in bits or [8, 7] for corrected in (False, True)
+    }
+    assert tried[found.weights].share == min(entry.share for entry in tried.values())
+    assert largest == {8: 127, 7: 64}[found.weights.bits]
 
 
 def test_the_bits_chosen_are_close_on_any_processor(tmp_path):
@@ -233,11 +237,11 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
         run()
     with pytest.raises(ValueError, match="at least 12 images"):
         run(batch_size=4)
-    with pytest.raises(ValueError, match=r"ranges of min-max, percentile, entropy .* found kl"):
+    with pytest.raises(ValueError, match="expected some of min-max, percentile, entropy, found kl"):
         run(ranges=["kl"])
     with pytest.raises(ValueError, match="weight_bits: expected 8, 7 or both, found 8, 6"):
         run(weight_bits=[8, 6])
-    with pytest.raises(ValueError, match="at least 2, found min-max and 1"):
+    with pytest.raises(ValueError, match="latency_repeats: expected 0 or at least 2, found 1"):
         run(ranges=["min-max"], latency_repeats=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -284,6 +288,7 @@ def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
         (["--dense", "pretrained"], "--dense: expected only with --int8"),
         (["--weight-bits", "7"], "--weight-bits: expected only with --int8"),
         (["--int8", "--data-dir", ".", "--weight-bits", "9"], "expected 8, 7 or both, found 9"),
+        (["--int8", "--data-dir", ".", "--ranges", "kl"], "min-max, percentile, entropy, found kl"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, tmp_path, capsys):

@@ -51,18 +51,20 @@ def bar(
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Show which stage is running, and how long it will take, where stderr is a terminal."""
-    shown = Stages()
-    if not sys.stderr.isatty():
-        yield shown.update
-        return
-    done = threading.Event()
+def stages(seconds: float = 30.0) -> Iterator[Callable[[str, int, int], None]]:
+    """Show which stage is running, and how long it will take.
+
+    ``seconds``: how often a line tells that where stderr is no terminal.
+    """
+    shown, done = Stages(), threading.Event()
+    terminal = sys.stderr.isatty()
+    before, after = ("\r\x1b[K", "") if terminal else ("", "\n")
 
     def show() -> None:
-        while not done.wait(0.5):
+        while not done.wait(0.5 if terminal else seconds):
             if line := shown.line():
-                print(f"\r\x1b[K{line[: _WIDTH - 1]}", end="", file=sys.stderr, flush=True)
+                text = f"{before}{line[: _WIDTH - 1]}{after}"
+                print(text, end="", file=sys.stderr, flush=True)
 
     ticker = threading.Thread(target=show, daemon=True)
     ticker.start()
@@ -71,7 +73,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         done.set()
         ticker.join()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(before, end="", file=sys.stderr, flush=True)
 
 
 class Stages:
@@ -153,7 +155,8 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
         rows.append((name, short(before), short(after), f"{after / before:.3f}"))
     if pruned.get("latency_ms") is not None:
         ratio = pruned["latency_ms"] / dense["latency_ms"]
-        rows.append((_latency_label(pruned), _latency(dense), _latency(pruned), f"{ratio:.3f}"))
+        before, after = (f"{side['latency_ms']:.2f} ms" for side in (dense, pruned))
+        rows.append((_latency_label(pruned), before, after, f"{ratio:.3f}"))
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if pruned.get(key) is not None:
             before, after = dense[key], pruned[key]
@@ -162,7 +165,7 @@ def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
     if pruned.get("agreement") is not None:
         rows.append(("agreement", percent(1.0), percent(pruned["agreement"]), ""))
     table(rows)
-    _say_spread(pruned)
+    _say_spread(pruned, dense=dense)
 
 
 def _latency_label(side: Mapping[str, Any]) -> str:
@@ -170,18 +173,15 @@ def _latency_label(side: Mapping[str, Any]) -> str:
     return f"latency, {counted(side.get('latency_batch_size') or 1, 'image')}{where}"
 
 
-def _latency(side: Mapping[str, Any]) -> str:
-    spread = side.get("latency_range_ms")
-    return f"{side['latency_ms']:.2f}" + (
-        f" ± {(spread[1] - spread[0]) / 2:.2f} ms" if spread else " ms"
-    )
-
-
-def _say_spread(side: Mapping[str, Any]) -> None:
+def _say_spread(side: Mapping[str, Any], *, dense: Mapping[str, Any] | None = None) -> None:
+    """Say between what milliseconds the calls lay."""
+    sides = {"": side} if dense is None else {" dense": dense, " pruned": side}
+    ranges = {name: one.get("latency_range_ms") for name, one in sides.items()}
+    spread = ", ".join(f"{r[0]:.2f} to {r[1]:.2f} ms{name}" for name, r in ranges.items() if r)
     if side.get("latency_runtime"):
-        say(f"latency: median ± half of what lies between the quartiles, {side['latency_device']}")
-    elif side.get("latency_range_ms"):
-        say("latency: median of five rounds ± half of what lies between fastest and slowest")
+        say(f"latency: median, {side['latency_device']}; quartiles {spread}")
+    elif spread:
+        say(f"latency: median of five rounds; fastest to slowest {spread}")
 
 
 def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
@@ -298,7 +298,7 @@ def show_evaluated(document: Mapping[str, Any]) -> None:
         return
     rows = [(name, short(document[key])) for key, name in cost_labels(document).items()]
     if document["latency_ms"] is not None:
-        rows.append(("latency, 1 image", _latency(document)))
+        rows.append(("latency, 1 image", f"{document['latency_ms']:.2f} ms"))
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         if document[key] is not None:
             rows.append((name, percent(document[key])))

@@ -15,10 +15,14 @@ from tpvprune.cli.session import Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
+from tpvprune.passes.loss import CONFIDENCE, Loss
 from tpvprune.saved.export import Exported, export_model
-from tpvprune.saved.int8 import RANGES, WEIGHT_BITS, Quantized, Run, check_bits, export_int8
+from tpvprune.saved.int8 import Quantized, Run, export_int8
+from tpvprune.saved.quantization import RANGES, WEIGHT_BITS, check_bits, check_ranges
 
 _NUM_IMAGES, _NUM_INT8_IMAGES = 64, 512
+_WIDE = 10.0
+"""Points: an interval wider than this leaves open whether the file works."""
 _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
 
 
@@ -52,6 +56,7 @@ def _check(args: argparse.Namespace, *, given: bool) -> None:
         if getattr(args, flag) is not None and not args.int8:
             raise ValueError(f"--{flag.replace('_', '-')}: expected only with --int8")
     check_bits(args.weight_bits or WEIGHT_BITS)
+    check_ranges(args.ranges or RANGES)
 
 
 def _images(args: argparse.Namespace, subject: Subject) -> Any:
@@ -116,8 +121,8 @@ def _int8(
         "input_shape": found.input_shape,
         "ranges": found.ranges,
         "tried": {name: entry.agreement for name, entry in found.tried.items()},
-        "weight_bits": found.weight_bits,
-        "tried_bits": {bits: entry.share for bits, entry in found.tried_bits.items()},
+        "weights": asdict(found.weights),
+        "tried_weights": {str(way): entry.share for way, entry in found.tried_weights.items()},
         "num_calibration": found.num_calibration,
         "num_choosing": found.num_choosing,
         "num_images": found.num_measured,
@@ -142,22 +147,34 @@ def _show_int8(found: Quantized) -> None:
         rows.append((name, percent(run.agreement), f"{run.num_bytes / 1e6:.2f}", _spread(run)))
     table(rows)
     tried = ", ".join(f"{name} {percent(entry.agreement)}" for name, entry in found.tried.items())
-    say(
-        f"int8 agrees with its float32 on {percent(found.difference.agreement)} of "
-        f"{found.num_measured} images held back (squared difference "
-        f"{found.difference.share:.2g} of the outputs' variance)"
-    )
+    _show_agreement(found)
     say(
         f"ranges of activations from {found.num_calibration} images: {found.ranges}, the best on "
         f"{found.num_choosing} others ({tried})"
     )
-    if len(found.tried_bits) > 1:
-        shares = ", ".join(f"{n}: {entry.share:.2g}" for n, entry in found.tried_bits.items())
-        say(
-            f"weights of {found.weight_bits} bits, the closer ones on this processor (share of the "
-            f"variance with {shares}); for another one: --weight-bits"
-        )
+    shares = "; ".join(f"{way}: {entry.share:.2g}" for way, entry in found.tried_weights.items())
+    say(
+        f"weights of {found.weights}, the closest on this processor (share of the variance: "
+        f"{shares})"
+    )
+    if len({way.bits for way in found.tried_weights}) > 1:
+        say("for another processor choose the bits: --weight-bits 8 with VNNI, 7 without")
     say("ONNX Runtime, one thread; ms: median (quartiles)")
+
+
+def _show_agreement(found: Quantized) -> None:
+    """Say how sure the agreement is, and how many images would tell it."""
+    agreement, num = found.difference.agreement, found.num_measured
+    loss = Loss.of_agreement((1 - agreement) * num, num)
+    say(
+        f"int8 agrees with its float32 on {percent(agreement)} of {num} images held back "
+        f"({CONFIDENCE:.0%} interval {100 - loss.high:.1f} to {100 - loss.low:.1f}; squared "
+        f"difference {found.difference.share:.2g} of the outputs' variance)"
+    )
+    if loss.width > _WIDE:
+        total = found.num_calibration + found.num_choosing + num
+        more = total + 2 * (loss.needed(_WIDE) - num)  # half of those above choose
+        say(f"{num} images are few to tell: about --num-images {more} give {_WIDE:.0f} points")
 
 
 def _spread(run: Run) -> str:

@@ -11,12 +11,15 @@ from tpvprune.reports.tables import section
 from tpvprune.reports.text import cell
 
 _MOST_CLASSES = 24
+_FEWEST_IMAGES = 5
+"""Of a class whose agreement is shown: of fewer it tells nothing."""
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 
 
 def classes(data: Mapping[str, Any]) -> str:
     """Draw the agreement of every class, worst first."""
-    found = (data.get("disagreement") or {}).get("classes") or []
+    every = (data.get("disagreement") or {}).get("classes") or []
+    found = [row for row in every if row["num_images"] >= _FEWEST_IMAGES]
     if len(found) < 2:
         return ""
     names = data.get("class_names")
@@ -30,8 +33,11 @@ def classes(data: Mapping[str, Any]) -> str:
         for row in ordered[:_MOST_CLASSES]
     ]
     about = "<p>Share of images with the same class as before, by the dense model\u2019s choice"
-    left = len(found) - len(rows)
-    about += f"; the {len(rows)} lowest of {len(found)} classes.</p>" if left else ".</p>"
+    if len(rows) < len(found):
+        about += f"; the {len(rows)} lowest of {len(found)} classes"
+    if few := len(every) - len(found):
+        about += f"; {few} of fewer than {_FEWEST_IMAGES} images each are left out"
+    about += ".</p>"
     return section("Agreement by class", about, f'<div class="wide">{value_rows(rows)}</div>')
 
 

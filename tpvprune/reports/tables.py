@@ -89,8 +89,8 @@ def figures(data: Mapping[str, Any]) -> str:
     if pruned.get("latency_ms") is not None:
         sub = ""
         if dense.get("latency_ms"):
-            faster = dense["latency_ms"] / max(pruned["latency_ms"], 1e-9)
-            sub = f"{significant(dense['latency_ms'])}\u202fms dense ({faster:.2f}\u00d7)"
+            part = percent(pruned["latency_ms"] / dense["latency_ms"])
+            sub = f"{part} of {significant(dense['latency_ms'])}\u202fms dense"
         found.append(("Latency", f"{significant(pruned['latency_ms'])}\u202fms", sub))
     items = "".join(
         f'<div><dt>{label}</dt><dd class="big">{_small_unit(value)}</dd>'

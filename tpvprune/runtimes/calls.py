@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tpvprune.passes.running import on_device
 from tpvprune.runtimes.names import Runtime
-from tpvprune.runtimes.onnx_files import onnx_bytes, quiet, reason
+from tpvprune.runtimes.onnx_files import onnx_bytes, onnx_session, quiet, reason
 
 Call = Callable[[], Any]
 
@@ -91,11 +91,7 @@ def graph_call(runtime: Runtime, file: bytes, x: Tensor) -> Call:
 
 
 def _in_onnxruntime(file: bytes, x: Tensor) -> Call:
-    runtime: Any = importlib.import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors, which are raised, too
-    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(file, threads=torch.get_num_threads())
     return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 

@@ -74,6 +74,18 @@ def onnx_node(
     return bytes(file.SerializeToString())
 
 
+def onnx_session(file: str | bytes, *, threads: int | None = None) -> Any:
+    """Return a session of ONNX Runtime, on the CPU, for a file or what is in it.
+
+    ``threads``: how many it uses; None: as many as it likes.
+    """
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors, which are raised, too
+    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporters' remarks about their own insides from the user."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from tpvprune.disk.atomic import written_file
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import call_arguments
 from tpvprune.runtimes.names import WRITES_ONNX, missing
-from tpvprune.runtimes.onnx_files import onnx_program, quiet, reason
+from tpvprune.runtimes.onnx_files import onnx_program, onnx_session, quiet, reason
 
 Format = Literal["onnx", "pt2"]
 Call = Callable[[Tensor], list[Tensor]]
@@ -133,11 +132,10 @@ def _write_pt2(
 def _write_onnx(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
-    runtime = importlib.import_module("onnxruntime")
     program = onnx_program(model, example, dynamic=dynamic)
     program.model.metadata_props.update(notes)
     program.save(file, external_data=False)
-    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = onnx_session(str(file))
     name = session.get_inputs()[0].name
     return lambda inputs: [torch.from_numpy(x) for x in session.run(None, {name: inputs.numpy()})]
 

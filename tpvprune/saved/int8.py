@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import io
-import logging
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +18,18 @@ from torch import Tensor, nn
 from tpvprune.disk.atomic import written_file
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import Difference, difference
-from tpvprune.runtimes.onnx_files import reason
 from tpvprune.saved.export import check_target, export_model
+from tpvprune.saved.quantization import (
+    RANGES,
+    WEIGHT_BITS,
+    OnnxModule,
+    Tried,
+    WeightChoice,
+    check_bits,
+    check_ranges,
+    tried_files,
+)
 
-# Name -> CalibrationMethod of onnxruntime, and its options.
-_RANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "min-max": ("MinMax", {}),
-    "percentile": ("Percentile", {"CalibPercentile": 99.99, "CalibTensorRangeSymmetric": False}),
-    "entropy": ("Entropy", {}),
-}
-RANGES = tuple(_RANGES)
-WEIGHT_BITS = (8, 7)
-# Where there are any of these only products are quantized, else nothing is left of a ViT.
-_DELICATE = {"Softmax", "LayerNormalization"}
-_PRODUCTS = ["Conv", "Gemm", "MatMul"]
 _CALIBRATED = 64  # images at most: more take longer, and only widen the ranges of min-max
 
 
@@ -69,8 +63,8 @@ class Quantized:
         num_choosing: Others, on which ``ranges`` agreed best with the float32 model.
         num_measured: Others again, on which everything below was measured.
         tried: Ranges -> difference from the float32 file on the images to choose on.
-        weight_bits: How many bits of a weight are used: the closest of ``tried_bits``.
-        tried_bits: Likewise, bits -> difference, with the best ranges.
+        weights: How weights were rounded: the closest of ``tried_weights``.
+        tried_weights: How weights were rounded -> difference on those images, with ``ranges``.
         difference: The int8 file against the float32 file of the same model.
         runs: ``"float32"`` and ``"int8"``, before them the same two of a dense model.
         batch_size: Images of one call that was timed.
@@ -83,8 +77,8 @@ class Quantized:
     num_choosing: int
     num_measured: int
     tried: Mapping[str, Difference]
-    weight_bits: int
-    tried_bits: Mapping[int, Difference]
+    weights: WeightChoice
+    tried_weights: Mapping[WeightChoice, Difference]
     difference: Difference
     runs: Mapping[str, Run]
     batch_size: int
@@ -129,9 +123,11 @@ def export_int8(
 
     x86 processors without VNNI add pairs of products in 16 bits, where large ones saturate: weights
     of 8 bits are wrong there, of 7 not, at equal speed. Both are tried on the processor that this
-    runs on, and the closer one is taken; for a file that will run on another, say which.
+    runs on, each with biases as they are and with the mean that rounding adds to a layer's outputs
+    on the images to calibrate with taken from them (bias correction, Nagel et al., ICCV 2019), and
+    the closest is taken; for a file that will run on another processor, say which bits.
 
-    Weights are not equalised across layers, nor biases corrected.
+    Weights are not equalised across layers.
 
     Args:
         model: What to export, in eval mode; untouched.
@@ -157,15 +153,12 @@ def export_int8(
     file = Path(file).expanduser()
     check_target(file, "onnx", overwrite=overwrite)
     check_bits(weight_bits)
-    unknown = sorted(set(ranges) - set(RANGES))
-    if unknown or not ranges or latency_repeats == 1 or latency_repeats < 0:
-        raise ValueError(
-            f"expected ranges of {', '.join(RANGES)} and latency_repeats of 0 or at least 2, found "
-            f"{', '.join(unknown or ranges) or 'no ranges'} and {latency_repeats}"
-        )
+    check_ranges(ranges)
+    if latency_repeats == 1 or latency_repeats < 0:
+        raise ValueError(f"latency_repeats: expected 0 or at least 2, found {latency_repeats}")
     calibration, choosing, measuring = _parts(batches, batch_size, seed)
     models = {"": model} if dense is None else {"dense ": dense, "": model}
-    tried: dict[str, _Tried] = {}
+    tried: dict[str, Tried] = {}
     with tempfile.TemporaryDirectory() as temporary, written_file(file) as unfinished:
         folder, files = Path(temporary), dict[str, Path]()
         for name, network in models.items():
@@ -178,22 +171,22 @@ def export_int8(
                 batches=calibration[:1],
                 metadata=metadata,
             )
-            tried[name] = _tried(whole, calibration, choosing, ranges, weight_bits)
+            tried[name] = tried_files(whole, calibration, choosing, ranges, weight_bits)
             files |= {f"{name}float32": whole, f"{name}int8": tried[name].file}
-        sessions = {name: _Session(path) for name, path in files.items()}
+        sessions = {name: OnnxModule(path) for name, path in files.items()}
         runs = _measured(sessions, files, measuring, latency_repeats)
         apart = difference(sessions["int8"], sessions["float32"], measuring)
         shutil.copyfile(files["int8"], unfinished)
     return Quantized(
         file=file,
         input_shape=exported.input_shape,
-        ranges=_best(tried[""].ranges),
+        ranges=tried[""].best_ranges,
         num_calibration=sum(map(len, calibration)),
         num_choosing=sum(map(len, choosing)),
         num_measured=sum(map(len, measuring)),
         tried=tried[""].ranges,
-        weight_bits=_closest(tried[""].bits),
-        tried_bits=tried[""].bits,
+        weights=tried[""].best_weights,
+        tried_weights=tried[""].weights,
         difference=apart,
         runs=runs,
         batch_size=len(measuring[0]),
@@ -219,152 +212,14 @@ def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
     return [full[:first], full[first:second], full[second:]]
 
 
-# ---- quantizing ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """The file that was chosen, and how far from the float32 one each that was tried is."""
-
-    file: Path
-    ranges: dict[str, Difference]
-    bits: dict[int, Difference]
-
-
-def _tried(
-    whole: Path,
-    calibration: Sequence[Tensor],
-    choosing: Sequence[Tensor],
-    ranges: Sequence[str],
-    weight_bits: Sequence[int],
-) -> _Tried:
-    """Return the file whose ranges agree best with the float32 one, with the closer weights."""
-    reference, first = _Session(whole), weight_bits[0]
-    files: dict[tuple[str, int], Path] = {}
-
-    def apart(name: str, bits: int) -> Difference:
-        files[name, bits] = small = whole.with_name(f"{whole.stem}-{name}-{bits}.onnx")
-        _quantize(whole, small, calibration, name, bits)
-        return difference(_Session(small), reference, choosing)
-
-    by_range = {name: apart(name, first) for name in ranges}
-    best = _best(by_range)
-    by_bits = {first: by_range[best], **{bits: apart(best, bits) for bits in weight_bits[1:]}}
-    return _Tried(files[best, _closest(by_bits)], by_range, by_bits)
-
-
-def check_bits(weight_bits: Sequence[int]) -> None:
-    """Raise a ValueError unless these are bits of weights that can be tried, each once."""
-    known = set(weight_bits) <= set(WEIGHT_BITS)
-    if not (weight_bits and known and len(set(weight_bits)) == len(weight_bits)):
-        found = ", ".join(map(str, weight_bits)) or "none"
-        raise ValueError(f"weight_bits: expected 8, 7 or both, found {found}")
-
-
-def _closest(tried: Mapping[int, Difference]) -> int:
-    return min(tried, key=lambda bits: tried[bits].share)
-
-
-def _best(tried: Mapping[str, Difference]) -> str:
-    """Return what agrees best; of equals what is closest."""
-    return max(tried, key=lambda name: (tried[name].agreement, -tried[name].share))
-
-
-def _quantize(
-    whole: Path, small: Path, calibration: Sequence[Tensor], ranges: str, weight_bits: int
-) -> None:
-    tools = importlib.import_module("onnxruntime.quantization")
-    method, options = _RANGES[ranges]
-    kinds = {node.op_type for node in importlib.import_module("onnx").load(whole).graph.node}
-    with _quiet():
-        try:
-            tools.quantize_static(
-                whole,
-                small,
-                _reader(calibration),
-                op_types_to_quantize=_PRODUCTS if kinds & _DELICATE else None,
-                per_channel=True,
-                reduce_range=weight_bits == 7,
-                activation_type=tools.QuantType.QUInt8,
-                weight_type=tools.QuantType.QInt8,
-                calibrate_method=tools.CalibrationMethod[method],
-                # One batch after the other: histograms of all at once would need all activations.
-                extra_options={"CalibStridedMinMax": 1, **options},
-            )
-        except Exception as error:  # whatever the quantizer makes of a graph
-            if isinstance(error, OSError):  # that is the disk
-                raise
-            raise ValueError(f"cannot be quantized ({reason(error)})") from error
-
-
-def _reader(calibration: Sequence[Tensor]) -> Any:
-    """Return the images in the form that the quantizer asks for."""
-    tools = importlib.import_module("onnxruntime.quantization")
-
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        left: Iterator[Tensor] = iter(())
-
-        def __len__(self) -> int:
-            return len(calibration)
-
-        def set_range(self, start_index: int, end_index: int) -> None:
-            self.left = iter(calibration[start_index:end_index])
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.left, None)
-            return None if batch is None else {"images": batch.numpy()}
-
-    return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the quantizer prints and logs from the user."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 # ---- measuring -------------------------------------------------------------------------------
 
 
-class _Session(nn.Module):
-    """An ONNX file as a module: ONNX Runtime, one thread of the CPU."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = runtime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
-        size = self._session.get_inputs()[0].shape[0]
-        self._size = size if isinstance(size, int) else None
-        # Says where, and in what type, it runs.
-        self._parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Any:
-        """Run the file on images [B, ...], those beyond its own batch size in further calls."""
-        size = self._size or len(images)
-        short = images[:1].expand(-len(images) % size, *images.shape[1:])  # nothing, mostly
-        calls = [
-            self._session.run(None, {"images": part.contiguous().numpy()})
-            for part in torch.cat([images, short]).split(size)
-        ]
-        outputs = tuple(
-            torch.cat(list(map(torch.from_numpy, parts)))[: len(images)]
-            for parts in zip(*calls, strict=True)
-        )
-        return outputs[0] if len(outputs) == 1 else outputs
-
-
 def _measured(
-    sessions: Mapping[str, _Session], files: Mapping[str, Path], images: list[Tensor], repeats: int
+    sessions: Mapping[str, OnnxModule],
+    files: Mapping[str, Path],
+    images: list[Tensor],
+    repeats: int,
 ) -> dict[str, Run]:
     reference = next(iter(sessions.values()))
     times = _timed(sessions, images[0], repeats)
@@ -375,7 +230,7 @@ def _measured(
     return runs
 
 
-def _timed(sessions: Mapping[str, _Session], x: Tensor, repeats: int) -> dict[str, Sequence[Any]]:
+def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[str, Sequence[Any]]:
     """Return median and quartiles of the milliseconds of one call, the files taking turns."""
     if not repeats:
         return dict.fromkeys(sessions, (None, None))

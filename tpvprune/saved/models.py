@@ -286,6 +286,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     state = {**counters, **state}
     missing = [key for key in own if key not in state]
     surplus = [key for key in state if key not in own]
+    surplus.sort(key=lambda key: key.endswith("num_batches_tracked"))  # tell the least: named last
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
@@ -302,7 +303,12 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
         if keys
     ]
     if differing:
-        raise ValueError(f"{path}: does not fit the model: {'; '.join(differing)}")
+        total = len(own) - len(counters)
+        fit = total - len(missing) - len(shapes)
+        hint = ""
+        if 2 * fit < total:
+            hint = f" ({fit} of {total} tensors do: is it another network's? check --model)"
+        raise ValueError(f"{path}: does not fit the model{hint}: {'; '.join(differing)}")
     load_tensors(model, state)
 
 
