@@ -43,6 +43,7 @@ def calls(data):
         ),
         "branch_scores": lambda: branch_scores(model, find_branches(model, images(2)), data),
         "prune_within": lambda: tpvprune.prune_within(model, data, max_loss=50, num_sizes=2),
+        "sizes": lambda: [tpvprune.Sizes(model, data).prune(keep) for keep in (0.8, 0.6)],
         "rank_channels": lambda: tpvprune.rank_channels(model, data),
         "tpv_scores": lambda: tpvprune.tpv_scores(model, groups, data),
         "tpv_scores until": lambda: tpvprune.tpv_scores(model, groups, data, until=0.5),

@@ -157,6 +157,7 @@ def calls(model):
         "measure_latency": lambda: tpvprune.measure_latency(model, example, repeats=2, warmup=0),
         "prune": lambda: tpvprune.prune(model, data, keep=0.6, repair="auto"),
         "prune_within": lambda: tpvprune.prune_within(model, data, max_loss=50, num_sizes=2),
+        "sizes": lambda: [tpvprune.Sizes(model, data).prune(keep) for keep in (0.8, 0.6)],
         "prune in steps": lambda: tpvprune.prune(model, data, steps=2, allocation="rank"),
     }
     for name, scorer in SCORERS.items():

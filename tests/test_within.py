@@ -53,20 +53,20 @@ def rows(data):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Note what images `prune` and each half that measures are given."""
-    fit, measured, prune = [], [], within.prune
+    """Note what images are pruned with, and what each half that measures is given."""
+    fit, measured = [], []
 
-    def pruned(model, data, **options):
-        data = list(data)
-        fit.extend(data)
-        return prune(model, data, **options)
+    class Sizes(tpvprune.Sizes):
+        def __init__(self, model, data, **options):
+            fit.extend(list(data))
+            super().__init__(model, data, **options)
 
     class Losses(loss.Losses):
         def __init__(self, dense, data, **options):
             super().__init__(dense, data, **options)
             measured.append(list(self._inputs))
 
-    monkeypatch.setattr(within, "prune", pruned)
+    monkeypatch.setattr(within, "Sizes", Sizes)
     monkeypatch.setattr(within, "Losses", Losses)
     return fit, measured
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tpvprune.passes.evaluation import Evaluation, agreement, evaluate
     from tpvprune.passes.forwards import own_forward, with_forward
     from tpvprune.passes.memory import keep_freed_memory
-    from tpvprune.pipeline import PruningResult, prune, prune_within, rank_channels
+    from tpvprune.pipeline import PruningResult, Sizes, prune, prune_within, rank_channels
     from tpvprune.repairs.batchnorm import recalibrate_batchnorm
     from tpvprune.repairs.compensation import compensate_weights
     from tpvprune.repairs.distillation import distill
@@ -88,6 +88,7 @@ __all__ = [  # noqa: RUF022  (in the order of the flow)
     "export_int8",
     "TPVImportance",
     "__version__",
+    "Sizes",
 ]
 
 _MODULES = {
@@ -114,7 +115,7 @@ _MODULES = {
     "saved.hub": ("push_to_hub",),
     "saved.int8": ("export_int8",),
     "scores.importance": ("TPVImportance",),
-    "pipeline": ("PruningResult", "prune", "prune_within", "rank_channels"),
+    "pipeline": ("PruningResult", "Sizes", "prune", "prune_within", "rank_channels"),
     "repairs.reconstruction": ("reconstruct_blocks",),
     "groups.removal": ("remove_channels",),
     "scores.taps": ("Probing",),

@@ -39,22 +39,23 @@ def flags(output, *extra, images="images"):
 def seen(monkeypatch):
     """Note how often channels are ranked, and what each part of a run is shown."""
     notes = {"ranked": 0, "measured": [], "fit": []}
-    ranked, prune, of = RankBy.ranked, pruning.prune, Losses.of
+    ranked, of = RankBy.ranked, Losses.of
 
     def ranking(*args):
         notes["ranked"] += 1
         return ranked(*args)
 
-    def pruned(model, batches, **options):
-        notes["fit"] += batches
-        return prune(model, batches, **options)
+    class Sizes(pruning.Sizes):
+        def __init__(self, model, batches, **options):
+            notes["fit"] += batches
+            super().__init__(model, batches, **options)
 
     def measured(losses, model):
         notes["measured"].append(list(losses._inputs))
         return of(losses, model)
 
     monkeypatch.setattr(RankBy, "ranked", ranking)
-    monkeypatch.setattr(pruning, "prune", pruned)
+    monkeypatch.setattr(pruning, "Sizes", Sizes)
     monkeypatch.setattr(Losses, "of", measured)
     return notes
 

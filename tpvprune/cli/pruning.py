@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.loss import Losses, halves, num_measured
-from tpvprune.pipeline import PruningResult, prune
+from tpvprune.pipeline import PruningResult, Sizes, prune
 from tpvprune.pipeline.within import num_aside, smallest_within
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import read_report, report_data
@@ -54,11 +55,12 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     codes: list[int] = []
     if left:
         opened = _Opened.by(args)
+        prune_to = _pruner(args, opened, ranking, num_sizes=len(left))
         for keep, folder in left.items():
             if len(folders) > 1:
                 say(f"keep {keep:g}: {len(done) + len(codes) + 1} of {len(folders)}")
                 by_first(folder.parent.mkdir, parents=True, exist_ok=True)
-            ranking, code, document = _pruned(sizes.of_one(args, keep, folder), opened, ranking)
+            code, document = _pruned(sizes.of_one(args, keep, folder), opened, prune_to)
             codes.append(code)
     if len(folders) == 1:
         return codes[0], document
@@ -90,7 +92,7 @@ class _Opened:
     layers: tuple[str, ...]
     images: ImageSource
     batches: Any
-    deciding: Any
+    deciding: Losses | None
     labelled: Any
     eval_images: EvalImages
     seconds: dict[str, float]
@@ -115,14 +117,26 @@ class _Opened:
             )
         deciding = None
         if args.max_loss is not None:
-            deciding, judging = halves(eval_images.batches)
+            half, judging = halves(eval_images.batches)
+            deciding = Losses(subject.model, half, labelled=labelled is not None)
+            deciding.prepare()  # a model without classes is refused before any work
             labelled = None if labelled is None else judging
             eval_images = replace(eval_images, batches=judging)
         return cls(subject, layers, images, batches, deciding, labelled, eval_images, clock.seconds)
 
-    def measured(self, batches: Any) -> Losses:
-        """Return what measures losses: of top-1 where a labelled set is given."""
-        return Losses(self.subject.model, batches, labelled=self.labelled is not None)
+
+def _pruner(
+    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None, *, num_sizes: int
+) -> Callable[..., PruningResult]:
+    """Return what prunes to a size, called with ``keep``, ``state`` and ``progress``."""
+    subject, batches = opened.subject, opened.batches
+    options = {**pruning_options(args, batches, ignore=opened.layers), "ranking": ranking}
+    del options["keep"]
+    inputs = unlabeled(batches, device=subject.device)
+    if num_sizes == 1 and opened.deciding is None:
+        return partial(prune, subject.model, inputs, **options)
+    with stages() as progress:
+        return Sizes(subject.model, inputs, progress=progress, **options).prune
 
 
 def num_apart(args: argparse.Namespace, images: ImageSource) -> int:
@@ -139,15 +153,15 @@ def num_apart(args: argparse.Namespace, images: ImageSource) -> int:
 
 
 def _pruned(
-    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None
-) -> tuple[Ranking, int, dict[str, Any]]:
-    """Prune to one size and save it; return the ranking, which serves others, too."""
+    args: argparse.Namespace, opened: _Opened, prune_to: Callable[..., PruningResult]
+) -> Outcome:
+    """Prune to one size, save it, and show what it cost."""
     subject, batches = opened.subject, opened.batches
     clock = Clock(None)
     clock.seconds = dict(opened.seconds)
     state = training.state_file(args.output, "unfinished-pruning")
     with _only_for_stops(state):
-        result = _result(args, opened, ranking, state)
+        result = _result(args, opened, prune_to, state)
     _say_unrounded(args, result)
     if args.repair == "distill":
         with clock("training"):
@@ -161,30 +175,31 @@ def _pruned(
     for unfinished in (training.state_file(args.output), state):
         by_first(unfinished.unlink, missing_ok=True)
     show_pruned(document)
-    return result.ranking, (0 if result.report["reached"] else 3), document
+    return (0 if result.report["reached"] else 3), document
 
 
 def _result(
-    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None, state: Path
+    args: argparse.Namespace,
+    opened: _Opened,
+    prune_to: Callable[..., PruningResult],
+    state: Path,
 ) -> PruningResult:
     """Prune to the size that the flags ask for, or to the smallest that loses no more than that."""
-    subject, batches = opened.subject, opened.batches
+    states = iter([state])  # of several sizes the first one ranks
 
-    def prune_to(keep: float, found: Ranking | None) -> PruningResult:
+    def prune_once(keep: float) -> PruningResult:
         with stages() as progress:
-            return prune(
-                subject.model,
-                unlabeled(batches, device=subject.device),
-                **{**pruning_options(args, batches, ignore=opened.layers), "keep": keep},
-                ranking=found,
-                state=state if found is ranking else None,  # of several sizes the first one ranks
-                progress=progress,
-            )
+            return prune_to(keep=keep, state=next(states, None), progress=progress)
 
-    if args.max_loss is None:
-        return prune_to(args.keep, ranking)
-    losses = opened.measured(opened.deciding), opened.measured(opened.eval_images.batches)
-    return smallest_within(prune_to, *losses, max_loss=args.max_loss, ranking=ranking, notice=say)
+    if opened.deciding is None:
+        return prune_once(args.keep)
+    judging = Losses(
+        opened.subject.model, opened.eval_images.batches, labelled=opened.deciding.labelled
+    )
+    return smallest_within(
+        prune_once, opened.deciding, judging, max_loss=args.max_loss, is_given=bool(args.ranking),
+        notice=say,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

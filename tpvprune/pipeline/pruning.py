@@ -17,7 +17,7 @@ from tpvprune.pipeline.choices import Choices, told_by
 from tpvprune.pipeline.depth import chosen_before, shallower
 from tpvprune.pipeline.report import report_of
 from tpvprune.pipeline.run import Run
-from tpvprune.pipeline.setup import set_up
+from tpvprune.pipeline.setup import Setup, set_up
 from tpvprune.repairs import guard
 from tpvprune.scores.tpv import Scores
 from tpvprune.widths.ranking import Ranking
@@ -130,7 +130,12 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
         ValueError: If an argument is out of range, the criterion needs labels and has none, or
             the state is damaged.
     """
-    given = whole = set_up(model, batches, told)
+    return pruned(model, set_up(model, batches, told))
+
+
+def pruned(model: nn.Module, given: Setup) -> PruningResult:
+    """Prune a model by what was looked up of it; see :func:`prune`."""
+    whole, told = given, given.told
     ranking, keep, most = told.ranking, told.keep, told.max_depth_removed
     how = (sorted(told.leaves), most, keep, told.repair, told.steps)
     record = Record.of(told.state, *whole.parts(), *how, *_parts_of(ranking))

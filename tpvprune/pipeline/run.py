@@ -97,8 +97,9 @@ class Run:
         if repair in {"compensate", "reconstruct", "auto"}:
             with given.clock("compensation", step, steps):
                 refits["compensate"] = compensate_weights(
-                    cut, given.aligned, given.fit, **options, progress=given.clock.progress
-                )
+                    cut, given.aligned, given.fit, **options, wanted=given.wanted(),
+                    progress=given.clock.progress,
+                )  # fmt: skip
         if repair == "reconstruct" and step == steps:
             with given.clock("reconstruction", step, steps):
                 refits["reconstruct"] = reconstruct_blocks(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,11 +30,14 @@ from tpvprune.passes.forwards import (
     said_of_forward,
     with_forward,
 )
+from tpvprune.passes.memory import spare_bytes
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.pipeline.checks import agreed, check_ranking, check_rounding, prunable
 from tpvprune.pipeline.choices import Choices
+from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import by_first, from_first, total
+from tpvprune.repairs.compensation import TARGET_BYTES, Wanted, wanted_by
 from tpvprune.scores.criterion_names import READS_CLASSES
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
@@ -83,6 +85,18 @@ class Depth:
         }  # fmt: skip
 
 
+@dataclass
+class DenseValues:
+    """What the dense network gives, once it was asked for.
+
+    ``are_kept``: several repairs share what layers are fitted to.
+    """
+
+    are_kept: bool
+    reference: Reference | None = None
+    wanted: Wanted | None = None
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run is given, and what it looks up once.
@@ -101,6 +115,7 @@ class Setup:
         images_for_factors: On how many images repair factors are measured; 0: they are not.
         clock: Of the stages.
         notes: What is to be said of the network, a line each.
+        values: What the dense network gives.
         depth: The network without some branches, if any left.
     """
 
@@ -117,12 +132,32 @@ class Setup:
     images_for_factors: int
     clock: Clock
     notes: list[str]
+    values: DenseValues
     depth: Depth | None = None
 
-    @cached_property
+    def for_size(self, told: Choices) -> Setup:
+        """Return the same for another size.
+
+        ``told``: as before, but for ``keep``, ``ranking``, ``state`` and ``progress``.
+        """
+        return replace(self, told=told, clock=Clock(told.progress), notes=list(self.notes))
+
+    @property
     def reference(self) -> Reference:
         """The dense network on the images held back."""
-        return Reference(self.dense, self.held, self.outputs)
+        values = self.values
+        values.reference = values.reference or Reference(self.dense, self.held, self.outputs)
+        return values.reference
+
+    def wanted(self) -> Wanted | None:
+        """Return what layers are fitted to, if several repairs share it; else None."""
+        values = self.values
+        if not values.are_kept or self.depth is not None or num_processes() > 1:
+            return None
+        device = next(self.dense.parameters()).device
+        if values.wanted is None and spare_bytes(device) >= 2 * TARGET_BYTES:
+            values.wanted = wanted_by(self.dense, self.fit, seed=self.by.probing.seed)
+        return values.wanted
 
     @property
     def start(self) -> nn.Module:
@@ -182,8 +217,13 @@ class Setup:
         return replace(ranking, factors=factors)
 
 
-def set_up(model: nn.Module, batches: Iterable[Any], told: Choices) -> Setup:
-    """Draw the images and find the groups."""
+def set_up(
+    model: nn.Module, batches: Iterable[Any], told: Choices, *, several: bool = False
+) -> Setup:
+    """Draw the images and find the groups.
+
+    ``several``: more than one repair will follow.
+    """
     limits, clock = told.limits or Limits(), Clock(told.progress)
     forward = told.forward or forward_of(model)
     model = own_forward(model) if forward is None else with_forward(model, forward)
@@ -212,6 +252,7 @@ def set_up(model: nn.Module, batches: Iterable[Any], told: Choices) -> Setup:
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
             *said_of_folded, *_said_of_fused(fused), *groups.notes,
         ],
+        DenseValues(several or told.steps > 1),
     )  # fmt: skip
 
 

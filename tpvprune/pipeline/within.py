@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back, num_set_aside
 from tpvprune.passes.loss import CONFIDENCE, Loss, Losses, halves, num_measured
-from tpvprune.pipeline.pruning import PruningResult, prune
+from tpvprune.pipeline.pruning import PruningResult
+from tpvprune.pipeline.sizes import Sizes
 from tpvprune.processes.membership import num_processes
 from tpvprune.widths.ranking import Ranking
 
@@ -21,7 +22,7 @@ _OLD_RANKING = (
     "the ranking was given: images that decide or judge here may have taken part in it, unless it "
     "was made under a limit of loss, of the same images and seed"
 )
-PruneTo = Callable[[float, Ranking | None], PruningResult]
+PruneTo = Callable[[float], PruningResult]
 
 
 def prune_within(
@@ -90,14 +91,12 @@ def prune_within(
         for half in halves(source or ())
     ]
 
-    def prune_to(keep: float, ranking: Ranking | None) -> PruningResult:
-        return prune(
-            model, batches, keep=keep, ranking=ranking, num_images=num_images, seed=seed, **options
-        )
-
+    measured[0].prepare()  # a model without classes is refused before any work
+    given = {**options, "ranking": ranking, "num_images": num_images, "seed": seed}
     return smallest_within(
-        prune_to, *measured, max_loss=max_loss, num_sizes=num_sizes, ranking=ranking, notice=notice
-    )
+        Sizes(model, batches, **given).prune, *measured, max_loss=max_loss, num_sizes=num_sizes,
+        is_given=ranking is not None, notice=notice,
+    )  # fmt: skip
 
 
 def check_max_loss(max_loss: float, num_sizes: int = NUM_SIZES) -> None:
@@ -172,23 +171,23 @@ def smallest_within(
     *,
     max_loss: float,
     num_sizes: int = NUM_SIZES,
-    ranking: Ranking | None = None,
+    is_given: bool = False,
     notice: Callable[[str], None] | None = None,
 ) -> PruningResult:
     """Find the smallest size that keeps a limit; see :func:`prune_within`.
 
-    ``prune_to``: prunes to a fraction by a ranking; None: by one of its own. Returns the result,
-    with ``report["quality"]``.
+    ``prune_to``: prunes to a fraction of the cost. ``is_given``: whether channels were ranked
+    before. Returns the result, with ``report["quality"]``.
     """
     sizes: list[Size] = []
     best: PruningResult | None = None
     chosen: Size | None = None
-    notes, found = [] if ranking is None else [_OLD_RANKING], ranking
+    notes = [_OLD_RANKING] if is_given else []
 
     def tried(keep: float) -> tuple[float, float]:
-        nonlocal best, chosen, found
-        result = prune_to(keep, found)
-        found, size = result.ranking, _size_of(result, deciding.of(result.model))
+        nonlocal best, chosen
+        result = prune_to(keep)
+        size = _size_of(result, deciding.of(result.model))
         sizes.append(size)
         if notice is not None:
             notice(f"size {len(sizes)} of at most {num_sizes}: keep {keep:g} loses {size.loss}")
@@ -199,7 +198,7 @@ def smallest_within(
 
     clock = Clock(None)
     with clock("all sizes"):
-        deciding.prepare()  # a model without classes is refused before any work
+        deciding.prepare()
         bisect(tried, max_loss, num_sizes)
     assert best is not None and chosen is not None
     measured, report = judging.of(best.model), best.report

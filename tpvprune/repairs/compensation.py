@@ -51,6 +51,7 @@ def compensate_weights(
     nonlinear: bool = True,
     max_bytes: int | None = None,
     seed: int = 0,
+    wanted: Wanted | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     r"""Return a copy of the pruned model whose layers are refitted to the dense one.
@@ -83,6 +84,8 @@ def compensate_weights(
             values that are fitted to may take 2 GiB besides: large models look at fewer positions
             of every input.
         seed: Of the sampled positions.
+        wanted: The dense values, where several sizes are repaired: :func:`wanted_by` of the same
+            arguments.
         progress: Called with ("compensation", layers done, layers) after every layer.
 
     Returns:
@@ -91,8 +94,25 @@ def compensate_weights(
     return refitted(
         pruned, dense, batches, groups=groups, kept=kept, ridge=ridge, seed=seed,
         rows_per_input=rows_per_input, min_rows=min_rows, nonlinear=nonlinear, max_bytes=max_bytes,
-        progress=progress,
+        wanted=wanted, progress=progress,
     )  # fmt: skip
+
+
+def wanted_by(
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rows_per_input: int = 60,
+    min_rows: int = 65536,
+    seed: int = 0,
+) -> Wanted:
+    """Return the dense values that :func:`compensate_weights` fits the layers of any size to.
+
+    The arguments are those of it. They take 2 GiB at most.
+    """
+    inputs = list(unlabeled(batches))
+    chunks = rechunked(inputs, chunk_size(dense, inputs))
+    return wanted_of(dense, chunks, rows_per_input, min_rows, seed=seed)
 
 
 def refitted(

@@ -1,0 +1,107 @@
+"""What do several sizes of one model cost together, and what each by itself?
+
+    python benchmarks/sizes.py --model mobilenetv2_100 --checkpoint FILE --data-dir photos \
+        --num-images 1000 --keep 0.8 0.7 0.6
+
+Prunes to every size with `tpvprune.Sizes`, as `tpvprune prune --keep 0.8 0.7 0.6` does, and again
+with one `tpvprune.prune` for each. Prints both in seconds of wall time and of CPU time, and writes
+them; exit code 1 if a model of the one kind differs from that of the other in any bit. Reading the
+images does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import write_environment
+from rows import append
+
+import tpvprune
+from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
+from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.preprocessing import resolve_preprocessing
+from tpvprune.images.sources import open_images
+from tpvprune.passes.batches import unlabeled
+from tpvprune.pipeline import PruningResult
+from tpvprune.saved.models import load_model
+
+COLUMNS = ["model", "num_images", "way", "keep", "seconds", "cpu_seconds"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    tpvprune.keep_freed_memory()
+    model, _ = load_model(
+        args.model, checkpoint=args.checkpoint, model_kwargs=dict(args.model_kwargs or ())
+    )
+    how = resolve_preprocessing(
+        model, input_size=args.input_size, crop_pct=args.crop_pct, mean=args.mean, std=args.std
+    )
+    chosen = choose_images(
+        open_images(args.data_dir), how, num_images=args.num_images, seed=args.seed,
+        batch_size=args.batch_size, workers=0,
+    )  # fmt: skip
+    batches = list(unlabeled(in_memory(chosen)))
+    path = args.output / f"sizes-{args.model}.csv"
+    path.unlink(missing_ok=True)
+    total: dict[str, float] = {}
+
+    def timed(way: str, keep: float | None, run: Callable[..., Any]) -> Any:
+        start, cpu = time.perf_counter(), time.process_time()
+        found = run() if keep is None else run(keep=keep)
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        total[way] = total.get(way, 0.0) + cpu
+        row = {"model": args.model, "num_images": args.num_images, "way": way, "keep": keep or ""}
+        row |= {"seconds": f"{wall:.1f}", "cpu_seconds": f"{cpu:.1f}"}
+        append(path, row, COLUMNS)
+        print(f"{way}, keep {keep or 'any'}: {wall:.1f} s, {cpu:.1f} s of CPU", flush=True)
+        return found
+
+    options = {"num_images": None, "seed": args.seed}
+    sizes = timed("together", None, partial(tpvprune.Sizes, model, batches, **options))
+    together = [timed("together", keep, sizes.prune) for keep in args.keep]
+    del sizes
+    alone = partial(tpvprune.prune, model, batches, **options)
+    each = [timed("each", keep, alone) for keep in args.keep]
+    write_environment(path.with_suffix(".json"), args)
+    print(f"together / each, CPU time: {total['together'] / total['each']:.3f}")
+    same = all(is_same(a, b) for a, b in zip(together, each, strict=True))
+    print("the models are the same, bit for bit" if same else "THE MODELS DIFFER")
+    return 0 if same else 1
+
+
+def is_same(a: PruningResult, b: PruningResult) -> bool:
+    """Tell whether two models are the same, bit for bit."""
+    one, other = (result.model.state_dict() for result in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(parser)
+    add_preprocessing(parser)
+    run = parser.section("run")
+    run.add_argument("--data-dir", required=True, metavar="D", help="folder or .tar of images")
+    run.add_argument("--num-images", type=count, default=1000, metavar="N", help="(1000)")
+    run.add_argument("--batch-size", type=count, default=16, metavar="N", help="(16)")
+    run.add_argument(
+        "--keep", type=fraction, nargs="+", default=[0.8, 0.7, 0.6], help="(0.8 0.7 0.6)"
+    )
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    run.add_argument("--threads", type=count, default=1, metavar="N", help="(1)")
+    run.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
