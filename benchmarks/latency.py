@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from environment import write_environment
-from oneshot import images
 from rows import append, interpolated
+from unlabeled import images_of, opened_model
 
-from tpvprune.passes.batches import unlabeled
+from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
 from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.runtimes.names import RUNTIMES
-from tpvprune.saved.models import load_model
 from tpvprune.widths.speed import compare_latency
 
 COLUMNS = [
@@ -43,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    model, _ = load_model(args.model, checkpoint=args.checkpoint)
-    train = list(unlabeled(images(args, model, args.train_dir, args.num_images, args.seed)))
-    test = list(unlabeled(images(args, model, args.test_dir, args.num_test, args.seed)))
+    model = opened_model(args)
+    train = images_of(args, model, args.train_dir, args.num_images, batch_size=args.batch_size)
+    test = images_of(args, model, args.test_dir, args.num_test, batch_size=args.batch_size)
     rows: list[dict[str, Any]] = []
     where = "" if args.latency_runtime == "eager" else f"-{args.latency_runtime}"
     path = args.output / f"latency-{args.model}{where}.csv"
@@ -99,27 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(parser)
+    add_preprocessing(parser)
+    run = parser.section("run")
+    run.add_argument("--train-dir", required=True, metavar="D", help="folder or .tar to prune with")
+    run.add_argument("--test-dir", required=True, metavar="D", help="likewise, for the agreement")
+    run.add_argument("--keep", type=fraction, default=0.6, help="of the milliseconds (0.6)")
+    run.add_argument(
+        "--macs-keep", type=fraction, nargs="+", default=[0.6, 0.45, 0.35, 0.25, 0.15, 0.1]
     )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--checkpoint", default=None, help="none: random weights")
-    parser.add_argument("--train-dir", required=True)
-    parser.add_argument("--test-dir", required=True)
-    parser.add_argument("--input-size", type=int, nargs=3, default=None)
-    parser.add_argument("--crop-pct", type=float, default=None)
-    parser.add_argument("--keep", type=float, default=0.6, help="of the milliseconds")
-    parser.add_argument(
-        "--macs-keep", type=float, nargs="+", default=[0.6, 0.45, 0.35, 0.25, 0.15, 0.1]
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--latency-runtime", choices=RUNTIMES, default="eager")
-    parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--num-test", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    run.add_argument("--batch-sizes", type=count, nargs="+", default=[1, 32], help="timed (1 32)")
+    run.add_argument("--batch-size", type=count, default=125, help="of the passes (125)")
+    run.add_argument("--latency-runtime", choices=RUNTIMES, default="eager")
+    run.add_argument("--num-images", type=count, default=1000)
+    run.add_argument("--num-test", type=count, default=None)
+    run.add_argument("--rounds", type=count, default=25)
+    run.add_argument("--threads", type=count, default=2)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(argv)
 
 

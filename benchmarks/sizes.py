@@ -22,15 +22,11 @@ from typing import Any
 import torch
 from environment import write_environment
 from rows import append
+from unlabeled import images_of, opened_model
 
 import tpvprune
 from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
-from tpvprune.images.loading import choose_images, in_memory
-from tpvprune.images.preprocessing import resolve_preprocessing
-from tpvprune.images.sources import open_images
-from tpvprune.passes.batches import unlabeled
 from tpvprune.pipeline import PruningResult
-from tpvprune.saved.models import load_model
 
 COLUMNS = ["model", "num_images", "way", "keep", "seconds", "cpu_seconds"]
 
@@ -40,17 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     tpvprune.keep_freed_memory()
-    model, _ = load_model(
-        args.model, checkpoint=args.checkpoint, model_kwargs=dict(args.model_kwargs or ())
-    )
-    how = resolve_preprocessing(
-        model, input_size=args.input_size, crop_pct=args.crop_pct, mean=args.mean, std=args.std
-    )
-    chosen = choose_images(
-        open_images(args.data_dir), how, num_images=args.num_images, seed=args.seed,
-        batch_size=args.batch_size, workers=0,
-    )  # fmt: skip
-    batches = list(unlabeled(in_memory(chosen)))
+    model = opened_model(args)
+    batches = images_of(args, model, args.data_dir, args.num_images, batch_size=args.batch_size)
     path = args.output / f"sizes-{args.model}.csv"
     path.unlink(missing_ok=True)
     total: dict[str, float] = {}
