@@ -4,7 +4,8 @@
     python benchmarks/coverage.py --family swin --fresh # modules whose name contains "swin"
 
 The smallest model of each module, random weights; image size, depth or width are reduced where
-the model has more than 30 M parameters (both are columns of the table). Each model runs in a
+the model has more than 30 M parameters (both are columns of the table). `reload`: what
+`save_pruned` wrote `load_pruned` gives back, its outputs the same bit for bit. Each model runs in a
 process of its own with a time limit, so that a crash or a hang is a row of the table.
 """
 
@@ -13,10 +14,9 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import io
-import json
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,9 @@ from surveys import (
 )
 from torch import Tensor, nn
 
+import tpvprune
 from tpvprune.groups import ChannelGroups, find_groups
-from tpvprune.groups.removal import (
-    MaskedChannels,
-    attribute_changes,
-    remove_channels,
-    restore_empty,
-    shrink_to,
-)
+from tpvprune.groups.removal import MaskedChannels, remove_channels, restore_empty
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 COLUMNS = [
@@ -202,6 +197,16 @@ def build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return timm.create_model(name, num_classes=10, **kwargs).eval()
 
 
+def saved_and_loaded(small: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Return a pruned model as its folder gives it back."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = tpvprune.save_pruned(
+            small, Path(folder) / "pruned", model_name=name,
+            model_kwargs={"num_classes": 10, **kwargs},
+        )  # fmt: skip
+        return tpvprune.load_pruned(path)
+
+
 def survey(
     name: str, size: int, kwargs: dict[str, Any], keep: float, export: bool
 ) -> dict[str, Any]:
@@ -218,15 +223,8 @@ def survey(
             masked = copy.deepcopy(model).double()(x.double())
         removed = copy.deepcopy(small).double()(x.double())
         gap = relative_gap(removed, masked)
-        rebuilt = build(name, kwargs)
-        shapes = {n: tuple(t.shape) for n, t in [*small.named_parameters(), *small.named_buffers()]}
-        changes = json.loads(json.dumps(attribute_changes(model, small)))
-        shrink_to(rebuilt, shapes, changes)
-        rebuilt.load_state_dict(small.state_dict())
-        reloaded = rebuilt(x)
-        plain = small(x)
+        plain, reloaded = small(x), saved_and_loaded(small, name, kwargs)(x)
     small.train()
-    torch.save(small.state_dict(), io.BytesIO())
     sum(t.sum() for t in real_outputs(small(torch.cat([x, -x])))).backward()
     row = {
         "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
