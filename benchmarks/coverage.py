@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 import tpvprune
 from tpvprune.groups import ChannelGroups, find_groups
-from tpvprune.groups.removal import MaskedChannels, remove_channels, restore_empty
+from tpvprune.groups.masking import MaskedChannels
+from tpvprune.groups.removal import remove_channels, restore_empty
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 COLUMNS = [

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tpvprune
 from tpvprune.groups import ChannelGroups, Kept
-from tpvprune.groups.removal import MaskedChannels
+from tpvprune.groups.masking import MaskedChannels
 from tpvprune.passes.forwards import forward_of, with_forward
 
 RESULTS = Path(__file__).parent / "results" / "networks.csv"

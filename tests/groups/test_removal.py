@@ -7,7 +7,8 @@ import torch
 from cases import CASES, InPlace, batches, build, images
 
 from tpvprune import count_macs, count_params, find_groups, remove_channels
-from tpvprune.groups.removal import MaskedChannels, attribute_changes, restore_empty, shrink_to
+from tpvprune.groups.masking import MaskedChannels
+from tpvprune.groups.removal import attribute_changes, restore_empty, shrink_to
 
 ALL = [*CASES, InPlace]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups import ChannelGroup, ChannelGroups
-from tpvprune.groups.removal import MaskedChannels
+from tpvprune.groups.masking import MaskedChannels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.operations import CONTRACTIONS, function_name
 from tpvprune.passes.outputs import Chosen, Outputs

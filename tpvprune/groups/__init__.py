@@ -3,7 +3,7 @@
 - :func:`find_groups` follows the channels through one traced forward (``finding``, ``tracing``)
   and returns :class:`ChannelGroups`, plain records (``records``, ``axes``);
 - every group is verified: masking it and removing it give the same outputs (``verification``);
-- :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes;
+- :func:`remove_channels` cuts (``removal``), :class:`MaskedChannels` only zeroes (``masking``);
 - :func:`unfuse_attention` makes the heads of ``nn.MultiheadAttention`` removable (``attention``),
   :func:`fold_weights` what ``weight_norm`` and its like compute (``computed``).
 """
@@ -12,6 +12,7 @@ from tpvprune.groups.attention import fused_attention, unfuse_attention
 from tpvprune.groups.axes import Axis, Kept
 from tpvprune.groups.computed import fold_weights, folded_if_equal
 from tpvprune.groups.finding import find_groups
+from tpvprune.groups.masking import MaskedChannels
 from tpvprune.groups.records import (
     CallCost,
     ChannelGroup,
@@ -21,7 +22,7 @@ from tpvprune.groups.records import (
     Reader,
     with_blocked,
 )
-from tpvprune.groups.removal import MaskedChannels, remove_channels
+from tpvprune.groups.removal import remove_channels
 
 __all__ = [
     "Axis",

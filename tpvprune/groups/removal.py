@@ -1,8 +1,8 @@
-"""Cut channels out of a model, or mask them so that the shapes stay.
+"""Cut channels out of a model: a removal takes them out of every parameter.
 
-Both read the same records, but in different ways: a *mask* zeroes the channels where they are
-read, a *removal* takes them out of every parameter. That the two give the same outputs is what
-:mod:`tpvprune.groups.verification` checks before any group may be cut.
+:mod:`tpvprune.groups.masking` zeroes them where they are read, from the same records; that the two
+give the same outputs is what :mod:`tpvprune.groups.verification` checks before any group may be
+cut.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.records import ChannelGroups
 from tpvprune.groups.tracing.sizes import set_attribute, solve
-from tpvprune.passes.operations import CONTRACTIONS, MATMULS, MIXERS, NORMS, function_name
 from tpvprune.passes.running import clear_caches, sharing_copy
 
 Attributes = dict[str, dict[str, Any]]
@@ -183,95 +181,6 @@ def shrink_to(
             setattr(module, key, new_value)
     clear_caches(model)
     _refresh_recurrent(model)
-
-
-class MaskedChannels(TorchFunctionMode):
-    """Run a dense model as if channels had been removed: zero them where they are read.
-
-    LayerNorm-like calls over labelled channels are restricted to the kept ones, which is what
-    removal does to them. Use as ``with MaskedChannels(groups, kept): model(x)``.
-    """
-
-    def __init__(self, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._masks: dict[int, tuple[int, Tensor]] = {}
-        axes: dict[int, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
-        for group in groups:
-            for r in group.readers if group.name in kept else ():
-                gone = r.index[~kept[group.name].cpu()[r.channel]]
-                axes.setdefault(r.call, (r.channel_dim, []))[1].append((gone, gone))
-        for call, (dim, parts) in axes.items():
-            self._masks[call] = (dim, torch.cat([g for g, _ in parts]))
-        self._norms = {i: m for i, a in groups.norms.items() if not (m := a.kept(kept)).all()}
-        self._mixers = {
-            i: found
-            for i, noted in groups.mixers.items()
-            if (found := [(d, m) for d, a in noted if not (m := a.kept(kept)).all()])
-        }
-        self._calls = self._num_norms = self._num_mixers = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = function_name(func)
-        if name in CONTRACTIONS:
-            if self._calls in self._masks:
-                dim, gone = self._masks[self._calls]
-                args = (args[0].index_fill(dim, gone.to(args[0].device), 0), *args[1:])
-            self._calls += 1
-        elif name in NORMS:
-            self._num_norms += 1
-            if self._num_norms - 1 in self._norms:
-                return _restricted_norm(func, self._norms[self._num_norms - 1], args, kwargs)
-        elif name in MIXERS:
-            self._num_mixers += 1
-            if self._num_mixers - 1 in self._mixers:
-                return _restricted_mixer(
-                    name, func, self._mixers[self._num_mixers - 1], args, kwargs
-                )
-        return func(*args, **kwargs)
-
-
-def _restricted_norm(func: Any, mask: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Return the norm over the kept channels only; the others come out as zeros."""
-    x, _, *rest = args
-    mask = mask.to(x.device)
-
-    def part(v: Any) -> Any:
-        return v[mask] if isinstance(v, Tensor) else v
-
-    kwargs = {k: part(v) for k, v in kwargs.items() if k != "normalized_shape"}
-    out = torch.zeros_like(x)
-    out[..., mask] = func(x[..., mask], [int(mask.sum())], *[part(r) for r in rest], **kwargs)
-    return out
-
-
-def _restricted_mixer(
-    name: str, func: Any, parts: list[tuple[int, Tensor]], args: Any, kwargs: Any
-) -> Any:
-    """Return a mean, softmax, group norm or matrix product of the kept channels only."""
-    if name in MATMULS:
-        place = 1 if name == "einsum" else 0
-        x = args[place]
-        for dim, mask in parts:
-            x = x.index_fill(dim, (~mask).nonzero().squeeze(1).to(x.device), 0)
-        return func(*args[:place], x, *args[place + 1 :], **kwargs)
-    x, *rest = args
-    size = list(x.shape)
-    for dim, mask in parts:
-        index = mask.nonzero().squeeze(1).to(x.device)
-        x = x.index_select(dim, index)
-        if name == "group_norm":
-            rest = [r[index] if isinstance(r, Tensor) else r for r in rest]
-            kwargs = {k: v[index] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    out = func(x, *rest, **kwargs)
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        return out
-    for dim, mask in reversed(parts):
-        shape = list(out.shape)
-        shape[dim] = size[dim]
-        index = mask.nonzero().squeeze(1).to(x.device)
-        out = out.new_zeros(shape).index_copy(dim, index, out)
-    return out
 
 
 # ---- surgery --------------------------------------------------------------------------------

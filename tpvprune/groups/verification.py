@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.groups.masking import MaskedChannels
 from tpvprune.groups.records import ChannelGroups, with_blocked
-from tpvprune.groups.removal import MaskedChannels, removed_view, restore_empty
+from tpvprune.groups.removal import removed_view, restore_empty
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.passes.running import clear_caches, tensors_of
 

@@ -3,7 +3,7 @@
 - ``batchnorm``: recalibrated statistics;
 - ``compensation``: every layer refitted to the dense one (``refits``, ``least_squares``), along
   the branches of the network (``branches``, ``targets``), by chunks of inputs (``chunks``,
-  ``walk``);
+  ``walk``, ``refit_run``);
 - ``reconstruction``: whole blocks (``blocks``) by damped Gauss-Newton (``gauss_newton``,
   ``preconditioner``);
 - ``distillation``, ``finetuning``: training (``training``) towards the dense model, or on labels;
