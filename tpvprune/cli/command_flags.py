@@ -245,8 +245,8 @@ def _add_export(sub: Parser) -> None:
     )  # fmt: skip
     how.add_argument(
         "--weight-bits", type=int, nargs="+", metavar="N",
-        help="of weights, with --int8: the closer of 8 and 7 on this processor (both); 7 for one "
-        "without VNNI",
+        help="of weights, with --int8 (8, and 7 where 8 are not close on this processor); 7 for "
+        "one without VNNI",
     )  # fmt: skip
     sub.section("model").add_argument(
         "--dense", metavar="F",

@@ -122,10 +122,11 @@ def export_int8(
     calibrates, half of the others chooses ranges, the rest measures; a seed says which is which.
 
     x86 processors without VNNI add pairs of products in 16 bits, where large ones saturate: weights
-    of 8 bits are wrong there, of 7 not, at equal speed. Both are tried on the processor that this
-    runs on, each with biases as they are and with the mean that rounding adds to a layer's outputs
-    on the images to calibrate with taken from them (bias correction, Nagel et al., ICCV 2019), and
-    the closest is taken; for a file that will run on another processor, say which bits.
+    of 8 bits are wrong there, of 7 not, at equal speed. Those of 7 are tried where those of 8
+    differ by more than 1 % of the outputs' variance on the processor that this runs on, each with
+    biases as they are and with the mean that rounding adds to a layer's outputs on the images to
+    calibrate with taken from them (bias correction, Nagel et al., ICCV 2019); the closest is taken.
+    For a file that will run on another processor, say which bits.
 
     Weights are not equalised across layers.
 
@@ -135,7 +136,7 @@ def export_int8(
         file: Where to write.
         dense: The model that ``model`` was pruned from: is quantized and measured likewise.
         ranges: Which ranges to try, of :data:`RANGES`.
-        weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`.
+        weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`, in this order.
         batch_size: Of the file, and of the calls that are timed.
         dynamic_batch: Leave the batch size of the file free.
         latency_repeats: Timed calls of each file, by turns; 0 for none, else at least 2.
