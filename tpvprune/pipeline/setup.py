@@ -155,7 +155,7 @@ class Setup:
         if not values.are_kept or self.depth is not None or num_processes() > 1:
             return None
         device = next(self.dense.parameters()).device
-        if values.wanted is None and spare_bytes(device) >= 2 * TARGET_BYTES:
+        if values.wanted is None and spare_bytes(device) >= TARGET_BYTES:
             values.wanted = wanted_by(self.dense, self.fit, seed=self.by.probing.seed)
         return values.wanted
 

@@ -21,7 +21,7 @@ class Sizes:
 
     The images are drawn, the groups found and verified, the milliseconds measured and the channels
     ranked once. What the dense network gives, and layers are fitted to, is kept in memory between
-    the repairs (2 GiB at most, where as much again is free), until this object goes.
+    the repairs (2 GiB at most, where 8 GiB are free), until this object goes.
 
     Args:
         model: Any vision model; untouched.
