@@ -107,6 +107,15 @@ def test_product_without_a_bias_is_left_alone(tmp_path):
     assert not (tmp_path / "corrected.onnx").exists()
 
 
+def test_a_file_that_is_too_large_is_left_alone(tmp_path, monkeypatch):
+    from tpvprune.saved import bias_correction
+
+    monkeypatch.setattr(bias_correction, "_LARGEST", 100)
+    torch.manual_seed(0)
+    _, count = corrected_file(nn.Linear(6, 5).eval(), torch.rand(8, 6), tmp_path)
+    assert count == 0
+
+
 def test_layers_that_share_a_bias_are_corrected_each_by_itself(tmp_path):
     """The exporter stores equal biases once."""
     torch.manual_seed(0)

@@ -14,6 +14,10 @@ from torch import Tensor
 from tpvprune.runtimes.onnx_files import INPUT, onnx_session
 
 
+_LARGEST = 1 << 30
+"""Bytes: half of what one ONNX file can hold."""
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer whose weights were rounded, and the node and input that hold its bias."""
@@ -40,10 +44,13 @@ def correct_biases(whole: Path, rounded: Path, file: Path, calibration: Sequence
         calibration: Inputs [B, ...].
 
     Returns:
-        How many layers were corrected; if none, nothing is written.
+        How many layers were corrected; if none, nothing is written. A file of more than 1 GiB is
+        left as it is: with the errors of its weights beside them ONNX could not hold it.
     """
     onnx = importlib.import_module("onnx")
     model = onnx.load(whole)
+    if model.ByteSize() > _LARGEST:
+        return 0
     layers = _layers(model.graph, onnx.load(rounded).graph)
     if not layers:
         return 0
