@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tpvprune.runtimes.onnx_files import INPUT, onnx_session
 
-
 _LARGEST = 1 << 30
 """Bytes: half of what one ONNX file can hold."""
 
