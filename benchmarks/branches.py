@@ -46,7 +46,7 @@ def survey(name: str, size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for branch in branches:
             removed = remove_branches(model, Removal.of(branches, [branch.name]), share=True)(x)
-            with WithoutBranches([branch]):
+            with WithoutBranches(model, [branch]):
                 gaps.append(relative_gap(removed, model(x)))
     groups = find_groups(model, x[:1], verify=False)
     shares = {

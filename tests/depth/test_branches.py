@@ -63,7 +63,7 @@ def test_blocks_that_leave_nothing_behind(way):
     assert removal == Removal(blocks=("blocks.1",))
     smaller = remove_branches(model, removal)
     assert list(smaller.blocks._modules) == ["0", "2"]
-    with WithoutBranches([branches[1]]):
+    with WithoutBranches(model, [branches[1]]):
         masked = model(X)
     torch.testing.assert_close(smaller(X), masked)
     assert len(model.blocks) == 3  # untouched
@@ -97,7 +97,7 @@ def test_a_module_that_runs_twice_is_no_branch():
 
 @pytest.mark.parametrize(
     ("name", "num", "num_blocks"),
-    [("test_resnet", 1, 1), ("resnet10t", 1, 1), ("test_vit", 12, 12), ("test_convnext", 9, 9)],
+    [("test_resnet", 2, 1), ("resnet10t", 1, 1), ("test_vit", 12, 12), ("test_convnext", 9, 9)],
 )
 def test_timm_models(name, num, num_blocks):
     model = timm.create_model(name, num_classes=5).eval()
@@ -108,7 +108,7 @@ def test_timm_models(name, num, num_blocks):
     for branch in branches:
         smaller = remove_branches(model, Removal.of(branches, [branch.name]))
         x = torch.randn(2, 3, size, size)
-        with torch.no_grad(), WithoutBranches([branch]):
+        with torch.no_grad(), WithoutBranches(model, [branch]):
             masked = model(x)
         torch.testing.assert_close(smaller(x), masked, rtol=1e-3, atol=1e-4)
 
@@ -125,6 +125,116 @@ def test_a_transformer_block_without_both_halves_is_gone():
     assert any(name.startswith("blocks.2.norm2") for name in names)
 
 
+# ---- layers of chains -----------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """A stem, three layers of one width, a pooling, one more layer, a classifier."""
+
+    def __init__(self, way="plain"):
+        super().__init__()
+        self.way, groups = way, 2 if way == "grouped" else 1
+
+        def layer():
+            return nn.Conv2d(6, 6, 3, padding=1, groups=groups), nn.BatchNorm2d(6), nn.ReLU()
+
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.features = nn.Sequential(*layer(), *layer(), *layer(), nn.MaxPool2d(2))
+        self.last = nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.features(x)
+        if self.way == "read twice":
+            y = y + x[:, :, ::2, ::2]
+        if self.way == "beside":  # a second path, on which no layer lies
+            y = torch.cat([self.features(x)[:, :3], x[:, 3:, ::2, ::2]], 1)
+        y = self.last(y)
+        return self.head(torch.tanh(y).mean((2, 3)))
+
+
+def chain(way="plain"):
+    torch.manual_seed(0)
+    model = Chain(way).double().train()
+    with torch.no_grad():
+        model(torch.randn(32, 3, 8, 8, dtype=torch.float64))  # norms with statistics
+    return model.eval()
+
+
+def test_layers_of_a_chain_go_with_their_norm_and_activation():
+    model = chain()
+    branches = find_branches(model, X)
+    names = [["features.0", "features.1", "features.2"], ["features.3", "features.4", "features.5"],
+             ["features.6", "features.7", "features.8"], ["last"]]  # fmt: skip
+    assert [list(b.modules) for b in branches] == names
+    assert [len(b.members) for b in branches] == [3, 3, 3, 0]
+    assert all(b.addition is None for b in branches)
+    for gone in ([1], [0, 1], [3], [0, 1, 2, 3]):
+        going = [branches[i] for i in gone]
+        removal = Removal.of(branches, [b.name for b in going])
+        smaller = remove_branches(model, removal)
+        with torch.no_grad(), WithoutBranches(model, going):
+            masked = model(X)
+        torch.testing.assert_close(smaller(X), masked)
+        left = {name for name, _ in smaller.named_parameters()}
+        assert not any(name.startswith(f"{m}.") for name in left for b in going for m in b.modules)
+    assert not torch.allclose(masked, model(X))
+    assert not model.features[0]._forward_hooks and not model.features[0]._forward_pre_hooks
+    removal = Removal.of(branches, [branches[1].name, "last"])
+    assert removal == Removal(tuple(names[1]), (), ("last",))
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("grouped", ["last"]),
+        ("read twice", ["last"]),
+        ("beside", ["last"]),
+    ],
+)
+def test_what_is_no_layer_of_a_chain(way, expected):
+    """Layers of several groups, and those beside which another path runs."""
+    assert [b.name for b in find_branches(chain(way), X)] == expected
+
+
+def test_scores_of_layers_equal_the_variance_where_all_behind_is_linear():
+    model = chain()
+    model.forward = lambda x: model.head(model.last(model.features(model.stem(x))).mean((2, 3)))
+    model.head = nn.Linear(6, 1).double()
+    branches = find_branches(model, X)
+    assert branches[-1].name == "last"
+    scores = branch_scores(model, branches, [X[:2], X[2:]], compensated=False, num_probes=1)
+    with torch.no_grad(), WithoutBranches(model, [branches[-1]]):
+        changed = model(X)
+    truth = (changed - model(X)).square().sum(1).mean()
+    assert scores["last"] == pytest.approx(float(truth), rel=1e-6)
+
+
+def test_a_layer_that_is_a_linear_map_costs_nothing_where_others_can_take_over():
+    model = chain()
+    branches = find_branches(model, X)
+    inputs = [torch.randn(64, 3, 8, 8, dtype=torch.float64)]
+    plain, stood_in = (
+        branch_scores(model, branches, inputs, compensated=c, num_probes=2) for c in (False, True)
+    )
+    assert stood_in["last"] < 1e-6 * plain["last"]
+    assert stood_in["features.3"] > 1e-3 * plain["features.3"]
+
+
+def test_layers_that_are_gone_are_gone_in_the_scores_of_others():
+    model = chain()
+    branches = find_branches(model, X)
+    gone, left = branches[1], [b for b in branches if b is not branches[1]]
+    smaller = remove_branches(model, Removal.of(branches, [gone.name]))
+    options = {"compensated": True, "num_probes": 2}
+    ours = branch_scores(model, left, [X], gone=[gone], **options)
+    theirs = branch_scores(smaller, find_branches(smaller, X), [X], **options)
+    assert ours.keys() == theirs.keys()
+    for name, score in ours.items():
+        assert score == pytest.approx(theirs[name], rel=1e-6)
+
+
 # ---- scores ---------------------------------------------------------------------------------
 
 
@@ -134,7 +244,7 @@ def test_scores_of_a_network_that_is_linear_in_its_branches():
     model.head = nn.Linear(6, 1).double()  # one output: every direction tells all
     branches = find_branches(model, X)
     scores = branch_scores(model, branches, [X[:2], X[2:]], compensated=False, num_probes=1)
-    with torch.no_grad(), WithoutBranches([branches[-1]]):
+    with torch.no_grad(), WithoutBranches(model, [branches[-1]]):
         changed = model(X)
     truth = (changed - model(X)).square().sum(1).mean()
     torch.testing.assert_close(scores["blocks.2"], float(truth.detach()))

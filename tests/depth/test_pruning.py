@@ -76,6 +76,55 @@ def test_linear_branches_leave_no_trace(norm, gone):
     assert after < 1e-6 * before
 
 
+class Chain(nn.Module):
+    """Layers of one width without a shortcut; the middle one of ``features`` is linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.features = nn.Sequential(
+            nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3), nn.ReLU()
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.features(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def test_a_linear_layer_of_a_chain_leaves_no_trace():
+    torch.manual_seed(0)
+    model = Chain().double().eval()
+    smaller, aligned = without(model, ["features.2"], images())
+    assert list(smaller.features._modules) == ["0", "1", "3", "4"]
+    groups = find_groups(smaller, images(2))
+    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
+    repaired = compensate_weights(
+        smaller, aligned, images().split(32), groups=groups, kept=kept, ridge=1e-10
+    )
+    others = [images(seed=1)]
+    before, after = (difference(m, model, others).share for m in (smaller, repaired))
+    assert after < 1e-6 * before
+
+
+@pytest.mark.parametrize(
+    ("keep", "granularity"), [(0.96, ["branch"]), (0.8, ["channel", "branch"])]
+)
+def test_a_chain_is_pruned_in_depth_saved_and_read_back(keep, granularity, tmp_path):
+    torch.manual_seed(0)
+    model = Chain().eval()
+    data = images().float().split(32)
+    result = prune(
+        model, data, keep=keep, granularity=granularity, max_depth_removed=1, num_images=None
+    )
+    assert result.removed.blocks == ("features.2",)
+    assert result.reached
+    folder = save_pruned(result, tmp_path / "pruned", dense=model)
+    loaded = load_pruned(folder, model=model)
+    x = images(4, seed=2).float()
+    assert torch.equal(loaded(x), result.model(x))
+    assert result.report["held_back"]["variance_share"] < 0.2
+
+
 def test_the_aligned_network_is_the_dense_one():
     model = Net().double().eval()
     _, aligned = without(model, ["blocks.1"], images())

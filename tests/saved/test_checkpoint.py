@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tpvprune.disk.atomic
-import tpvprune.saved.checkpoint
+import tpvprune.saved.buffers
 from tpvprune.groups import find_groups
 from tpvprune.groups.removal import remove_channels
 from tpvprune.pipeline import prune
@@ -169,10 +169,102 @@ def test_model_that_timm_does_not_build_needs_its_dense_model(tmp_path):
     assert dense.first.out_features == 6
 
 
+class Tables(nn.Module):
+    """Buffers that are not in the state dict: one a cut narrows, one the first forward fills."""
+
+    def __init__(self, width=6, bias=0.0):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
+        self.register_buffer("bias", torch.full((width,), bias), persistent=False)
+        self.register_buffer("table", None, persistent=False)
+        self.register_buffer("filled", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(3.0)
+        if self.filled.shape[1] != x.shape[1]:
+            self.filled = torch.ones(1, x.shape[1])
+        return self.second((self.first(x * self.filled) + self.bias).relu()) + self.table
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_buffers_that_the_state_dict_leaves_out_load_back(has_run, tmp_path):
+    dense, pruned, x = Tables().eval(), Tables(4, bias=0.5).eval(), torch.randn(5, 4)
+    if has_run:
+        pruned(x)
+    save_pruned(pruned, tmp_path / "out", dense=dense)
+    loaded = load_pruned(tmp_path / "out", model=dense)
+    for name, buffer in pruned.named_buffers():
+        assert torch.equal(buffer, dict(loaded.named_buffers())[name])
+    assert torch.equal(loaded(x), pruned(x))
+    assert "bias" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert dense.table is None and dense.bias.shape == (6,)
+    # Saved once more from there, and without them where there is nothing to save.
+    save_pruned(loaded, tmp_path / "again", dense=dense)
+    assert torch.equal(load_pruned(tmp_path / "again", model=dense)(x), pruned(x))
+    save_pruned(Tables(), tmp_path / "none", dense=dense)
+    assert not (tmp_path / "none" / "buffers.safetensors").exists()
+
+
+def test_buffers_of_another_save_or_model_are_refused(tmp_path):
+    dense, pruned = Tables(), Tables(4, bias=0.5)
+    save_pruned(pruned, tmp_path / "out", dense=dense)
+    file = tmp_path / "out" / "buffers.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-3])
+    with pytest.raises(ValueError, match="found none or damage"):
+        load_pruned(tmp_path / "out", model=dense)
+    save_file({"other": torch.ones(4)}, file)
+    with pytest.raises(ValueError, match="not from one save"):
+        load_pruned(tmp_path / "out", model=dense)
+    save_file({"bias": torch.ones(4, 1)}, file)
+    with pytest.raises(ValueError, match=r"expected 1 dimensions of torch\.float32 for bias"):
+        load_pruned(tmp_path / "out", model=dense)
+    file.unlink()
+    with pytest.raises(ValueError, match="found none or damage"):
+        load_pruned(tmp_path / "out", model=dense)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for names, message in ((["first.weight"], "expected some of the model"), (3, "names in")):
+        save_file({"first.weight": torch.ones(4, 4)}, file)
+        (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "buffers": names}))
+        with pytest.raises(ValueError, match=message):
+            load_pruned(tmp_path / "out", model=dense)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("convit_tiny", 224, {}),
+        (
+            "beit_base_patch16_224",
+            64,
+            {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64},
+        ),
+        ("resnetblur50", 64, {"layers": (1, 1, 1, 1)}),
+    ],
+)
+def test_timm_models_with_such_buffers_are_saved(name, size, kwargs, tmp_path):
+    torch.manual_seed(0)
+    model, x = (
+        timm.create_model(name, num_classes=5, **kwargs).eval(),
+        torch.randn(2, 3, size, size),
+    )
+    groups = tpvprune.find_groups(model, x[:1])
+    kept = {g.name: torch.arange(g.num_channels) < -(-g.num_channels // 2) for g in groups}
+    small = tpvprune.remove_channels(model, groups, kept)
+    with torch.no_grad():
+        expected = small(x)
+        save_pruned(
+            small, tmp_path / "out", model_name=name, model_kwargs={"num_classes": 5, **kwargs}
+        )
+        assert torch.equal(load_pruned(tmp_path / "out")(x), expected)
+
+
 def test_model_that_would_not_load_back_is_not_saved(tmp_path):
     pruned = Own(4)
-    pruned.scale.fill_(2.0)  # not in the state dict: it would be lost
-    with pytest.raises(ValueError, match="load back as it is"):
+    pruned.register_buffer("shift", torch.ones(1), persistent=False)  # the dense model has none
+    with pytest.raises(ValueError, match="expected some of the model, found 'shift'"):
         save_pruned(pruned, tmp_path / "out", dense=Own())
     assert list(tmp_path.iterdir()) == []
 
@@ -209,7 +301,7 @@ def test_overwriting_leaves_the_new_model_alone(saved, monkeypatch, can_exchange
 
 
 FAILURES = {
-    "weights": (tpvprune.saved.checkpoint, "save_file"),
+    "weights": (tpvprune.saved.buffers, "save_file"),
     "flush": (tpvprune.disk.atomic, "_flush"),
     "replace": (tpvprune.disk.atomic, "_replace"),
 }

@@ -1,15 +1,20 @@
-"""Follow the additions of two tensors, by their order in a forward."""
+"""Follow the branches of a forward: the additions of two tensors that end them, by their order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.depth.records import Branch
 from tpvprune.passes.operations import function_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
@@ -23,43 +28,74 @@ def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
     return all(isinstance(term, Tensor) for term in args)
 
 
-class AdditionMode(TorchFunctionMode):
-    """Sees every addition of a forward; :meth:`on_addition` may replace its result.
+class BranchMode(TorchFunctionMode):
+    """Sees every branch of a forward; :meth:`on_branch` may replace what it ends in.
 
     One at a time: what it does to replace a sum, another one would take for additions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, branches: Sequence[Branch]) -> None:
         super().__init__()
-        self._number = -1
+        self._model, self._number, self._is_inside = model, -1, False
+        self._sums = {b.addition: b for b in branches if b.addition is not None}
+        self._layers = [b for b in branches if b.addition is None]
+        self._inputs: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
+
+    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        """Return what takes the place of x + F(x), or None for that itself.
+
+        ``added``: F(x), of a layer of a chain y - x.
+        """
+        raise NotImplementedError
 
     def restart(self) -> None:
         """Count from the first again: another forward begins."""
         self._number = -1
 
-    def on_addition(self, number: int, args: Any) -> Tensor | None:
-        """Return the sum to take, or None for that of the terms."""
-        raise NotImplementedError
+    def __enter__(self) -> Self:
+        for branch in self._layers:
+            first, last = (self._model.get_submodule(branch.modules[i]) for i in (0, -1))
+            enter = first.register_forward_pre_hook(partial(self._enter, branch))
+            leave = last.register_forward_hook(partial(self._leave, branch))
+            self._hooks.callback(enter.remove)
+            self._hooks.callback(leave.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def _enter(self, branch: Branch, _: Any, args: Any) -> None:
+        self._inputs[branch.name] = args[0]
+
+    def _leave(self, branch: Branch, _module: Any, _args: Any, y: Tensor) -> Tensor | None:
+        x = self._inputs.pop(branch.name)
+        self._is_inside = True  # these are no additions of the network
+        try:
+            return self.on_branch(branch, x, y - x)
+        finally:
+            self._is_inside = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not is_addition(func, args, kwargs):
+        if self._is_inside or not is_addition(func, args, kwargs):
             return func(*args, **kwargs)
         self._number += 1
-        found = self.on_addition(self._number, args)
+        branch = self._sums.get(self._number)
+        if branch is None:
+            return func(*args, **kwargs)
+        found = self.on_branch(branch, args[branch.identity], args[1 - branch.identity])
         if found is None:
             return func(*args, **kwargs)
         # Of x += y the result is read, of x.add_(y) perhaps only x.
         return args[0].copy_(found) if func.__name__ == "add_" else found
 
 
-class WithoutBranches(AdditionMode):
-    """While it is on, the sums that end these branches are what they are without them."""
+class WithoutBranches(BranchMode):
+    """While it is on, the network gives what it gives without some branches."""
 
-    def __init__(self, branches: Sequence[Branch]) -> None:
-        super().__init__()
-        self._identity = {b.addition: b.identity for b in branches}
-
-    def on_addition(self, number: int, args: Any) -> Tensor | None:
-        """Return x of the sum x + F(x) of a branch."""
-        return args[self._identity[number]].clone() if number in self._identity else None
+    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        """Return x of x + F(x)."""
+        return x.clone()

@@ -1,8 +1,10 @@
-"""Find the residual branches of a network: sums x + F(x), of which F can go.
+"""Find the branches of a network: sums x + F(x), of which F can go, and layers of a chain.
 
 Nothing is known by the class of a module: the terms of every sum are followed back to where both
-come from the same tensor. Each branch is proved on given inputs: the network without it gives what
-the network gives if zeros are added in its place.
+come from the same tensor. Outside of them a layer can go, with the norm and activation behind it,
+if its input has the shape of its output, which it then takes the place of, as in a VGG. Each branch
+is proved on given inputs: the network without it gives what the network gives if zeros are added in
+its place.
 """
 
 from __future__ import annotations
@@ -30,16 +32,18 @@ _TOLERANCE = 1e-5  # of the largest change that zeros in its place make
 def find_branches(
     model: nn.Module, x: Tensor, *, outputs: Outputs | None = None
 ) -> tuple[Branch, ...]:
-    """Find the residual branches that can go, and prove each.
+    """Find the residual branches, and the layers of chains, that can go, and prove each.
 
-    Of branches inside of each other the inner ones are found.
+    Of branches inside of each other the inner ones are found; layers inside of one are not.
 
     ``x``: inputs [B, ...]; B = 2 tells more than 1. ``outputs``: what counts of what it returns;
     None: all real outputs of this call. Returns the branches in the order of a forward. A block
     whose branches can only go together, as it would change what else it does, is not among them.
     """
     trace = traced(model, on_device(x, model))
-    found = _innermost(_candidates(model, trace))
+    candidates = list(_candidates(model, trace))
+    found = _innermost(candidates)
+    found += _layers(model, trace, frozenset().union(*(inside for _, inside in candidates)))
     proof = _Proof(model, x, outputs)
     of_block: dict[str, list[Branch]] = defaultdict(list)
     for branch in found:
@@ -59,7 +63,7 @@ def find_branches(
         for b in found
         if b.name in proved and b.block not in taken
     ]
-    return tuple(sorted([*blocks, *single], key=lambda b: b.addition))
+    return tuple(sorted([*blocks, *single], key=lambda b: b.end))
 
 
 def _candidates(model: nn.Module, trace: Trace) -> Iterator[tuple[Branch, frozenset[int]]]:
@@ -76,12 +80,56 @@ def _candidates(model: nn.Module, trace: Trace) -> Iterator[tuple[Branch, frozen
             if not contractions or any(n not in modules for n in contractions):
                 continue
             names = tuple(dict.fromkeys(modules[n] for n in sorted(modules)))
-            is_last = trace.nodes[contractions[0]].name == "linear"
-            dim = len(trace.nodes[start].shape) - 1 if is_last else 1
             block = _block_of(model, trace, addition)
             name = modules[contractions[-1]]
-            yield Branch(name, block, names, addition.number, identity, dim), inside
+            dim = _channel_dim(trace, contractions[0])
+            yield Branch(name, block, names, addition.node, dim, addition.number, identity), inside
             break
+
+
+def _channel_dim(trace: Trace, contraction: int) -> int:
+    node = trace.nodes[contraction]
+    return len(node.shape) - 1 if node.name == "linear" else 1
+
+
+def _layers(model: nn.Module, trace: Trace, taken: frozenset[int]) -> list[Branch]:
+    """Return layers that all lies behind: their outputs have the shape of their inputs."""
+    readers, ran = trace.readers(), _nodes_of(trace)
+    sums = {addition.node for addition in trace.additions}
+    found = []
+    for number, node in enumerate(trace.nodes):
+        if node.name not in CONTRACTIONS or len(node.inputs) != 1 or not trace.is_narrow(number):
+            continue
+        (start,) = node.inputs
+        shape = trace.nodes[start].shape
+        inside, best, last = {number}, dict[int, str](), number
+        while True:
+            modules = _outermost(trace, frozenset(inside), ran)
+            if len(modules) == len(inside) and trace.nodes[last].shape == shape:
+                best = modules
+            (after, *others) = [*readers[last], None]
+            ends = after is None or others != [None] or trace.nodes[after].inputs != {last}
+            if ends or after in sums or trace.nodes[after].name in CONTRACTIONS:
+                break
+            inside.add(after)
+            last = after
+        if not best or start == 0 or taken & best.keys() or _is_grouped(model, best[number]):
+            continue
+        names = tuple(dict.fromkeys(best[n] for n in sorted(best)))
+        members = tuple(name for name in names if _is_member(model, name))
+        dim = _channel_dim(trace, number)
+        found.append(Branch(best[number], None, names, max(best), dim, members=members))
+    return found
+
+
+def _is_grouped(model: nn.Module, name: str) -> bool:
+    """Tell whether a module has layers of several groups: what they do no linear map does."""
+    return any(getattr(m, "groups", 1) != 1 for m in model.get_submodule(name).modules())
+
+
+def _is_member(model: nn.Module, name: str) -> bool:
+    parent, _, _ = name.rpartition(".")
+    return bool(name) and isinstance(model.get_submodule(parent), SEQUENCES)
 
 
 def _nodes_of(trace: Trace) -> dict[str, set[int]]:
@@ -109,18 +157,14 @@ def _outermost(trace: Trace, inside: frozenset[int], ran: dict[str, set[int]]) -
 def _block_of(model: nn.Module, trace: Trace, addition: Addition) -> str | None:
     """Return the innermost member of a sequence of modules in which a sum is taken."""
     for name in reversed(trace.nodes[addition.node].modules):
-        parent, _, _ = name.rpartition(".")
-        if name and isinstance(model.get_submodule(parent), SEQUENCES):
+        if _is_member(model, name):
             return name
     return None
 
 
-def _innermost(found: Iterator[tuple[Branch, frozenset[int]]]) -> list[Branch]:
+def _innermost(found: Sequence[tuple[Branch, frozenset[int]]]) -> list[Branch]:
     """Return the branches that hold no other one."""
-    all_found = list(found)
-    return [
-        branch for branch, inside in all_found if not any(other < inside for _, other in all_found)
-    ]
+    return [branch for branch, inside in found if not any(other < inside for _, other in found)]
 
 
 # ---- proof ----------------------------------------------------------------------------------
@@ -158,7 +202,7 @@ class _Proof:
 
     def _holds(self, gone: Sequence[Branch]) -> bool:
         """Tell whether the network without branches gives what it should."""
-        with WithoutBranches(gone):
+        with WithoutBranches(self._model, gone):
             masked = self._run(self._model)
         removed = None
         with suppress(Exception):  # whatever a forward makes of modules that are not there

@@ -1,4 +1,4 @@
-"""Residual branches, and what has to change in a network for some of them to go."""
+"""Branches, and what has to change in a network for some of them to go."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch F of a sum x + F(x), that can go.
+    """What can go: a residual branch F of a sum x + F(x), or a layer of a chain.
+
+    Without a layer of a chain, y = x + F(x) with F(x) = y - x, its input takes the place of its
+    output: both have one shape, and the layer behind it can do what a linear map of x does for y.
 
     Attributes:
         name: Of the block that it is, or of the last of its modules.
         block: Member of a sequence of modules that goes with its branches; None: none does.
         modules: What nothing else needs, in the order of the calls: the outermost modules.
-        addition: Which addition of two tensors ends it, in the order of a forward.
-        identity: Which term of that is x: 0 or 1.
+        end: Where it ends, in the order of a forward.
         channel_dim: Of x and F(x).
+        addition: Which addition of two tensors ends it, in the order of a forward; None: it is a
+            layer of a chain.
+        identity: Which term of that is x: 0 or 1.
+        members: Of the modules of a layer of a chain those that leave a sequence of modules.
     """
 
     name: str
     block: str | None
     modules: tuple[str, ...]
-    addition: int
-    identity: int
+    end: int
     channel_dim: int
+    addition: int | None = None
+    identity: int = 0
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Removal:
     Attributes:
         blocks: Members of sequences of modules, that leave them.
         zeroed: Modules in the place of which zeros are added.
-        passed: Modules in the place of which nothing happens: only zeroed ones read them.
+        passed: Modules in the place of which nothing happens: zeroed ones read them, or their input
+            takes the place of their output.
     """
 
     blocks: tuple[str, ...] = ()
@@ -42,7 +51,7 @@ class Removal:
     passed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.blocks or self.zeroed)
+        return bool(self.modules)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -77,9 +86,12 @@ class Removal:
         staying = {b.block for b in branches if b.name not in gone}
         going = [b for b in branches if b.name in gone]
         whole = [b.block for b in going if b.block is not None and b.block not in staying]
-        parts = [b.modules for b in going if b.block is None or b.block in staying]
+        parts = [b for b in going if b.block is None or b.block in staying]
+        sums = [b.modules for b in parts if b.addition is not None]
+        layers = [b for b in parts if b.addition is None]
+        passed = [n for b in layers for n in b.modules if n not in b.members]
         return cls(
-            tuple(dict.fromkeys(whole)),
-            tuple(modules[-1] for modules in parts),
-            tuple(name for modules in parts for name in modules[:-1]),
+            (*dict.fromkeys(whole), *(name for b in layers for name in b.members)),
+            tuple(modules[-1] for modules in sums),
+            (*(name for modules in sums for name in modules[:-1]), *passed),
         )

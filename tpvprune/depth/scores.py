@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.depth.additions import WithoutBranches
+from tpvprune.depth.additions import BranchMode
 from tpvprune.depth.records import Branch
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.outputs import Chosen, Outputs
@@ -48,7 +48,7 @@ def branch_scores(
     Reference:
         Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089.
     """
-    inputs, branches = unlabeled(batches), sorted(branches, key=lambda b: b.addition)
+    inputs, branches = unlabeled(batches), sorted(branches, key=lambda b: b.end)
     counted = Outputs.measured(model, inputs, outputs)
     maps = _stand_ins(model, branches, inputs, gone, seed) if compensated else {}
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def branch_scores(
     with evaluating(model), frozen(model), torch.enable_grad():
         for batch in inputs:
             x = fast_layout(on_device(batch.detach(), model), model).requires_grad_()
-            with _Watched(branches, gone, maps) as watched:
+            with _Watched(model, branches, gone, maps) as watched:
                 returned = counted.joined(model(x), len(x))
             directions = probe_directions(returned, "logits", num_probes, generator)
             changes = [watched.changes(returned, v) for v in directions]
@@ -68,23 +68,26 @@ def branch_scores(
 Map = tuple[Tensor, Tensor]  # A [C, C], c [C]: x A + c
 
 
-class _Watched(WithoutBranches):
-    """Knows what the branches add, and what of it no map of x predicts."""
+class _Watched(BranchMode):
+    """Knows what the branches add, and what of it no map of x predicts; others are gone."""
 
     def __init__(
-        self, branches: Sequence[Branch], gone: Sequence[Branch], maps: Mapping[str, Map]
+        self,
+        model: nn.Module,
+        branches: Sequence[Branch],
+        gone: Sequence[Branch],
+        maps: Mapping[str, Map],
     ) -> None:
-        super().__init__(gone)
-        self._branches = {b.addition: b for b in branches}
+        super().__init__(model, [*branches, *gone])
+        self._gone = {b.name for b in gone}
         self._maps = maps
         self._added: list[Tensor] = []
         self._left: list[tuple[Tensor, ...]] = []
 
-    def on_addition(self, number: int, args: Any) -> Tensor | None:
-        branch = self._branches.get(number)
-        if branch is None:
-            return super().on_addition(number, args)
-        x, added = args[branch.identity], args[1 - branch.identity].clone()
+    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        if branch.name in self._gone:
+            return x.clone()
+        added = added.clone()
         whole = added.detach()
         self._added.append(added)
         self._left.append((whole, *(whole - part for part in self._predicted(branch, x.detach()))))
@@ -122,7 +125,7 @@ def _stand_ins(
 
     Returns name of the branch -> map.
     """
-    rows = _Rows(branches, gone, torch.Generator().manual_seed(seed))
+    rows = _Rows(model, branches, gone, torch.Generator().manual_seed(seed))
     with evaluating(model), torch.no_grad():
         for batch in inputs:
             rows.restart()
@@ -132,28 +135,29 @@ def _stand_ins(
     return {name: (fit.change[0], fit.intercept[0, 0]) for name, fit in fits.items()}
 
 
-class _Rows(WithoutBranches):
-    """Feeds the least squares problem of each branch."""
+class _Rows(BranchMode):
+    """Feeds the least squares problem of each branch; others are gone."""
 
     def __init__(
-        self, branches: Sequence[Branch], gone: Sequence[Branch], generator: torch.Generator
+        self,
+        model: nn.Module,
+        branches: Sequence[Branch],
+        gone: Sequence[Branch],
+        generator: torch.Generator,
     ) -> None:
-        super().__init__(gone)
-        self._branches = {b.addition: b for b in branches}
+        super().__init__(model, [*branches, *gone])
         self._generator = generator
         self.problems = {b.name: LeastSquares(free=True) for b in branches}
 
-    def on_addition(self, number: int, args: Any) -> Tensor | None:
-        branch = self._branches.get(number)
-        if branch is not None:
-            x, added = (
-                args[i].movedim(branch.channel_dim, -1).flatten(1, -2)
-                for i in (branch.identity, 1 - branch.identity)
-            )
-            held = torch.arange(len(x)) % _HELD == _HELD - 1
-            num = min(x.shape[1], _ROWS_PER_IMAGE)
-            picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
-            for judge in (False, True):
-                rows = (t[held == judge][:, picked].flatten(0, 1)[None] for t in (x, added))
-                self.problems[branch.name].add(*rows, held=judge)
-        return super().on_addition(number, args)
+    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        if branch.name not in self.problems:
+            return x.clone()
+        x, added = (t.movedim(branch.channel_dim, -1) for t in (x, added))
+        x, added = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, added))
+        held = torch.arange(len(x)) % _HELD == _HELD - 1
+        num = min(x.shape[1], _ROWS_PER_IMAGE)
+        picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
+        for judge in (False, True):
+            rows = (t[held == judge][:, picked].flatten(0, 1)[None] for t in (x, added))
+            self.problems[branch.name].add(*rows, held=judge)
+        return None

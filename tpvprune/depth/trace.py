@@ -63,6 +63,10 @@ class Trace:
                 found[read].add(number)
         return found
 
+    def is_narrow(self, number: int) -> bool:
+        """Tell whether all that is computed after a node is computed from it alone."""
+        return all(read >= number for node in self.nodes[number + 1 :] for read in node.inputs)
+
     def between(self, start: int, end: int) -> frozenset[int]:
         """Return what ``end`` is computed from behind ``start``, and ``end``.
 

@@ -15,7 +15,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _OWN_FILES = frozenset(
-    {"config.json", "model.safetensors", "ranking.safetensors", "report.json", "report.html"}
+    {
+        *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
+        *("report.json", "report.html"),
+    }
 )
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.

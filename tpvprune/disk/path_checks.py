@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 RANKING_FILE = "ranking.safetensors"
+BUFFER_FILE = "buffers.safetensors"
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -11,16 +11,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
-from tpvprune.disk.path_checks import RANKING_FILE, check_saved
+from tpvprune.disk.path_checks import BUFFER_FILE, RANKING_FILE, check_saved
 from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.disk.versions import versions
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
+from tpvprune.saved.buffers import (
+    changed_buffers,
+    is_equal,
+    put_buffers,
+    read_buffers,
+    write_tensors,
+)
 from tpvprune.saved.downloads import local_folder
 from tpvprune.saved.skeleton import (
     SAVED_TYPES,
@@ -69,7 +76,8 @@ def save_pruned(
 
     The folder gets ``model.safetensors`` and ``config.json``, of a result also
     ``ranking.safetensors`` (:meth:`tpvprune.Ranking.load`), with a report ``report.json`` and
-    ``report.html``. It is written beside its place, read back and
+    ``report.html``; buffers that ``state_dict`` leaves out, where a cut or a forward has changed
+    them, go to ``buffers.safetensors``. It is written beside its place, read back and
     compared, then renamed: a crash leaves the old folder or the new one, never half.
     A ValueError tells if the folder cannot be written or replaced, the dense model is not
     known, a value is not plain JSON, or the model would not load back as it is.
@@ -115,7 +123,7 @@ def save_pruned(
     if earlier:
         chain = {"origin": earlier["provenance"]}
         source = {k: earlier["provenance"].get(k) for k in ("weights", "weights_sha256")}
-    config = {
+    config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": name,
         "model_kwargs": kwargs,
@@ -124,17 +132,13 @@ def save_pruned(
         "attributes": attribute_changes(skeleton, pruned),
         "removed": asdict(gone),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
+        "buffers": [],
         "provenance": {**_provenance(), **source, **(provenance or {}), **chain},
     }
     text = _as_json(config)
     with written_folder(folder) as unfinished:
         (unfinished / "config.json").write_text(text, encoding="utf-8")
-        # Copies: safetensors refuses tensors that share memory.
-        tensors = {
-            key: value.cpu().clone(memory_format=torch.contiguous_format)
-            for key, value in tensors_of(pruned).items()
-        }
-        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors_of(pruned), unfinished / "model.safetensors")
         if masks is not None:
             save_masks(masks, unfinished / MASK_FILE)
         ranking = None if is_model else getattr(result_or_model, "ranking", None)
@@ -142,8 +146,21 @@ def save_pruned(
             ranking.save(unfinished / RANKING_FILE)
         if report is not None:
             write_report(dict(report), unfinished)
-        _check_same(pruned, load_pruned(unfinished, model=None if name else dense))
+        _with_buffers(pruned, unfinished, config, model=None if name else dense)
     return folder
+
+
+def _with_buffers(
+    pruned: nn.Module, folder: Path, config: dict[str, Any], *, model: nn.Module | None
+) -> None:
+    """Add what does not load back by itself to a saved folder; ValueError if all does not then."""
+    loaded = load_pruned(folder, model=model)
+    if buffers := changed_buffers(pruned, loaded):
+        write_tensors(buffers, folder / BUFFER_FILE)
+        text = _as_json({**config, "buffers": sorted(buffers)})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        loaded = load_pruned(folder, model=model)
+    _check_same(pruned, loaded)
 
 
 def saved_masks(folder: str | Path) -> dict[str, Tensor] | None:
@@ -193,6 +210,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
     load_tensors(loaded, load_file(weights))
+    put_buffers(loaded, read_buffers(folder, config["buffers"]))
     put_preprocessing(loaded, config["pretrained_cfg"])
     return loaded.eval()
 
@@ -225,6 +243,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"found {type(config.get(field)).__name__}: save again"
             )
     _check_removed(path, config.setdefault("removed", {}))
+    buffers = config.setdefault("buffers", [])
+    if not isinstance(buffers, list) or not all(isinstance(name, str) for name in buffers):
+        raise ValueError(f"{path}: expected names in 'buffers', found others: save again")
     for name, indices in config["kept"].items():
         if not is_sizes(indices):
             raise ValueError(f"{path}: expected channel indices for {name!r:.120}: save again")
@@ -306,7 +327,7 @@ def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
     differing = [
         name
         for name, tensor in tensors_of(pruned, persistent=False).items()
-        if not _equal(tensor.cpu(), tensors_of(loaded, persistent=False).get(name))
+        if not is_equal(tensor.cpu(), tensors_of(loaded, persistent=False).get(name))
     ]
     differing += [path for path, values in attribute_changes(loaded, pruned).items() if values]
     if differing:
@@ -314,13 +335,6 @@ def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
             f"expected the saved model to load back as it is, found other values in "
             f"{', '.join(map(repr, differing[:3]))}: pass the model_kwargs that it was made with"
         )
-
-
-def _equal(saved: Tensor, loaded: Tensor | None) -> bool:
-    if loaded is None or saved.shape != loaded.shape or saved.dtype != loaded.dtype:
-        return False
-    # Bit for bit, so that NaN equals NaN.
-    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (saved, loaded)))
 
 
 def _saved_types(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch.dtype]:

@@ -17,11 +17,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tpvprune.disk.path_checks import BUFFER_FILE
 from tpvprune.weights.masks import MASK_FILE
 
 HUB = ("hf-hub:", "hf_hub:")
 # What loading reads; nothing else is fetched.
-_FILES = ["config.json", "model.safetensors", MASK_FILE]
+_FILES = ["config.json", "model.safetensors", BUFFER_FILE, MASK_FILE]
 
 
 def local_folder(folder: str | Path) -> Path:

@@ -14,12 +14,13 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
+from tpvprune.disk.path_checks import BUFFER_FILE
 from tpvprune.reports.card import card
 from tpvprune.saved.checkpoint import load_pruned, read_config, save_pruned
 from tpvprune.saved.downloads import is_unreachable
 from tpvprune.weights.masks import MASK_FILE
 
-_FILES = ("config.json", "model.safetensors", MASK_FILE, "report.json")
+_FILES = ("config.json", "model.safetensors", BUFFER_FILE, MASK_FILE, "report.json")
 
 
 def push_to_hub(
