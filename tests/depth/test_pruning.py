@@ -191,7 +191,7 @@ def test_a_network_without_branches():
         prune(model, [images(16)], granularity=["branch"])
     result = prune(model, [images(16)], granularity=["channel", "branch"], repair="none")
     assert result.reached
-    assert any("no residual branch" in line for line in result.warnings)
+    assert any("no branch" in line for line in result.warnings)
 
 
 def test_strange_granularity_is_refused():
@@ -269,13 +269,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
     assert main(["prune", *flags, "--dry-run", "--output", "out"]) == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert "residual branches: 12, of which 6 may go" in err
+    assert "branches: 12, of which 6 may go" in err
     assert "besides trials of depth, reading images" in err
     assert main(["prune", *flags[:-6], "--of", "latency", "--dry-run", "--output", "out"]) == 0
-    assert "residual branches: 12, of which 6 may go" in capsys.readouterr().err
+    assert "branches: 12, of which 6 may go" in capsys.readouterr().err
     assert main(["prune", *flags, "--json", "--output", "out"]) == 0
     out, err = capsys.readouterr()
     branches = json.loads(out)["branches"]
-    assert f"residual branches removed: {sum(b['gone'] for b in branches)} of 12" in err
+    assert f"branches removed: {sum(b['gone'] for b in branches)} of 12" in err
     assert "Residual branches removed" in (tmp_path / "out" / "report.html").read_text()
     assert main(["evaluate", "out", "--data-dir", "images", "--latency-repeats", "0"]) in {0, 2}

@@ -188,7 +188,7 @@ def test_widths_alone_meet_the_milliseconds_where_no_branch_goes(timed):
     assert gone(in_milliseconds(build("residual"), max_depth_removed=0)) == []
     report = in_milliseconds(build("chain"))
     assert "branches" not in report
-    assert "no residual branch can go whole: channels alone were pruned" in report["warnings"]
+    assert "no branch can go whole: channels alone were pruned" in report["warnings"]
 
 
 def test_trials_are_counted(timed):

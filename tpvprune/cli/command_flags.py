@@ -51,9 +51,9 @@ def _add_prune(sub: Parser) -> None:
     how.add_argument(
         "--granularity", type=granularity, metavar="G",
         help="what is removed: channel (heads and convolution groups too), head (those alone), "
-        "branch (whole residual branches), channel,branch (both under one budget), weight (single "
-        "ones become zero), or 2:4 (2 of every 4 weights stay) (channel; channel,branch with --of "
-        "latency)",
+        "branch (residual branches, layers of chains), channel,branch (both under one budget), "
+        "weight (single ones become zero), or 2:4 (2 of every 4 weights stay) (channel; "
+        "channel,branch with --of latency)",
     )  # fmt: skip
     size = how.add_mutually_exclusive_group()
     size.add_argument(

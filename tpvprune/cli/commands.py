@@ -129,7 +129,7 @@ def run_groups(args: argparse.Namespace) -> Outcome:
 
 
 def _branches(subject: Subject, groups: ChannelGroups) -> list[dict[str, Any]]:
-    """Return the residual branches that can go whole, and what leaves with each."""
+    """Return the branches that can go whole, and what leaves with each."""
     model, x = subject.model, subject.example
     found = find_branches(model, x)
     macs, params = (branch_savings(model, groups, found, of, x) for of in ("macs", "params"))
@@ -139,12 +139,12 @@ def _branches(subject: Subject, groups: ChannelGroups) -> list[dict[str, Any]]:
 def _say_branches(document: Mapping[str, Any]) -> None:
     dense, branches = document["dense"], document["branches"]
     if not branches:
-        say("no residual branch can go whole")
+        say("no branch can go whole")
         return
     rows = [
         (b["name"], *(percent(b[of] / dense[of]) for of in ("macs", "params"))) for b in branches
     ]
-    table([("residual branch", "MACs", "parameters"), *rows])
+    table([("branch", "MACs", "parameters"), *rows])
     say("share of all that leaves with a whole branch (prune --granularity channel,branch)")
 
 

@@ -52,13 +52,13 @@ def quality(document: Mapping[str, Any]) -> list[str]:
 
 
 def branches(document: Mapping[str, Any]) -> str | None:
-    """Return which residual branches left, where they could."""
+    """Return which branches left, where they could."""
     found = document.get("branches")
     if not found:
         return None
     gone = [branch["name"] for branch in found if branch["gone"]]
     names = f": {', '.join(gone)}" if gone else ""
-    return f"residual branches removed: {len(gone)} of {len(found)}{names}"
+    return f"branches removed: {len(gone)} of {len(found)}{names}"
 
 
 def images_used(document: Mapping[str, Any]) -> str | None:

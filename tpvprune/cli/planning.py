@@ -129,7 +129,7 @@ def _branches(
         return {}
     found = find_branches(subject.model, subject.example)
     num = int(args.max_depth_removed * len(found))
-    say(f"residual branches: {len(found)}, of which {num} may go")
+    say(f"branches: {len(found)}, of which {num} may go")
     smallest: dict[str, float] = {}
     kinds: tuple[Budget, Budget] = ("macs", "params")
     for of in kinds:

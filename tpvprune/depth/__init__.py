@@ -1,4 +1,4 @@
-"""Depth: residual branches that can go whole, what they are worth, and how many should.
+"""Depth: branches that can go whole, what they are worth, and how many should.
 
 A branch F of a sum x + F(x) is removed by leaving the sum x. ``branches`` finds and proves such
 branches by tracing, ``removal`` takes them out, ``scores`` says what the outputs lose with each,

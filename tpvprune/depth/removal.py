@@ -1,4 +1,4 @@
-"""Take residual branches out of a network."""
+"""Take branches out of a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth before width: which residual branches go, and how many, decided by trial.
+"""Depth before width: which branches go, and how many, decided by trial.
 
 Branches are ranked by score per saved cost. Then networks without the first few of them are cut to
 the budget in width, repaired roughly, and compared with the dense one on images that took no part
@@ -34,7 +34,7 @@ from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
-_NO_BRANCH = "no residual branch can go whole: channels alone were pruned"
+_NO_BRANCH = "no branch can go whole: channels alone were pruned"
 
 
 def shallower(
@@ -51,7 +51,7 @@ def shallower(
         if not branches:
             if not by_channel:
                 raise ValueError(
-                    "granularity: expected a model with residual branches, found none that can "
+                    "granularity: expected a model with branches, found none that can "
                     "go whole: prune channels"
                 )
             given.notes.append(_NO_BRANCH)

@@ -85,8 +85,9 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
             ``"bn"``): curves or ranking, whichever is closer to the dense model on the images held
             back.
         limits: How far groups may shrink, and what stays whole.
-        granularity: ``"channel"``, ``"branch"``, or both: residual branches that go whole, as many
-            as leave the least damage under the budget, or none (:mod:`tpvprune.pipeline.depth`).
+        granularity: ``"channel"``, ``"branch"``, or both: residual branches, and layers of chains,
+            that go whole, as many as leave the least damage under the budget, or none
+            (:mod:`tpvprune.pipeline.depth`).
             With ``"branch"`` alone every width stays. None: both where ``of`` is ``"latency"``,
             else channels.
         max_depth_removed: Largest fraction of the branches that may go, in [0, 1].

@@ -55,7 +55,7 @@ _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve e
 
 @dataclass(frozen=True)
 class Depth:
-    """A network of which residual branches have left.
+    """A network of which branches have left.
 
     Attributes:
         network: Without them, of the dense network's parameters.

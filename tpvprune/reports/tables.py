@@ -101,7 +101,7 @@ def figures(data: Mapping[str, Any]) -> str:
 
 
 def _removed(branches: Any) -> dict[str, str]:
-    """Return how many residual branches left, and which, where they could."""
+    """Return how many branches left, and which, where they could."""
     found = [b for b in branches if isinstance(b, Mapping)] if isinstance(branches, list) else []
     gone = [str(branch.get("name")) for branch in found if branch.get("gone")]
     return {f"{len(gone)} of {len(found)}": ", ".join(gone) or "none"} if found else {}

@@ -98,7 +98,7 @@ def save_pruned(
             its provenance becomes the ``origin`` entry of the new one.
         masks: Of single weights, True = stays, the others are zero; written as
             ``masks.safetensors`` for :func:`tpvprune.weights.masks.load_masks`.
-        removed: Modules of residual branches that left; by default what a result says.
+        removed: Modules of branches that left; by default what a result says.
 
     Returns:
         The folder.
