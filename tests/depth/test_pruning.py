@@ -106,15 +106,12 @@ def test_a_linear_layer_of_a_chain_leaves_no_trace():
     assert after < 1e-6 * before
 
 
-@pytest.mark.parametrize(
-    ("keep", "granularity"), [(0.96, ["branch"]), (0.8, ["channel", "branch"])]
-)
-def test_a_chain_is_pruned_in_depth_saved_and_read_back(keep, granularity, tmp_path):
+def test_a_chain_is_pruned_in_depth_saved_and_read_back(tmp_path):
     torch.manual_seed(0)
     model = Chain().eval()
     data = images().float().split(32)
     result = prune(
-        model, data, keep=keep, granularity=granularity, max_depth_removed=1, num_images=None
+        model, data, keep=0.96, granularity=["branch"], max_depth_removed=1, num_images=None
     )
     assert result.removed.blocks == ("features.2",)
     assert result.reached
@@ -122,7 +119,7 @@ def test_a_chain_is_pruned_in_depth_saved_and_read_back(keep, granularity, tmp_p
     loaded = load_pruned(folder, model=model)
     x = images(4, seed=2).float()
     assert torch.equal(loaded(x), result.model(x))
-    assert result.report["held_back"]["variance_share"] < 0.2
+    assert result.report["held_back"]["variance_share"] < 1e-3
 
 
 def test_the_aligned_network_is_the_dense_one():
