@@ -59,20 +59,23 @@ def without(model, gone, x):
     return remove_branches(model, removal), aligned
 
 
+def shares(model, smaller, aligned):
+    """Return what is lost without branches, and when the rest is refitted, on other images."""
+    groups = find_groups(smaller, images(2))
+    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
+    repaired = compensate_weights(
+        smaller, aligned, images().split(32), groups=groups, kept=kept, ridge=1e-10
+    )
+    return [difference(m, model, [images(seed=1)]).share for m in (smaller, repaired)]
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("gone", [["blocks.0"], ["blocks.1"], ["blocks.0", "blocks.1", "blocks.2"]])
 def test_linear_branches_leave_no_trace(norm, gone):
     """What is left takes over all that linear branches did, on other images, too."""
     torch.manual_seed(0)
     model = Net(norm).double().eval()
-    smaller, aligned = without(model, gone, images())
-    groups = find_groups(smaller, images(2))
-    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
-    repaired = compensate_weights(
-        smaller, aligned, images().split(32), groups=groups, kept=kept, ridge=1e-10
-    )
-    others = [images(seed=1)]
-    before, after = (difference(m, model, others).share for m in (smaller, repaired))
+    before, after = shares(model, *without(model, gone, images()))
     assert after < 1e-6 * before
 
 
@@ -96,13 +99,7 @@ def test_a_linear_layer_of_a_chain_leaves_no_trace():
     model = Chain().double().eval()
     smaller, aligned = without(model, ["features.2"], images())
     assert list(smaller.features._modules) == ["0", "1", "3", "4"]
-    groups = find_groups(smaller, images(2))
-    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
-    repaired = compensate_weights(
-        smaller, aligned, images().split(32), groups=groups, kept=kept, ridge=1e-10
-    )
-    others = [images(seed=1)]
-    before, after = (difference(m, model, others).share for m in (smaller, repaired))
+    before, after = shares(model, smaller, aligned)
     assert after < 1e-6 * before
 
 
