@@ -1,5 +1,6 @@
 """Int8 files: what is in them, which images decided what, and what is said of them."""
 
+import dataclasses
 import importlib.util
 import json
 from functools import partial
@@ -237,6 +238,27 @@ def test_a_file_that_is_broken_is_called_so(tmp_path, written):
     assert found.difference.is_broken
     assert "int8 is broken" in found.warning
     assert written[-1].warning is None
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "expected"),
+    [
+        ((4.0, 4.2), (4.9, 5.1), "int8 takes longer"),
+        ((4.0, 4.2), (4.1, 5.1), None),
+        (None, None, None),
+    ],
+)
+def test_a_pruned_file_that_is_slower_is_said_to_be(dense, pruned, expected, written):
+    found = written[-1]
+    dense_run, run = (
+        int8.Run(1.0, 9, None if times is None else sum(times) / 2, times)
+        for times in (dense, pruned)
+    )
+    plain = int8.Run(1.0, 9, 9.0, (8.0, 10.0))
+    runs = {"dense float32": plain, "dense int8": dense_run, "float32": plain, "int8": run}
+    slower = dataclasses.replace(found, runs=runs).slower
+    assert slower is None if expected is None else slower.startswith(expected)
+    assert found.slower is None  # there is no dense model to compare with
 
 
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path):

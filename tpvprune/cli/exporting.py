@@ -129,6 +129,7 @@ def _int8(
         "agreement": found.difference.agreement,
         "variance_share": found.difference.share,
         "broken": found.difference.is_broken,
+        "slower": found.slower is not None,
         "latency_batch_size": found.batch_size,
         "runs": {name: asdict(run) for name, run in found.runs.items()},
     }
@@ -146,6 +147,8 @@ def _show_int8(found: Quantized) -> None:
     for name, run in found.runs.items():
         rows.append((name, percent(run.agreement), f"{run.num_bytes / 1e6:.2f}", _spread(run)))
     table(rows)
+    if found.slower:
+        say(f"warning: {found.slower}", indent="  ")
     tried = ", ".join(f"{name} {percent(entry.agreement)}" for name, entry in found.tried.items())
     _show_agreement(found)
     say(

@@ -94,6 +94,21 @@ class Quantized:
             "images, like those it will meet; check mean, std and size; else deploy float32"
         )
 
+    @property
+    def slower(self) -> str | None:
+        """That the pruned model takes longer than the dense one, and what to try; None if not."""
+        for kind in ("int8", "float32"):
+            dense, pruned = self.runs.get(f"dense {kind}"), self.runs[kind]
+            before, after = (run.latency_range_ms if run else None for run in (dense, pruned))
+            if dense and before and after and after[0] > before[1]:
+                return (
+                    f"{kind} takes longer than the dense model's ({pruned.latency_ms:.2f} ms for "
+                    f"{dense.latency_ms:.2f}): fewer channels are no faster where their number is "
+                    "no multiple of what the processor computes at once: prune with --round-to 16, "
+                    "or to milliseconds: --of latency --latency-runtime onnxruntime"
+                )
+        return None
+
 
 def export_int8(
     model: nn.Module,
