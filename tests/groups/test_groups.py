@@ -13,8 +13,8 @@ from cases import Tabled, images
 from torch import nn
 
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
+from tpvprune.groups.masking import MaskedChannels
 from tpvprune.groups.removal import (
-    MaskedChannels,
     attribute_changes,
     remove_channels,
     restore_empty,
