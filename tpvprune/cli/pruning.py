@@ -13,7 +13,7 @@ from typing import Any
 
 from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs, write_page
-from tpvprune.cli.console import say, show_pruned, stages
+from tpvprune.cli.console import counted, say, show_pruned, stages
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
 from tpvprune.cli.session import Subject, ignored, open_subject
@@ -220,7 +220,7 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
     ]
     if args.round_to > 1 and narrow:
         say(
-            f"note: --round-to {args.round_to} leaves {len(narrow)} groups of at most "
+            f"note: --round-to {args.round_to} leaves {counted(len(narrow), 'group')} of at most "
             f"{args.round_to} channels unrounded (first: {narrow[0]})"
         )
 
