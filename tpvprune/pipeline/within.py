@@ -198,7 +198,6 @@ def smallest_within(
 
     clock = Clock(None)
     with clock("all sizes"):
-        deciding.prepare()
         bisect(tried, max_loss, num_sizes)
     assert best is not None and chosen is not None
     measured, report = judging.of(best.model), best.report
