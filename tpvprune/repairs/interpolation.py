@@ -73,9 +73,8 @@ def _point(start: nn.Module, end: nn.Module, fraction: float) -> nn.Module:
     def between(name: str, last: Tensor) -> Tensor:
         if fraction == 0:
             return first[name].to(last)
-        return (
-            torch.lerp(first[name].to(last), last, fraction) if last.is_floating_point() else last
-        )
+        floating = last.is_floating_point()
+        return torch.lerp(first[name].to(last), last, fraction) if floating else last
 
     model.load_state_dict({name: between(name, t) for name, t in end.state_dict().items()})
     return model
