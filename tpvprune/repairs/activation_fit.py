@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.processes.shares import summed, total
-from tpvprune.repairs.least_squares import Fit, Moments, factorised, joined, moments, rows_at_once
+from tpvprune.repairs.least_squares import Fit, Moments, joined, moments, rows_at_once
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -52,26 +52,8 @@ class _Rows:
         return _Rows(self.x[:, index], self.present[:, index], self.wanted[:, index])
 
 
-@dataclass(frozen=True)
-class _Sought:
-    """What a step fits: centred sums of x^T e [g, u, o], and the mean of e [g, 1, o]."""
-
-    cross: Tensor
-    mean: Tensor
-
-
-@dataclass(frozen=True)
-class _Map:
-    """Change D [g, u, o] and intercept b [g, 1, o]."""
-
-    change: Tensor
-    intercept: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        intercept, change = self.intercept.to(x), self.change.to(x)
-        if change.shape[2] == 1:  # the other way round x D takes three times as long
-            return (change.mT @ x.mT).mT.add_(intercept)
-        return torch.baddbmm(intercept, x, change)
+# What a step fits: centred sums of x^T e [g, u, o], and the mean of e [g, 1, o].
+_Sought = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,23 +69,19 @@ class _System:
 
     @property
     def linear(self) -> _Sought:
-        return _Sought(self.moments.cross, self.moments.e_mean)
+        return self.moments.cross, self.moments.e_mean
 
-    def solved(self, sought: _Sought, ridge: float) -> _Map:
+    def solved(self, sought: _Sought, ridge: float) -> Fit:
         """Return the ridge least squares fit of what is sought."""
-        m = self.moments
         if ridge not in self._factors:
-            scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * m.count)
-            self._factors[ridge] = factorised(m.gram, ridge * scale)
-        change = torch.cholesky_solve(sought.cross, self._factors[ridge])
-        return _Map(change, sought.mean - m.x_mean @ change)
+            self._factors[ridge] = self.moments.factor(ridge)
+        cross, mean = sought
+        change = torch.cholesky_solve(cross, self._factors[ridge])
+        return Fit(change, mean - self.moments.x_mean @ change, ridge)
 
 
 def rows_to_hold(num_rows: int, groups: int, unknowns: int, outputs: int) -> int:
-    """Return how many of the rows of a layer are held for its fit; 0: too few for one.
-
-    Returns a number up to ``num_rows``.
-    """
+    """Return how many of the rows of a layer are held for its fit; 0: too few for one."""
     by_macs = _MOST_MACS / (2 * groups * unknowns * outputs)
     by_bytes = _MOST_BYTES / (4 * groups * (unknowns + 2 * outputs))
     found = int(min(num_rows, by_macs, by_bytes))
@@ -138,12 +116,11 @@ class ActivationFit:
         given: bool = False,
         known: tuple[Moments, Moments] | None = None,
     ) -> Fit:
-        """Return the fit through the activation, from the ridge of the linear one.
+        """Return the step through the activation, from the linear fit, that is best on held rows.
 
+        Without such rows that is the linear fit. ``given``: its ridge is the one to take.
         ``known``: moments of x and of what the linear fit is to (``LeastSquares.folds``), where
         that was fed the same rows.
-
-        Returns the step that is best on the rows held back; the linear fit where none are.
         """
         if not total(sum(r.x.shape[1] for r in self._held)):
             return linear
@@ -154,18 +131,19 @@ class ActivationFit:
         ridges = (ridge,) if given else (ridge, 10 * ridge, ridge / 10)
         for _ in range(_STEPS):
             sought = self._sought(problem, here)
-            steps = {r: problem.solved(sought, r) for r in ridges}
-            losses = {r: self._loss(step) for r, step in steps.items()}
-            best = min(losses, key=losses.__getitem__)
-            gain = 1 - losses[best] / least if least else 0.0
+            steps = [problem.solved(sought, r) for r in ridges]
+            losses = list(map(self._loss, steps))
+            loss = min(losses)
+            best = steps[losses.index(loss)]
+            gain = 1 - loss / least if least else 0.0
             if gain > 0:
-                ridge, least, before = best, losses[best], here
+                ridge, least, before = best.ridge, loss, here
             if not gain >= _LEAST_GAIN:
                 break
-            here, ridges = steps[best], (best,)
-        none = _Map(torch.zeros_like(here.change), torch.zeros_like(here.intercept))
+            here, ridges = best, (best.ridge,)
+        none = Fit(torch.zeros_like(here.change), torch.zeros_like(here.intercept), ridge)
         if self._loss(none) <= least:
-            return Fit(none.change, none.intercept, ridge)
+            return none
         both = problem + held
         found = both.solved(both.linear if before is None else self._sought(both, before), ridge)
         return Fit(found.change, found.intercept - origin @ found.change, ridge)
@@ -210,15 +188,15 @@ class ActivationFit:
         dead = self.slope.abs() < _DEAD
         return (values / torch.where(dead, 1.0, self.slope)).masked_fill_(dead, 0.0)
 
-    def _sought(self, problem: _System, here: _Map) -> _Sought:
+    def _sought(self, problem: _System, here: Fit) -> _Sought:
         """Return what to fit next: what the present step gives, and what phi still lacks."""
         m = problem.moments
         products, lacks = self._lacking(problem.rows, here)
         cross = m.gram @ here.change + products - m.x_mean.mT @ lacks
         mean = m.x_mean @ here.change + here.intercept
-        return _Sought(cross, mean + lacks / m.count if self.free else mean)
+        return cross, mean + lacks / m.count if self.free else mean
 
-    def _lacking(self, rows: Iterable[_Rows], here: _Map) -> tuple[Tensor, Tensor]:
+    def _lacking(self, rows: Iterable[_Rows], here: Fit) -> tuple[Tensor, Tensor]:
         """Return the sums of x^T e [g, u, o] and of e [g, 1, o], e = (phi(z*) - phi(z)) / s."""
         sums: list[Any] = [0.0, 0.0]
         for r in (part for whole in rows for part in _parts(whole)):
@@ -228,24 +206,25 @@ class ActivationFit:
         products, lacks = map(self._per_slope, summed(*sums))
         return products, lacks
 
-    def _loss(self, here: _Map) -> float:
+    def _loss(self, here: Fit) -> float:
         """Return the squared error on the rows held back; infinite where it is not finite."""
         errors = (
             self.activation(self._moved(r, here)) - r.wanted
             for rows in self._held
             for r in _parts(rows)
         )
-        loss = float(_summed(error.square_().sum(1).double().sum() for error in errors))
+        parts = (error.square_().sum(1).double().sum() for error in errors)
+        loss = float(summed(functools.reduce(torch.add, parts))[0])
         return loss if math.isfinite(loss) else math.inf
 
-    def _moved(self, rows: _Rows, here: _Map) -> Tensor:
+    def _moved(self, rows: _Rows, here: Fit) -> Tensor:
         """Return what the activation reads with changed weights."""
-        return torch.addcmul(rows.present, here(rows.x), self.slope.to(rows.x))
-
-
-def _summed(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum over all parts of all processes."""
-    return summed(functools.reduce(torch.add, parts))[0]
+        x, change, intercept = rows.x, here.change.to(rows.x), here.intercept.to(rows.x)
+        if change.shape[2] == 1:  # the other way round x D takes three times as long
+            moved = (change.mT @ x.mT).mT.add_(intercept)
+        else:
+            moved = torch.baddbmm(intercept, x, change)
+        return torch.addcmul(rows.present, moved, self.slope.to(x))
 
 
 def _in_blocks(parts: list[_Rows]) -> list[_Rows]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,8 +38,14 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     norms = batchnorms(copied)
     sums = {m: Moments(m.num_features, device=m.running_mean.device) for m in norms}
     called: list[Any] = []
-    hooks = [m.register_forward_pre_hook(partial(_observe, sums[m], called)) for m in norms]
-    with evaluating(copied), torch.no_grad():
+
+    def observe(norm: Any, args: tuple[Tensor]) -> None:
+        called.append(norm)
+        _add(sums[norm], norm, args[0].detach())
+
+    with ExitStack() as hooks, evaluating(copied), torch.no_grad():
+        for m in norms:
+            hooks.enter_context(m.register_forward_pre_hook(observe))
         for x in in_step(unlabeled(batches)) if norms else ():
             if x is None:  # another process has a batch, and needs us at every layer
                 for m in list(called):
@@ -47,8 +53,6 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
                 continue
             called.clear()
             copied(on_device(x, copied))
-    for hook in hooks:
-        hook.remove()
     for m, found in sums.items():
         if found.count:
             _set(m, found.mean, found.spread / found.count)
@@ -78,14 +82,11 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         x = args[0].movedim(1, -1)
         sums[norm].add(x.reshape(-1, x.shape[-1]).double())
 
-    hooks = [m.register_forward_pre_hook(collect) for m in norms]
-    try:
-        with evaluating(model):
-            for x in batches if norms else ():
-                model(on_device(x, model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(collect))
+        for x in batches if norms else ():
+            model(on_device(x, model))
     for norm in norms:
         num, mean, var = sums[norm].over_processes()
         if not num:
@@ -103,11 +104,6 @@ def batchnorms(model: nn.Module) -> list[Any]:
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
-
-
-def _observe(sums: Moments, called: list[Any], norm: Any, args: tuple[Tensor]) -> None:
-    called.append(norm)
-    _add(sums, norm, args[0].detach())
 
 
 def _add(sums: Moments, norm: Any, x: Tensor) -> None:

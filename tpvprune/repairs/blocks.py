@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tpvprune.groups import ChannelGroups
+from tpvprune.repairs.branches import FITTED_MODULES
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _LISTS = (nn.Sequential, nn.ModuleList)
 
 
@@ -30,12 +30,12 @@ class Block:
 
     name: str
     bytes_per_input: int
-    positions: int = 1
+    positions: int
+    macs: float
+    batch_dim: int
     dim: int | None = None
     kept: Tensor | None = None
     depth: int = 1
-    macs: float = 0.0
-    batch_dim: int = 0
 
     def kept_of(self, dense_output: Tensor) -> Tensor:
         """Return the part of the dense block's output, samples first, that the pruned one makes."""
@@ -59,15 +59,8 @@ def find_blocks(
     channels are known. A stage is a module that holds several blocks, and of which the same is
     true.
 
-    Args:
-        dense: The dense network, in eval mode.
-        pruned: The pruned one.
-        x: Example inputs [B, ...].
-        groups: Channel groups of ``dense``.
-        kept: What stayed.
-
-    Returns:
-        The blocks, and the stages, in the order in which they run.
+    Both networks are in eval mode; ``groups`` are those of the dense one. Returns the blocks, and
+    the stages, in the order in which they run.
     """
     names = _candidates(dense)
     parents = {name.rpartition(".")[0] for name in names} - {""}
@@ -86,26 +79,18 @@ def find_blocks(
             continue
         size = small.out.numel() * small.out.element_size() // len(x)
         width = small.out.shape[1 if small.out.ndim == 4 else -1]
-        positions = small.out.numel() // width // len(x)
-        if wanted.shape == small.out.shape:
-            found[name] = Block(name, size, positions, batch_dim=batch_dim)
-            continue
-        dim, axis = groups.output_axes.get(name, (None, None))
-        if dim is None or axis is None or (batch_dim and dim % wanted.ndim <= batch_dim):
-            continue
-        rows = axis.kept(kept).nonzero().squeeze(1)
-        block = Block(name, size, positions, dim, rows, batch_dim=batch_dim)
+        macs = sum(c.macs for c in groups.costs if f"{c.module}.".startswith(f"{name}."))
+        block = Block(name, size, small.out.numel() // width // len(x), macs, batch_dim)
+        if wanted.shape != small.out.shape:
+            dim, axis = groups.output_axes.get(name, (None, None))
+            if dim is None or axis is None or (batch_dim and dim % wanted.ndim <= batch_dim):
+                continue
+            block = replace(block, dim=dim, kept=axis.kept(kept).nonzero().squeeze(1))
         if block.kept_of(wanted).shape == small.out.shape:
             found[name] = block
     blocks = [block for name, block in found.items() if name not in parents]
     depths = Counter(block.name.rpartition(".")[0] for block in blocks)
-    stages = [replace(b, depth=depths[name]) for name, b in found.items() if depths[name] > 1]
-
-    def with_macs(block: Block) -> Block:
-        inside = (c.macs for c in groups.costs if f"{c.module}.".startswith(f"{block.name}."))
-        return replace(block, macs=sum(inside))
-
-    return [with_macs(b) for b in blocks], [with_macs(s) for s in stages]
+    return blocks, [replace(b, depth=depths[name]) for name, b in found.items() if depths[name] > 1]
 
 
 @dataclass(frozen=True)
@@ -124,15 +109,13 @@ class BlockCall:
         """Return a call, as it was made, of a block that holds its samples in another dimension."""
         return replace(self, out=self.out.movedim(batch_dim, 0), batch_dim=batch_dim)
 
+    def changed(self, change: Callable[[Any], Any], out: Tensor) -> BlockCall:
+        """Return the call with what ``change`` makes of each argument, and another output."""
+        kwargs = {name: change(value) for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(map(change, self.args)), kwargs=kwargs, out=out)
+
     def run(self, forward: Callable[..., Tensor]) -> Tensor:
-        """Call a block, or what computes it, with the arguments.
-
-        Args:
-            forward: What is called.
-
-        Returns:
-            Its output, samples first.
-        """
+        """Call a block, or what computes it, and return its output, samples first."""
         return forward(*self.args, **self.kwargs).movedim(self.batch_dim, 0)
 
     def part(self, start: float, stop: float) -> BlockCall:
@@ -140,14 +123,7 @@ class BlockCall:
         return self._cut(lambda num: slice(round(start * num), round(stop * num)))
 
     def picked(self, mask: Tensor) -> BlockCall:
-        """Return the samples of some of the network's inputs.
-
-        Args:
-            mask: Which inputs [B]; a block may see several samples of each.
-
-        Returns:
-            The call with those.
-        """
+        """Return the samples, of which there may be several for each, of some inputs [B]."""
         return self._cut(lambda num: mask.repeat_interleave(num // len(mask)))
 
     def room_for(self, times: int, share: int) -> BlockCall:
@@ -156,10 +132,11 @@ class BlockCall:
         def room(value: Any) -> Any:
             if not self.is_of_samples(value):
                 return value
-            return room_for(value, value.shape[self.batch_dim] // share * times, self.batch_dim)
+            shape = list(value.shape)
+            shape[self.batch_dim] = shape[self.batch_dim] // share * times
+            return empty_as(value, shape)
 
-        args, kwargs = tuple(map(room, self.args)), {k: room(v) for k, v in self.kwargs.items()}
-        return replace(self, args=args, kwargs=kwargs, out=self.out[:0])
+        return self.changed(room, self.out[:0])
 
     def fill(self, other: BlockCall) -> None:
         """Copy the samples of another call, as many, to where those of this one are."""
@@ -174,12 +151,6 @@ class BlockCall:
 
         What has as many samples as the first argument and as many dimensions does; other arguments
         (position tables, sizes) are common to all.
-
-        Args:
-            value: An argument.
-
-        Returns:
-            True if so.
         """
         first, dim = self.args[0], self.batch_dim
         return (
@@ -195,27 +166,11 @@ class BlockCall:
             which = chosen(value.shape[self.batch_dim])
             return value[(slice(None),) * self.batch_dim + (which,)]
 
-        return replace(
-            self,
-            args=tuple(map(cut, self.args)),
-            kwargs={k: cut(v) for k, v in self.kwargs.items()},
-            out=self.out[chosen(len(self.out))],
-        )
+        return self.changed(cut, self.out[chosen(len(self.out))])
 
 
-def room_for(some: Tensor, num: int, dim: int = 0) -> Tensor:
-    """Return an empty tensor for ``num`` samples, in the memory layout of some of them.
-
-    Args:
-        some: A few samples.
-        num: How many there will be.
-        dim: Along which dimension.
-
-    Returns:
-        Uninitialised memory.
-    """
-    shape = list(some.shape)
-    shape[dim] = num
+def empty_as(some: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return uninitialised memory of a shape, in the type and layout of a tensor."""
     fast = some.ndim == 4 and some.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if fast else torch.contiguous_format
     return torch.empty(shape, dtype=some.dtype, device=some.device, memory_format=layout)
@@ -223,28 +178,18 @@ def room_for(some: Tensor, num: int, dim: int = 0) -> Tensor:
 
 @dataclass
 class Samples:
-    """What a block is called with in all chunks, for the inputs that it is fitted to.
-
-    Args:
-        num: How many inputs.
-    """
+    """What a block is called with in all chunks, for the ``num`` inputs that it is fitted to."""
 
     num: int
     _whole: BlockCall | None = None
     _done: int = 0
 
-    def add(self, call: BlockCall, mask: Tensor) -> None:
-        """Copy those of one chunk to their place.
-
-        Args:
-            call: Of the chunk.
-            mask: Which of its inputs [B].
-        """
-        chosen, num = call.picked(mask), int(mask.sum())
+    def add(self, call: BlockCall, num: int) -> None:
+        """Copy the samples of the next inputs, so many, to their place."""
         if self._whole is None:  # all at once: parts that are joined later need twice the memory
-            self._whole = chosen.room_for(self.num, num)
+            self._whole = call.room_for(self.num, num)
         start, self._done = self._done, self._done + num
-        self._whole.part(start / self.num, self._done / self.num).fill(chosen)
+        self._whole.part(start / self.num, self._done / self.num).fill(call)
 
     def call(self) -> BlockCall:
         """Return one call with all samples, and no output."""
@@ -294,7 +239,7 @@ def _candidates(model: nn.Module) -> list[str]:
     wide = {
         name: module
         for name, module in model.named_modules()
-        if sum(isinstance(m, _LAYERS) for m in module.modules()) > 1
+        if sum(isinstance(m, FITTED_MODULES) for m in module.modules()) > 1
     }
     listed: set[str] = set()
     for name, parent in wide.items():
@@ -314,49 +259,27 @@ def _candidates(model: nn.Module) -> list[str]:
 def _calls(model: nn.Module, names: list[str], x: Tensor) -> dict[str, BlockCall | None]:
     """Return how each module is called, in order; None where it cannot be a block."""
     found: dict[str, BlockCall | None] = {}
-    handles = []
+    given: dict[str, BlockCall] = {}
 
-    def note(_: nn.Module, call: BlockCall | None, name: str) -> None:
-        found[name] = None if name in found else call
+    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        given[name] = BlockCall(args, kwargs, x).changed(copied, x)
 
-    for name in names:
-        handles += on_call(model.get_submodule(name), partial(note, name=name))
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def after(name: str, _module: nn.Module, _args: Any, _kwargs: Any, out: Any) -> None:
+        call = given[name]
+        first = next(iter(call.args), None)
+        fits = isinstance(first, Tensor) and first.ndim and isinstance(out, Tensor)
+        found[name] = replace(call, out=out) if fits and name not in found else None
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            module = model.get_submodule(name)
+            start, end = partial(before, name), partial(after, name)
+            hooks.enter_context(module.register_forward_pre_hook(start, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(end, with_kwargs=True))
+        model(x)
     return found
 
 
-def on_call(
-    module: nn.Module, then: Callable[[nn.Module, BlockCall | None], Tensor | None]
-) -> list[RemovableHandle]:
-    """Call ``then(module, call)`` after each forward of a block; it may replace the output.
-
-    Args:
-        module: A block.
-        then: What is called; the call is None where no first argument or no output is a tensor.
-            It removes the handles before it runs the block again.
-
-    Returns:
-        Handles of the hooks.
-    """
-    held: list[Any] = []
-
-    def clone(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        held[:] = [tuple(map(clone, args)), {k: clone(v) for k, v in kwargs.items()}]
-
-    def after(module: nn.Module, _args: Any, _kwargs: Any, out: Any) -> Any:
-        args, kwargs = held
-        fits = args and isinstance(args[0], Tensor) and args[0].ndim and isinstance(out, Tensor)
-        return then(module, BlockCall(args, kwargs, out) if fits else None)
-
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ]
+def copied(value: Any) -> Any:
+    """Return a copy of a tensor, which a layer may overwrite; others as they are."""
+    return value.clone() if isinstance(value, Tensor) else value

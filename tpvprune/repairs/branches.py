@@ -7,15 +7,15 @@ and its target meet at the same place in both.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.batch_norms import BatchNormCall
@@ -24,7 +24,8 @@ from tpvprune.passes.operations import CONTRACTIONS, function_name
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import own
 
-_REFITTED = frozenset({"linear", "conv1d", "conv2d"})
+FITTED = frozenset({"linear", "conv1d", "conv2d"})
+FITTED_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 FEWER_ROWS = 8  # so many times, at most, for layers of several groups that are refitted
 PASSING = frozenset({"batch_norm", "dropout", "to", "contiguous"})
 
@@ -38,69 +39,46 @@ class Layer:
 
 
 def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int, Layer]:
-    """Return the layer that owns each weight, by the identity of the weight.
-
-    Returns id(weight) -> layer.
-    """
+    """Return the layer that owns each weight: id(weight) -> layer."""
     inside = tuple(f"{name}." for name in without)
     return {
         id(m.weight): Layer(name, m)
         for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        if isinstance(m, FITTED_MODULES)
         and isinstance(m.weight, nn.Parameter)
         and not name.startswith(inside)
     }
 
 
+@dataclass
 class Plan:
     """Which positions of this process's inputs are looked at: the same in both runs.
 
-    ``all_inputs`` are those of all processes, by default these.
-    ``common`` are the calls that see no input, such as those that make a table of positions: their
-    layers stay as they are. ``batch_dims`` has where the inputs lie in what a call reads and gives,
-    if not in dimension 0. The positions are drawn on the CPU, and kept on ``device``.
+    ``all_inputs`` are those of all processes, by default these. ``common`` are the calls that see
+    no input, such as those that make a table of positions: their layers stay as they are.
+    ``batch_dims`` has where the inputs lie in what a call reads and gives, if not in dimension 0.
+    The positions are drawn on the CPU, and kept on ``device``.
     """
 
-    def __init__(
-        self,
-        num_inputs: int,
-        rows_per_input: float,
-        min_rows: float,
-        seed: int,
-        common: frozenset[int] = frozenset(),
-        *,
-        all_inputs: int | None = None,
-        fewer: int = 1,
-        device: torch.device | None = None,
-        batch_dims: Mapping[int, int] | None = None,
-    ) -> None:
-        self.num_inputs, self.common, self._fewer = num_inputs, common, fewer
-        self.batch_dims = batch_dims or {}
-        self.all_inputs = num_inputs if all_inputs is None else all_inputs
-        self._rows_per_input, self._min_rows, self._seed = rows_per_input, min_rows, seed
-        self.device = torch.device("cpu") if device is None else device
-        self._positions: dict[int, Tensor] = {}
+    num_inputs: int
+    rows_per_input: float
+    min_rows: float
+    seed: int
+    _: KW_ONLY
+    all_inputs: int = 0
+    fewer: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    common: frozenset[int] = frozenset()
+    batch_dims: Mapping[int, int] = field(default_factory=dict)
+    _positions: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.all_inputs = self.all_inputs or self.num_inputs
 
     def thinned(self, factor: float) -> Plan:
         """Return a plan with so many times fewer positions."""
-        return self._with(self._rows_per_input / factor, self._min_rows / factor, self.common)
-
-    def of_calls(self, common: frozenset[int], batch_dims: Mapping[int, int]) -> Plan:
-        """Return a plan that leaves out calls, and knows where the inputs lie in the others."""
-        return self._with(self._rows_per_input, self._min_rows, common, batch_dims)
-
-    def _with(
-        self,
-        rows_per_input: float,
-        min_rows: float,
-        common: frozenset[int],
-        batch_dims: Mapping[int, int] | None = None,
-    ) -> Plan:
-        return Plan(
-            self.num_inputs, rows_per_input, min_rows, self._seed, common,
-            all_inputs=self.all_inputs, fewer=self._fewer, device=self.device,
-            batch_dims=self.batch_dims if batch_dims is None else batch_dims,
-        )  # fmt: skip
+        rows_per_input, min_rows = self.rows_per_input / factor, self.min_rows / factor
+        return replace(self, rows_per_input=rows_per_input, min_rows=min_rows)
 
     def inputs_first(self, call: int, t: Tensor) -> Tensor:
         """Return what a call reads or gives with its inputs in dimension 0."""
@@ -112,8 +90,8 @@ class Plan:
 
     def _per_input(self, layer: Any, num_positions: int) -> int:
         # Of a depthwise layer every channel sees all rows, for a few unknowns.
-        least = self._min_rows / min(getattr(layer, "groups", 1), self._fewer)
-        wanted = max(least, self._rows_per_input * layer.weight[0].numel())
+        least = self.min_rows / min(getattr(layer, "groups", 1), self.fewer)
+        wanted = max(least, self.rows_per_input * layer.weight[0].numel())
         return min(num_positions, max(1, math.ceil(wanted / self.all_inputs)))
 
     def positions(self, call: int, layer: Any, num_positions: int) -> Tensor:
@@ -124,7 +102,7 @@ class Plan:
                 every = torch.arange(num_positions, device=self.device)
                 self._positions[call] = every.expand(self.num_inputs, -1)
             else:
-                generator = torch.Generator().manual_seed(self._seed * 100003 + call)
+                generator = torch.Generator().manual_seed(self.seed * 100003 + call)
                 num = self.num_inputs * num_processes()
                 noise = own(torch.rand(num, num_positions, generator=generator))
                 self._positions[call] = sent(noise.topk(per_input, 1).indices, self.device)
@@ -156,7 +134,8 @@ class BranchFollower(TorchFunctionMode):
         """Forget everything; a new forward begins."""
         self.call = -1
         self.shared: set[int] = set()  # calls whose pre-activation has several readers
-        self._branches: dict[int, tuple[weakref.ref[Tensor], Branch]] = {}
+        # Weakly: an activation of all inputs together must not outlive its use.
+        self._branches = WeakIdKeyDictionary()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -174,8 +153,8 @@ class BranchFollower(TorchFunctionMode):
         name = function_name(func)
         if name in CONTRACTIONS:
             self.call += 1
-        if name in _REFITTED:
-            args, kwargs = _positional(args, kwargs)
+        if name in FITTED:
+            args, kwargs = arguments_first(args, kwargs)
             layer = self.layers.get(id(args[1]))
             if layer is not None and args[0].ndim >= 2 and self.call not in self.plan.common:
                 self._use(args[0])
@@ -197,22 +176,18 @@ class BranchFollower(TorchFunctionMode):
         return out
 
     def _follow(self, out: Tensor, branch: Branch) -> None:
-        # Weakly: an activation of all inputs together must not outlive its use.
-        self._branches[id(out)] = (weakref.ref(out), branch)
+        self._branches[out] = branch
 
-    def _branch(self, tensor: Any, *, passed: bool = False) -> Branch | None:
-        reference, branch = self._branches.get(id(tensor), (None, None))
-        if reference is None or branch is None or reference() is not tensor:
-            return None
-        return branch if passed or not (branch.passed or branch.call in self.shared) else None
+    def _branch(self, tensor: Any) -> Branch | None:
+        branch = self._branches.get(tensor) if isinstance(tensor, Tensor) else None
+        ends = branch is None or branch.passed or branch.call in self.shared
+        return None if ends else branch
 
     def _use(self, tensor: Any) -> None:
         """Note that something that is not followed reads, or overwrites, a tensor."""
-        branch = self._branch(tensor, passed=True)
-        if branch is not None:
-            del self._branches[id(tensor)]
-            if branch.raw:
-                self.shared.add(branch.call)
+        branch = self._branches.pop(tensor, None) if isinstance(tensor, Tensor) else None
+        if branch is not None and branch.raw:
+            self.shared.add(branch.call)
 
     def _on_add(self, func: Any, args: Any) -> Any:
         found = []
@@ -227,12 +202,16 @@ class BranchFollower(TorchFunctionMode):
                 self._use(t)
         if best is None or args[0] is args[1]:
             return func(*args)
-        del self._branches[id(best[1])]
+        del self._branches[best[1]]
         return self.on_add(func, args, *best)
 
     def on_norm(self, branch: Branch, args: Any, kwargs: Any) -> Branch | None:
         """Return the branch behind a BatchNorm, or None where it ends there."""
-        return _through_norm(branch, args, kwargs) if branch.scale is None else None
+        norm = BatchNormCall.of(args, kwargs)
+        if branch.scale is not None or norm.running_mean is None:
+            return None
+        scale, shift = norm.scale_and_shift()
+        return Branch(branch.call, scale, shift, norm.running_mean, raw=False)
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Run a layer."""
@@ -240,22 +219,14 @@ class BranchFollower(TorchFunctionMode):
 
     def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
         """Run the addition that ends ``tensor``'s branch."""
-        raise NotImplementedError
+        return func(*args)
 
 
-def _positional(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def arguments_first(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the arguments of a layer's call, the first three (input, weight, bias) by position."""
     rest = dict(kwargs)
     given = [rest.pop(name, None) for name in ("input", "weight", "bias")[len(args) :]]
     return (*args, *given), rest
-
-
-def _through_norm(branch: Branch, args: Any, kwargs: Any) -> Branch | None:
-    norm = BatchNormCall.of(args, kwargs)
-    if norm.running_mean is None:
-        return None
-    scale, shift = norm.scale_and_shift()
-    return Branch(branch.call, scale, shift, norm.running_mean, raw=False)
 
 
 def positions_first(out: Tensor, module: Any, num: int) -> Tensor:

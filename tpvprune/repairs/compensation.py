@@ -224,19 +224,19 @@ def refits_towards(
     groups of ``dense``; None where every width is as it was. ``linear``: modules in which no layer
     is fitted through its activation.
     """
-    layers = layers_by_weight(dense).values() if groups is not None else ()
-    rows = {r.name: _kept_rows(groups, kept, r) for r in layers if groups is not None}
+    rows, first = {}, 0
+    if groups is not None:
+        rows = {r.name: _kept_rows(groups, kept, r) for r in layers_by_weight(dense).values()}
+        first = _first_changed(groups, kept)
     if targets is None:
         targets = dense_targets(dense, chunks, plan, without=without)
     else:  # they may serve several refits, and each forgets what it has fitted
         targets = targets.shared()
     if constrain is not None or not nonlinear:
         targets.activations.clear()
-    first = 0 if groups is None else _first_changed(groups, kept)
-    first = min(first, targets.before_unseen)
     return Refits(
         plan, targets, rows, ridge, constrain, linear=tuple(linear), without=tuple(without),
-        first=first,
+        first=min(first, targets.before_unseen),
     )  # fmt: skip
 
 

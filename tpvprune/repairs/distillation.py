@@ -129,51 +129,35 @@ def distill(
         warmup_epochs=warmup_epochs, clip_grad=clip_grad, ema_decay=ema_decay, amp=amp,
         freeze_batchnorm=freeze_batchnorm, num_views=num_views, seed=seed,
     )  # fmt: skip
-    student_like = next(student.parameters())
+    like = next(student.parameters())
     source = unlabeled(batches)
+
+    def epoch_batches(seed: int) -> Iterator[Tensor]:
+        for inputs in unlabeled(source, device=like.device, dtype=like.dtype, seed=seed):
+            yield inputs if augment is None else augment(inputs)
+
     teacher = teacher_of(dense, mirrored=mirrored)
     loss_of = _Difference(teacher, recipe, temperature if loss == "divergence" else None)
     with evaluating(dense):
         trained = train(
-            student,
-            lambda seed: _augmented(source, augment, student_like, seed),
-            count_batches(source),
-            loss_of,
-            recipe,
-            state=state,
-            masks=masks,
+            student, epoch_batches, count_batches(source), loss_of, recipe,
+            state=state, masks=masks, progress=progress, watch=watch,
             identity=(f"loss {loss}, temperature {temperature}, mirrored {mirrored}", dense),
-            progress=progress,
-            watch=watch,
-        )
+        )  # fmt: skip
     if held_back is None:
         return trained
     return nearest_between(student, trained, Reference(teacher, held_back)).model
 
 
 def teacher_of(dense: nn.Module, *, mirrored: bool) -> nn.Module:
-    """Return the model whose outputs a student learns.
-
-    Args:
-        dense: The dense model.
-        mirrored: See :func:`distill`.
-
-    Returns:
-        The dense model, or the mean of its outputs on inputs and on their mirror images.
-    """
+    """Return the model whose outputs a student learns; ``mirrored``: see :func:`distill`."""
     return _Mirrored(dense) if mirrored else dense
 
 
 def divergence(outputs: Tensor, dense_outputs: Tensor, *, temperature: float) -> Tensor:
-    """Compute T² KL(softmax(dense / T) ‖ softmax(outputs / T)), the mean over inputs.
+    """Compute T² KL(softmax(dense / T) ‖ softmax(outputs / T)) of logits [B, K, ...].
 
-    Args:
-        outputs: Logits [B, K, ...].
-        dense_outputs: The same of the dense model.
-        temperature: T > 0; T² makes gradients alike for all T.
-
-    Returns:
-        A scalar >= 0, in nats times T².
+    Returns the mean over inputs, in nats times T², which makes gradients alike for all T.
     """
     given, wanted = (F.log_softmax(x / temperature, 1) for x in (outputs, dense_outputs))
     apart = F.kl_div(given, wanted, reduction="none", log_target=True).sum(1)
@@ -181,14 +165,9 @@ def divergence(outputs: Tensor, dense_outputs: Tensor, *, temperature: float) ->
 
 
 def feature_error(outputs: Tensor, dense_outputs: Tensor) -> Tensor:
-    """Compute ‖outputs − dense‖² / ‖dense‖², of the whole batch.
+    """Compute ‖outputs − dense‖² / ‖dense‖², of the whole batch [B, ...].
 
-    Args:
-        outputs: Features [B, ...].
-        dense_outputs: The same of the dense model.
-
-    Returns:
-        A scalar >= 0 without unit, so that one learning rate suits features of any size.
+    It has no unit, so that one learning rate suits features of any size.
     """
     square = dense_outputs.square().sum()
     smallest = torch.finfo(square.dtype).tiny
@@ -233,11 +212,7 @@ class _Difference:
         return sum(losses, outputs[0].new_zeros(()))
 
     def _loss(self, outputs: Tensor, wanted: Tensor, number: int) -> Tensor:
-        """Return the loss of one output: the first is logits, unless the model has no head.
-
-        Raises:
-            ValueError: If the models' outputs are not of one shape.
-        """
+        """Return the loss of one output: the first is logits, unless the model has no head."""
         if outputs.shape != wanted.shape:
             raise ValueError(
                 f"expected outputs of the dense model's shape {tuple(wanted.shape)}, found "
@@ -265,10 +240,3 @@ class _Difference:
     def _chosen(self, returned: Any) -> list[Tensor]:
         assert self._counted is not None
         return list(map(in_single, self._counted.of(returned).values()))
-
-
-def _augmented(
-    batches: Iterable[Any], augment: Callable[[Tensor], Tensor] | None, like: Tensor, seed: int
-) -> Iterator[Tensor]:
-    for inputs in unlabeled(batches, device=like.device, dtype=like.dtype, seed=seed):
-        yield inputs if augment is None else augment(inputs)

@@ -18,12 +18,7 @@ class Duration:
     """A number of updates, or of minutes in which as many updates are made as there is time for.
 
     A clock goes on whatever a step costs, so the schedule follows it: it is as far down as the
-    time is gone, and ends near 0 on any machine.
-
-    Args:
-        epochs: Passes over the images, or None.
-        minutes: Wall time from now on, or None; one of the two is given.
-        num_batches: Updates of an epoch.
+    time is gone, and ends near 0 on any machine. Minutes count from now on.
     """
 
     def __init__(self, epochs: int | None, minutes: float | None, num_batches: int) -> None:
@@ -44,15 +39,11 @@ class Duration:
         self._start -= used
 
     def step(self, updates: int) -> int | None:
-        """Return the step of the schedule, of ``total``, at which the next update stands.
+        """Return the step of the schedule, of ``total``, at which the update after others stands.
 
-        Args:
-            updates: Updates before it, in all epochs.
-
-        Returns:
-            The step, equal in all processes; None if the run is over: if all updates are made, or
-            if another one, of the mean duration of those before, would end too late. The first
-            update of a new run is always made.
+        It is equal in all processes; None if the run is over: if all updates are made, or if
+        another one, of the mean duration of those before, would end too late. The first update of
+        a new run is always made.
         """
         if self._seconds is None:
             return updates if updates < self.total else None

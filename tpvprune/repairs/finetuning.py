@@ -30,22 +30,10 @@ def finetune(
     state: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> nn.Module:
-    """Train a copy of a model with labels and cross-entropy; else as ``distill`` does.
+    """Train a copy of a classifier with outputs [B, K] by cross-entropy; else as ``distill`` does.
 
-    A ValueError tells if the batches are not labelled, the labels are not the model's classes,
-    or training fails.
-
-    Args:
-        model: Classifier with outputs [B, K]; left as it is.
-        labelled_batches: Re-iterable of (inputs [B, ...], class indices [B]).
-        recipe: How to train; the defaults are those of ``distill``.
-        augment: Inputs -> inputs, by torch's global random state.
-        masks: Weights that stay zero; see ``distill``.
-        state: File for the state of the unfinished run; see ``distill``.
-        progress: Called with (stage, updates done, all updates).
-
-    Returns:
-        The trained copy, in the modes of the argument.
+    ``labelled_batches``: re-iterable of (inputs [B, ...], class indices [B]). ValueError if they
+    are not labelled, the labels are not the model's classes, or training fails.
     """
 
     def epoch_batches(seed: int) -> Iterator[Labelled]:
@@ -59,13 +47,6 @@ def finetune(
         return loss * part_of(len(outputs))
 
     return train(
-        model,
-        epoch_batches,
-        count_batches(labelled_batches),
-        loss_of,
-        recipe,
-        state=state,
-        masks=masks,
-        identity=("labels",),
-        progress=progress,
-    )
+        model, epoch_batches, count_batches(labelled_batches), loss_of, recipe,
+        state=state, masks=masks, identity=("labels",), progress=progress,
+    )  # fmt: skip

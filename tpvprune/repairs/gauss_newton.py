@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -36,20 +36,13 @@ _EQUAL = 1e-10  # of ||y*||^2: what single precision leaves of two equal blocks
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """How blocks are fitted.
+    """How blocks are fitted; see :func:`tpvprune.repairs.reconstruction.reconstruct_blocks`.
 
-    Attributes:
-        num_inputs: Inputs of the network; a block may see several samples of each.
-        rounds: Linearisations of every block.
-        iterations: Conjugate-gradient iterations for each.
-        damping: Relative to the mean diagonal of the Gauss-Newton matrix of each layer.
-        max_positions: Positions (pixels, tokens) of the output that are matched.
-        max_bytes: Memory for the graphs of all samples; beyond it each is built when needed.
-        seed: Of the random directions of the preconditioner.
-        fast: Whether feature maps run fastest in channels-last memory.
-        num_in_products: About so many of the inputs are looked at for a product with the
-            Gauss-Newton matrix, of which each iteration takes one; the gradient, of which each
-            round takes one, is always that of all. None: all.
+    ``num_inputs`` are those of the network; a block may see several samples of each.
+    ``max_positions`` of the output are matched, ``max_bytes`` hold the graphs of all samples.
+    ``fast``: feature maps run fastest in channels-last memory. About ``num_in_products`` of the
+    inputs (None: all) are looked at for a product with the Gauss-Newton matrix, of which each
+    iteration takes one; the gradient, of which each round takes one, is always that of all.
     """
 
     num_inputs: int
@@ -71,15 +64,9 @@ class GaussNewton:
         return [call.part(a, b) for a, b in pairwise(cuts)]
 
     def fit(self, module: nn.Module, call: BlockCall, depth: int = 1) -> None:
-        """Move the weights of a block so that it gives ``call.out``.
-
-        Args:
-            module: The block, in eval mode.
-            call: Its inputs, and the outputs wanted.
-            depth: Blocks that it holds.
-        """
+        """Move the weights of a block in eval mode, which holds ``depth``, to give ``call.out``."""
         data = self._enough(self.parts(call, depth))
-        data = [_channels_last(c) for c in data] if self.fast else data
+        data = [c.changed(_fast, _fast(c.out)) for c in data] if self.fast else data
         data, held = data[: -len(data) // 10], data[-len(data) // 10 :]
         layers = layers_in(module, data[0]) if data else []
         if not layers:
@@ -114,14 +101,7 @@ class GaussNewton:
     ) -> Iterator[Params]:
         """Solve (J^T J + damping) d = J^T (target - F) by conjugate gradients.
 
-        Args:
-            module: The block.
-            params: Its weights, where it is linearised.
-            data: Calls.
-            factors: The preconditioner.
-
-        Yields:
-            d after every iteration.
+        ``params``: the weights at which the block is linearised. Yields d after every iteration.
         """
         share = 1.0 if self.num_in_products is None else self.num_in_products / self.num_inputs
         few = _spread(len(data), share)
@@ -147,14 +127,8 @@ class GaussNewton:
 class Linearised:
     """A block at its present weights: products with its Jacobian and the transpose of it.
 
-    The graphs of all parts are kept while they fit into the memory.
-
-    Args:
-        module: The block.
-        params: Its weights.
-        data: Calls, a part of the samples each.
-        max_bytes: Memory for the graphs.
-        few: Numbers of the parts that products with the Gauss-Newton matrix are made of; None: all.
+    ``data`` are calls of a part of the samples each, whose graphs are kept while they fit into
+    ``max_bytes``; products with the Gauss-Newton matrix are made of the parts ``few`` (None: all).
     """
 
     def __init__(
@@ -187,16 +161,16 @@ class Linearised:
                 to, back = (_run(self._module, self._data[i], p) for p in (ahead, behind))
                 return (to - back) / (2 * size)
 
-        found = self._transposed(self._few, changed)
-        share = _num(self._data[i] for i in self._few) / _num(self._data)
-        return {n: p / share for n, p in found.items()}
+        nums = [len(call.out) for call in self._data]
+        share = sum(nums[i] for i in self._few) / sum(nums)
+        return {n: p / share for n, p in self._transposed(self._few, changed).items()}
 
     def _step(self, v: Params) -> float:
         """Return how far along v to go: no weight tensor is changed by more than a small part."""
         sizes, moves = (_numbers(t[n].norm() for n in self._params) for t in (self._params, v))
         found = zip(self._params.values(), sizes, moves, strict=True)
         parts = [move / size for p, size, move in found if size and p.ndim > 1]
-        small = max((torch.finfo(p.dtype).eps for p in self._params.values()), default=1.0) ** 0.4
+        small = max(torch.finfo(p.dtype).eps for p in self._params.values()) ** 0.4
         return small / max([p for p in parts if p > 0], default=1.0)
 
     def _run(self, call: BlockCall) -> Tensor:
@@ -221,10 +195,6 @@ class Linearised:
         return total
 
 
-def _num(data: Iterable[BlockCall]) -> int:
-    return sum(len(call.out) for call in data)
-
-
 def _spread(num: int, share: float) -> list[int]:
     """Return about a share of the numbers below ``num``, at least one, at even distances."""
     every = max(1.0, 1 / share)
@@ -232,16 +202,7 @@ def _spread(num: int, share: float) -> list[int]:
 
 
 def loss_of(module: nn.Module, params: Params, data: list[BlockCall]) -> float:
-    """Return the squared error of a block, summed over all samples.
-
-    Args:
-        module: The block.
-        params: Weights in the place of its own.
-        data: Calls with the outputs wanted.
-
-    Returns:
-        The sum of squares.
-    """
+    """Return the squared error of a block with other weights, summed over all samples."""
     with torch.no_grad():
         errors = (_run(module, c, params) - c.out for c in data)
         return sum(_numbers(e.square().sum(dtype=torch.float64) for e in errors))
@@ -276,11 +237,6 @@ def _fast(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.ndim != 4:
         return value
     return value.contiguous(memory_format=torch.channels_last)
-
-
-def _channels_last(call: BlockCall) -> BlockCall:
-    kwargs = {k: _fast(v) for k, v in call.kwargs.items()}
-    return replace(call, args=tuple(map(_fast, call.args)), kwargs=kwargs, out=_fast(call.out))
 
 
 def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:

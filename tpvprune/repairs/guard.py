@@ -23,10 +23,7 @@ _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 
 
 def best_repair(found: Mapping[str, Difference], wanted: str) -> str:
-    """Return the repair to take: that asked for, unless a cheaper one is closer to the dense model.
-
-    Returns a key of ``found``.
-    """
+    """Return the repair to take: that asked for, unless a cheaper one is closer to the dense."""
     order = [name for name in _CHEAPEST_FIRST if name in found]
     if wanted != "auto":
         order = order[: order.index(wanted) + 1][::-1]
@@ -34,10 +31,7 @@ def best_repair(found: Mapping[str, Difference], wanted: str) -> str:
 
 
 def cannot_be_true(now: Difference, predicted_variance: float) -> bool:
-    """Tell whether widths were chosen by numbers that the outcome gives the lie to.
-
-    Returns true if the model is broken and far from what was predicted.
-    """
+    """Tell whether widths were chosen by wrong numbers: the model is broken and far from them."""
     return now.is_broken and not now.output_variance <= _FAR * max(predicted_variance, 0.0)
 
 

@@ -16,13 +16,9 @@ FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class Between:
-    """A point on the line between two sets of weights.
+    """A model on the line between two others, at 0 the start and at 1 the end.
 
-    Attributes:
-        model: The model there.
-        fraction: 0 at the start, 1 at the end.
-        found: How far it is from the dense model.
-        end: How far the end is.
+    ``found`` is how far it is from the dense model, ``end`` how far the end is.
     """
 
     model: nn.Module
@@ -73,9 +69,8 @@ def _point(start: nn.Module, end: nn.Module, fraction: float) -> nn.Module:
     def between(name: str, last: Tensor) -> Tensor:
         if fraction == 0:
             return first[name].to(last)
-        return (
-            torch.lerp(first[name].to(last), last, fraction) if last.is_floating_point() else last
-        )
+        floating = last.is_floating_point()
+        return torch.lerp(first[name].to(last), last, fraction) if floating else last
 
     model.load_state_dict({name: between(name, t) for name, t in end.state_dict().items()})
     return model

@@ -7,7 +7,7 @@ in: the image, the output of the stem, the input of the stage. Most of them nobo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,16 +26,10 @@ def last_reads(model: nn.Module, names: Collection[str], x: Tensor) -> dict[str,
 
     A second run, in which they are NaN from there on, must give the same outputs.
 
-    Args:
-        model: The network.
-        names: Modules of it.
-        x: Inputs [B, ...].
-
-    Returns:
-        Module -> number of the last contraction (of all, in the order of execution, from 0) up to
-        which one of its arguments is read. Left out are modules that run several times, or whose
-        arguments are not all of floating point or outlive the forward; all of them, where the
-        second run gives something else.
+    Returns module -> number of the last contraction (of all, in the order of execution, from 0) up
+    to which one of its arguments is read. Left out are modules that run several times, or whose
+    arguments are not all of floating point or outlive the forward; all of them, where the second
+    run gives something else.
     """
     reads = _Reads(model)
     x = on_device(x, model)
@@ -44,42 +38,21 @@ def last_reads(model: nn.Module, names: Collection[str], x: Tensor) -> dict[str,
             wanted = model(x.clone())
         found = reads.found()  # the outputs keep what they share
         spoiled = _Spoiled(found)
-        with spoiled, _watched(model, found, spoiled.note):
+        with spoiled, _watched(model, found, spoiled.waiting.__setitem__):
             again = model(x.clone())
     same = map(_same, tensors_of(wanted), tensors_of(again))
     return found if all(same) else {}
 
 
-class _Contractions(TorchFunctionMode):
-    """Counts contractions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.call = -1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function_name(func) in CONTRACTIONS:
-            self.call += 1
-            self.on_contraction()
-        self.on_read(args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    def on_contraction(self) -> None:
-        """A contraction is about to run."""
-
-    def on_read(self, args: Any, kwargs: Any) -> None:
-        """Something is read."""
-
-
-class _Reads(_Contractions):
+class _Reads(TorchFunctionMode):
     """Notes when the memory of arguments is read; it holds them, so that no other takes it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._call = -1
         self._last: dict[int, int] = {}
-        self._left_out = set(
-            map(_pointer, filter(_is_strided, (*model.parameters(), *model.buffers())))
-        )
+        own = (*model.parameters(), *model.buffers())
+        self._left_out = {_pointer(t) for t in own if _is_strided(t)}
         self._args: dict[str, list[Tensor]] = {}
 
     def note(self, name: str, tensors: list[Tensor]) -> None:
@@ -87,10 +60,11 @@ class _Reads(_Contractions):
             self._left_out.update(map(_pointer, (*tensors, *self._args.get(name, ()))))
         self._args[name] = tensors
 
-    def on_read(self, args: Any, kwargs: Any) -> None:
-        for tensor in flatten((args, kwargs)):
-            if _is_strided(tensor):
-                self._last[_pointer(tensor)] = self.call
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._call += function_name(func) in CONTRACTIONS
+        read = filter(_is_strided, flatten((args, kwargs)))
+        self._last |= dict.fromkeys(map(_pointer, read), self._call)
+        return func(*args, **(kwargs or {}))
 
     def found(self) -> dict[str, int]:
         storages = {
@@ -106,45 +80,37 @@ class _Reads(_Contractions):
         }
 
 
-class _Spoiled(_Contractions):
-    """Overwrites arguments once nothing should read them any more."""
+class _Spoiled(TorchFunctionMode):
+    """Overwrites arguments, ``waiting``, once nothing should read them any more."""
 
     def __init__(self, last: dict[str, int]) -> None:
         super().__init__()
-        self._last = last
-        self._waiting: dict[str, list[Tensor]] = {}
+        self._call, self._last = -1, last
+        self.waiting: dict[str, list[Tensor]] = {}
 
-    def note(self, name: str, tensors: list[Tensor]) -> None:
-        self._waiting[name] = tensors
-
-    def on_contraction(self) -> None:
-        for name in [n for n in self._waiting if self._last[n] < self.call]:
-            for tensor in self._waiting.pop(name):
-                tensor.fill_(torch.nan)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function_name(func) in CONTRACTIONS:
+            self._call += 1
+            for name in [n for n in self.waiting if self._last[n] < self._call]:
+                for tensor in self.waiting.pop(name):
+                    tensor.fill_(torch.nan)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def _watched(
     model: nn.Module, names: Collection[str], note: Callable[[str, list[Tensor]], None]
 ) -> Iterator[None]:
-    """Call ``note(name, tensors of the arguments)`` before each forward of some modules.
-
-    Yields:
-        Nothing.
-    """
+    """Call ``note(name, tensors of the arguments)`` before each forward of some modules."""
 
     def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         note(name, [t for t in flatten((args, kwargs)) if _is_strided(t)])
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(before, name), with_kwargs=True)
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            add = model.get_submodule(name).register_forward_pre_hook
+            hooks.enter_context(add(partial(before, name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_strided(value: Any) -> bool:

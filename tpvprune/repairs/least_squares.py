@@ -66,33 +66,33 @@ class Moments:
 
     def uncentred(self) -> Moments:
         """Return the moments about zero: what a fit without an intercept sees."""
-        zero = Moments(
-            self.count,
-            torch.zeros_like(self.x_mean),
-            torch.zeros_like(self.e_mean),
-            self.gram + self.count * (self.x_mean.mT @ self.x_mean),
-            self.cross + self.count * (self.x_mean.mT @ self.e_mean),
-            self.square + self.count * self.e_mean.square().sum((1, 2)),
-        )
-        return zero if self.count else self
+        zeros = torch.zeros_like(self.x_mean), torch.zeros_like(self.e_mean)
+        sums = self._sums(self.x_mean, self.e_mean)
+        return Moments(self.count, *zeros, *sums) if self.count else self
 
     def over_all(self) -> Moments:
         """Return those of the rows of all processes."""
         if num_processes() == 1:
             return self
-        count, x_sum, e_sum = summed(
-            torch.tensor(float(self.count), dtype=torch.float64),
-            self.count * self.x_mean,
-            self.count * self.e_mean,
-        )
-        num = max(float(count), 1.0)
-        dx, de = self.x_mean - x_sum / num, self.e_mean - e_sum / num
-        gram, cross, square = summed(
+        here = torch.tensor(float(self.count), dtype=torch.float64)
+        count, x_sum, e_sum = summed(here, self.count * self.x_mean, self.count * self.e_mean)
+        x_mean, e_mean = (t / max(float(count), 1.0) for t in (x_sum, e_sum))
+        sums = summed(*self._sums(self.x_mean - x_mean, self.e_mean - e_mean))
+        return Moments(float(count), x_mean, e_mean, *sums)
+
+    def _sums(self, dx: Tensor, de: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums about points from which the means are so far."""
+        return (
             self.gram + self.count * (dx.mT @ dx),
             self.cross + self.count * (dx.mT @ de),
             self.square + self.count * de.square().sum((1, 2)),
         )
-        return Moments(float(count), x_sum / num, e_sum / num, gram, cross, square)
+
+    def factor(self, ridge: float) -> Tensor:
+        """Return the Cholesky factor of the system; a ridge too small for the rounding grows."""
+        least = 1e-12 * max(self.count, 1.0)
+        scale = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(least)
+        return factorised(self.gram, ridge * scale)
 
 
 def moments(x: Tensor, e: Tensor, *, in_place: bool = False) -> Moments:
@@ -168,10 +168,7 @@ class LeastSquares:
         self._folds[fold] = found if known is None else known + found
 
     def solve(self, ridge: float | None = None) -> Fit:
-        """Return the fit.
-
-        ``ridge``: lambda; None: chosen on the rows held back.
-        """
+        """Return the fit; ``ridge``: lambda; None: chosen on the rows held back."""
         if self._few:
             return self._by_rows(ridge)
         fit, held = self.folds()
@@ -203,15 +200,13 @@ class LeastSquares:
             ridge = FIXED_RIDGE
             if bool(held.any()) and not bool(held.all()):
                 ridge = self._chosen_by_rows(x[:, ~held], e[:, ~held], x[:, held], e[:, held])
-        x_mean, e_mean = self._means(x, e)
-        x, e = x - x_mean.to(x), e - e_mean.to(e)
+        x_mean, e_mean, x, e = self._centred(x, e)
         kernel = (x @ x.mT).double()
         change = x.double().mT @ _dual(kernel, e.double(), x.shape[2], ridge)
         return Fit(change, e_mean - x_mean @ change, ridge)
 
     def _chosen_by_rows(self, x: Tensor, e: Tensor, x_held: Tensor, e_held: Tensor) -> float:
-        x_mean, e_mean = self._means(x, e)
-        x, e = x - x_mean.to(x), e - e_mean.to(e)
+        x_mean, e_mean, x, e = self._centred(x, e)
         across = ((x_held - x_mean.to(x)) @ x.mT).double()
         kernel, left = (x @ x.mT).double(), e_held.double() - e_mean
 
@@ -221,10 +216,10 @@ class LeastSquares:
 
         return _best(loss)
 
-    def _means(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    def _centred(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means = (t.mean(1, keepdim=True, dtype=torch.float64) for t in (x, e))
         x_mean, e_mean = means if self._free else map(torch.zeros_like, means)
-        return x_mean, e_mean
+        return x_mean, e_mean, x - x_mean.to(x), e - e_mean.to(e)
 
 
 def _count(rows: Sequence[tuple[Tensor, Tensor]]) -> int:
@@ -248,17 +243,16 @@ def _best(loss: Callable[[float], float]) -> float:
 
 
 def _change(m: Moments, ridge: float) -> Tensor:
-    """Return D [g, u, o] by Cholesky; a ridge that is too small for the rounding grows."""
+    """Return D [g, u, o]."""
     if math.isinf(ridge):
         return torch.zeros_like(m.cross)
-    scale = m.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * max(m.count, 1.0))
-    return torch.cholesky_solve(m.cross, factorised(m.gram, ridge * scale))
+    return torch.cholesky_solve(m.cross, m.factor(ridge))
 
 
 def factorised(gram: Tensor, ridge: Tensor) -> Tensor:
-    """Return the Cholesky factor of gram + ridge I [g, u, u]; ``ridge`` [g] grows until it exists.
+    """Return the lower Cholesky factor of gram + ridge I [g, u, u], with a ridge [g] that grows.
 
-    Returns the lower factors; NaN where the matrix is not finite.
+    It does until the factor exists, which is NaN where the matrix is not finite.
     """
     finite = gram.isfinite().flatten(1).all(1)
     least = 1e-14 * gram.diagonal(dim1=1, dim2=2).mean(1).abs() + 1e-300

@@ -23,8 +23,8 @@ from tpvprune.passes.moments import in_single
 from tpvprune.passes.operations import function_name
 from tpvprune.passes.patches import count_positions, patches_of, window_of
 from tpvprune.repairs.blocks import BlockCall
+from tpvprune.repairs.branches import FITTED, arguments_first
 
-_FITTED = frozenset({"linear", "conv1d", "conv2d"})
 _MOST_INPUTS = 128  # for the factors, which only speed up
 _ROWS_PER_UNKNOWN = 8
 _LARGEST_DOUBLE = 1024
@@ -55,16 +55,10 @@ def layers_in(module: nn.Module, call: BlockCall) -> list[FittedLayer]:
         call.run(module)
     found = []
     for weight, seen in calls.seen.items():
-        if len(seen) != 1:
-            continue
-        own = seen[0].bias
-        norm = calls.norms.get(weight)
-        if own is not None:
-            found.append(FittedLayer(weight, names.get(id(own)), None))
-        elif norm is not None:
-            found.append(FittedLayer(weight, *norm))
-        else:
-            found.append(FittedLayer(weight, None, None))
+        own, behind = seen[0].args[2], calls.norms.get(weight, (None, None))
+        if len(seen) == 1:
+            bias, scale = behind if own is None else (names.get(id(own)), None)
+            found.append(FittedLayer(weight, bias, scale))
     biases = [layer.bias for layer in found]
     # A bias shared by two layers would be moved twice.
     return [layer for layer in found if layer.bias is None or biases.count(layer.bias) == 1]
@@ -77,10 +71,6 @@ class _Seen:
     args: Any
     kwargs: Any
     out: Tensor
-
-    @property
-    def bias(self) -> Any:
-        return self.args[2] if len(self.args) > 2 else self.kwargs.get("bias")
 
 
 class _Calls(TorchFunctionMode):
@@ -99,9 +89,9 @@ class _Calls(TorchFunctionMode):
         if name == "batch_norm":
             self._note_norm(args, kwargs)
         out = func(*args, **kwargs)
-        if name in _FITTED:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            own = self._names.get(id(weight))
+        if name in FITTED:
+            args, kwargs = arguments_first(args, kwargs)
+            own = self._names.get(id(args[1]))
             if own is not None:
                 self.seen.setdefault(own, []).append(_Seen(args, kwargs, out))
                 self._outputs[id(out)] = own
@@ -129,11 +119,8 @@ class KroneckerFactors:
 
     def __init__(self, factors: list[_Factor]) -> None:
         self._factors = factors
-        self.ridge: dict[str, float] = {}
-        for factor in factors:
-            self.ridge[factor.layer.weight] = factor.ridge
-            if factor.layer.bias is not None:
-                self.ridge[factor.layer.bias] = 0.0
+        self.ridge = {f.layer.bias: 0.0 for f in factors if f.layer.bias is not None}
+        self.ridge |= {f.layer.weight: f.ridge for f in factors}
 
     @classmethod
     def measure(
@@ -144,18 +131,7 @@ class KroneckerFactors:
         damping: float,
         seed: int,
     ) -> KroneckerFactors:
-        """Measure the factors on the first inputs.
-
-        Args:
-            module: The block.
-            layers: Its fitted layers.
-            data: Its calls, a few samples each.
-            damping: See :func:`tpvprune.repairs.reconstruction.reconstruct_blocks`.
-            seed: Of the random signs and positions.
-
-        Returns:
-            The factors.
-        """
+        """Measure the factors on the first inputs of a block; ``seed``: of signs and positions."""
         generator = torch.Generator().manual_seed(seed)
         wanted = {layer.weight: layer for layer in layers}
         sums: dict[str, list[Any]] = {}
@@ -170,9 +146,8 @@ class KroneckerFactors:
             grads = torch.autograd.grad(out, outputs, signs, allow_unused=True)
             for (name, s), grad in zip(seen.items(), grads, strict=True):
                 if grad is not None:
-                    known = sums.get(name)
                     new = _moments(module.get_parameter(name), s, grad, generator)
-                    sums[name] = new if known is None else list(map(add, known, new))
+                    sums[name] = list(map(add, sums[name], new)) if name in sums else new
         factors = [
             _invert(wanted[name], sum_a / rows, sum_g / count, count * total / looked, damping)
             for name, (sum_a, rows, sum_g, count) in sums.items()
@@ -183,19 +158,15 @@ class KroneckerFactors:
         """Return the preconditioned vector."""
         solved = {n: torch.zeros_like(t) for n, t in v.items()}
         for factor in self._factors:
-            layer = factor.layer
-            weight = v[layer.weight]
-            groups = len(factor.inputs)
-            x = weight.reshape(groups, weight.shape[0] // groups, -1).double()
+            layer, weight = factor.layer, v[factor.layer.weight]
+            groups, scale = len(factor.inputs), 1.0 if layer.scale is None else layer.scale
+            x = weight.reshape(groups, len(weight) // groups, -1).double()
             if layer.bias is not None:
-                bias = v[layer.bias].double()
-                bias = bias if layer.scale is None else bias * layer.scale
+                bias = v[layer.bias].double() * scale
                 x = torch.cat([x, bias.reshape(groups, -1, 1)], 2)
             x = factor.outputs @ x @ factor.inputs
             if layer.bias is not None:
-                bias = x[..., -1].reshape(-1)
-                bias = bias if layer.scale is None else bias * layer.scale
-                solved[layer.bias] = bias.to(weight)
+                solved[layer.bias] = (x[..., -1].reshape(-1) * scale).to(weight)
                 x = x[..., :-1]
             solved[layer.weight] = x.reshape(weight.shape).to(weight)
         return solved
@@ -216,12 +187,9 @@ def _moments(weight: Tensor, seen: _Seen, grad: Tensor, generator: torch.Generat
     x, window = seen.args[0].detach(), window_of(seen.args, seen.kwargs)
     num = len(x)
     num_positions = count_positions(x, window, num)
-    groups = 1
-    if window is None:
-        rows = grad.reshape(-1, grad.shape[-1])
-    else:
-        groups = x.shape[1] // weight.shape[1]
-        rows = grad.movedim(1, -1).reshape(-1, grad.shape[1])
+    groups = 1 if window is None else x.shape[1] // weight.shape[1]
+    rows = grad if window is None else grad.movedim(1, -1)
+    rows = rows.reshape(-1, rows.shape[-1])
     wanted = -(-_ROWS_PER_UNKNOWN * weight[0].numel() // num)
     per_input = min(num_positions, max(wanted, 64))
     noise = torch.rand(num, num_positions, generator=generator)

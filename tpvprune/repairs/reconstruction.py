@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from tpvprune.passes.clock import Progress
 from tpvprune.passes.running import evaluating, fast_layout, frozen, on_device, takes_channels_last
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered, spread_weights
-from tpvprune.repairs.blocks import Block, BlockCall, find_blocks, room_for
+from tpvprune.repairs.blocks import Block, BlockCall, Samples, find_blocks
 from tpvprune.repairs.branches import FEWER_ROWS, Plan
 from tpvprune.repairs.chunks import chunk_size, rechunked
 from tpvprune.repairs.compensation import TARGET_BYTES, refits_towards
@@ -144,7 +145,8 @@ def reconstruct_blocks(
     solver = GaussNewton(1, rounds, iterations, damping, max_positions, max_bytes, seed, fast)
     walks = [(blocks, solver, refits)]
     if stages and stage_iterations:
-        again = _with_lone_blocks(stages, blocks)
+        inside = tuple(f"{stage.name}." for stage in stages)
+        again = [*stages, *(b for b in blocks if not b.name.startswith(inside))]
         # What blocks have won stays; the layers before, between and behind them follow.
         then = partial(refits, without=[block.name for block in again])
         walks.append((again, replace(solver, iterations=stage_iterations), then))
@@ -172,11 +174,6 @@ def reconstruct_blocks(
                 blocks=fits,
             ).run()  # fmt: skip
     return repaired
-
-
-def _with_lone_blocks(stages: Sequence[Block], blocks: Sequence[Block]) -> list[Block]:
-    inside = tuple(f"{stage.name}." for stage in stages)
-    return [*stages, *(b for b in blocks if not b.name.startswith(inside))]
 
 
 def _block_fit(
@@ -243,8 +240,7 @@ def _wanted(
 ) -> dict[str, Tensor]:
     """Choose the inputs that each block is fitted on: others for each, all where there is room.
 
-    Returns:
-        Block -> BoolTensor [num * copies], all copies of an image together.
+    Returns block -> BoolTensor [num * copies], all copies of an image together.
     """
     counts = {b.name: max(1, limits.in_gradients(b, copies * num) // copies) for b in blocks}
     taken = sum(counts[b.name] * copies * b.bytes_per_input for b in blocks)
@@ -265,32 +261,21 @@ def _dense_outputs(
     wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return what the pruned blocks should give: the kept channels of the dense outputs."""
-    found: dict[str, Tensor] = {}
+    found = {block.name: Samples(int(wanted[block.name].sum())) for block in blocks}
     own = slice(0, 0)
 
-    def keep(block: Block, out: Tensor) -> None:
-        mask, num = wanted[block.name][own], int(wanted[block.name][own].sum())
-        if num:
+    def keep(block: Block, _: nn.Module, _args: Any, out: Tensor) -> None:
+        mask = wanted[block.name][own]
+        if bool(mask.any()):
             out = out.movedim(block.batch_dim, 0)
             chosen = block.kept_of(out[mask.repeat_interleave(len(out) // len(mask))])
-            per_input, every = len(chosen) // num, int(wanted[block.name].sum())
-            if block.name not in found:  # all at once: parts joined later need twice the memory
-                found[block.name] = room_for(chosen, every * per_input)
-            start = per_input * int(wanted[block.name][: own.start].sum())
-            found[block.name][start : start + len(chosen)] = chosen
+            found[block.name].add(BlockCall((chosen,), {}, chosen), int(mask.sum()))
 
-    handles = [
-        dense.get_submodule(block.name).register_forward_hook(
-            lambda _m, _a, out, block=block: keep(block, out)
-        )
-        for block in blocks
-    ]
-    try:
-        with torch.no_grad():
-            for x in chunks:
-                own = slice(own.stop, own.stop + len(x))
-                dense(fast_layout(on_device(x, dense), dense))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    with ExitStack() as hooks, torch.no_grad():
+        for block in blocks:
+            module = dense.get_submodule(block.name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, block)))
+        for x in chunks:
+            own = slice(own.stop, own.stop + len(x))
+            dense(fast_layout(on_device(x, dense), dense))
+    return {name: samples.call().args[0] for name, samples in found.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, UntypedStorage, nn
 from tpvprune.passes.crossing import sent
 from tpvprune.passes.patches import count_positions, gather, patches_of, window_of
 from tpvprune.processes.shares import global_indices
+from tpvprune.repairs.blocks import empty_as
 from tpvprune.repairs.branches import Branch, BranchFollower, Layer, positions_first
 from tpvprune.repairs.refits import Pending, Refits, outputs_of
 
@@ -47,11 +48,8 @@ def storages_of(values: Iterable[Any]) -> dict[int, UntypedStorage]:
 
 def _unwritten(func: Any, args: Any, kwargs: Any) -> Tensor:
     """Return a tensor of the shape and layout of what a call gives, without running it."""
-    x = args[0]
     shape = func(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs).shape
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return empty_as(args[0], shape)
 
 
 class RefitRun(BranchFollower):

@@ -30,7 +30,7 @@ class Pending:
     patches: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Fed:
     """The problem of a call: linear, and through the activation at some positions of each input.
 
@@ -40,9 +40,9 @@ class _Fed:
     pending: Pending
     branch: Branch
     linear: LeastSquares
-    through: ActivationFit | None = None
-    positions: int = 0
-    all_rows: bool = False
+    through: ActivationFit | None
+    positions: int
+    all_rows: bool
 
 
 @dataclass
@@ -72,12 +72,7 @@ class Refits:
         return len(self.solved) + sum(call >= self.first for call in waiting)
 
     def feed(
-        self,
-        pending: Pending,
-        target: Tensor,
-        branch: Branch,
-        num_held: int,
-        offset: Tensor,
+        self, pending: Pending, target: Tensor, branch: Branch, num_held: int, offset: Tensor
     ) -> None:
         """Add the rows of one chunk to the problem of a call.
 
@@ -112,19 +107,16 @@ class Refits:
         groups, _, unknowns = pending.patches.shape
         free = module.bias is not None or branch.norm is not None
         few = num <= unknowns and self.constrain is None
-        fed = _Fed(pending, branch, LeastSquares(free=free, few_rows=few))
+        linear = LeastSquares(free=free, few_rows=few)
+        most = rows_to_hold(num, groups, unknowns, len(module.weight) // groups)
+        positions, through = most // self.plan.all_inputs, None
         activation = self.targets.activations.get(branch.call)
-        if pending.layer.name.startswith(tuple(f"{name}." for name in self.linear)):
-            activation = None
-        num_outputs = len(module.weight) // groups
-        most = rows_to_hold(num, groups, unknowns, num_outputs)
-        fed.positions = most // self.plan.all_inputs
-        fed.all_rows = fed.positions == per_input
-        if activation is not None and fed.positions:
-            slope = module.weight.new_ones(len(module.weight))
-            slope = in_single(slope if branch.scale is None else branch.scale)
-            fed.through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)
-        return fed
+        inside = pending.layer.name.startswith(tuple(f"{name}." for name in self.linear))
+        if activation is not None and positions and not inside:
+            ones = module.weight.new_ones(len(module.weight))
+            slope = in_single(ones if branch.scale is None else branch.scale)
+            through = ActivationFit(activation, slope.reshape(groups, 1, -1), free)
+        return _Fed(pending, branch, linear, through, positions, positions == per_input)
 
     @torch.no_grad()
     def solve(self, call: Hashable) -> None:
@@ -155,12 +147,11 @@ class Refits:
         fit, held = problem.folds()
         both = fit + held
         found = problem.solve(self.ridge)
-        unknowns = both.gram.shape[1]
-        gram = both.gram / both.count
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        curvature = gram.clone()
-        curvature.diagonal(dim1=1, dim2=2).add_((min(found.ridge, 10.0) * scale)[:, None])
-        present = layer.module.weight.reshape(len(gram), -1, unknowns).double()
+        curvature = both.gram / both.count
+        diagonal = curvature.diagonal(dim1=1, dim2=2)
+        scale = diagonal.mean(1).clamp_min(1e-12)
+        diagonal.add_((min(found.ridge, 10.0) * scale)[:, None])
+        present = layer.module.weight.reshape(*both.cross.mT.shape).double()
         weights = self.constrain(layer.name, present + found.change.mT, curvature)
         change = (weights - present).mT
         return change, both.e_mean - both.x_mean @ change

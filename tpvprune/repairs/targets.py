@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.operations import ACTIVATIONS, function_name
@@ -48,12 +48,8 @@ class Targets:
 
     def shared(self) -> Targets:
         """Return the same values, of which either may be forgotten without the other."""
-        return replace(
-            self,
-            outputs=dict(self.outputs),
-            sums=dict(self.sums),
-            activations=dict(self.activations),
-        )
+        copies = {n: getattr(self, n).copy() for n in ("outputs", "sums", "activations")}
+        return replace(self, **copies)
 
     def forget(self, call: int) -> None:
         """Drop the values of a call that is fitted."""
@@ -66,14 +62,8 @@ def dense_targets(
 ) -> Targets:
     """Run the dense network and keep what its layers should give.
 
-    Args:
-        dense: The network.
-        inputs: Batches, in the order in which the pruned model will see them.
-        plan: Sampled positions.
-        without: Modules whose layers do not matter.
-
-    Returns:
-        The targets.
+    ``inputs``: batches, in the order in which the pruned model will see them. ``without``: modules
+    whose layers do not matter.
     """
     run = _DenseRun(layers_by_weight(dense, without), plan)
     with evaluating(dense), torch.no_grad():
@@ -86,22 +76,17 @@ def dense_targets(
 
 
 def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
-    """Return the plan that fits a network.
+    """Return the plan that fits a network, of which ``x`` is one input [1, ...].
 
-    Calls that see no input are left out of it, and layers that run several times.
-
-    Args:
-        plan: What would be looked at.
-        dense: The network.
-        x: One input [1, ...].
-        max_bytes: Memory for the targets of all layers, in all processes together. If they would
-            take more there are fewer positions everywhere.
-
-    Returns:
-        The plan; with one position of every input, if that is still too much.
+    Calls that see no input are left out of it, and layers that run several times: no one fit serves
+    all of their calls. ``max_bytes``: memory for the targets of all layers, in all processes
+    together; if they would take more there are fewer positions everywhere, one of every input at
+    least.
     """
     calls, common, batch_dims = _calls(dense, x, plan)
-    plan = plan.of_calls(common | calls.repeated(), batch_dims)
+    times = Counter(layer.name for layer, _ in calls.seen.values())
+    repeated = {call for call, (layer, _) in calls.seen.items() if times[layer.name] > 1}
+    plan = replace(plan, common=common | repeated, batch_dims=batch_dims)
     least = calls.target_bytes(plan.thinned(math.inf))
     while (taken := calls.target_bytes(plan)) > max(max_bytes, least):
         plan = plan.thinned(max(taken / max_bytes, 1.01))
@@ -109,15 +94,7 @@ def plan_for(plan: Plan, dense: nn.Module, x: Tensor, max_bytes: int) -> Plan:
 
 
 def blind_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Find the layers that see no input, such as those that make a table of positions.
-
-    Args:
-        model: The network.
-        x: One input [1, ...].
-
-    Returns:
-        Their names.
-    """
+    """Return the layers that see no input [1, ...], such as those that make position tables."""
     calls, common, _ = _calls(model, x, Plan(1, 0, 0, 0))
     return list(dict.fromkeys(calls.seen[call][0].name for call in sorted(common)))
 
@@ -178,19 +155,15 @@ class _DenseRun(BranchFollower):
         self._normed: set[int] = set()
         self._summed: set[int] = set()  # the calls whose target is a sum, as earlier batches showed
         self._start = self._size = 0
-        self._ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._ends = WeakIdKeyDictionary()  # tensor -> the call that ends in it
         self._sum: tuple[Tensor, int] | None = None
         self._activations: dict[int, Activation | None] = {}
-        self._added: dict[int, weakref.ref[Tensor]] = {}  # by branches that run unseen
+        self._added = WeakIdKeyDictionary()  # by branches that run unseen
         self._before_unseen = sys.maxsize
 
     @contextmanager
     def watching(self, dense: nn.Module) -> Iterator[None]:
-        """Know what goes on behind branches that run unseen: the pruned network has none of them.
-
-        Yields:
-            Nothing.
-        """
+        """Know what goes on behind branches that run unseen: the pruned network has none."""
         with ExitStack() as stack:
             for module in dense.modules():
                 if unseen_forward(module) is not None:
@@ -203,12 +176,12 @@ class _DenseRun(BranchFollower):
         if forward is not None and forward.is_block:
             self._aim_behind(args[0], out)
         elif isinstance(out, Tensor):
-            self._added[id(out)] = weakref.ref(out)
+            self._added[out] = True
 
     def _aim_behind(self, x: Tensor, out: Tensor) -> None:
         """Let the call that ends in ``x``, if any, aim at what ``out`` is in its place."""
-        reference, call = self._ends.pop(id(x), (None, -1))
-        if reference is None or reference() is not x:
+        call = self._ends.pop(x, None) if isinstance(x, Tensor) else None
+        if call is None:
             return
         module, branch = self._modules[call], self._branch(x)
         with self.paused():
@@ -217,7 +190,7 @@ class _DenseRun(BranchFollower):
             elif branch is not None and branch.call == call:
                 self._keep(self._outputs, _before_norm(out, branch, module), call, module)
                 self._follow(out, branch)
-            self._ends[id(out)] = weakref.ref(out), call
+            self._ends[out] = call
 
     def start_batch(self, size: int) -> None:
         self._prefer_sums()
@@ -234,11 +207,11 @@ class _DenseRun(BranchFollower):
             self._note_readers(func, args, kwargs or {}, out)
         if self._sum is not None:  # only now: it may have been written into what was read
             total, call = self._sum
-            self._ends[id(total)], self._sum = (weakref.ref(total), call), None
+            self._ends[total], self._sum = call, None
         return out
 
     def _on_add(self, func: Any, args: Any) -> Any:
-        unseen = [id(t) in self._added and self._added[id(t)]() is t for t in args]
+        unseen = [t in self._added for t in args]
         out = super()._on_add(func, args)
         if any(unseen):
             self._aim_behind(args[unseen.index(False)], out)
@@ -247,10 +220,8 @@ class _DenseRun(BranchFollower):
     def _note_readers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what reads the value that a call ends in: an activation alone, or anything else."""
         for tensor in flatten((args, kwargs)):
-            reference, call = self._ends.get(id(tensor), (None, -1))
-            if reference is None or reference() is not tensor:
-                continue
-            if out is tensor and function_name(func) in PASSING:
+            call = self._ends.get(tensor) if isinstance(tensor, Tensor) else None
+            if call is None or (out is tensor and function_name(func) in PASSING):
                 continue
             is_first = bool(args) and tensor is args[0]  # by keyword it counts as another reader
             found = _activation(func, args, kwargs) if is_first else None
@@ -258,14 +229,14 @@ class _DenseRun(BranchFollower):
             if self._activations.setdefault(call, found) != found:
                 self._activations[call] = None
             if out is tensor:  # overwritten
-                del self._ends[id(tensor)]
+                del self._ends[tensor]
 
     def _follow(self, out: Tensor, branch: Branch) -> None:
         super()._follow(out, branch)
         if branch.passed:
-            self._ends.pop(id(out), None)
+            self._ends.pop(out, None)
         else:
-            self._ends[id(out)] = (weakref.ref(out), branch.call)
+            self._ends[out] = branch.call
 
     def on_layer(self, layer: Layer, func: Any, args: Any, kwargs: Any) -> Tensor:
         out = func(*args, **kwargs)
@@ -279,7 +250,7 @@ class _DenseRun(BranchFollower):
         # A batch of one image meets an embedding in its own shape, as no other batch does.
         if branch.call in self._sums or not self._start:
             self._keep(self._sums, out, branch.call, self._modules[branch.call])
-        self._ends.pop(id(tensor), None)
+        self._ends.pop(tensor, None)
         self._sum = out, branch.call
         return out
 
@@ -305,16 +276,10 @@ class _DenseRun(BranchFollower):
     def finish(self) -> Targets:
         self._prefer_sums()
         no_target = (self.shared - self._summed) & self._sums.keys()
-        for call in no_target:
-            self._sums.pop(call)
-        activations = {
-            call: func
-            for call, func in self._activations.items()
-            if func is not None and call not in no_target
-        }
-        return Targets(
-            self._outputs, self._sums, self._normed - self.shared, activations, self._before_unseen
-        )
+        sums = {call: kept for call, kept in self._sums.items() if call not in no_target}
+        found = {c: f for c, f in self._activations.items() if f is not None and c not in no_target}
+        normed = self._normed - self.shared
+        return Targets(self._outputs, sums, normed, found, self._before_unseen)
 
 
 def _before_norm(out: Tensor, branch: Branch, module: nn.Module) -> Tensor:
@@ -335,11 +300,6 @@ class _Calls(BranchFollower):
         self.seen: dict[int, tuple[Layer, int]] = {}
         self.shapes: dict[int, torch.Size] = {}
 
-    def repeated(self) -> frozenset[int]:
-        """Return the calls of layers that run several times: no one fit serves all of them."""
-        times = Counter(layer.name for layer, _ in self.seen.values())
-        return frozenset(call for call, (layer, _) in self.seen.items() if times[layer.name] > 1)
-
     def target_bytes(self, plan: Plan) -> int:
         """Return what the targets of all calls take on all inputs."""
         seen = (found for call, found in self.seen.items() if call not in plan.common)
@@ -349,6 +309,3 @@ class _Calls(BranchFollower):
         self.seen[self.call] = (layer, count_positions(args[0], window_of(args, kwargs), 1))
         self.shapes[self.call] = args[0].shape
         return func(*args, **kwargs)
-
-    def on_add(self, func: Any, args: Any, branch: Branch, tensor: Tensor, other: Tensor) -> Any:
-        return func(*args)

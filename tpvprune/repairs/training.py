@@ -42,21 +42,7 @@ _MOST = 1e30  # tensors of 32 bits hold no numbers above 3e38
 class Recipe:
     """How to train; every number that decides the result besides model and images.
 
-    Attributes:
-        epochs: Passes over the images, >= 1; or None and minutes.
-        minutes: Wall time > 0 in their place: as many updates as there is time for.
-        lr: Peak learning rate.
-        opt: Name of a timm optimizer.
-        sched: timm's name of the way down to 0: cosine, tanh or poly.
-        weight_decay: Of weights; biases and norms have none.
-        warmup_epochs: Linear rise to the peak rate, may be a fraction; of minutes, in tenths of
-            them.
-        clip_grad: Largest norm of the gradient; None for any.
-        ema_decay: Return the moving average of the weights instead of the last; None for no.
-        amp: bfloat16 or float16 (CUDA only) for mixed precision; None for none.
-        freeze_batchnorm: Keep the running statistics of BatchNorm and normalise by them.
-        num_views: So many epochs differ in order and augmentation, then they repeat; None: all.
-        seed: Of everything random.
+    The fields are arguments of :func:`tpvprune.distill`.
     """
 
     epochs: int | None = None
@@ -119,26 +105,11 @@ def train(
     unbroken one, bit for bit, on one machine with the same number of threads. A run of so many
     minutes is never the same twice; one that goes on has what the other has left of them.
 
-    Args:
-        student: Model; left as it is.
-        epoch_batches: Seed -> the batches of one epoch.
-        num_batches: Batches of an epoch.
-        loss_of: The loss of one batch.
-        recipe: How to train.
-        state: File for the state of the unfinished run, written after every epoch; if it is
-            there the run goes on from it. It stays when the run is done.
-        masks: Parameter name -> BoolTensor of its shape; where False the weight stays zero.
-        identity: What else decides the result; a state of another identity is refused.
-        progress: Called with ("epoch 2/10", updates done, all updates); in a run of minutes with
-            ("epoch 2", ten-thousandths of the time that are gone, 10000).
-        watch: Called with the model in training after every update, to look at it only.
-
-    Returns:
-        The trained copy, in the modes of the argument.
-
-    Raises:
-        ValueError: If there is no batch, nothing can be trained, the masks are not the model's,
-            the state is another run's, or the loss is not finite.
+    ``epoch_batches``: seed -> the ``num_batches`` batches of one epoch. ``identity``: what decides
+    the result besides model, recipe and masks; a state of another identity is refused.
+    ``progress``: called with ("epoch 2/10", updates done, all updates); in a run of minutes with
+    ("epoch 2", ten-thousandths of the time that are gone, 10000). The others, what is returned and
+    the errors are those of :func:`tpvprune.distill`.
     """
     if num_batches < 1:
         raise ValueError("batches: expected at least one batch, found none: pass images")
@@ -206,10 +177,9 @@ class _Run:
             step_on_epochs=False,
             updates_per_epoch=length.updates_per_epoch,
         )
-        decay = recipe.ema_decay
-        self.average = (
-            None if decay is None else timm.utils.ModelEmaV3(model, decay=decay, use_warmup=True)
-        )
+        self.average = None
+        if recipe.ema_decay is not None:
+            self.average = timm.utils.ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         # Disabled it passes everything through.
         self.scaler = torch.amp.GradScaler(enabled=recipe.amp == torch.float16)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -226,11 +196,7 @@ class _Run:
     def updates(
         self, batches: Iterable[Any], done: int, view: int, loss_of: Loss
     ) -> Iterator[tuple[Tensor, int]]:
-        """Make the updates of an epoch for which there is time.
-
-        Yields:
-            Loss and step of each.
-        """
+        """Make the updates of an epoch for which there is time; yield loss and step of each."""
         for position, batch in enumerate(batches):
             if (step := self.length.step(done + position)) is None:
                 return
@@ -248,15 +214,11 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.hold_zeros()
+        with torch.no_grad():
+            for weight, mask in self.masked:  # no optimizer can be trusted to leave zeros alone
+                weight.mul_(mask)
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
-
-    @torch.no_grad()
-    def hold_zeros(self) -> None:
-        """Set to zero what a mask does not keep; no optimizer can be trusted to leave it so."""
-        for weight, mask in self.masked:
-            weight.mul_(mask)
 
     def save(self, path: Path, identity: str, epochs: int) -> None:
         facts = {"identity": identity, "epochs": epochs, "scaler": self.scaler.state_dict()}
@@ -278,16 +240,7 @@ class _Run:
 
 
 def returned_by(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Any:
-    """Run a model on images in its fast layout, in mixed precision if asked.
-
-    Args:
-        model: Any model; its own mode and the present grad mode hold.
-        inputs: [B, ...].
-        amp: Type of the mixed precision, or None.
-
-    Returns:
-        What it returns.
-    """
+    """Run a model on images in its fast layout, in mixed precision if asked."""
     inputs = fast_layout(inputs, model)
     with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
         return model(inputs)
@@ -302,11 +255,7 @@ def count_batches(batches: Iterable[Any]) -> int:
 
 
 def _fixed(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks on the device of their weights.
-
-    Raises:
-        ValueError: If they are not the model's, or weights are not zero where they are False.
-    """
+    """Return the masks on the device of their weights, which are zero where they are False."""
     weights = dict(model.named_parameters())
     fixed = {}
     for name, mask in masks.items():

@@ -7,7 +7,7 @@ them, and runs the block that it was in again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import return_free_memory
 from tpvprune.passes.recomputation import segments_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
-from tpvprune.repairs.blocks import BlockCall, Samples
+from tpvprune.repairs.blocks import BlockCall, Samples, copied
 from tpvprune.repairs.branches import layers_by_weight
 from tpvprune.repairs.last_reads import last_reads
 from tpvprune.repairs.refit_run import Held, RefitRun, storages_of
@@ -43,8 +43,7 @@ class BlockFit:
     """A block that is fitted as a whole once its layers are.
 
     ``wanted`` are the inputs of the network that it is fitted on [inputs] (BoolTensor);
-    ``fit(module, call)`` moves its weights; ``batch_dim``: see
-    :class:`tpvprune.repairs.blocks.Block`.
+    ``fit(module, call)`` moves its weights; ``batch_dim``: see ``blocks.Block``.
     """
 
     name: str
@@ -91,13 +90,9 @@ class Walk:
             self._lockstep.run(self._walk)
 
     def _walk(self, i: int) -> None:
-        run = RefitRun(
-            layers_by_weight(self._model, self._fits.without),
-            self._fits,
-            slice(*self._starts[i : i + 2]),
-            self._stop,
-            copies=self._chunks.num_views,
-        )
+        layers = layers_by_weight(self._model, self._fits.without)
+        own = slice(*self._starts[i : i + 2])
+        run = RefitRun(layers, self._fits, own, self._stop, copies=self._chunks.num_views)
         self._running.run = run
         with torch.no_grad(), run:
             self._again(self._whole, (i,), {}, Held([], None), last=False)
@@ -127,10 +122,7 @@ class Walk:
             return_free_memory()
 
     def _stop(self, call: int, waiting: Sequence[Tensor]) -> None:
-        """Wait for the others at a fit, here or, with too much to hold, before the block.
-
-        _AgainError if the block is to be run again.
-        """
+        """Wait for the others at a fit, here or, with too much to hold, before the block."""
         if self._is_large(waiting):
             raise _AgainError(call)
         self._meet(call, waiting)
@@ -151,16 +143,14 @@ class Walk:
     ) -> Any:
         """Run a part of the network, anew after every fit at which it could not wait.
 
-        Where not even its inputs can be held, a larger part is run again.
-
-        ``last``: whether it will not run again: what it overwrote is read further on; ``held``:
-        what is held of its arguments. _AgainError if a larger part is to be run again.
+        Where not even its inputs can be held, _AgainError lets a larger part be run again.
+        ``last``: it will not run again, and what it overwrote is read further on.
         """
         follower = self._running.run
         state = follower.state()
         is_large = self._is_large(flatten((args, kwargs)))
         while True:
-            given, named = [_copied(a) for a in args], {k: _copied(v) for k, v in kwargs.items()}
+            given, named = list(map(copied, args)), {k: copied(v) for k, v in kwargs.items()}
             held.copies = list(flatten((given, named)))
             try:
                 out = run(*given, **named)
@@ -183,32 +173,16 @@ class Walk:
         held = storages_of(values) | follower.kept()
         return sum(s.nbytes() for s in held.values()) / follower.num_inputs > self._room
 
-    def _around(
-        self, last: int | None, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    def _enter(
+        self, name: str, held: Held, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Run what holds blocks."""
-        follower = getattr(self._running, "run", None)
-        if follower is None:
-            return forward(*args, **kwargs)
-        with follower.holding(Held(list(flatten((args, kwargs))), last)):
-            return forward(*args, **kwargs)
-
-    def _through(
-        self,
-        name: str,
-        last: int | None,
-        forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run a block, and once more with its new weights where it is fitted as a whole."""
-        follower = getattr(self._running, "run", None)
-        if follower is None:  # the fit of the block itself
-            return forward(*args, **kwargs)
-        block = self._blocks.get(name)
-        held = Held(list(flatten((args, kwargs))), None if block else last, again=True)
-        with follower.holding(held):
+        """Run a block, once more with its new weights where it is fitted, or what holds blocks."""
+        with self._running.run.holding(held):
+            if not held.again:
+                return forward(*args, **kwargs)
+            block, last = self._blocks.get(name), held.last
             if block is not None:
+                held.last = None
                 self._gather(block, forward, args, kwargs, held)
                 held.last = last
             return self._again(forward, args, kwargs, held)
@@ -216,17 +190,17 @@ class Walk:
     def _gather(
         self, block: BlockFit, forward: Callable[..., Any], args: Any, kwargs: Any, held: Held
     ) -> None:
-        """Refit the layers of a block, keep what it is called with, and wait for its own fit.
-
-        _AgainError if its inputs cannot be held while others run.
-        """
+        """Refit the layers of a block, keep what it is called with, and wait for its own fit."""
         follower = self._running.run
         state = follower.state()
         out = self._again(forward, args, kwargs, held, last=False)
         mask = block.wanted[follower.own]
         if bool(mask.any()):
-            call = BlockCall(args, kwargs, out).along(block.batch_dim)
-            self._calls.setdefault(block.name, Samples(int(block.wanted.sum()))).add(call, mask)
+            calls = self._calls.setdefault(block.name, Samples(int(block.wanted.sum())))
+            # In one expression: nothing of it is held while others run.
+            calls.add(
+                BlockCall(args, kwargs, out).along(block.batch_dim).picked(mask), int(mask.sum())
+            )
         del out
         held.copies = []
         if self._is_large(flatten((args, kwargs))):
@@ -236,18 +210,23 @@ class Walk:
 
     @contextmanager
     def _replaced(
-        self, parts: Iterable[str], around: Iterable[str], last_read: Mapping[str, int]
+        self, parts: Collection[str], around: Collection[str], last_read: Mapping[str, int]
     ) -> Iterator[None]:
         """Let each block of the network be what is run again, or fitted.
 
         ``parts``: the blocks; ``around``: what holds them.
         """
-        runs = {name: partial(self._through, name, last_read.get(name)) for name in parts}
-        runs |= {name: partial(self._around, last_read.get(name)) for name in around}
-        modules = {self._model.get_submodule(name): run for name, run in runs.items()}
+
+        def run(name: str, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            if not hasattr(self._running, "run"):  # the fit of a block itself
+                return forward(*args, **kwargs)
+            held = Held(list(flatten((args, kwargs))), last_read.get(name), again=name in parts)
+            return self._enter(name, held, forward, args, kwargs)
+
+        modules = {self._model.get_submodule(name): name for name in (*parts, *around)}
         before = {module: module.__dict__.get("forward") for module in modules}
-        for module, run in modules.items():
-            module.forward = partial(run, module.forward)
+        for module, name in modules.items():
+            module.forward = partial(run, name, module.forward)
         try:
             yield
         finally:
@@ -263,13 +242,8 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
-def _copied(value: Any) -> Any:
-    """Return a copy of a tensor, which a layer may overwrite; others as they are."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def _overwrite(values: Iterable[Any], copies: Iterable[Any]) -> None:
     """Give tensors what layers wrote into their copies."""
-    for value, copied in zip(values, copies, strict=True):
-        if isinstance(value, Tensor) and copied._version:
-            value.copy_(copied)
+    for value, copy in zip(values, copies, strict=True):
+        if isinstance(value, Tensor) and copy._version:
+            value.copy_(copy)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.crossing import fetched
 from tpvprune.passes.outputs import Chosen, Outputs
-from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
+from tpvprune.scores.sample_gradients import SampleGradients
 from tpvprune.weights.elimination import Path, elimination_path
 from tpvprune.weights.masks import pattern_of
-from tpvprune.weights.scores import input_grams, prunable_weights
+from tpvprune.weights.scores import add_gradients, input_grams, prunable_weights
 from tpvprune.widths.knapsack import choose_options
 
 
@@ -42,11 +42,9 @@ def joint_weight_masks(
     of least summed variance. With a pattern every layer has the same density, and no gradient but
     that of the outputs of each layer is needed.
 
-    ``keep``: fraction of the weights that stays, in (0, 1]; a pattern sets its own. ``pattern``:
-    ``"n:m"``, or None for any. ``outputs``: of a model with several outputs those that count, or
-    how much each counts, in units of its own second moment; None: all, alike. Returns masks by
-    parameter name, True = stays, and scores: the fraction of the steps at which a weight was still
-    there. ValueError if keep or the pattern is out of range, or num_probes is below 1.
+    Arguments and errors are those of :func:`tpvprune.weights.pruning.prune_weights`. Returns masks
+    by parameter name, True = stays, and scores: the fraction of the steps at which a weight was
+    still there.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}")
@@ -88,23 +86,15 @@ def _sensitivities(
     counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return E_x E_v sum_p delta_o(x, p)^2 of every layer's outputs [out]."""
-    sums = {name: torch.zeros(len(w)).to(w.device).double() for name, w in weights.items()}
+    sums = {name: w.new_zeros(len(w), dtype=torch.float64) for name, w in weights.items()}
 
-    def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
-        sums[name] += found.left.double().square().sum((0, 3)).reshape(-1)
+    def squares(_: str, found: SampleGradients) -> Tensor:
+        return found.left.double().square().sum((0, 3)).reshape(-1)
 
-    num = sum(
-        sample_gradients(
-            model,
-            inputs,
-            collect,
-            num_probes=num_probes,
-            seed=seed,
-            only=list(weights),
-            outputs=counted,
-        )
+    num = add_gradients(
+        model, inputs, sums, squares, num_probes=num_probes, seed=seed, outputs=counted
     )
-    return {name: total / (num * num_probes) for name, total in sums.items()}
+    return {name: total / num for name, total in sums.items()}
 
 
 def _joint_variances(
@@ -117,25 +107,14 @@ def _joint_variances(
     counted: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """Return V of every layer at every step, float64 [steps], on the CPU."""
-    sums = {
-        name: torch.zeros(len(path.masks), dtype=torch.float64, device=path.masks.device)
-        for name, path in paths.items()
-    }
+    sums = {n: p.changes.new_zeros(len(p.masks), dtype=torch.float64) for n, p in paths.items()}
 
-    def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
+    def squares(name: str, found: SampleGradients) -> Tensor:
         outcome = found.dense().flatten(1) @ paths[name].changes.flatten(1).T
-        sums[name] += outcome.double().square().sum(0)
+        return outcome.double().square().sum(0)
 
-    num = sum(
-        sample_gradients(
-            model,
-            inputs,
-            collect,
-            num_probes=num_probes,
-            seed=seed,
-            only=list(paths),
-            outputs=counted,
-        )
+    num = add_gradients(
+        model, inputs, sums, squares, num_probes=num_probes, seed=seed, outputs=counted
     )
-    found = zip(sums, fetched(*sums.values()), strict=True)
-    return {name: total / (num * num_probes) for name, total in found}
+    totals = zip(sums, fetched(*sums.values()), strict=True)
+    return {name: total / num for name, total in totals}

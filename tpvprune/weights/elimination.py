@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpvprune.weights.repair import row_factors
+from tpvprune.weights.masks import highest
+from tpvprune.weights.repair import inverse_factor, row_factors
 
 _EXACT = 2e10  # multiplications of one round up to which rows are solved one by one
 _BLOCK = 128  # columns between two updates of all that follow
@@ -57,8 +58,7 @@ def elimination_path(
 
     ``weight``: [out, in per group, ...]. ``gram``: E[x x^T] of its inputs [groups, unknowns,
     unknowns]. ``sensitivity``: E[delta^2] of its outputs [out]. ``num_steps``: densities 1, 1 -
-    1/num_steps, ... 1/num_steps. ``pattern``: (n, m): of every m neighbours along the input
-    channels n stay; the path then ends there, in steps of its own.
+    1/num_steps, ... 1/num_steps; with a pattern (n, m) the path ends there, in steps of its own.
     """
     groups, unknowns = gram.shape[:2]
     start = weight.detach().reshape(groups, -1, unknowns).float()
@@ -156,11 +156,7 @@ def _sweeps(
     yield torch.ones_like(start, dtype=torch.bool), start
     order = layout.order().to(start.device)
     back = order.argsort()
-    factors = []
-    for matrix in curvature:
-        permuted = matrix[order][:, order].double()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-        factors.append(torch.linalg.cholesky(inverse, upper=True).float())
+    factors = [inverse_factor(matrix[order][:, order].double()).float() for matrix in curvature]
     for density in targets if layout.pattern is None else targets[-1:]:
         parts = [
             _sweep(w[:, order], factor, cost, layout.pattern, density)
@@ -180,7 +176,8 @@ def _sweep(
         block = slice(first, first + size)
         diagonal = factor.diagonal()[block]
         found = cost * (weights[:, block] / diagonal).square()
-        mask[:, block] = _highest(found, pattern, density)
+        n, m = pattern or (max(1, round(density * found.numel())), found.numel())
+        mask[:, block] = highest(found.reshape(-1, m), n).reshape(found.shape)
         errors = torch.zeros_like(found)
         for j in range(found.shape[1]):
             column = first + j
@@ -191,14 +188,3 @@ def _sweep(
         behind = first + found.shape[1]
         weights[:, behind:] -= errors @ factor[block, behind:]
     return mask, weights * mask
-
-
-def _highest(cost: Tensor, pattern: tuple[int, int] | None, density: float) -> Tensor:
-    kept = torch.zeros_like(cost, dtype=torch.bool)
-    if pattern is None:
-        best = cost.flatten().topk(max(1, round(density * cost.numel()))).indices
-        return kept.flatten().scatter_(0, best, True).reshape(cost.shape)
-    n, m = pattern
-    blocks = cost.reshape(-1, m)
-    kept = kept.reshape(-1, m).scatter_(1, blocks.topk(n, 1).indices, True)
-    return kept.reshape(cost.shape)

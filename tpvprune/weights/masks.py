@@ -25,17 +25,10 @@ def select_weights(
 ) -> dict[str, Tensor]:
     """Keep the highest scores; of equal ones, some, so that the budget is met exactly.
 
-    Args:
-        scores: By parameter name; bigger = keep.
-        keep: Fraction of the weights that stays, in (0, 1].
-        scope: What is ranked together: ``"global"`` all weights, ``"layer"`` those of one layer,
-            ``"row"`` those of one output (Wanda's choice).
-
-    Returns:
-        Masks, True = stays, in the shapes of the scores. Every layer keeps a weight at least.
-
-    Raises:
-        ValueError: If an argument is out of range or there is no score.
+    ``keep``: fraction of the weights that stays, in (0, 1]. ``scope``: what is ranked together:
+    ``"global"`` all weights, ``"layer"`` those of one layer, ``"row"`` those of one output (Wanda's
+    choice). Returns masks, True = stays, in the shapes of the scores; every layer keeps a weight at
+    least. ValueError if an argument is out of range or there is no score.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a fraction in (0, 1], found {keep}")
@@ -44,32 +37,23 @@ def select_weights(
     if not scores:
         raise ValueError("scores: expected weights to choose from, found none")
     if scope == "global":
+        sizes = [s.numel() for s in scores.values()]
         flat = torch.cat([s.flatten().double() for s in scores.values()])
-        for start, size in _spans(scores):
+        for part in flat.split(sizes):
             # An empty layer would cut the network: its best weight goes first.
-            flat[start + flat[start : start + size].argmax()] = math.inf
-        chosen = _highest(flat[None], keep)[0]
-        parts = chosen.split([s.numel() for s in scores.values()])
+            part[part.argmax()] = math.inf
+        parts = _best_share(flat[None], keep)[0].split(sizes)
         return {n: p.reshape(s.shape) for (n, s), p in zip(scores.items(), parts, strict=True)}
     rows = {n: s.reshape(1 if scope == "layer" else len(s), -1) for n, s in scores.items()}
-    return {n: _highest(r.double(), keep).reshape(scores[n].shape) for n, r in rows.items()}
+    return {n: _best_share(r.double(), keep).reshape(scores[n].shape) for n, r in rows.items()}
 
 
 def select_n_of_m(scores: Mapping[str, Tensor], *, pattern: str = "2:4") -> dict[str, Tensor]:
     """Keep the n highest scores of every m neighbours along the input channels.
 
     Hardware that skips zeros (NVIDIA's sparse tensor cores take 2:4) reads the weights of one
-    output and kernel entry in that order.
-
-    Args:
-        scores: By parameter name; bigger = keep.
-        pattern: ``"n:m"``, 0 < n < m.
-
-    Returns:
-        Masks; those of layers whose number of input channels m does not divide keep all.
-
-    Raises:
-        ValueError: If the pattern is not one.
+    output and kernel entry in that order. Returns masks; those of layers whose number of input
+    channels m does not divide keep all. ValueError if the pattern is not one.
     """
     n, m = pattern_of(pattern)
     masks = {}
@@ -78,30 +62,27 @@ def select_n_of_m(scores: Mapping[str, Tensor], *, pattern: str = "2:4") -> dict
             masks[name] = torch.ones_like(score, dtype=torch.bool)
             continue
         last = score.movedim(1, -1)
-        blocks = last.reshape(-1, m)
-        kept = torch.zeros_like(blocks, dtype=torch.bool)
-        kept.scatter_(1, blocks.topk(n, 1).indices, True)
-        masks[name] = kept.reshape(last.shape).movedim(-1, 1)
+        masks[name] = highest(last.reshape(-1, m), n).reshape(last.shape).movedim(-1, 1)
     return masks
 
 
 def pattern_of(pattern: str) -> tuple[int, int]:
-    """Read "n:m".
-
-    Args:
-        pattern: The text.
-
-    Returns:
-        (n, m).
-
-    Raises:
-        ValueError: If it is not of that form with 0 < n < m <= 1024.
-    """
+    """Read "n:m"; ValueError if it is not of that form with 0 < n < m <= 1024."""
     found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)
     n, m = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 0 < n < m <= 1024:
         raise ValueError(f"pattern: expected n:m with 0 < n < m, such as 2:4, found {pattern!r}")
     return n, m
+
+
+def highest(rows: Tensor, num: int) -> Tensor:
+    """Return a mask of the highest numbers, so many of each row [rows, n]."""
+    found = rows.topk(num, 1).indices
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, found, True)
+
+
+def _best_share(rows: Tensor, keep: float) -> Tensor:
+    return highest(rows, max(1, round(keep * rows.shape[1])))
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
@@ -122,14 +103,8 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Read what :func:`save_masks` wrote; no pickle is read.
 
-    Args:
-        path: The file, or the folder of a saved pruned model.
-
-    Returns:
-        BoolTensors by parameter name.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or not of this form.
+    ``path``: the file, or the folder of a saved pruned model. Returns BoolTensors by parameter
+    name. ValueError if the file is missing, damaged, or not of this form.
     """
     path = Path(path)
     path = path / MASK_FILE if path.is_dir() else path
@@ -160,20 +135,3 @@ def _unpacked(packed: Tensor, shape: object) -> Tensor:
         raise ValueError("another size than its shape")
     bits = (packed[:, None] & _BITS) != 0
     return bits.flatten()[:size].reshape(shape)
-
-
-# ---- small pieces ---------------------------------------------------------------------------
-
-
-def _spans(scores: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    spans, start = [], 0
-    for score in scores.values():
-        spans.append((start, score.numel()))
-        start += score.numel()
-    return spans
-
-
-def _highest(rows: Tensor, keep: float) -> Tensor:
-    kept = torch.zeros_like(rows, dtype=torch.bool)
-    num = max(1, round(keep * rows.shape[1]))
-    return kept.scatter_(1, rows.topk(num, 1).indices, True)

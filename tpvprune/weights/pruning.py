@@ -18,7 +18,7 @@ from tpvprune.passes.running import on_device
 from tpvprune.repairs.guard import facts, warnings_of
 from tpvprune.repairs.targets import blind_layers
 from tpvprune.weights.choice import joint_weight_masks
-from tpvprune.weights.masks import Scope, density, pattern_of, select_n_of_m, select_weights
+from tpvprune.weights.masks import density, pattern_of, select_n_of_m, select_weights
 from tpvprune.weights.repair import apply_masks, compensate_masked
 from tpvprune.weights.scores import WEIGHT_SCORERS, WeightScores
 
@@ -119,7 +119,11 @@ def prune_weights(
             options = {"num_probes": num_probes, "outputs": counted} if criterion == "tpv" else {}
             score = WEIGHT_SCORERS[criterion]
             scores = score(model, fit, ignore=ignore, seed=seed, **options)
-            masks = _select(scores, keep, pattern, scope)
+            masks = (
+                select_weights(scores, keep=keep, scope=scope)
+                if pattern is None
+                else select_n_of_m(scores, pattern=pattern)
+            )
     masked = apply_masks(model, masks)
     pruned = masked
     if repair == "compensate":
@@ -172,27 +176,18 @@ def prune_weights(
     return WeightPruningResult(pruned, masks, scores, report)
 
 
-def _select(
-    scores: WeightScores, keep: float, pattern: str | None, scope: Scope
-) -> dict[str, Tensor]:
-    if pattern is None:
-        return select_weights(scores, keep=keep, scope=scope)
-    return select_n_of_m(scores, pattern=pattern)
-
-
 def _costs(
     model: nn.Module, pruned: nn.Module, masks: Mapping[str, Tensor], x: Tensor
 ) -> dict[str, Any]:
     """Return dense and pruned costs; MACs count zeros too, as dense arithmetic does."""
-    macs, weights = count_macs(model, on_device(x[:1], model)), _total(masks)
+    macs = count_macs(model, on_device(x[:1], model))
     left = sum(int(m.sum()) for m in masks.values())
 
     def costs(of: nn.Module, weights: int) -> dict[str, int]:
-        nonzero = count_nonzero_params(of)
-        params = count_params(of)
+        params, nonzero = count_params(of), count_nonzero_params(of)
         return {"macs": macs, "params": params, "nonzero_params": nonzero, "weights": weights}
 
-    return {"dense": costs(model, weights), "pruned": costs(pruned, left)}
+    return {"dense": costs(model, _total(masks)), "pruned": costs(pruned, left)}
 
 
 def _total(masks: Mapping[str, Tensor]) -> int:

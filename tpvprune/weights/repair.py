@@ -39,22 +39,9 @@ def compensate_masked(
 ) -> nn.Module:
     """Return a copy of the model with masked weights zero and all others refitted.
 
-    Targets, order and intercepts are those of :func:`tpvprune.compensate_weights`: the dense
-    pre-activation, or at the end of a residual branch dense sum - repaired shortcut, on the inputs
-    that the layer sees in the repaired network.
-
-    Args:
-        dense: The network; untouched.
-        batches: Re-iterable of unlabeled inputs.
-        masks: BoolTensors by parameter name, True = stays.
-        ridge: Relative to the mean square of a layer's inputs, towards the dense weights.
-        rows_per_input: Sampled positions per unknown of a row ...
-        min_rows: ... but at least so many.
-        max_bytes: See :func:`tpvprune.compensate_weights`.
-        seed: Of the sampled positions.
-
-    Returns:
-        The repaired copy.
+    Targets, order, intercepts and arguments are those of :func:`tpvprune.compensate_weights`.
+    ``masks``: BoolTensors by parameter name, True = stays. ``ridge``: relative to the mean square
+    of a layer's inputs, towards the dense weights.
     """
 
     def constrain(name: str, weights: Tensor, curvature: Tensor) -> Tensor:
@@ -62,18 +49,9 @@ def compensate_masked(
         return weights if mask is None else masked_fit(weights, curvature, mask)
 
     repaired = refitted(
-        dense,
-        dense,
-        batches,
-        groups=None,
-        kept={},
-        ridge=ridge,
-        rows_per_input=rows_per_input,
-        min_rows=min_rows,
-        max_bytes=max_bytes,
-        seed=seed,
-        constrain=constrain,
-    )
+        dense, dense, batches, groups=None, kept={}, ridge=ridge, rows_per_input=rows_per_input,
+        min_rows=min_rows, max_bytes=max_bytes, seed=seed, constrain=constrain,
+    )  # fmt: skip
     _zero(repaired, masks)  # layers that no fit reached
     return repaired
 
@@ -95,13 +73,8 @@ def _zero(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def masked_fit(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
     """Return the weights nearest to given ones, in the metric of the curvature, under a mask.
 
-    Args:
-        weights: Unconstrained minimiser [groups, outputs, unknowns].
-        curvature: Positive definite [groups, unknowns, unknowns].
-        mask: True = stays; as many elements as ``weights``.
-
-    Returns:
-        Weights that are zero outside of the mask.
+    ``weights``: unconstrained minimiser [groups, outputs, unknowns]. ``curvature``: positive
+    definite [groups, unknowns, unknowns]. ``mask``: True = stays; as many elements as ``weights``.
     """
     mask = mask.reshape(weights.shape).to(weights.device)
     num_rows, unknowns = weights[..., 0].numel(), weights.shape[2]
@@ -120,15 +93,11 @@ def _exact(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
 
 
 def row_factors(curvature: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Factorise the curvature of what stays of every row, some rows at a time.
+    """Factorise the curvature [unknowns, unknowns] of what stays of every row, some rows at a time.
 
-    Args:
-        curvature: Positive definite [unknowns, unknowns].
-        mask: 1 = stays, 0 = goes; [rows, unknowns], in the type of the curvature.
-
-    Yields:
-        Which rows; their masks; Cholesky factors [rows, unknowns, unknowns] of the curvature on
-        what stays and the identity on what goes.
+    ``mask``: 1 = stays, 0 = goes; [rows, unknowns], in the type of the curvature. Yields which
+    rows; their masks; Cholesky factors [rows, unknowns, unknowns] of the curvature on what stays
+    and the identity on what goes.
     """
     step = max(1, _CHUNK // curvature.numel())
     for first, m in enumerate(mask.split(step)):
@@ -136,9 +105,14 @@ def row_factors(curvature: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor
         yield slice(first * step, (first + 1) * step), m, torch.linalg.cholesky(system)
 
 
+def inverse_factor(matrix: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
 def _by_columns(weights: Tensor, curvature: Tensor, mask: Tensor) -> Tensor:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = inverse_factor(curvature)
     fitted = weights.clone()
     for j in range(weights.shape[1]):
         error = fitted[:, j].masked_fill(mask[:, j], 0) / factor[j, j]

@@ -19,7 +19,7 @@ from tpvprune.passes.operations import function_name
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.patches import count_positions, patches_of, window_of
 from tpvprune.passes.running import evaluating, on_device
-from tpvprune.repairs.branches import Layer, Plan, layers_by_weight
+from tpvprune.repairs.branches import FITTED, Layer, Plan, arguments_first, layers_by_weight
 from tpvprune.scores.residuals import ridge_inverse
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 
@@ -28,14 +28,9 @@ WeightScores = Mapping[str, Tensor]
 
 
 def prunable_weights(model: nn.Module, *, ignore: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Return the weights of all convolutions and linear layers, by parameter name.
+    """Return the weights of all convolutions and linear layers, detached, by parameter name.
 
-    Args:
-        model: The network.
-        ignore: Layers that stay whole.
-
-    Returns:
-        The weights, detached; a weight that two layers share is there once.
+    A weight that two layers share is there once.
     """
     layers = [layer for layer in layers_by_weight(model).values() if layer.name not in set(ignore)]
     return {f"{layer.name}.weight": layer.module.weight.detach() for layer in layers}
@@ -44,17 +39,7 @@ def prunable_weights(model: nn.Module, *, ignore: Iterable[str] = ()) -> dict[st
 def magnitude_weight_scores(
     model: nn.Module, batches: Iterable[Any] = (), *, ignore: Iterable[str] = (), seed: int = 0
 ) -> dict[str, Tensor]:
-    """Score every weight by |w|; reads no input.
-
-    Args:
-        model: The network.
-        batches: Not read.
-        ignore: Layers that stay whole.
-        seed: Not used.
-
-    Returns:
-        Scores by parameter name.
-    """
+    """Score every weight by |w|; reads no input."""
     return {name: w.abs() for name, w in prunable_weights(model, ignore=ignore).items()}
 
 
@@ -65,23 +50,15 @@ def wanda_weight_scores(
 
     Source: Sun et al., A simple and effective pruning approach for large language models,
     ICLR 2024, https://arxiv.org/abs/2306.11695, equation 1. In a convolution x_j is the input that
-    one kernel entry sees.
-
-    Args:
-        model: The network.
-        batches: Re-iterable of unlabeled inputs.
-        ignore: Layers that stay whole.
-        seed: Of the sampled positions.
-
-    Returns:
-        Scores by parameter name.
+    one kernel entry sees. ``seed``: of the sampled positions.
     """
     weights = prunable_weights(model, ignore=ignore)
     scores = {}
     for name, gram in input_grams(model, batches, set(weights), seed=seed).items():
-        norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [groups, unknowns]
+        norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]  # [groups, 1, unknowns]
         w = weights[name]
-        scores[name] = (_grouped(w, len(gram)).abs() * norms[:, None].to(w)).reshape(w.shape)
+        grouped = w.reshape(len(gram), -1, norms.shape[2])
+        scores[name] = (grouped.abs() * norms.to(w)).reshape(w.shape)
     return scores
 
 
@@ -105,21 +82,10 @@ def tpv_weight_scores(
     the part of x_j that the other inputs of the row cannot predict, r_j = (P x)_j / P_jj,
     P = (E[x x^T] + lambda I)^-1 (compensated): what is left after they stood in.
 
-    Args:
-        model: The network; run in eval mode, restored afterwards.
-        batches: Re-iterable of unlabeled inputs.
-        compensated: Score what is left after the other weights of the row stood in.
-        num_probes: Directions per sample, >= 1.
-        ridge: lambda, relative to the mean square of the layer's inputs.
-        ignore: Layers that stay whole.
-        seed: Of directions and sampled positions.
-        outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
-
-    Returns:
-        Scores by parameter name, in squared output units.
-
-    Raises:
-        ValueError: If num_probes is below 1, or a score is not finite.
+    ``num_probes``: directions per sample, >= 1. ``ridge``: lambda, relative to the mean square of
+    the layer's inputs. ``seed``: of directions and sampled positions. ``outputs``: what counts of
+    what the model returns; see :func:`tpvprune.prune`. Returns scores by parameter name, in squared
+    output units. ValueError if num_probes is below 1, or a score is not finite.
     """
     if num_probes < 1:
         raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
@@ -129,34 +95,53 @@ def tpv_weight_scores(
     if compensated:
         grams = input_grams(model, inputs, set(weights), seed=seed)
         for name in list(grams):
-            maps[name] = torch.stack([_stand_in(g, ridge) for g in grams.pop(name)]).to(
-                weights[name]
-            )
+            found = torch.stack([_stand_in(g, ridge) for g in grams.pop(name)])
+            maps[name] = found.to(weights[name])
     sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
 
-    def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
-        sums[name] += _squares(found, weights[name], maps.get(name))
+    def squares(name: str, found: SampleGradients) -> Tensor:
+        gradients, stand_in = found.dense(), maps.get(name)
+        if stand_in is not None:
+            gradients = gradients.reshape(len(gradients), len(stand_in), -1, stand_in.shape[1])
+            gradients = gradients @ stand_in
+        return gradients.square().sum(0).double().reshape(weights[name].shape)
 
-    num_samples = sum(
-        sample_gradients(
-            model,
-            inputs,
-            collect,
-            num_probes=num_probes,
-            seed=seed,
-            only=list(weights),
-            outputs=outputs,
-        )
+    num = add_gradients(
+        model, inputs, sums, squares, num_probes=num_probes, seed=seed, outputs=outputs
     )
     scores = {}
     for name, w in weights.items():
-        scores[name] = w.double().square() * sums[name] / (num_samples * num_probes)
+        scores[name] = w.double().square() * sums[name] / num
         if not bool(scores[name].isfinite().all()):
             raise ValueError(
                 f"parameter {name!r}: expected finite scores, found NaN or infinity: check the "
                 "weights and the inputs"
             )
     return scores
+
+
+def add_gradients(
+    model: nn.Module,
+    inputs: Iterable[Tensor],
+    sums: dict[str, Tensor],
+    part: Callable[[str, SampleGradients], Tensor],
+    *,
+    num_probes: int,
+    seed: int,
+    outputs: Outputs | Chosen | None,
+) -> int:
+    """Add ``part(name, gradients)`` of all inputs and directions to the sum of each weight.
+
+    Returns of how many gradients the sums are: inputs times directions.
+    """
+
+    def collect(name: str, probe: int, samples: slice, found: SampleGradients) -> None:
+        sums[name] += part(name, found)
+
+    shown = sample_gradients(
+        model, inputs, collect, num_probes=num_probes, seed=seed, only=sums, outputs=outputs
+    )
+    return num_probes * sum(shown)
 
 
 WEIGHT_SCORERS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -177,49 +162,37 @@ def input_grams(
     max_positions: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Measure E[x x^T] of what every weight reads, over samples and sampled positions.
+    """Measure E[x x^T] of what every weight reads, over samples and positions drawn of each.
 
-    Args:
-        model: The network.
-        batches: Re-iterable of unlabeled inputs.
-        names: Parameter names of weights.
-        max_positions: At most so many positions of a sample are read.
-        seed: Of the positions.
-
-    Returns:
-        Parameter name -> [groups, unknowns, unknowns], float64.
+    Returns parameter name -> [groups, unknowns, unknowns], float64.
     """
-    watch = _InputGrams(layers_by_weight(model), names, max_positions, seed)
+    watch = _InputGrams(layers_by_weight(model), names)
     with evaluating(model), torch.no_grad():
-        for batch in unlabeled(batches):
+        for number, batch in enumerate(unlabeled(batches)):
             x = on_device(batch, model)
-            watch.plan = Plan(
-                len(x), 0, max_positions * len(x), seed + watch.num_batches, device=x.device
-            )
-            watch.num_batches += 1
+            watch.plan = Plan(len(x), 0, max_positions * len(x), seed + number, device=x.device)
             with watch:
                 model(x)
     return {name: gram / watch.num_rows[name] for name, gram in watch.sums.items()}
 
 
 class _InputGrams(TorchFunctionMode):
-    def __init__(
-        self, layers: dict[int, Layer], names: set[str], max_positions: int, seed: int
-    ) -> None:
+    plan: Plan
+
+    def __init__(self, layers: dict[int, Layer], names: set[str]) -> None:
         super().__init__()
-        self._layers, self._names = layers, names
+        self._layers = layers
         self._number = {name: number for number, name in enumerate(sorted(names))}
-        self.plan = Plan(1, 0, max_positions, seed)
         self.sums: dict[str, Tensor] = {}
         self.num_rows: dict[str, int] = {}
-        self.num_batches = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function_name(func) in {"linear", "conv1d", "conv2d"}:
-            layer = self._layers.get(id(args[1] if len(args) > 1 else kwargs.get("weight")))
-            if layer is not None and f"{layer.name}.weight" in self._names:
-                self._add(f"{layer.name}.weight", layer.module, args[0], window_of(args, kwargs))
+        if function_name(func) in FITTED:
+            x, weight = arguments_first(args, kwargs)[0][:2]
+            layer = self._layers.get(id(weight))
+            if layer is not None and f"{layer.name}.weight" in self._number:
+                self._add(f"{layer.name}.weight", layer.module, x, window_of(args, kwargs))
         return func(*args, **kwargs)
 
     def _add(self, name: str, module: Any, x: Tensor, window: Any) -> None:
@@ -235,17 +208,3 @@ def _stand_in(gram: Tensor, ridge: float) -> Tensor:
     """Return M [n, n] with (x M)_j the part of x_j that the others cannot predict."""
     precision = ridge_inverse(gram, ridge)
     return precision / precision.diagonal()
-
-
-def _squares(found: SampleGradients, weight: Tensor, stand_in: Tensor | None) -> Tensor:
-    """Return the sum over samples of squared gradients, in the weight's shape."""
-    gradients = found.dense()
-    if stand_in is not None:
-        gradients = gradients.reshape(len(gradients), len(stand_in), -1, stand_in.shape[1])
-        gradients = gradients @ stand_in
-    return gradients.square().sum(0).double().reshape(weight.shape)
-
-
-def _grouped(weight: Tensor, groups: int) -> Tensor:
-    """Return a weight as [groups, outputs per group, unknowns]."""
-    return weight.reshape(groups, len(weight) // groups, -1)
