@@ -69,8 +69,8 @@ def find_groups(
     check_not_compiled(model)
     computed = _computed_weights(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
-    known = dict(model.named_modules())
-    for name in ignore:
+    known, ignored = dict(model.named_modules()), tuple(ignore)
+    for name in ignored:
         if name not in known:
             raise ValueError(
                 f"ignore: expected the name of a module, found {name!r}; see named_modules()."
@@ -83,7 +83,7 @@ def find_groups(
         tracker = track(private, inputs)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
-    groups = _assemble(private, tracker, frozenset(ignore))
+    groups = _assemble(private, tracker, ignored)
     groups = with_batch_axes(private, groups, inputs)
     groups = with_blocked(groups, unseen(private, groups, inputs))
     groups = _fit_for_training(model, groups, tracker, inputs)
