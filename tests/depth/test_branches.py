@@ -294,6 +294,14 @@ def test_scores_depend_neither_on_batches_nor_on_others():
     assert alone["blocks.1"] == pytest.approx(whole["blocks.1"])
 
 
+def test_the_first_scores_of_a_model_are_those_of_the_second_call():
+    """Whether it takes channels-last images is asked once, by a forward that scores nothing."""
+    model = built()
+    branches = find_branches(model, X)
+    first = branch_scores(model, branches, [X])
+    assert branch_scores(model, branches, [X]) == first
+
+
 def test_an_embedding_added_to_a_batch_of_one_changes_no_score():
     model = timm.create_model("test_vit", num_classes=5).eval()
     x = torch.randn(3, 3, 160, 160)
