@@ -302,6 +302,31 @@ def test_the_first_scores_of_a_model_are_those_of_the_second_call():
     assert branch_scores(model, branches, [X]) == first
 
 
+class Patches(Net):
+    """Each position by itself through a branch, the patches of an image as if they were images."""
+
+    def __init__(self, num_patches):
+        super().__init__(num=1)
+        self.num_patches = num_patches
+        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x):
+        x = self.blocks(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
+        patches = x.reshape(len(x) * self.num_patches, -1, 6)
+        patches = patches + self.down(torch.relu(self.up(patches)))
+        return self.head(patches.reshape(x.shape).mean(1))
+
+
+def test_scores_are_by_image_where_a_branch_sees_patches():
+    models = [Patches(num).double().eval() for num in (1, 4)]
+    models[1].load_state_dict(models[0].state_dict())
+    whole, parts = (
+        branch_scores(model, find_branches(model, X), [X], compensated=False) for model in models
+    )
+    assert len(whole) == 2
+    assert parts == pytest.approx(whole)
+
+
 def test_an_embedding_added_to_a_batch_of_one_changes_no_score():
     model = timm.create_model("test_vit", num_classes=5).eval()
     x = torch.randn(3, 3, 160, 160)

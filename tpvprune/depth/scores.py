@@ -98,8 +98,9 @@ class _Watched:
         in.
         """
         grads = torch.autograd.grad(returned, self._added, v, retain_graph=True)
+        num = len(returned)  # of images: those of a branch may be patches, [B * P, ...]
         changes = [
-            torch.stack([(g * r).flatten(1).sum(1, dtype=torch.float64) for r in lost])
+            torch.stack([(g * r).reshape(num, -1).sum(1, dtype=torch.float64) for r in lost])
             for g, lost in zip(grads, self._lost, strict=True)
         ]
         return torch.stack(changes, 1)
