@@ -23,7 +23,7 @@ from coverage import MODELS
 from surveys import bounded, read_rows, relative_gap, write_rows
 
 from tpvprune.depth import Removal, find_branches, remove_branches
-from tpvprune.depth.additions import WithoutBranches
+from tpvprune.depth.additions import without_branches
 from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import find_groups
 
@@ -46,7 +46,7 @@ def survey(name: str, size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for branch in branches:
             removed = remove_branches(model, Removal.of(branches, [branch.name]), share=True)(x)
-            with WithoutBranches(model, [branch]):
+            with without_branches(model, [branch]):
                 gaps.append(relative_gap(removed, model(x)))
     groups = find_groups(model, x[:1], verify=False)
     shares = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tpvprune.depth import Removal, branch_scores, find_branches, remove_branches
-from tpvprune.depth.additions import WithoutBranches
+from tpvprune.depth.additions import without_branches
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -63,7 +63,7 @@ def test_blocks_that_leave_nothing_behind(way):
     assert removal == Removal(blocks=("blocks.1",))
     smaller = remove_branches(model, removal)
     assert list(smaller.blocks._modules) == ["0", "2"]
-    with WithoutBranches(model, [branches[1]]):
+    with without_branches(model, [branches[1]]):
         masked = model(X)
     torch.testing.assert_close(smaller(X), masked)
     assert len(model.blocks) == 3  # untouched
@@ -108,7 +108,7 @@ def test_timm_models(name, num, num_blocks):
     for branch in branches:
         smaller = remove_branches(model, Removal.of(branches, [branch.name]))
         x = torch.randn(2, 3, size, size)
-        with torch.no_grad(), WithoutBranches(model, [branch]):
+        with torch.no_grad(), without_branches(model, [branch]):
             masked = model(x)
         torch.testing.assert_close(smaller(x), masked, rtol=1e-3, atol=1e-4)
 
@@ -174,7 +174,7 @@ def test_layers_of_a_chain_go_with_their_norm_and_activation():
         going = [branches[i] for i in gone]
         removal = Removal.of(branches, [b.name for b in going])
         smaller = remove_branches(model, removal)
-        with torch.no_grad(), WithoutBranches(model, going):
+        with torch.no_grad(), without_branches(model, going):
             masked = model(X)
         torch.testing.assert_close(smaller(X), masked)
         left = {name for name, _ in smaller.named_parameters()}
@@ -205,7 +205,7 @@ def test_scores_of_layers_equal_the_variance_where_all_behind_is_linear():
     branches = find_branches(model, X)
     assert branches[-1].name == "last"
     scores = branch_scores(model, branches, [X[:2], X[2:]], compensated=False, num_probes=1)
-    with torch.no_grad(), WithoutBranches(model, [branches[-1]]):
+    with torch.no_grad(), without_branches(model, [branches[-1]]):
         changed = model(X)
     truth = (changed - model(X)).square().sum(1).mean()
     assert scores["last"] == pytest.approx(float(truth), rel=1e-6)
@@ -244,7 +244,7 @@ def test_scores_of_a_network_that_is_linear_in_its_branches():
     model.head = nn.Linear(6, 1).double()  # one output: every direction tells all
     branches = find_branches(model, X)
     scores = branch_scores(model, branches, [X[:2], X[2:]], compensated=False, num_probes=1)
-    with torch.no_grad(), WithoutBranches(model, [branches[-1]]):
+    with torch.no_grad(), without_branches(model, [branches[-1]]):
         changed = model(X)
     truth = (changed - model(X)).square().sum(1).mean()
     torch.testing.assert_close(scores["blocks.2"], float(truth.detach()))
@@ -292,6 +292,39 @@ def test_scores_depend_neither_on_batches_nor_on_others():
     assert parts == pytest.approx(whole)
     alone = branch_scores(model, branches[1:2], [X], compensated=False)
     assert alone["blocks.1"] == pytest.approx(whole["blocks.1"])
+
+
+def test_the_first_scores_of_a_model_are_those_of_the_second_call():
+    """Whether it takes channels-last images is asked once, by a forward that scores nothing."""
+    model = built()
+    branches = find_branches(model, X)
+    first = branch_scores(model, branches, [X])
+    assert branch_scores(model, branches, [X]) == first
+
+
+class Patches(Net):
+    """Each position by itself through a branch, the patches of an image as if they were images."""
+
+    def __init__(self, num_patches):
+        super().__init__(num=1)
+        self.num_patches = num_patches
+        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x):
+        x = self.blocks(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
+        patches = x.reshape(len(x) * self.num_patches, -1, 6)
+        patches = patches + self.down(torch.relu(self.up(patches)))
+        return self.head(patches.reshape(x.shape).mean(1))
+
+
+def test_scores_are_by_image_where_a_branch_sees_patches():
+    models = [Patches(num).double().eval() for num in (1, 4)]
+    models[1].load_state_dict(models[0].state_dict())
+    whole, parts = (
+        branch_scores(model, find_branches(model, X), [X], compensated=False) for model in models
+    )
+    assert len(whole) == 2
+    assert parts == pytest.approx(whole)
 
 
 def test_an_embedding_added_to_a_batch_of_one_changes_no_score():

@@ -345,6 +345,12 @@ def test_ignored_modules_are_left_whole(resnet):
         find_groups(model, torch.randn(1, 3, 32, 32), ignore=["nowhere"])
 
 
+def test_ignored_modules_may_come_one_by_one(resnet):
+    model, _ = resnet
+    groups = find_groups(model, torch.randn(1, 3, 32, 32), ignore=iter(["layer1"]), verify=False)
+    assert "layer1 is ignored on request" in {b.blocked for b in groups.blocked}
+
+
 def test_blocked_groups_disappear_from_every_record(resnet):
     model, groups = resnet
     fewer = with_blocked(groups, {"layer1.0.conv1": "for a test"})

@@ -8,7 +8,8 @@ from torch import nn
 from tpvprune.groups import find_groups
 from tpvprune.groups.tracing.fields import Atoms
 from tpvprune.groups.tracing.sizes import TracedInt, solve
-from tpvprune.groups.tracing.tracking import function_name, track
+from tpvprune.groups.tracing.tracking import track
+from tpvprune.passes.operations import function_name
 
 
 class Residual(nn.Module):

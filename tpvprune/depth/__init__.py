@@ -2,7 +2,7 @@
 
 A branch F of a sum x + F(x) is removed by leaving the sum x. ``branches`` finds and proves such
 branches by tracing, ``removal`` takes them out, ``scores`` says what the outputs lose with each,
-``order`` weighs that against what it saves, and ``choice`` says how many go.
+and ``choice`` weighs that against what it saves (``savings``) and says how many go.
 """
 
 from tpvprune.depth.branches import find_branches as find_branches

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tpvprune.depth.records import Branch
 from tpvprune.passes.operations import function_name
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
@@ -29,37 +26,31 @@ def is_addition(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class BranchMode(TorchFunctionMode):
-    """Sees every branch of a forward; :meth:`on_branch` may replace what it ends in.
+    """Shows every branch of one forward to ``see``, which may replace what it ends in.
 
-    One at a time: what it does to replace a sum, another one would take for additions.
+    ``see``: (branch, x, F(x)) -> what takes the place of x + F(x), or None for that itself. One
+    mode at a time: what it does to replace a sum, another one would take for additions.
     """
 
-    def __init__(self, model: nn.Module, branches: Sequence[Branch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        branches: Sequence[Branch],
+        see: Callable[[Branch, Tensor, Tensor], Tensor | None],
+    ) -> None:
         super().__init__()
-        self._model, self._number, self._is_inside = model, -1, False
+        self._model, self._see, self._number, self._is_inside = model, see, -1, False
         self._sums = {b.addition: b for b in branches if b.addition is not None}
         self._layers = [b for b in branches if b.addition is None]
         self._inputs: dict[str, Tensor] = {}
         self._hooks = ExitStack()
 
-    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
-        """Return what takes the place of x + F(x), or None for that itself.
-
-        ``added``: F(x), of a layer of a chain y - x.
-        """
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Count from the first again: another forward begins."""
-        self._number = -1
-
-    def __enter__(self) -> Self:
+    def __enter__(self) -> BranchMode:
         for branch in self._layers:
             first, last = (self._model.get_submodule(branch.modules[i]) for i in (0, -1))
-            enter = first.register_forward_pre_hook(partial(self._enter, branch))
-            leave = last.register_forward_hook(partial(self._leave, branch))
-            self._hooks.callback(enter.remove)
-            self._hooks.callback(leave.remove)
+            enter, leave = (partial(step, branch) for step in (self._enter, self._leave))
+            self._hooks.callback(first.register_forward_pre_hook(enter).remove)
+            self._hooks.callback(last.register_forward_hook(leave).remove)
         super().__enter__()
         return self
 
@@ -74,7 +65,7 @@ class BranchMode(TorchFunctionMode):
         x = self._inputs.pop(branch.name)
         self._is_inside = True  # these are no additions of the network
         try:
-            return self.on_branch(branch, x, y - x)
+            return self._see(branch, x, y - x)
         finally:
             self._is_inside = False
 
@@ -83,19 +74,15 @@ class BranchMode(TorchFunctionMode):
         if self._is_inside or not is_addition(func, args, kwargs):
             return func(*args, **kwargs)
         self._number += 1
-        branch = self._sums.get(self._number)
-        if branch is None:
-            return func(*args, **kwargs)
-        found = self.on_branch(branch, args[branch.identity], args[1 - branch.identity])
+        branch, found = self._sums.get(self._number), None
+        if branch is not None:
+            found = self._see(branch, args[branch.identity], args[1 - branch.identity])
         if found is None:
             return func(*args, **kwargs)
         # Of x += y the result is read, of x.add_(y) perhaps only x.
         return args[0].copy_(found) if func.__name__ == "add_" else found
 
 
-class WithoutBranches(BranchMode):
-    """While it is on, the network gives what it gives without some branches."""
-
-    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
-        """Return x of x + F(x)."""
-        return x.clone()
+def without_branches(model: nn.Module, branches: Sequence[Branch]) -> BranchMode:
+    """Return a mode in which the network gives what it gives without some branches."""
+    return BranchMode(model, branches, lambda _branch, x, _added: x.clone())

@@ -10,17 +10,17 @@ its place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.depth.additions import WithoutBranches
+from tpvprune.depth.additions import without_branches
 from tpvprune.depth.records import Branch, Removal
 from tpvprune.depth.removal import SEQUENCES, remove_branches
-from tpvprune.depth.trace import Addition, Trace, traced
+from tpvprune.depth.trace import Trace, traced
 from tpvprune.groups.verification import jittered
 from tpvprune.passes.operations import CONTRACTIONS
 from tpvprune.passes.outputs import Outputs
@@ -42,8 +42,9 @@ def find_branches(
     """
     trace = traced(model, on_device(x, model))
     candidates = list(_candidates(model, trace))
-    found = _innermost(candidates)
-    found += _layers(model, trace, frozenset().union(*(inside for _, inside in candidates)))
+    insides = [inside for _, inside in candidates]
+    found = [b for b, inside in candidates if not any(other < inside for other in insides)]
+    found += _layers(model, trace, frozenset().union(*insides))
     proof = _Proof(model, x, outputs)
     of_block: dict[str, list[Branch]] = defaultdict(list)
     for branch in found:
@@ -54,21 +55,17 @@ def find_branches(
         replace(b, name=b.block) for b in found if b.block in whole and len(of_block[b.block]) == 1
     ]
     taken = {b.block for b in blocks}
-    parts = {b.name: [replace(b, block=None)] for b in found if b.block not in taken}
-    proved = set(proof.holding(parts))
+    rest = [b for b in found if b.block not in taken]
+    proved = set(proof.holding({b.name: [replace(b, block=None)] for b in rest}))
     # A block goes as a whole where nothing of it is left.
     parted = {k for k in whole if all(b.name in proved for b in of_block[k])}
-    single = [
-        b if b.block in parted else replace(b, block=None)
-        for b in found
-        if b.name in proved and b.block not in taken
-    ]
+    single = [b if b.block in parted else replace(b, block=None) for b in rest if b.name in proved]
     return tuple(sorted([*blocks, *single], key=lambda b: b.end))
 
 
 def _candidates(model: nn.Module, trace: Trace) -> Iterator[tuple[Branch, frozenset[int]]]:
     """Yield sums of a tensor and what is computed from it alone, with the nodes of that."""
-    readers, ran = trace.readers(), _nodes_of(trace)
+    readers, ran = trace.readers(), trace.ran()
     for addition in trace.additions:
         for identity in (0, 1):
             start, end = addition.terms[identity], addition.terms[1 - identity]
@@ -80,21 +77,17 @@ def _candidates(model: nn.Module, trace: Trace) -> Iterator[tuple[Branch, frozen
             if not contractions or any(n not in modules for n in contractions):
                 continue
             names = tuple(dict.fromkeys(modules[n] for n in sorted(modules)))
-            block = _block_of(model, trace, addition)
+            around = reversed(trace.nodes[addition.node].modules)
+            block = next((name for name in around if _is_member(model, name)), None)
             name = modules[contractions[-1]]
-            dim = _channel_dim(trace, contractions[0])
+            dim = trace.nodes[contractions[0]].channel_dim
             yield Branch(name, block, names, addition.node, dim, addition.number, identity), inside
             break
 
 
-def _channel_dim(trace: Trace, contraction: int) -> int:
-    node = trace.nodes[contraction]
-    return len(node.shape) - 1 if node.name == "linear" else 1
-
-
 def _layers(model: nn.Module, trace: Trace, taken: frozenset[int]) -> list[Branch]:
     """Return layers that all lies behind: their outputs have the shape of their inputs."""
-    readers, ran = trace.readers(), _nodes_of(trace)
+    readers, ran = trace.readers(), trace.ran()
     sums = {addition.node for addition in trace.additions}
     found = []
     for number, node in enumerate(trace.nodes):
@@ -104,12 +97,14 @@ def _layers(model: nn.Module, trace: Trace, taken: frozenset[int]) -> list[Branc
         shape = trace.nodes[start].shape
         inside, best, last = {number}, dict[int, str](), number
         while True:
-            modules = _outermost(trace, frozenset(inside), ran)
+            modules = _outermost(trace, inside, ran)
             if len(modules) == len(inside) and trace.nodes[last].shape == shape:
                 best = modules
-            (after, *others) = [*readers[last], None]
-            ends = after is None or others != [None] or trace.nodes[after].inputs != {last}
-            if ends or after in sums or trace.nodes[after].name in CONTRACTIONS:
+            if len(readers[last]) != 1:
+                break
+            (after,) = readers[last]
+            then = trace.nodes[after]
+            if then.inputs != {last} or after in sums or then.name in CONTRACTIONS:
                 break
             inside.add(after)
             last = after
@@ -117,7 +112,7 @@ def _layers(model: nn.Module, trace: Trace, taken: frozenset[int]) -> list[Branc
             continue
         names = tuple(dict.fromkeys(best[n] for n in sorted(best)))
         members = tuple(name for name in names if _is_member(model, name))
-        dim = _channel_dim(trace, number)
+        dim = node.channel_dim
         found.append(Branch(best[number], None, names, max(best), dim, members=members))
     return found
 
@@ -132,15 +127,7 @@ def _is_member(model: nn.Module, name: str) -> bool:
     return bool(name) and isinstance(model.get_submodule(parent), SEQUENCES)
 
 
-def _nodes_of(trace: Trace) -> dict[str, set[int]]:
-    ran: dict[str, set[int]] = defaultdict(set)
-    for number, node in enumerate(trace.nodes):
-        for name in node.modules:
-            ran[name].add(number)
-    return ran
-
-
-def _outermost(trace: Trace, inside: frozenset[int], ran: dict[str, set[int]]) -> dict[int, str]:
+def _outermost(trace: Trace, inside: Set[int], ran: Mapping[str, set[int]]) -> dict[int, str]:
     """Find the largest modules that do nothing but what a branch does.
 
     Returns node -> module; nodes that lie in none are left out.
@@ -152,19 +139,6 @@ def _outermost(trace: Trace, inside: frozenset[int], ran: dict[str, set[int]]) -
                 found[number] = name
                 break
     return found
-
-
-def _block_of(model: nn.Module, trace: Trace, addition: Addition) -> str | None:
-    """Return the innermost member of a sequence of modules in which a sum is taken."""
-    for name in reversed(trace.nodes[addition.node].modules):
-        if _is_member(model, name):
-            return name
-    return None
-
-
-def _innermost(found: Sequence[tuple[Branch, frozenset[int]]]) -> list[Branch]:
-    """Return the branches that hold no other one."""
-    return [branch for branch, inside in found if not any(other < inside for _, other in found)]
 
 
 # ---- proof ----------------------------------------------------------------------------------
@@ -180,14 +154,13 @@ class _Proof:
     def __init__(self, model: nn.Module, x: Tensor, outputs: Outputs | None) -> None:
         self._outputs = outputs
         try:
-            self._start(model, x, torch.float64)
+            self._start(model, x, torch.float64, _TOLERANCE)
         except Exception:  # a norm in float32, a state made in the forward
-            self._start(model, x, torch.float32)
+            self._start(model, x, torch.float32, 100 * _TOLERANCE)
 
-    def _start(self, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    def _start(self, model: nn.Module, x: Tensor, dtype: torch.dtype, tolerance: float) -> None:
         self._model, self._x = jittered(model, dtype), x.detach().cpu().to(dtype)
-        self._tolerance = _TOLERANCE if dtype == torch.float64 else 100 * _TOLERANCE
-        self._whole = self._run(self._model)
+        self._tolerance, self._whole = tolerance, self._run(self._model)
 
     def holding(self, parts: Mapping[str, Sequence[Branch]]) -> list[str]:
         """Return which of several parts of the network, each of some branches, can go.
@@ -202,7 +175,7 @@ class _Proof:
 
     def _holds(self, gone: Sequence[Branch]) -> bool:
         """Tell whether the network without branches gives what it should."""
-        with WithoutBranches(self._model, gone):
+        with without_branches(self._model, gone):
             masked = self._run(self._model)
         removed = None
         with suppress(Exception):  # whatever a forward makes of modules that are not there

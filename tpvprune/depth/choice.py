@@ -1,29 +1,57 @@
-"""How many branches go: tried, as what a repair makes up for is known only behind it."""
+"""In which order branches go, and how many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
+from torch import Tensor, nn
+
+from tpvprune.depth.records import Branch
+from tpvprune.depth.scores import branch_scores
+
+_ROUNDS = 3  # of scores: what a branch is worth depends on which are gone
 _PARTS = 4  # of the range, at whose ends the first trials are
-
 
 Damage = tuple[float, float]  # how far beyond the budget, and the output variance
 
 
-def most_trials(most: int) -> int:
-    """Return how many numbers of branches are tried at most.
+def branch_order(
+    model: nn.Module,
+    branches: Sequence[Branch],
+    inputs: Sequence[Tensor],
+    savings: Mapping[str, float],
+    *,
+    most: int,
+    **options: Any,
+) -> tuple[list[Branch], dict[str, float]]:
+    """Rank branches by what the outputs lose with them for each unit of cost, anew on the way.
 
-    Returns the number; where the best one is near an end of the range fewer are.
+    ``savings``: name of the branch -> what its removal saves. Returns those that may go, the first
+    to go first; and the scores of all in the whole network.
     """
+    order: list[Branch] = []
+    first: dict[str, float] = {}
+    while len(order) < most:
+        left = [b for b in branches if b not in order]
+        scores = branch_scores(model, left, inputs, gone=order, **options)
+        first = first or scores
+        left.sort(key=lambda b: scores[b.name] / max(savings[b.name], 1e-12))
+        order += left[: min(most - len(order), -(-most // _ROUNDS))]
+    return order, first
+
+
+def most_trials(most: int) -> int:
+    """Return how many numbers of branches, up to ``most``, are tried at most."""
     return min(2 * _PARTS, most) + 1
 
 
 def best_depth(damage: Callable[[int], Damage], most: int) -> int:
     """Return the number of branches whose removal leaves the least damage.
 
-    First a few numbers all over the range are tried, then those between the best one and its
-    neighbours.
+    It is tried, as what a repair makes up for is known only behind it: first a few numbers all over
+    the range, then those between the best one and its neighbours.
 
     ``damage``: number of branches -> how far what is left exceeds the budget, which is then as
     small as it gets, and what is lost. Returns the number; where no trial meets the budget that

@@ -60,16 +60,15 @@ class Removal:
 
     def behind(self, earlier: Removal) -> Removal:
         """Return what left a network in two removals, this one the second."""
-        blocks = (*earlier.blocks, *self.blocks)
-        gone = tuple(f"{name}." for name in blocks)
+        gone = tuple(f"{name}." for name in (*earlier.blocks, *self.blocks))
 
-        def left(names: Sequence[str]) -> tuple[str, ...]:
+        def left(*names: str) -> tuple[str, ...]:
             return tuple(name for name in names if not name.startswith(gone))
 
         return Removal(
-            tuple(name for name in blocks if not name.startswith(gone)),
-            (*left(earlier.zeroed), *left(self.zeroed)),
-            (*left(earlier.passed), *left(self.passed)),
+            left(*earlier.blocks, *self.blocks),
+            left(*earlier.zeroed, *self.zeroed),
+            left(*earlier.passed, *self.passed),
         )
 
     @classmethod

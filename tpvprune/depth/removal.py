@@ -40,7 +40,7 @@ def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) 
     ``share``: whether the copy has the same parameters and buffers, not copies. ValueError if a
     module is not there, or a block is not a member of a sequence.
     """
-    check_removal(model, removal)
+    _check(model, removal)
     smaller = sharing_copy(model) if share else copy.deepcopy(model)
     for name in removal.blocks:
         parent, child = _parent(smaller, name)
@@ -52,8 +52,7 @@ def remove_branches(model: nn.Module, removal: Removal, *, share: bool = False) 
     return smaller
 
 
-def check_removal(model: nn.Module, removal: Removal) -> None:
-    """Check that what goes is there."""
+def _check(model: nn.Module, removal: Removal) -> None:
     modules = dict(model.named_modules())
     for name in removal.modules:
         if not name or name not in modules:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,10 @@ from torch import Tensor, nn
 from tpvprune.depth.records import Branch
 from tpvprune.groups import ChannelGroups
 from tpvprune.groups.budget import Budget, LatencyTable
+from tpvprune.passes.costs import synchronize
 from tpvprune.passes.running import evaluating
 
 _CALLS = 7  # of which the median counts, behind one to warm up
-
-
-def is_inside(name: str, modules: Collection[str]) -> bool:
-    """Tell whether a module, or parameter, is one of these modules or inside of one."""
-    return any(name == m or name.startswith(f"{m}.") for m in modules)
-
-
-def modules_of(branch: Branch) -> tuple[str, ...]:
-    """Return the names of the modules that leave with a branch."""
-    is_block = branch.name == branch.block
-    return (branch.name,) if is_block else branch.modules
 
 
 def branch_savings(
@@ -50,18 +41,14 @@ def branch_savings(
     else:
         amounts = [(name, float(size)) for name, size in groups.param_sizes.items()]
     return {
-        b.name: sum(amount for name, amount in amounts if is_inside(name, modules_of(b)))
-        for b in branches
+        b.name: sum(amount for name, amount in amounts if _leaves_with(b, name)) for b in branches
     }
 
 
 def table_without(
     table: LatencyTable, branches: Sequence[Branch], milliseconds: Mapping[str, float]
 ) -> LatencyTable:
-    """Return the times of the layers of a network without branches.
-
-    Returns a table without their layers; what else they took is no longer in the constant.
-    """
+    """Return a table without the layers of branches, nor what else they took in the constant."""
     layers, constant = dict(table.layers), table.constant_ms
     for branch in branches:
         own = _layers_of(branch, table)
@@ -72,8 +59,17 @@ def table_without(
     return replace(table, layers=layers, constant_ms=max(constant, 0.0))
 
 
+def _modules_of(branch: Branch) -> tuple[str, ...]:
+    return (branch.name,) if branch.name == branch.block else branch.modules
+
+
+def _leaves_with(branch: Branch, name: str) -> bool:
+    """Tell whether a module, or parameter, is one of those of a branch or inside of one."""
+    return any(name == m or name.startswith(f"{m}.") for m in _modules_of(branch))
+
+
 def _layers_of(branch: Branch, table: LatencyTable) -> list[str]:
-    return [name for name in table.layers if is_inside(name, modules_of(branch))]
+    return [name for name in table.layers if _leaves_with(branch, name)]
 
 
 def _layer_ms(table: LatencyTable, name: str) -> float:
@@ -83,17 +79,14 @@ def _layer_ms(table: LatencyTable, name: str) -> float:
 
 @torch.no_grad()
 def _milliseconds(model: nn.Module, branches: Sequence[Branch], x: Tensor) -> dict[str, float]:
-    """Time the modules of each branch in calls of the whole network.
-
-    Returns name of the branch -> median.
-    """
+    """Time the modules of each branch in calls of the whole network; return medians."""
     took: dict[str, list[float]] = defaultdict(list)
     with evaluating(model), _timed(model, branches, took, x.device):
         for _ in range(_CALLS + 1):
             model(x)
     found = {}
     for b in branches:
-        calls = zip(*(took[name][-_CALLS:] for name in modules_of(b) if took[name]), strict=True)
+        calls = zip(*(took[name][-_CALLS:] for name in _modules_of(b) if took[name]), strict=True)
         found[b.name] = statistics.median(map(sum, calls))
     return found
 
@@ -105,23 +98,18 @@ def _timed(
     started: dict[str, float] = {}
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return 1000 * time.perf_counter()
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def begin(*_: Any) -> None:
-            started[name] = now()
+    def begin(name: str, *_: Any) -> None:
+        started[name] = now()
 
-        def end(*_: Any) -> None:
-            took[name].append(now() - started[name])
-
-        return begin, end
+    def end(name: str, *_: Any) -> None:
+        took[name].append(now() - started[name])
 
     with ExitStack() as stack:
-        for name in {name for b in branches for name in modules_of(b)}:
+        for name in {name for b in branches for name in _modules_of(b)}:
             module = model.get_submodule(name)
-            begin, end = hooks(name)
-            stack.callback(module.register_forward_pre_hook(begin).remove)
-            stack.callback(module.register_forward_hook(end).remove)
+            stack.callback(module.register_forward_pre_hook(partial(begin, name)).remove)
+            stack.callback(module.register_forward_hook(partial(end, name)).remove)
         yield

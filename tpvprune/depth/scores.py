@@ -9,7 +9,7 @@ branches in the same passes. Nothing has to stand in: the smaller of both counts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ def branch_scores(
     with evaluating(model), frozen(model), torch.enable_grad():
         for batch in inputs:
             x = fast_layout(on_device(batch.detach(), model), model).requires_grad_()
-            with _Watched(model, branches, gone, maps) as watched:
+            watched = _Watched(frozenset(b.name for b in gone), maps)
+            with BranchMode(model, [*branches, *gone], watched.see):
                 returned = counted.joined(model(x), len(x))
             directions = probe_directions(returned, "logits", num_probes, generator)
             changes = [watched.changes(returned, v) for v in directions]
@@ -68,48 +69,39 @@ def branch_scores(
 Map = tuple[Tensor, Tensor]  # A [C, C], c [C]: x A + c
 
 
-class _Watched(BranchMode):
-    """Knows what the branches add, and what of it no map of x predicts; others are gone."""
+class _Watched:
+    """What the branches of one forward add, and what of it no map of x predicts."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        branches: Sequence[Branch],
-        gone: Sequence[Branch],
-        maps: Mapping[str, Map],
-    ) -> None:
-        super().__init__(model, [*branches, *gone])
-        self._gone = {b.name for b in gone}
-        self._maps = maps
+    def __init__(self, gone: Collection[str], maps: Mapping[str, Map]) -> None:
+        self._gone, self._maps = gone, maps
         self._added: list[Tensor] = []
-        self._left: list[tuple[Tensor, ...]] = []
+        self._lost: list[list[Tensor]] = []
 
-    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+    def see(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor:
         if branch.name in self._gone:
             return x.clone()
         added = added.clone()
-        whole = added.detach()
+        lost = [added.detach()]
+        if branch.name in self._maps:
+            change, shift = self._maps[branch.name]
+            rows = x.detach().movedim(branch.channel_dim, -1)
+            predicted = rows @ change.to(rows) + shift.to(rows)
+            lost.append(added.detach() - predicted.movedim(-1, branch.channel_dim))
         self._added.append(added)
-        self._left.append((whole, *(whole - part for part in self._predicted(branch, x.detach()))))
+        self._lost.append(lost)
         return x + added
 
-    def _predicted(self, branch: Branch, x: Tensor) -> list[Tensor]:
-        if branch.name not in self._maps:
-            return []
-        change, shift = self._maps[branch.name]
-        rows = x.movedim(branch.channel_dim, -1)
-        return [(rows @ change.to(rows) + shift.to(rows)).movedim(-1, branch.channel_dim)]
-
     def changes(self, returned: Tensor, v: Tensor) -> Tensor:
-        """Return how the outputs change along v without each branch.
+        """Return how the outputs [B, K] change along v without each branch.
 
-        ``returned``: the outputs [B, K]. ``v``: directions [B, K]. Returns [1 or 2, branches, B]:
-        without it, and with what stands in.
+        ``v``: directions [B, K]. Returns [1 or 2, branches, B]: without it, and with what stands
+        in.
         """
         grads = torch.autograd.grad(returned, self._added, v, retain_graph=True)
+        num = len(returned)  # of images: those of a branch may be patches, [B * P, ...]
         changes = [
-            torch.stack([(g * r).flatten(1).sum(1, dtype=torch.float64) for r in left])
-            for g, left in zip(grads, self._left, strict=True)
+            torch.stack([(g * r).reshape(num, -1).sum(1, dtype=torch.float64) for r in lost])
+            for g, lost in zip(grads, self._lost, strict=True)
         ]
         return torch.stack(changes, 1)
 
@@ -125,39 +117,26 @@ def _stand_ins(
 
     Returns name of the branch -> map.
     """
-    rows = _Rows(model, branches, gone, torch.Generator().manual_seed(seed))
-    with evaluating(model), torch.no_grad():
-        for batch in inputs:
-            rows.restart()
-            with rows:
-                model(fast_layout(on_device(batch, model), model))
-    fits = {name: problem.solve() for name, problem in rows.problems.items()}
-    return {name: (fit.change[0], fit.intercept[0, 0]) for name, fit in fits.items()}
+    generator = torch.Generator().manual_seed(seed)
+    problems = {b.name: LeastSquares(free=True) for b in branches}
 
-
-class _Rows(BranchMode):
-    """Feeds the least squares problem of each branch; others are gone."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        branches: Sequence[Branch],
-        gone: Sequence[Branch],
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(model, [*branches, *gone])
-        self._generator = generator
-        self.problems = {b.name: LeastSquares(free=True) for b in branches}
-
-    def on_branch(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
-        if branch.name not in self.problems:
+    def see(branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        if branch.name not in problems:
             return x.clone()
         x, added = (t.movedim(branch.channel_dim, -1) for t in (x, added))
         x, added = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, added))
         held = torch.arange(len(x)) % _HELD == _HELD - 1
-        num = min(x.shape[1], _ROWS_PER_IMAGE)
-        picked = torch.randperm(x.shape[1], generator=self._generator)[:num].to(x.device)
+        picked = torch.randperm(x.shape[1], generator=generator)[:_ROWS_PER_IMAGE].to(x.device)
         for judge in (False, True):
             rows = (t[held == judge][:, picked].flatten(0, 1)[None] for t in (x, added))
-            self.problems[branch.name].add(*rows, held=judge)
+            problems[branch.name].add(*rows, held=judge)
         return None
+
+    with evaluating(model), torch.no_grad():
+        for batch in inputs:
+            # Before: what asks whether a model takes this layout runs it.
+            x = fast_layout(on_device(batch, model), model)
+            with BranchMode(model, [*branches, *gone], see):
+                model(x)
+    fits = {name: problem.solve() for name, problem in problems.items()}
+    return {name: (fit.change[0], fit.intercept[0, 0]) for name, fit in fits.items()}

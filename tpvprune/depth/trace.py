@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,15 +34,17 @@ class Node:
     modules: tuple[str, ...]
     shape: tuple[int, ...]
 
+    @property
+    def channel_dim(self) -> int:
+        """Of what a convolution or linear layer returned."""
+        return len(self.shape) - 1 if self.name == "linear" else 1
+
 
 @dataclass(frozen=True)
 class Addition:
-    """A sum of two tensors of one shape: the nodes of it and of its terms.
+    """A sum of two tensors of one shape: the nodes of it and of its terms."""
 
-    ``number`` counts the additions of any two tensors in a forward.
-    """
-
-    number: int
+    number: int  # of the additions of any two tensors in a forward
     node: int
     terms: tuple[int, int]
 
@@ -63,6 +65,14 @@ class Trace:
                 found[read].add(number)
         return found
 
+    def ran(self) -> dict[str, set[int]]:
+        """List, for each module, what ran in it."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for number, node in enumerate(self.nodes):
+            for name in node.modules:
+                found[name].add(number)
+        return found
+
     def is_narrow(self, number: int) -> bool:
         """Tell whether all that is computed after a node is computed from it alone."""
         return all(read >= number for node in self.nodes[number + 1 :] for read in node.inputs)
@@ -73,28 +83,27 @@ class Trace:
         Empty where it is computed from anything before ``start`` besides, or not from ``start``.
         """
         inside: set[int] = set()
-        waiting, reached = [end], False
+        waiting = [end]
         while waiting:
             number = waiting.pop()
-            if number < start:
-                return frozenset()
-            reached |= number == start
-            if number != start and number not in inside:
+            if number not in inside:
                 inside.add(number)
-                waiting += self.nodes[number].inputs
-        return frozenset(inside) if reached else frozenset()
+                waiting += self.nodes[number].inputs if number > start else ()
+        return frozenset(inside - {start}) if min(inside) == start else frozenset()
 
 
 @torch.no_grad()
 def traced(model: nn.Module, x: Tensor) -> Trace:
-    """Follow a forward of a network, in eval mode.
-
-    ``x``: inputs [B, ...].
-    """
+    """Follow a forward of a network on ``x`` [B, ...], in eval mode."""
     recorder = _Recorder(x)
-    with evaluating(model):
+    with evaluating(model), ExitStack() as hooks:
         model(x)  # what it computes once and keeps, such as a table of positions, is there then
-        with recorder.watching(model), recorder:
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(partial(recorder.enter, name))
+            leave = module.register_forward_hook(recorder.leave, always_call=True)
+            hooks.callback(enter.remove)
+            hooks.callback(leave.remove)
+        with recorder:
             model(x)
     return recorder.trace
 
@@ -108,44 +117,30 @@ class _Recorder(TorchFunctionMode):
         self._modules: list[str] = []
         self._num_additions = 0
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know which modules run."""
-        with ExitStack() as stack:
-            for name, module in model.named_modules():
-                enter = module.register_forward_pre_hook(partial(self._enter, name))
-                leave = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
-            yield
-
-    def _enter(self, name: str, *_: Any) -> None:
+    def enter(self, name: str, *_: Any) -> None:
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
         self._modules.append(name)
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self, *_: Any) -> None:
         self._modules.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = [self._node_of.get(id(t)) for t in flatten((args, kwargs))]
-        terms = [self._node_of.get(id(t)) for t in args[:2]]
-        adds = is_addition(func, args, kwargs)
+        nodes, read = self.trace.nodes, [self._node_of.get(id(t)) for t in flatten((args, kwargs))]
         out = func(*args, **kwargs)
         inputs = frozenset(n for n in read if n is not None)
-        made = [t for t in flatten(out) if isinstance(t, Tensor)] if out is not None else []
+        made = [t for t in flatten(out) if isinstance(t, Tensor)]
         if inputs and made:
             for t in made:
                 self._alive.append(t)
-                self._node_of[id(t)] = len(self.trace.nodes)
+                self._node_of[id(t)] = len(nodes)
             shape = tuple(made[0].shape)
-            node = Node(function_name(func), inputs, tuple(self._modules), shape)
-            self.trace.nodes.append(node)
-        if adds:
-            left, right = terms
+            nodes.append(Node(function_name(func), inputs, tuple(self._modules), shape))
+        if is_addition(func, args, kwargs):
+            left, right = read
             is_one_shape = args[0].shape == args[1].shape
             if left is not None and right is not None and left != right and is_one_shape:
-                number = len(self.trace.nodes) - 1
-                self.trace.additions.append(Addition(self._num_additions, number, (left, right)))
+                addition = Addition(self._num_additions, len(nodes) - 1, (left, right))
+                self.trace.additions.append(addition)
             self._num_additions += 1
         return out

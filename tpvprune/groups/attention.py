@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache, reduce
 from typing import TypeGuard
 
 import torch
@@ -27,11 +28,9 @@ class UnfusedAttention(nn.MultiheadAttention):
         nn.Module.__init__(self)  # no fused weights
         self.head_dim, self.batch_first = fused.head_dim, fused.batch_first
         self.dropout = fused.dropout
-        if fused.in_proj_weight is not None:
-            weights = fused.in_proj_weight.chunk(3)
-        else:
-            weights = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
-        bias = fused.in_proj_bias
+        weight, bias = fused.in_proj_weight, fused.in_proj_bias
+        own = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
+        weights = own if weight is None else weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         self.q, self.k, self.v = map(_linear, weights, biases)
         self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)  # type: ignore[assignment]
@@ -74,7 +73,7 @@ class UnfusedAttention(nn.MultiheadAttention):
             layer(t).unflatten(-1, (-1, self.head_dim)).movedim(dim, 0).transpose(1, 2)
             for layer, t in zip((self.q, self.k, self.v), (query, key, value), strict=True)
         )
-        mask = _joined(attn_mask, key_padding_mask, len(q), q)
+        mask = _joined(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -107,25 +106,16 @@ def unfuse_attention(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     if _can_be_unfused(copied):
         return UnfusedAttention(copied)
-    replaced: dict[nn.Module, nn.Module] = {}  # one that is used twice stays one
+    unfused = cache(UnfusedAttention)  # one that is used twice stays one
     for module in list(copied.modules()):
         for name, child in module._modules.items():
             if child is not None and _can_be_unfused(child):
-                if child not in replaced:
-                    replaced[child] = UnfusedAttention(child)
-                module._modules[name] = replaced[child]
+                module._modules[name] = unfused(child)
     return copied
 
 
 def fused_attention(model: nn.Module) -> list[str]:
-    """Return the names of the modules that :func:`unfuse_attention` would replace.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Qualified names.
-    """
+    """Return the qualified names of the modules that :func:`unfuse_attention` would replace."""
     return [name for name, module in model.named_modules() if _can_be_unfused(module)]
 
 
@@ -144,19 +134,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _joined(pairs: Tensor | None, keys: Tensor | None, num: int, like: Tensor) -> Tensor | None:
+def _joined(pairs: Tensor | None, keys: Tensor | None, q: Tensor) -> Tensor | None:
     """Return what is added to the products, of a shape that [B, heads, L, S] is made of."""
-    found = []
+    masks = []
     if pairs is not None:
-        split = pairs.ndim == 3
-        found.append(_added(pairs.unflatten(0, (num, -1)) if split else pairs, like))
+        masks.append(pairs.unflatten(0, (len(q), -1)) if pairs.ndim == 3 else pairs)
     if keys is not None:
-        found.append(_added(keys.reshape(num, 1, 1, -1), like))
-    return sum(found[1:], start=found[0]) if found else None
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """Return a mask of what is left out, or of what is added, as the latter."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+        masks.append(keys.reshape(len(q), 1, 1, -1))
+    added = [  # what is left out becomes what is added
+        torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m
+        for m in masks
+    ]
+    return reduce(torch.add, added) if added else None

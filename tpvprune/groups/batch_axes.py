@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from tpvprune.passes.observer import Observer
 from tpvprune.passes.running import evaluating
 
 _SMALL = 1e-4  # of the largest change: rounding, not what the image says
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -31,10 +35,11 @@ def with_batch_axes(
     readers = {r.call: r for g in groups for r in g.readers}
     first, second, *others = _four(inputs[0])
     with evaluating(model):
-        one = {call: a.shape for call, a in _read(model, set(readers), first).items()}
-        pair = _read(model, set(readers), torch.cat([first, second]))
+        one = _read(model, set(readers), first, lambda _, a: a.shape)
+        # Cloned: it may be overwritten.
+        pair = _read(model, set(readers), torch.cat([first, second]), lambda _, a: a.clone())
         moved = [
-            _changes(model, pair, torch.cat(images))
+            _read(model, set(readers), torch.cat(images), partial(_changes, pair))
             for images in ((others[0], second), (first, others[1]))
         ]
     axes: dict[int, BatchAxis] = {}
@@ -65,27 +70,13 @@ def with_batch_axes(
     return with_blocked(replace(groups, groups=placed), blocked)
 
 
-def _changes(
-    model: nn.Module, pair: dict[int, Tensor], x: Tensor
-) -> dict[int, tuple[Tensor, ...] | None]:
-    """Return for each call and dimension of what it reads which entries differ from ``pair``.
-
-    None where there is another number of them, or none.
-    """
-    found: dict[int, tuple[Tensor, ...] | None] = {}
-
-    def see(call: int, a: Tensor) -> None:
-        if call not in pair or a.shape != pair[call].shape or not a.numel():
-            found[call] = None
-            return
-        size = (a - pair[call]).abs()
-        changed = size > _SMALL * size.max()
-        dims = range(a.ndim)
-        found[call] = tuple(changed.any(tuple(d for d in dims if d != dim)) for dim in dims)
-
-    with Observer(set(pair), see):
-        model(x)
-    return found
+def _changes(pair: dict[int, Tensor], call: int, a: Tensor) -> tuple[Tensor, ...] | None:
+    """Return for each dimension which entries differ; None for another number of them, or none."""
+    if call not in pair or a.shape != pair[call].shape or not a.numel():
+        return None
+    size = (a - pair[call]).abs()
+    changed, dims = size > _SMALL * size.max(), range(a.ndim)
+    return tuple(changed.any(tuple(d for d in dims if d != dim)) for dim in dims)
 
 
 def _four(x: Tensor) -> list[Tensor]:
@@ -103,12 +94,14 @@ def _four(x: Tensor) -> list[Tensor]:
     return images
 
 
-def _read(model: nn.Module, calls: set[int], x: Tensor) -> dict[int, Tensor]:
-    """Return what each call reads."""
-    found: dict[int, Tensor] = {}
+def _read(
+    model: nn.Module, calls: set[int], x: Tensor, note: Callable[[int, Tensor], T]
+) -> dict[int, T]:
+    """Return what is noted of that which each call reads."""
+    found: dict[int, T] = {}
 
     def see(call: int, a: Tensor) -> None:
-        found[call] = a.clone()  # it may be overwritten
+        found[call] = note(call, a)
 
     with Observer(calls, see):
         model(x)

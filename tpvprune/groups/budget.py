@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +161,9 @@ def check_budget(keep: float, of: object) -> None:
         raise ValueError(f"of: expected 'macs', 'params' or a latency table, found {of!r}.")
 
 
+_Shares = tuple[float, dict[str, list[float]]]  # what is fixed, group -> what is left at each width
+
+
 class CostModel:
     """Exact cost as a function of the widths, given the order in which channels leave.
 
@@ -169,40 +173,34 @@ class CostModel:
     """
 
     def __init__(self, groups: ChannelGroups, of: Budget, orders: Mapping[str, Tensor]) -> None:
-        self.sizes = {g.name: g.num_channels for g in groups}
-        self.constant = 0.0
-        # (function of the shares, [(fixed share, {group: share left at each width})])
-        self.terms: list[tuple[Term, list[tuple[float, dict[str, list[float]]]]]] = []
-        self.by_group: dict[str, list[int]] = {name: [] for name in self.sizes}
+        self._constant = 0.0
+        self._terms: list[Callable[[Mapping[str, int]], float]] = []
+        self._by_group: dict[str, list[Callable[[Mapping[str, int]], float]]] = defaultdict(list)
         for function, axes in _entries(groups, of):
             factors = [_shares(axis, orders) for axis in axes]
-            if not any(axis.members for axis in axes):
-                self.constant += function([1.0] * len(axes))
+            names = {n for _, shares in factors for n in shares}
+            if not names:
+                self._constant += function([1.0] * len(axes))
                 continue
-            for name in {n for _, shares in factors for n in shares}:
-                self.by_group[name].append(len(self.terms))
-            self.terms.append((function, factors))
-
-    def term(self, i: int, widths: Mapping[str, int]) -> float:
-        """Return the cost of one call or parameter."""
-        function, factors = self.terms[i]
-        return function(
-            [
-                fixed + sum(share[widths[n]] for n, share in shares.items())
-                for fixed, shares in factors
-            ]
-        )
+            self._terms.append(partial(_at, function, factors))
+            for name in names:
+                self._by_group[name].append(self._terms[-1])
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Return the cost of the whole network."""
-        return self.constant + sum(self.term(i, widths) for i in range(len(self.terms)))
+        return self._constant + sum(term(widths) for term in self._terms)
 
     def of_group(self, name: str, widths: Mapping[str, int]) -> float:
         """Return the cost of everything that depends on one group."""
-        return sum(self.term(i, widths) for i in self.by_group[name])
+        return sum(term(widths) for term in self._by_group[name])
 
 
-def _shares(axis: Axis, orders: Mapping[str, Tensor]) -> tuple[float, dict[str, list[float]]]:
+def _at(function: Term, factors: Sequence[_Shares], widths: Mapping[str, int]) -> float:
+    """Return the cost of one call or parameter."""
+    return function([f + sum(s[widths[n]] for n, s in shares.items()) for f, shares in factors])
+
+
+def _shares(axis: Axis, orders: Mapping[str, Tensor]) -> _Shares:
     owned, shares = 0, {}
     for name, _, channel in axis.members:
         counts = torch.bincount(channel, minlength=len(orders[name]))

@@ -73,32 +73,26 @@ def fold_weights(model: nn.Module) -> nn.Module:
 
 
 def folded_if_equal(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
-    """Return a model with its computed weights folded, if that leaves what it returns.
+    """Return a model with its computed weights folded, if that leaves what it returns for ``x``.
 
-    Args:
-        model: Any module; untouched.
-        x: Inputs [B, ...] to compare with.
-
-    Returns:
-        The folded copy, or the argument where nothing is to be folded or outputs would differ; and
-        what is to be said of it, a line at most.
+    Returns the folded copy, or the argument where nothing is to be folded or outputs would differ;
+    and what is to be said of it, a line at most.
     """
     names = computed_weights(model)
     if not names:
         return model, []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    which = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
     folded = fold_weights(model)
     with evaluating(model, folded), torch.no_grad():
         gap = float(relative_gap(folded(x), model(x)))
     if not gap <= _EQUAL:
         return model, [
-            f"{names[0]}{more}: computed from other parameters, and left so: folded, the outputs "
-            f"would differ by {gap:.1e} (relative)"
+            f"{which}: computed from other parameters, and left so: folded, the outputs would "
+            f"differ by {gap:.1e} (relative)"
         ]
     return folded, [
-        f"{names[0]}{more}: computed from other parameters (weight_norm, spectral_norm or the "
-        "like), and folded into plain ones with equal outputs: of the dense model fold_weights "
-        "makes the same"
+        f"{which}: computed from other parameters (weight_norm, spectral_norm or the like), and "
+        "folded into plain ones with equal outputs: of the dense model fold_weights makes the same"
     ]
 
 
@@ -130,9 +124,8 @@ def _drop_parametrizations(module: nn.Module) -> None:
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     for name, value in values.items():
-        if originals[name]:
-            trains = any(p.requires_grad for p in originals[name])
-            setattr(module, name, nn.Parameter(value, trains))
+        if found := originals[name]:
+            setattr(module, name, nn.Parameter(value, any(p.requires_grad for p in found)))
         else:
             module.register_buffer(name, value)
 

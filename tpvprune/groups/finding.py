@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,10 +30,10 @@ from tpvprune.groups.records import (
     Reader,
     with_blocked,
 )
-from tpvprune.groups.tracing.fields import varying
+from tpvprune.groups.tracing.fields import FIXED, varying
 from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
-from tpvprune.groups.verification import verify_groups
+from tpvprune.groups.verification import on_cpu, verify_groups
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.running import check_not_compiled, clear_caches
 
@@ -69,8 +69,8 @@ def find_groups(
     check_not_compiled(model)
     computed = _computed_weights(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
-    known = dict(model.named_modules())
-    for name in ignore:
+    known, ignored = dict(model.named_modules()), tuple(ignore)
+    for name in ignored:
         if name not in known:
             raise ValueError(
                 f"ignore: expected the name of a module, found {name!r}; see named_modules()."
@@ -78,19 +78,12 @@ def find_groups(
     # On the CPU in single precision, whatever the model is in: labels live there.
     private = copy.deepcopy(model).eval().cpu().float()
     clear_caches(private)
-    inputs = tuple(
-        i.detach().cpu().float()
-        if isinstance(i, Tensor) and i.is_floating_point()
-        else i.cpu()
-        if isinstance(i, Tensor)
-        else i
-        for i in inputs
-    )
+    inputs = on_cpu(inputs, torch.float32)
     try:
         tracker = track(private, inputs)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"the model does not run on the example inputs: {error}") from error
-    groups = _assemble(private, tracker, frozenset(ignore))
+    groups = _assemble(private, tracker, ignored)
     groups = with_batch_axes(private, groups, inputs)
     groups = with_blocked(groups, unseen(private, groups, inputs))
     groups = _fit_for_training(model, groups, tracker, inputs)
@@ -104,21 +97,19 @@ def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
 
     ValueError if hooks compute it: such modules cannot be copied.
     """
+    reason = "its weight is computed: find the groups of what tpvprune.fold_weights(model) returns"
     found = []
     for name in computed_weights(model):
-        layer = name.rpartition(".")[0]
-        weight = getattr(model.get_submodule(layer), name.rpartition(".")[2])
-        if not parametrize.is_parametrized(model.get_submodule(layer)):
+        path, _, key = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if not parametrize.is_parametrized(layer):
             raise ValueError(
                 f"{name}: expected a parameter, found one that a hook computes: "
                 "pass what tpvprune.fold_weights(model) returns"
             )
+        weight = getattr(layer, key)
         if weight.ndim:
-            reason = (
-                "its weight is computed: find the groups of what tpvprune.fold_weights(model) "
-                "returns"
-            )
-            found.append(ChannelGroup(layer, len(weight), (), (), blocked=reason))
+            found.append(ChannelGroup(path, len(weight), (), (), blocked=reason))
     return found
 
 
@@ -141,28 +132,29 @@ def _fit_for_training(
         with torch.random.fork_rng(devices=[]):
             training = track(copy.deepcopy(model).cpu().float().train(), twice)
     except Exception as error:
-        first = str(error).strip().splitlines()[:1]
+        first = str(error).strip().partition("\n")[0]
         note = (
             f"{min(idle)} does not run in evaluation mode, and the forward of training mode fails "
-            f"on the example inputs ({type(error).__name__}: {first[0] if first else ''}): the "
-            "pruned model may not train"
+            f"on the example inputs ({type(error).__name__}: {first}): the pruned model may not "
+            "train"
         )
         return replace(groups, notes=(*groups.notes, note))
     read = {
         root: call.module
         for call in training.calls
         if call.module in idle and call.read is not None
-        for root in training.find_all(call.read).tolist()
+        for root in training.roots(call.read).tolist()
         if root
     }
     reasons = {}
     for group in groups:
-        roots = (
-            training.find_all(training.param_atoms[part.param, part.dim]).tolist()
+        readers = {
+            read[root]
             for part in group.slices
             if part.side == "producer" and (part.param, part.dim) in training.param_atoms
-        )
-        readers = {read[root] for found in roots for root in found if root in read}
+            for root in training.roots(training.param_atoms[part.param, part.dim]).tolist()
+            if root in read
+        }
         if readers:
             reasons[group.name] = f"is read by {min(readers)}, which runs in training mode only"
     return with_blocked(groups, reasons)
@@ -205,58 +197,40 @@ def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 # ---- from atoms to groups -------------------------------------------------------------------
 
 
-class _Units:
-    """Assigns every component of atoms to a (group, channel)."""
+_Key = tuple[str, int]  # parameter, dimension
 
-    def __init__(self, tracker: Tracker, ignore: frozenset[str]) -> None:
-        self.owner: dict[int, tuple[str, int]] = {}  # atom representative -> group, channel
+
+class _Units:
+    """Which (group, channel) every component of atoms is; the size of each group."""
+
+    def __init__(self, tracker: Tracker, ignore: Collection[str]) -> None:
+        self._tracker = tracker
+        self.owner: dict[int, tuple[str, int]] = {}  # by the representative of the component
         self.reason: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
-        roots = {key: tracker.find_all(a) for key, a in tracker.param_atoms.items()}
-        self.roots = roots
-        producers = [k for k in tracker.param_atoms if k in tracker.producers]
-        order = {call.module: i for i, call in reversed(list(enumerate(tracker.calls)))}
-        producers.sort(key=lambda k: order.get(k[0].rpartition(".")[0], len(order)))
-        self._connect(tracker, producers, ignore)
-
-    def _connect(
-        self, tracker: Tracker, producers: list[tuple[str, int]], ignore: frozenset[str]
-    ) -> None:
-        """Put components that share a producing layer into one group."""
-        clusters: list[tuple[set[int], list[tuple[str, int]]]] = []
-        for key in producers:
-            mine = set(self.roots[key].tolist()) - {0}
-            touching = [c for c in clusters if c[0] & mine]
-            first = touching[0] if touching else (set(), [])
-            if not touching:
-                clusters.append(first)
-            first[0].update(mine)
-            first[1].append(key)
-            for other in touching[1:]:
-                first[0].update(other[0])
-                first[1].extend(other[1])
-                clusters.remove(other)
-        for atoms, keys in clusters:
+        pinned = tracker.atoms.pinned
+        roots = {key: tracker.roots(a).tolist() for key, a in tracker.param_atoms.items()}
+        for atoms, keys in _clusters(tracker, roots):
             name = keys[0][0].rpartition(".")[0]
             if name in self.sizes:  # two independent outputs of one module
                 name = keys[0][0]
-            ordered = dict.fromkeys(r for k in keys for r in self.roots[k].tolist() if r in atoms)
-            free = [r for r in ordered if r not in tracker.pinned]
-            ignored = next((i for k in keys for i in ignore if _inside(k[0], i)), None)
-            if ignored is not None:
-                self.reason[name] = f"{ignored} is ignored on request"
+            ordered = dict.fromkeys(r for k in keys for r in roots[k] if r in atoms)
+            free = [r for r in ordered if r not in pinned]
+            ignored = (i for k in keys for i in ignore if k[0].startswith(f"{i}."))
+            if (module := next(ignored, None)) is not None:
+                self.reason[name] = f"{module} is ignored on request"
             elif not free:
-                self.reason[name] = tracker.pinned[next(iter(ordered))]
+                self.reason[name] = pinned[next(iter(ordered))]
             elif len(free) == 1:
                 self.reason[name] = "has a single unit, which must stay"
             members = free or list(ordered)
             self.sizes[name] = len(members)
             self.owner.update({r: (name, c) for c, r in enumerate(members)})
 
-    def axis(self, tracker: Tracker, atoms: Tensor) -> Axis:
+    def axis(self, atoms: Tensor) -> Axis:
         """Return the owners of an array of atoms [n]."""
         members: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for i, root in enumerate(tracker.find_all(atoms).tolist()):
+        for i, root in enumerate(self._tracker.roots(atoms).tolist()):
             if root in self.owner:
                 name, channel = self.owner[root]
                 members[name][0].append(i)
@@ -267,107 +241,107 @@ class _Units:
         )
 
 
-def _inside(param: str, module: str) -> bool:
-    return param.startswith(module + ".")
+def _clusters(
+    tracker: Tracker, roots: Mapping[_Key, list[int]]
+) -> list[tuple[set[int], list[_Key]]]:
+    """Return the components that share a producing layer, with these, in network order."""
+    order = {call.module: i for i, call in reversed(list(enumerate(tracker.calls)))}
+    producers = [k for k in tracker.param_atoms if k in tracker.producers]
+    producers.sort(key=lambda k: order.get(k[0].rpartition(".")[0], len(order)))
+    clusters: list[tuple[set[int], list[_Key]]] = []
+    for key in producers:
+        mine = set(roots[key]) - {0}
+        touching = [c for c in clusters if c[0] & mine]
+        if not touching:
+            clusters.append((mine, [key]))
+            continue
+        (atoms, keys), *others = touching
+        atoms.update(mine, *(other for other, _ in others))
+        keys += [key, *(k for _, theirs in others for k in theirs)]
+        clusters = [c for c in clusters if c not in others]
+    return clusters
 
 
-def _assemble(model: nn.Module, tracker: Tracker, ignore: frozenset[str]) -> ChannelGroups:
-    units = _Units(tracker, ignore)
-    consumers = tracker.consumers
+def _assemble(model: nn.Module, tracker: Tracker, ignore: Collection[str]) -> ChannelGroups:
+    units, coupling = _Units(tracker, ignore), tracker.coupling
     slices: dict[str, list[ParamSlice]] = defaultdict(list)
     param_axes: dict[str, list[tuple[int, Axis]]] = defaultdict(list)
+    consumed = tracker.consumers - tracker.producers
     for (param, dim), atoms in tracker.param_atoms.items():
-        axis = units.axis(tracker, atoms)
+        axis = units.axis(atoms)
         if axis.members:
             param_axes[param].append((dim, axis))
         for name, index, channel in axis.members:
-            side: Literal["producer", "consumer"] = (
-                "consumer"
-                if (param, dim) in consumers and (param, dim) not in tracker.producers
-                else "producer"
-            )
+            side: Literal["producer", "consumer"]
+            side = "consumer" if (param, dim) in consumed else "producer"
             slices[name].append(ParamSlice(param, dim, index, channel, side))
     readers: dict[str, list[Reader]] = defaultdict(list)
     for call in tracker.calls:
         if call.read is None or call.ordinal is None:
             continue
-        for name, index, channel in units.axis(tracker, call.read).members:
-            readers[name].append(
-                Reader(call.ordinal, call.module, call.channel_dim, index, channel)
-            )
-    heads = set(tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.head_atoms])).tolist())
-    conv_groups = set(
-        tracker.find_all(torch.cat([torch.zeros(1).long(), *tracker.conv_group_atoms])).tolist()
-    )
-    kinds = {units.owner[r][0]: "conv group" for r in conv_groups if r in units.owner}
-    kinds.update({units.owner[r][0]: "head" for r in heads if r in units.owner})
-    found = [
+        for name, index, channel in units.axis(call.read).members:
+            reader = Reader(call.ordinal, call.module, call.channel_dim, index, channel)
+            readers[name].append(reader)
+    kinds: dict[str, str] = {}
+    for kind, lines in (("conv group", tracker.conv_group_atoms), ("head", tracker.head_atoms)):
+        owned = units.axis(torch.cat([FIXED, *lines]))
+        kinds.update({name: kind for name, _, _ in owned.members})
+    found = tuple(
         ChannelGroup(
             name, size, tuple(slices[name]), tuple(readers[name]), kinds.get(name, "channel")
         )
         for name, size in units.sizes.items()
-    ]
-    reasons = dict(units.reason)
-    reasons.update(
-        {
-            g.name: "no layer reads its channels"
-            for g in found
-            if not g.readers and g.name not in reasons
-        }
     )
+    unread = {g.name: "no layer reads its channels" for g in found if not g.readers}
     groups = ChannelGroups(
-        groups=tuple(found),
+        groups=found,
         blocked=(),
         costs=tuple(
-            CallCost(c.module, c.macs, tuple(units.axis(tracker, f) for f in c.factors))
-            for c in tracker.calls
+            CallCost(c.module, c.macs, tuple(map(units.axis, c.factors))) for c in tracker.calls
         ),
         param_axes={p: tuple(a) for p, a in param_axes.items()},
         param_sizes={n: p.numel() for n, p in model.named_parameters()},
-        norms={i: units.axis(tracker, line) for i, _, line in tracker.coupling.norms()},
+        norms={i: units.axis(line) for i, _, line in coupling.lines(coupling.norms)},
         mixers=_mixers(tracker, units),
         sizes=_size_rules(tracker, units),
-        standardised=tuple(units.axis(tracker, line) for line in tracker.coupling.standardised()),
+        standardised=tuple(
+            units.axis(line) for _, _, line in coupling.lines(coupling.standardised)
+        ),
         output_axes=_output_axes(tracker, units),
         pads=tuple(
-            Pad(p.module, units.axis(tracker, p.front), units.axis(tracker, p.back))
-            for p in tracker.pads
+            Pad(module, units.axis(front), units.axis(back)) for module, front, back in tracker.pads
         ),
     )
-    return with_blocked(groups, reasons)
+    return with_blocked(groups, unread | units.reason)
 
 
 def _output_axes(tracker: Tracker, units: _Units) -> dict[str, tuple[int, Axis]]:
     """Return who owns the channels of a module's output, where they lie along one dimension."""
     found = {}
     for module, out in tracker.outputs.items():
-        lines = {}
-        for field_ in tracker.labels(out):
-            dims = varying(field_)
-            if len(dims) == 1:
-                lines[dims[0]] = units.axis(tracker, field_.reshape(-1))
-        owned = {dim: axis for dim, axis in lines.items() if axis.members}
-        if len(owned) == 1 and len(lines) == len(tracker.labels(out)):
-            found[module] = next(iter(owned.items()))
+        fields = tracker.labels(out)
+        lines = {varying(f)[0]: units.axis(f.reshape(-1)) for f in fields if len(varying(f)) == 1}
+        owned = [(dim, axis) for dim, axis in lines.items() if axis.members]
+        if len(owned) == 1 and len(lines) == len(fields):
+            found[module] = owned[0]
     return found
 
 
 def _mixers(tracker: Tracker, units: _Units) -> dict[int, tuple[tuple[int, Axis], ...]]:
     found: dict[int, list[tuple[int, Axis]]] = defaultdict(list)
-    for ordinal, dim, line in tracker.coupling.mixers():
-        found[ordinal].append((dim, units.axis(tracker, line)))
+    for ordinal, dim, line in tracker.coupling.lines(tracker.coupling.mixers):
+        found[ordinal].append((dim, units.axis(line)))
     return {i: tuple(axes) for i, axes in found.items()}
 
 
 def _size_rules(tracker: Tracker, units: _Units) -> tuple[SizeRule, ...]:
     def with_axis(size: AxisSize) -> AxisSize:
-        atoms = tracker.coupling.axis_atoms(size.number)
-        return AxisSize(size.number, units.axis(tracker, atoms))
+        return replace(size, axis=units.axis(tracker.coupling.axis_atoms(size.number)))
 
     rules = {
-        (u.expression, tuple(u.atoms.tolist())): SizeRule(
-            substitute(u.expression, with_axis), units.axis(tracker, u.atoms)
+        (expression, tuple(line.tolist())): SizeRule(
+            substitute(expression, with_axis), units.axis(line)
         )
-        for u in tracker.coupling.uses()
+        for expression, line in tracker.coupling.uses()
     }
     return tuple(rules.values())

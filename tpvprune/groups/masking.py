@@ -22,14 +22,11 @@ class MaskedChannels(TorchFunctionMode):
 
     def __init__(self, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._masks: dict[int, tuple[int, Tensor]] = {}
-        axes: dict[int, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
+        self._gone: dict[int, tuple[int, list[Tensor]]] = {}
         for group in groups:
             for r in group.readers if group.name in kept else ():
                 gone = r.index[~kept[group.name].cpu()[r.channel]]
-                axes.setdefault(r.call, (r.channel_dim, []))[1].append((gone, gone))
-        for call, (dim, parts) in axes.items():
-            self._masks[call] = (dim, torch.cat([g for g, _ in parts]))
+                self._gone.setdefault(r.call, (r.channel_dim, []))[1].append(gone)
         self._norms = {i: m for i, a in groups.norms.items() if not (m := a.kept(kept)).all()}
         self._mixers = {
             i: found
@@ -42,20 +39,19 @@ class MaskedChannels(TorchFunctionMode):
         kwargs = kwargs or {}
         name = function_name(func)
         if name in CONTRACTIONS:
-            if self._calls in self._masks:
-                dim, gone = self._masks[self._calls]
-                args = (args[0].index_fill(dim, gone.to(args[0].device), 0), *args[1:])
-            self._calls += 1
+            call, self._calls = self._calls, self._calls + 1
+            if call in self._gone:
+                dim, parts = self._gone[call]
+                gone = torch.cat(parts).to(args[0].device)
+                args = (args[0].index_fill(dim, gone, 0), *args[1:])
         elif name in NORMS:
-            self._num_norms += 1
-            if self._num_norms - 1 in self._norms:
-                return _restricted_norm(func, self._norms[self._num_norms - 1], args, kwargs)
+            call, self._num_norms = self._num_norms, self._num_norms + 1
+            if call in self._norms:
+                return _restricted_norm(func, self._norms[call], args, kwargs)
         elif name in MIXERS:
-            self._num_mixers += 1
-            if self._num_mixers - 1 in self._mixers:
-                return _restricted_mixer(
-                    name, func, self._mixers[self._num_mixers - 1], args, kwargs
-                )
+            call, self._num_mixers = self._num_mixers, self._num_mixers + 1
+            if call in self._mixers:
+                return _restricted_mixer(name, func, self._mixers[call], args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -84,9 +80,8 @@ def _restricted_mixer(
             x = x.index_fill(dim, (~mask).nonzero().squeeze(1).to(x.device), 0)
         return func(*args[:place], x, *args[place + 1 :], **kwargs)
     x, *rest = args
-    size = list(x.shape)
-    for dim, mask in parts:
-        index = mask.nonzero().squeeze(1).to(x.device)
+    kept = [(dim, mask.nonzero().squeeze(1).to(x.device), len(mask)) for dim, mask in parts]
+    for dim, index, _ in kept:
         x = x.index_select(dim, index)
         if name == "group_norm":
             rest = [r[index] if isinstance(r, Tensor) else r for r in rest]
@@ -94,9 +89,8 @@ def _restricted_mixer(
     out = func(x, *rest, **kwargs)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         return out
-    for dim, mask in reversed(parts):
+    for dim, index, size in reversed(kept):
         shape = list(out.shape)
-        shape[dim] = size[dim]
-        index = mask.nonzero().squeeze(1).to(x.device)
+        shape[dim] = size
         out = out.new_zeros(shape).index_copy(dim, index, out)
     return out

@@ -27,23 +27,19 @@ def unseen(
     """
     readers = sorted({r.call for g in groups for r in g.readers})
     read: dict[int, Tensor] = {}
-
-    def see(call: int, a: Tensor) -> None:
-        read[call] = a
-
     moving = tuple(
         i.clone().requires_grad_() if isinstance(i, Tensor) and i.is_floating_point() else i
         for i in inputs
     )
     sizes = {len(i) for i in moving if isinstance(i, Tensor) and i.ndim}
     try:
-        with evaluating(model), frozen(model), torch.enable_grad(), Observer(set(readers), see):
-            found = {
-                name: t
+        observer = Observer(set(readers), read.__setitem__)
+        with evaluating(model), frozen(model), torch.enable_grad(), observer:
+            counted = [
+                t.sum()
                 for name, t in named_outputs(model(*moving))
-                if any(is_of_images(t, size) for size in sizes)
-            }
-            counted = [t.sum() for name, t in found.items() if names is None or name in names]
+                if any(is_of_images(t, size) for size in sizes) and (names is None or name in names)
+            ]
             graph = [call for call in readers if call in read and read[call].requires_grad]
             grads = torch.autograd.grad(counted, [read[call] for call in graph], allow_unused=True)
     except (RuntimeError, IndexError):  # no graph, or no real outputs: others say so

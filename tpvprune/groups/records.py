@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -50,14 +51,9 @@ class Reader:
     batch: BatchAxis | None = None
 
     def by_channel(self, t: Tensor, num: int) -> Tensor:
-        """View an input of the call, or the gradient of it, as [L, n, P].
+        """View an input of the call on ``num`` images, or its gradient, as [L, n, P].
 
-        Args:
-            t: Of ``num`` images.
-            num: How many.
-
-        Returns:
-            Channels before positions; the L of one image are adjacent.
+        Channels come before positions; the L of one image are adjacent.
         """
         return by_channel(t, self.channel_dim, num, self.batch)
 
@@ -113,13 +109,10 @@ class ChannelGroups:
     standardised: tuple[Axis, ...] = ()
     output_axes: Mapping[str, tuple[int, Axis]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    # No argument: `dataclasses.replace` would hand the dictionary on to the copy.
-    _by_name: dict[str, ChannelGroup] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
 
-    def __post_init__(self) -> None:
-        self._by_name.update({g.name: g for g in self.groups})
+    @cached_property
+    def _by_name(self) -> dict[str, ChannelGroup]:
+        return {g.name: g for g in self.groups}
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)
@@ -160,12 +153,7 @@ class ChannelGroups:
 def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
     """Return the same groups with those named in ``reasons`` left whole.
 
-    Args:
-        groups: Groups of a model.
-        reasons: Group name -> why it cannot be pruned.
-
-    Returns:
-        New groups; nothing refers to the blocked ones any more.
+    ``reasons``: group name -> why it cannot be pruned. Nothing refers to those any more.
     """
     if not reasons:
         return groups
@@ -176,20 +164,19 @@ def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGr
     def strip_size(size: AxisSize) -> AxisSize:
         return replace(size, axis=None if size.axis is None else strip(size.axis))
 
-    return ChannelGroups(
+    gone = (replace(g, blocked=reasons[g.name]) for g in groups if g.name in reasons)
+    return replace(
+        groups,
         groups=tuple(g for g in groups if g.name not in reasons),
-        blocked=groups.blocked
-        + tuple(replace(g, blocked=reasons[g.name]) for g in groups if g.name in reasons),
-        costs=tuple(replace(c, axes=tuple(strip(a) for a in c.axes)) for c in groups.costs),
+        blocked=(*groups.blocked, *gone),
+        costs=tuple(replace(c, axes=tuple(map(strip, c.axes))) for c in groups.costs),
         param_axes={p: tuple((d, strip(a)) for d, a in ax) for p, ax in groups.param_axes.items()},
-        param_sizes=groups.param_sizes,
         norms={i: strip(a) for i, a in groups.norms.items()},
         mixers={i: tuple((d, strip(a)) for d, a in ax) for i, ax in groups.mixers.items()},
         sizes=tuple(
             SizeRule(substitute(r.expression, strip_size), strip(r.axis)) for r in groups.sizes
         ),
         pads=tuple(replace(p, front=strip(p.front), back=strip(p.back)) for p in groups.pads),
-        standardised=tuple(strip(a) for a in groups.standardised),
+        standardised=tuple(map(strip, groups.standardised)),
         output_axes={m: (d, strip(a)) for m, (d, a) in groups.output_axes.items()},
-        notes=groups.notes,
     )

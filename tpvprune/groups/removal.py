@@ -55,16 +55,22 @@ def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
     attributes = solve(groups.sizes, kept, small)
     owners = _owners(small)
     for name, axes in groups.param_axes.items():
+        path, _, key = name.rpartition(".")
         for dim, axis in axes:
             mask = axis.kept(kept)
             if not mask.all():
-                _take(small, name, dim, mask.nonzero().squeeze(1), owners)
+                tensor = getattr(small.get_submodule(path), key)
+                index = mask.nonzero().squeeze(1).to(tensor.device)
+                _put(tensor, tensor.detach().index_select(dim, index), owners)
     _refresh_attributes(small)
     for attribute, value in attributes.items():
         set_attribute(small, attribute, value)
     clear_caches(small)
     for pad in groups.pads:
-        _refresh_pad(small.get_submodule(pad.module), pad.front, pad.back, kept)
+        module = small.get_submodule(pad.module)
+        for key, axis in (("front", pad.front), ("back", pad.back)):
+            if isinstance(vars(module).get(key), int):
+                setattr(module, key, int(axis.kept(kept).sum()))
     return small
 
 
@@ -92,14 +98,9 @@ def restore_empty(
 
 def _least(groups: ChannelGroups) -> Iterator[tuple[Axis, int]]:
     """Yield the axes that must not become too short, and how many positions they need."""
-    for axes in groups.param_axes.values():
-        for _, axis in axes:
-            yield axis, 1
-    for rule in groups.sizes:
-        if rule.axis.members:
-            yield rule.axis, 1
-    for axis in groups.standardised:
-        yield axis, min(2, axis.size)
+    yield from ((axis, 1) for axes in groups.param_axes.values() for _, axis in axes)
+    yield from ((rule.axis, 1) for rule in groups.sizes if rule.axis.members)
+    yield from ((axis, min(2, axis.size)) for axis in groups.standardised)
 
 
 def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
@@ -160,15 +161,11 @@ def shrink_to(
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"expected a parameter or buffer of the model, found {name!r}.")
-        if tuple(tensors[name].shape) != tuple(shape):
-            old = tensors[name]
+        old, new = tensors[name], tuple(shape)
+        if tuple(old.shape) != new:
             # Buffers that no state_dict holds are constant along channels: a slice is their value.
-            part = old.detach()[tuple(slice(n) for n in shape)].clone()
-            _put(
-                old,
-                part if tuple(part.shape) == tuple(shape) else part.new_empty(tuple(shape)),
-                owners,
-            )
+            part = old.detach()[tuple(slice(n) for n in new)].clone()
+            _put(old, part if tuple(part.shape) == new else part.new_empty(new), owners)
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for key, value in values.items():
@@ -199,19 +196,10 @@ def _owners(model: nn.Module) -> _Owners:
     return owners
 
 
-def _take(model: nn.Module, name: str, dim: int, index: Tensor, owners: _Owners) -> None:
-    path, _, key = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), key)
-    _put(tensor, tensor.detach().index_select(dim, index.to(tensor.device)), owners)
-
-
 def _put(old: Tensor, value: Tensor, owners: _Owners) -> None:
     """Replace a parameter or buffer, also where it is shared with another module."""
-    new = (
-        nn.Parameter(value, requires_grad=old.requires_grad)
-        if isinstance(old, nn.Parameter)
-        else value
-    )
+    is_parameter = isinstance(old, nn.Parameter)
+    new = nn.Parameter(value, old.requires_grad) if is_parameter else value
     held = owners.pop(id(old), [])
     for table, key in held:
         table[key] = new
@@ -233,9 +221,8 @@ def _refresh_attributes(model: nn.Module) -> None:
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             stats = weight if weight is not None else module.running_mean
             module.num_features = module.num_features if stats is None else len(stats)
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
-            if isinstance(weight, Tensor):
-                module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+        elif hasattr(module, "normalized_shape") and isinstance(weight, Tensor):
+            module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
         elif isinstance(module, nn.GroupNorm) and weight is not None:
             module.num_channels = len(weight)  # num_groups is set by a rule of sizes
         elif isinstance(module, nn.Embedding):
@@ -260,12 +247,6 @@ def _refresh_conv(conv: Any) -> None:
         conv.in_channels, conv.out_channels = first, second * conv.groups
         return
     conv.out_channels, conv.in_channels = first, second * conv.groups
-
-
-def _refresh_pad(module: Any, front: Axis, back: Axis, kept: Mapping[str, Tensor]) -> None:
-    for key, axis in (("front", front), ("back", back)):
-        if isinstance(vars(module).get(key), int):
-            setattr(module, key, int(axis.kept(kept).sum()))
 
 
 def _is_plain(value: Any) -> bool:

@@ -40,10 +40,10 @@ def _batch_norm(norm: BatchNormCall) -> Tensor:
     dims = [d for d in range(x.ndim) if d != 1]
     shape = (1, -1, *[1] * (x.ndim - 2))
     num = total(x.numel() / x.shape[1])
-    mean = _over_all(x.sum(dims)) / num
+    mean: Tensor = _Sum.apply(x.sum(dims)) / num
     centred = x - mean.reshape(shape)
     # Two rounds: the difference of two large sums would lose the variance to rounding.
-    var = _over_all(centred.square().sum(dims)) / num
+    var: Tensor = _Sum.apply(centred.square().sum(dims)) / num
     if norm.running_mean is not None and norm.running_var is not None:
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
@@ -53,11 +53,6 @@ def _batch_norm(norm: BatchNormCall) -> Tensor:
     out = centred * scale.reshape(shape)
     out = out if norm.bias is None else out + norm.bias.reshape(shape)
     return out.to(norm.input.dtype)
-
-
-def _over_all(local: Tensor) -> Tensor:
-    result: Tensor = _Sum.apply(local)
-    return result
 
 
 class _Sum(torch.autograd.Function):

@@ -12,9 +12,8 @@ processes asks.
 from __future__ import annotations
 
 import copy
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from tpvprune.groups.masking import MaskedChannels
 from tpvprune.groups.records import ChannelGroups, with_blocked
 from tpvprune.groups.removal import removed_view, restore_empty
 from tpvprune.passes.finite import NotFiniteError
-from tpvprune.passes.running import clear_caches, tensors_of
+from tpvprune.passes.running import clear_caches, relative_gap, tensors_of
 
 # Relative: in float64 rounding is below 1e-12, a misaligned cut above 1e-6. In float32, for models
 # whose forward fixes it, rounding is below 1e-5: there a cut that moves less goes unseen.
@@ -154,15 +153,14 @@ class _Checker:
             self.dtype = torch.float32
             self._run(model, inputs)
         generator = torch.Generator().manual_seed(0)
-        first: dict[str, Tensor] = {}
-        second: dict[str, Tensor] = {}
+        half: dict[str, Tensor] = {}
         for group in groups:
-            # Between the two trials every channel is removed once.
             order = torch.randperm(group.num_channels, generator=generator)
-            gone = torch.zeros(group.num_channels, dtype=torch.bool)
-            gone[order[: group.num_channels // 2]] = True
-            first[group.name], second[group.name] = gone.logical_not(), gone
-        self.trials = [restore_empty(groups, first), restore_empty(groups, second)]
+            half[group.name] = torch.zeros(group.num_channels, dtype=torch.bool)
+            half[group.name][order[: group.num_channels // 2]] = True
+        # Between the two trials every channel is removed once.
+        others = {name: ~mask for name, mask in half.items()}
+        self.trials = [restore_empty(groups, kept) for kept in (others, half)]
         if not all(bool(t.isfinite().all()) for t in self.dense):
             raise NotFiniteError(
                 "expected finite outputs to verify the groups on, found NaN or infinity (in "
@@ -174,12 +172,7 @@ class _Checker:
         """Run a copy in ``dtype``, its parameters and buffers disturbed."""
         self.model = jittered(model, self.dtype)
         with torch.no_grad():
-            self.inputs = tuple(
-                i.detach().cpu().to(self.dtype)
-                if isinstance(i, Tensor) and i.is_floating_point()
-                else i
-                for i in inputs
-            )
+            self.inputs = on_cpu(inputs, self.dtype)
             self.dense = _outputs(self.model(*self.inputs))
 
     def compare(self, names: Sequence[str]) -> bool:
@@ -202,8 +195,7 @@ class _Checker:
                 with MaskedChannels(self.groups, kept):
                     masked = _outputs(self.model(*self.inputs))
         except Exception as error:
-            text = str(error).strip().splitlines()
-            first = text[0][:120] if text else ""
+            first = str(error).strip().partition("\n")[0][:120]
             self.error = f"removal breaks the forward: {type(error).__name__}: {first}"
             return False
         shapes = [t.shape for t in removed]
@@ -212,12 +204,9 @@ class _Checker:
             self.error = f"removal changes the output shape to {found}"
             return False
         # Each by its own scale: a small output must not hide beside a large one.
-        gaps = [_gap(r, m) for r, m in zip(removed, masked, strict=True) if m.numel()]
-        if not all(gap <= TOLERANCES[self.dtype] for gap in gaps):
-            worst = next((gap for gap in gaps if math.isnan(gap)), max(gaps))
-            self.error = (
-                f"masking and removal differ by {worst:.1e} (relative, {_name(self.dtype)})"
-            )
+        gap = float(relative_gap(removed, masked))
+        if not gap <= TOLERANCES[self.dtype]:
+            self.error = f"masking and removal differ by {gap:.1e} (relative, {_name(self.dtype)})"
             return False
         if all(torch.equal(m, d) for m, d in zip(masked, self.dense, strict=False)):
             self.error = "has no effect on the outputs, so its cut cannot be verified"
@@ -226,12 +215,19 @@ class _Checker:
         return True
 
 
+def on_cpu(inputs: Iterable[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return inputs whose tensors lie on the CPU, those of real numbers in ``dtype``."""
+    return tuple(
+        i.detach().to("cpu", dtype if i.is_floating_point() else None)
+        if isinstance(i, Tensor)
+        else i
+        for i in inputs
+    )
+
+
 @torch.no_grad()
 def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in eval mode on the CPU, its parameters and buffers disturbed.
-
-    Returns the copy; nothing in it is zero, so that no part of it is without effect.
-    """
+    """Return a copy in eval mode on the CPU, disturbed so that nothing in it is without effect."""
     generator = torch.Generator().manual_seed(1)
     copied = copy.deepcopy(model).eval().cpu().to(dtype)
     clear_caches(copied)
@@ -262,9 +258,3 @@ def _name(dtype: torch.dtype) -> str:
 def _outputs(value: Any) -> list[Tensor]:
     """Return every tensor of real numbers that a model returns."""
     return [t.double() for t in tensors_of(value) if t.is_floating_point()]
-
-
-def _gap(removed: Tensor, masked: Tensor) -> float:
-    """Return the largest difference of two outputs, relative to the larger of their values."""
-    scale = masked.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((removed - masked).abs().max() / scale)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
-from tpvprune.depth.choice import Damage, best_depth, most_trials
-from tpvprune.depth.order import branch_order
+from tpvprune.depth.choice import Damage, best_depth, branch_order, most_trials
 from tpvprune.depth.savings import branch_savings, table_without
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost

@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,7 @@ from tpvprune.runtimes.calls import (
 from tpvprune.runtimes.layers import LayerCall
 from tpvprune.runtimes.names import Runtime, check_runtime
 from tpvprune.runtimes.onnx_files import onnx_node
-from tpvprune.widths.latency_file import (
-    FORMAT,
-    read_latency_table,
-    shapes_digest,
-    write_latency_table,
-)
+from tpvprune.widths import latency_file
 from tpvprune.widths.speed import Speed, Stopwatch, clock_of, once
 
 _SHARES = (0.15, 0.4, 0.7, 1.0)
@@ -62,28 +57,20 @@ def latency_table(
     num_threads: int | None = None,
     cache: Path | None = None,
 ) -> LatencyTable:
-    """Time the layers of a model at several widths, or read what was measured before.
+    """Time the layers of a dense model at several widths, or read what was measured before.
 
-    Args:
-        model: The dense model, on the device where it is to be fast.
-        groups: Its channel groups.
-        x: Inputs [B, ...] of the batch size that counts.
-        runtime: Where the model will run. Of ``"compile"`` only the whole network is compiled:
-            convolutions and linear layers are the same there.
-        num_threads: Of one call on a CPU; None: as many as torch is set to.
-        cache: Folder of the tables, one JSON file each and safe to delete; None for the user's.
-
-    Returns:
-        The table.
-
+    ``x``: inputs [B, ...] of the batch size that counts. ``runtime``: where the model will run; of
+    ``"compile"`` only the whole network is compiled: convolutions and linear layers are the same
+    there. ``num_threads``: of one call on a CPU; None: as many as torch is set to. ``cache``:
+    folder of the tables, one JSON file each and safe to delete; None for the user's.
     """
     with threads(num_threads):
         key = _key(model, groups, x, runtime)
     path = (cache_folder() if cache is None else cache) / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-        return read_latency_table(path)
+        return latency_file.read_latency_table(path)
     table = measured_table(model, groups, x, runtime=runtime, num_threads=num_threads)
-    write_latency_table(path, table)
+    latency_file.write_latency_table(path, table)
     return table
 
 
@@ -95,20 +82,9 @@ def measured_table(
     runtime: Runtime = "eager",
     num_threads: int | None = None,
 ) -> LatencyTable:
-    """Time the layers of a model at several widths.
+    """Time the layers of a model at several widths; arguments are those of :func:`latency_table`.
 
-    Args:
-        model: As of :func:`latency_table`, like the others.
-        groups: Its channel groups.
-        x: Inputs [B, ...].
-        runtime: Where the model will run.
-        num_threads: Of one call on a CPU.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: If the runtime is not installed, or does not take the model.
+    ValueError if the runtime is not installed, or does not take the model.
     """
     check_runtime(runtime)
     x = on_device(x, model)
@@ -122,16 +98,7 @@ def calibrated(
     """Let a table say what is measured of the whole network, dense and at half of every width.
 
     That is for a table that is read elsewhere, where nothing can put it right. What layers take is
-    scaled, and the constant takes the rest.
-
-    Args:
-        table: Of the model, measured here.
-        model: The dense model.
-        groups: Its channel groups.
-        x: Inputs [B, ...].
-
-    Returns:
-        The table, and what was measured.
+    scaled, and the constant takes the rest. Returns the table, and what was measured.
     """
     half = {g.name: torch.arange(g.num_channels) < max(1, g.num_channels // 2) for g in groups}
     watch = Stopwatch(model, x, cast("Runtime", table.runtime), table.num_threads)
@@ -139,9 +106,8 @@ def calibrated(
     dense, small = (cost(groups, kept, table) - table.constant_ms for kept in ({}, half))
     factor = (speed.dense_ms - speed.pruned_ms) / max(dense - small, 1e-9)
     factor = min(max(factor, 0.0), speed.dense_ms / max(dense, 1e-9))  # no constant below 0
-    layers = {name: _scaled(layer, factor) for name, layer in table.layers.items()}
     found = replace(
-        table, layers=layers, ms_per_value=factor * table.ms_per_value,
+        table, layers=_scaled(table.layers, factor), ms_per_value=factor * table.ms_per_value,
         constant_ms=max(0.0, speed.dense_ms - factor * dense),
     )  # fmt: skip
     return found, speed
@@ -158,7 +124,7 @@ def cache_folder() -> Path:
 
 def _key(model: nn.Module, groups: ChannelGroups, x: Tensor, runtime: Runtime) -> str:
     facts = [
-        FORMAT, torch.__version__, device_of(runtime, next(model.parameters()).device),
+        latency_file.FORMAT, torch.__version__, device_of(runtime, next(model.parameters()).device),
         tuple(x.shape), [(g.name, g.num_channels) for g in groups], str(model),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
@@ -174,7 +140,7 @@ class _Timer:
     def __init__(self, runtime: Runtime, x: Tensor) -> None:
         self.runtime, self.device, self.dtype, self.floor = runtime, x.device, x.dtype, 0.0
         if not runs_in_torch(runtime):
-            self.floor = self.least(self._scaled(1))
+            self.floor = self.least(self.scaling(1))
 
     def layer(self, call: LayerCall, num_in: int, num_out: int) -> float:
         """Return the milliseconds of a layer with these widths."""
@@ -189,11 +155,8 @@ class _Timer:
         """Return the milliseconds of a model."""
         return self.least(model_call(self.runtime, model, x), fewest=8)
 
-    def elementwise(self, num: int) -> float:
-        """Return the milliseconds of reading and writing so many values."""
-        return max(0.0, self.least(self._scaled(num)) - self.least(self._scaled(1)))
-
-    def _scaled(self, num: int) -> Call:
+    def scaling(self, num: int) -> Call:
+        """Return what reads and writes so many values."""
         if runs_in_torch(self.runtime):
             sample = torch.ones(num, device=self.device, dtype=self.dtype)
             return lambda: sample * 2
@@ -206,8 +169,7 @@ class _Timer:
         """
         own = runs_in_torch(self.runtime) and self.device.type == "cpu"
         # Too coarse on Windows.
-        alone = own and sys.platform != "win32"
-        clock = time.thread_time if alone else clock_of(self.device)
+        clock = time.thread_time if own and sys.platform != "win32" else clock_of(self.device)
         return _least(partial(once, call, self.device, clock), fewest=fewest)
 
 
@@ -238,12 +200,13 @@ def _measure(model: nn.Module, groups: ChannelGroups, x: Tensor, timer: _Timer) 
     total_ms = timer.model(model, x)
     known = sum(layer.ms[-1][-1] for layer in layers.values())
     if known > total_ms:  # layers by themselves do what a runtime leaves out between layers
-        layers = {name: _scaled(layer, total_ms / known) for name, layer in layers.items()}
+        layers = _scaled(layers, total_ms / known)
     per_value, constant = _rest(layers, total_ms, timer)
     step = _step([(calls[n], layers[n]) for n in layers if len(layers[n].outs) > 1], timer)
     return LatencyTable(
         layers, per_value, constant, step, len(x), device_of(timer.runtime, x.device),
-        timer.runtime, torch.get_num_threads(), tuple(x.shape[1:]), shapes_digest(model),
+        timer.runtime, torch.get_num_threads(), tuple(x.shape[1:]),
+        latency_file.shapes_digest(model),
     )  # fmt: skip
 
 
@@ -251,20 +214,16 @@ def _calls(model: nn.Module, x: Tensor) -> tuple[dict[str, LayerCall], dict[str,
     """Return how each layer that runs once is called, and the values that a channel of it has."""
     calls: dict[str, LayerCall | None] = {}
     values: dict[str, int] = {}
-    handles = []
 
-    def note(module: Any, args: Any, out: Tensor, name: str) -> None:
+    def note(name: str, module: Any, args: Any, out: Tensor) -> None:
         values[name] = out.numel() // len(module.weight)
         calls[name] = None if name in calls else LayerCall.of(module, args[0])
 
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-            handles.append(module.register_forward_hook(partial(note, name=name)))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                stack.callback(module.register_forward_hook(partial(note, name)).remove)
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: call for name, call in calls.items() if call is not None}, values
 
 
@@ -276,21 +235,22 @@ def _widths(size: int, dim: Axis | None) -> tuple[int, ...]:
     return tuple(sorted({max(1, min(size, round(s * size / unit) * unit)) for s in _SHARES}))
 
 
-def _scaled(layer: LayerTime, factor: float) -> LayerTime:
-    return replace(layer, ms=tuple(tuple(factor * ms for ms in row) for row in layer.ms))
+def _scaled(layers: Mapping[str, LayerTime], factor: float) -> dict[str, LayerTime]:
+    return {
+        name: replace(layer, ms=tuple(tuple(factor * ms for ms in row) for row in layer.ms))
+        for name, layer in layers.items()
+    }
 
 
 def _rest(layers: dict[str, LayerTime], total_ms: float, timer: _Timer) -> tuple[float, float]:
-    """Return what is not in the layers: milliseconds per value written, and a constant.
-
-    Norms, activations and sums touch what layers write about twice more.
-    """
+    """Return what is not in the layers: milliseconds per value written, and a constant."""
     known = sum(layer.ms[-1][-1] for layer in layers.values())
     written = sum(layer.values * layer.outs[-1] for layer in layers.values())
     rest = max(0.0, total_ms - known)
-    # Reading and writing a value once more, as norms and activations do, is timed by itself.
+    # Norms, activations and sums touch what layers write about twice more: that is timed by itself.
     num = max(1, min(written, 1 << 22))
-    per_value = min(rest / max(written, 1), 2 * timer.elementwise(num) / num)
+    once_more = max(0.0, timer.least(timer.scaling(num)) - timer.least(timer.scaling(1)))
+    per_value = min(rest / max(written, 1), 2 * once_more / num)
     return per_value, max(0.0, total_ms - known - per_value * written)
 
 

@@ -23,12 +23,7 @@ _TEXTS = ("device", "runtime", "shapes", "model")
 
 
 def write_latency_table(path: Path, table: LatencyTable) -> None:
-    """Write a table, whole or not at all.
-
-    Args:
-        path: Where to.
-        table: The table.
-    """
+    """Write a table, whole or not at all."""
     with written_file(path) as unfinished:
         text = json.dumps({"format": FORMAT, **asdict(table)}, indent=1)
         unfinished.write_text(text + "\n", encoding="utf-8")
@@ -46,16 +41,13 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     Raises:
         ValueError: If it is no such file, or damaged.
     """
+    expected = f"{path}: expected a table that `tpvprune latency-table` wrote, found"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8
-        raise ValueError(
-            f"{path}: expected a table that `tpvprune latency-table` wrote, found no JSON"
-        ) from error
+        raise ValueError(f"{expected} no JSON") from error
     if not isinstance(found, dict) or "layers" not in found:
-        raise ValueError(
-            f"{path}: expected a table that `tpvprune latency-table` wrote, found other JSON"
-        )
+        raise ValueError(f"{expected} other JSON")
     number = found.pop("format", None)
     if number != FORMAT:
         raise ValueError(
@@ -72,18 +64,10 @@ def read_latency_table(path: str | Path) -> LatencyTable:
 
 
 def measured_elsewhere(table: LatencyTable, model: nn.Module, x: Tensor) -> LatencyTable:
-    """Return a table of another device as a budget for a model.
+    """Return a table of another device as a budget for a model: nothing will be measured here.
 
-    Args:
-        table: As it was read.
-        model: What will be pruned.
-        x: An input of it [1, ...].
-
-    Returns:
-        The table, of which nothing will be measured here.
-
-    Raises:
-        ValueError: If it is of another model, or of inputs of another shape.
+    ``x``: an input of the model [1, ...]. ValueError if the table is of another model, or of inputs
+    of another shape.
     """
     whose = table.model or "another model"
     if table.shapes != shapes_digest(model):
@@ -101,14 +85,7 @@ def measured_elsewhere(table: LatencyTable, model: nn.Module, x: Tensor) -> Late
 
 
 def shapes_digest(model: nn.Module) -> str:
-    """Return what tells models apart whose layers take different times.
-
-    Args:
-        model: Any.
-
-    Returns:
-        32 hexadecimal digits, of names and shapes of all parameters.
-    """
+    """Return 32 hexadecimal digits of the names and shapes of all parameters of a model."""
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:32]
 
@@ -119,8 +96,8 @@ def _times(shape: Sequence[int]) -> str:
 
 def _table(found: dict[str, Any]) -> LatencyTable:
     numbers: dict[str, Any] = {n: type(least)(found[n]) for n, least in _NUMBERS.items()}
-    for name, least in _NUMBERS.items():
-        _check(math.isfinite(numbers[name]) and numbers[name] >= least, name, found[name])
+    for name, number in numbers.items():
+        _check(math.isfinite(number) and number >= _NUMBERS[name], name, found[name])
     texts: dict[str, Any] = {name: found[name] for name in _TEXTS}
     for name, text in texts.items():
         _check(isinstance(text, str), name, text)

@@ -31,18 +31,16 @@ def narrowest(
     """
     costs = unit_costs(groups, of)
     none = {g.name: torch.zeros(g.num_channels, dtype=torch.bool) for g in groups}
-    by_rank = {
-        g.name: -torch.arange(g.num_channels) if ranks is None else ranks[g.name].cpu()
-        for g in groups
-    }
-    shared = {name: _positions(by_rank[name], cost) for name, cost in costs.items()}
+    if ranks is None:
+        ranks = {g.name: -torch.arange(g.num_channels) for g in groups}
+    shared = {name: _positions(ranks[name].cpu(), cost) for name, cost in costs.items()}
     kept = restore_empty(groups, none, shared)
     for group in groups:
         mask = kept[group.name]
         if not mask.any():
             mask[shared[group.name].argmax()] = True
         missing = (limits or Limits()).least(group) - int(mask.sum())
-        cheap = _positions(by_rank[group.name], -costs[group.name]).masked_fill(mask, -1)
+        cheap = _positions(ranks[group.name].cpu(), -costs[group.name]).masked_fill(mask, -1)
         mask[cheap.topk(max(0, missing)).indices] = True
     return kept
 

@@ -64,39 +64,38 @@ class WidthProblem:
 
     def kept(self, widths: Widths) -> Kept:
         """Return the channels that stay."""
-        kept = {}
-        for name, width in widths.items():
-            order = self.curves[name].order
-            kept[name] = torch.zeros(len(order), dtype=torch.bool)
-            kept[name][order[len(order) - width :]] = True
-        return kept
+        # A channel's place in the order says how many leave before it.
+        orders = {name: self.curves[name].order for name in widths}
+        return {n: order.argsort() >= len(order) - widths[n] for n, order in orders.items()}
 
     def shrunk(self, widths: Widths, *, per_cost: bool = True) -> Widths:
         """Return the widths after single steps down, least damage first, until they fit."""
         widths, total = dict(widths), self.costs.total(widths)
         at = {name: self.choices[name].index(width) for name, width in widths.items()}
 
-        def priority(name: str) -> tuple[float, float, int]:
+        heap: list[tuple[float, int, str]] = []
+
+        def step(name: str) -> tuple[float, float, int]:
             new = self.choices[name][at[name] + 1]
             damage, saving = self._step(widths, name, new)
             return damage / (max(saving, 1e-12) if per_cost else widths[name] - new), saving, new
 
-        def can_shrink(name: str) -> bool:
-            return at[name] + 1 < len(self.choices[name])
+        def push(i: int, name: str) -> None:
+            if at[name] + 1 < len(self.choices[name]):
+                heapq.heappush(heap, (step(name)[0], i, name))
 
-        heap = [(priority(name)[0], i, name) for i, name in enumerate(widths) if can_shrink(name)]
-        heapq.heapify(heap)
+        for i, name in enumerate(widths):
+            push(i, name)
         while heap and total > self.target:
             old, i, name = heapq.heappop(heap)
-            now, saving, new = priority(name)
+            now, saving, new = step(name)
             # Savings shrink as neighbours do, so a stale entry only ever looks too cheap.
             if heap and now > old and now > heap[0][0]:
                 heapq.heappush(heap, (now, i, name))
                 continue
             widths[name], at[name] = new, at[name] + 1
             total -= saving
-            if can_shrink(name):
-                heapq.heappush(heap, (priority(name)[0], i, name))
+            push(i, name)
         return widths
 
     def filled(self, widths: Widths, *, per_cost: bool = True) -> Widths:

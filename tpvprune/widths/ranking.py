@@ -111,19 +111,8 @@ class Ranking:
     def from_parts(
         cls, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
     ) -> Ranking:
-        """Return the ranking that :meth:`to_parts` took apart.
-
-        Args:
-            parts: Tensors by part and group.
-            facts: What else there is.
-
-        Returns:
-            The ranking.
-
-        Raises:
-            ValueError: If the parts do not belong together.
-        """
-        stderr = parts["stderr"]
+        """Return the ranking that :meth:`to_parts` took apart; ValueError if parts do not fit."""
+        stderr, factors = parts["stderr"], facts["factors"]
         curves = {
             name: Curve(order, parts["variance"][name], parts["scores"][name], stderr.get(name))
             for name, order in parts["order"].items()
@@ -131,31 +120,22 @@ class Ranking:
         for name, curve in curves.items():
             if not torch.equal(curve.order.sort().values, torch.arange(len(curve.variance))):
                 raise ValueError(f"{name}: expected an order of its channels")
-        if facts["allocation"] not in get_args(Allocation):
-            raise ValueError(f"allocation: found {facts['allocation']!r}")
+        for key, known in (("allocation", Allocation), ("stand_in", StandIn)):
+            if facts[key] not in get_args(known):
+                raise ValueError(f"{key}: found {facts[key]!r}")
+        if factors is not None and factors.keys() != curves.keys():
+            raise ValueError("factors: expected one for each group")
         scores = Scores(
             parts["scores"], stderr or None, facts["num_samples"], facts["criterion"],
             used_labels=facts["used_labels"],
         )  # fmt: skip
-        factors = facts["factors"]
-        if factors is not None and factors.keys() != curves.keys():
-            raise ValueError("factors: expected one for each group")
-        stand_in = facts["stand_in"]
-        if stand_in not in get_args(StandIn):
-            raise ValueError(f"stand_in: found {stand_in!r}")
-        return cls(curves, scores, facts["allocation"], facts["of"], stand_in, factors)
+        return cls(curves, scores, facts["allocation"], facts["of"], facts["stand_in"], factors)
 
     def choose(self, groups: ChannelGroups, *, keep: float, of: Budget, limits: Limits) -> Kept:
         """Return what stays under a budget; the smallest selection there is if none fits.
 
-        Args:
-            groups: The groups that were ranked.
-            keep: Fraction of the dense cost that stays, in (0, 1].
-            of: What the fraction is of.
-            limits: How far groups may shrink.
-
-        Returns:
-            Group name -> BoolTensor [C], True = stays; the same in all processes.
+        ``groups``: those that were ranked. ``keep``: fraction of the dense cost that stays, in
+        (0, 1]. Returns group name -> BoolTensor [C], True = stays; the same in all processes.
         """
         if self.allocation == "curves":
             kept = allocate(groups, self._repaired, keep=keep, of=of, limits=limits)
@@ -169,19 +149,12 @@ class Ranking:
         return kept
 
     def by_scores(self, groups: ChannelGroups, of: Budget) -> Ranking:
-        """Return the ranking of the channels by what each is worth by itself.
+        """Return the same scores, with widths that follow what each channel is worth by itself.
 
-        Args:
-            groups: The groups that were ranked.
-            of: The budget: what is cheap to keep is worth keeping.
-
-        Returns:
-            The same scores, with widths that follow them.
+        ``of``: the budget: what is cheap to keep is worth keeping.
         """
-        return replace(
-            self, curves=ranked_by_scores(groups, self.scores, of=of), allocation="rank",
-            factors=None,
-        )  # fmt: skip
+        curves = ranked_by_scores(groups, self.scores, of=of)
+        return replace(self, curves=curves, allocation="rank", factors=None)
 
     def predicted(self, kept: Kept) -> float:
         """Return the output variance that curves promise of a choice; 0 of scores."""
@@ -200,14 +173,11 @@ class Ranking:
 class RankBy:
     """How channels are ranked.
 
-    Attributes:
-        criterion: A key of ``SCORERS``, or a scorer of one's own.
-        allocation: None: ``"curves"`` for ``"tpv"``, ``"rank"`` for all others.
-        of: The budget: what is cheap to keep is worth keeping.
-        stand_in: What takes the place of a channel (``"tpv"`` only).
-        probing: How the passes are run (of others than ``"tpv"`` the seed alone counts).
-
-    ValueError if they do not go together, or the criterion needs labels and has none.
+    ``criterion``: a key of ``SCORERS``, or a scorer of one's own. ``allocation``: None:
+    ``"curves"`` for ``"tpv"``, ``"rank"`` for all others. ``of``: the budget: what is cheap to keep
+    is worth keeping. ``stand_in``: what takes the place of a channel (``"tpv"`` only).
+    ``probing``: how the passes are run (of others than ``"tpv"`` the seed alone counts). ValueError
+    if they do not go together, or the criterion needs labels and has none.
     """
 
     criterion: str | Scorer = "tpv"
@@ -243,22 +213,10 @@ class RankBy:
         """How widths follow."""
         return self.allocation or ("curves" if self.criterion == "tpv" else "rank")
 
-    @property
-    def _reads_outputs(self) -> bool:
-        # A scorer of one's own is called with a seed alone.
-        return isinstance(self.criterion, (str, Labelled)) and self.name in READS_OUTPUTS
-
     def ranked(
-        self,
-        model: nn.Module,
-        groups: ChannelGroups,
-        batches: list[Tensor],
-        clock: Clock,
+        self, model: nn.Module, groups: ChannelGroups, batches: list[Tensor], clock: Clock
     ) -> Ranking:
-        """Measure what the channels of a network are worth.
-
-        ``batches``: unlabeled inputs [B, ...].
-        """
+        """Measure on unlabeled inputs [B, ...] what the channels of a network are worth."""
         weights = digest_of(model).hex()
         with clock("ranking"):
             if self.how == "curves":
@@ -267,16 +225,18 @@ class RankBy:
                     stand_in=self.stand_in, of=self.of, progress=clock.progress,
                     **vars(self.probing),
                 )  # fmt: skip
-                return Ranking(curves, _alone(curves, batches), self.how, weights, self.stand_in)
-            scores = self._scored(model, groups, Counted(batches, "scoring", clock.progress))
-            per_cost = self.how == "rank"
-            curves = ranked_by_scores(groups, scores, of=self.of, per_cost=per_cost)
+                scores = _alone(curves, batches)
+            else:
+                scores = self._scored(model, groups, Counted(batches, "scoring", clock.progress))
+                per_cost = self.how == "rank"
+                curves = ranked_by_scores(groups, scores, of=self.of, per_cost=per_cost)
             return Ranking(curves, scores, self.how, weights, self.stand_in)
 
     def _scored(self, model: nn.Module, groups: ChannelGroups, batches: Counted) -> Scores:
         score = scorer(self.criterion) if isinstance(self.criterion, str) else self.criterion
         options: dict[str, Any] = {"seed": self.probing.seed}
-        if self._reads_outputs:
+        # A scorer of one's own is called with a seed alone.
+        if isinstance(self.criterion, (str, Labelled)) and self.name in READS_OUTPUTS:
             options["outputs"] = self.probing.outputs
         if self.criterion == "tpv":
             options = {**vars(self.probing), "compensated": self.stand_in != "zero"}

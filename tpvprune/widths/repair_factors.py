@@ -101,10 +101,8 @@ def split_inputs(inputs: Sequence[Tensor], max_inputs: int) -> tuple[list[Tensor
 
     ``inputs``: batches [B, ...].
     """
-    whole = torch.cat(list(inputs))[:max_inputs]
-    size = max(1, len(inputs[0]))
-    num = len(whole) - len(whole) // 4
-    fit, held = whole[:num], whole[num:]
+    whole, size = torch.cat(list(inputs))[:max_inputs], max(1, len(inputs[0]))
+    fit, held = whole.tensor_split([len(whole) - len(whole) // 4])
     return list(fit.split(size)), list((held if len(held) else fit).split(size))
 
 
@@ -114,16 +112,12 @@ def _segments(
     curves: Mapping[str, Curve],
     num_segments: int,
 ) -> list[list[ChannelGroup]]:
-    calls = {g.name: [reader.call for reader in g.readers] for g in groups}
-    num_calls = 1 + max((c for found in calls.values() for c in found), default=0)
-
-    def is_stream(group: ChannelGroup) -> bool:
-        found = calls[group.name]
-        return bool(found) and max(found) - min(found) >= num_calls / num_segments
-
-    streams = [g for g in groups if is_stream(g)]
-    rest = [g for g in groups if not is_stream(g)]
-    rest.sort(key=lambda g: min(calls[g.name], default=0))
+    first = {g.name: min((r.call for r in g.readers), default=0) for g in groups}
+    last = {g.name: max((r.call for r in g.readers), default=0) for g in groups}
+    far = (1 + max(last.values(), default=0)) / num_segments
+    streams = [g for g in groups if last[g.name] - first[g.name] >= far]
+    rest = [g for g in groups if last[g.name] - first[g.name] < far]
+    rest.sort(key=lambda g: first[g.name])
     total = sum(_damage(g, kept, curves) for g in rest)
     segments: list[list[ChannelGroup]] = [[] for _ in range(num_segments)]
     so_far = 0.0
@@ -136,7 +130,6 @@ def _segments(
 
 
 def _damage(group: ChannelGroup, kept: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> float:
-    mask = kept.get(group.name)
-    gone = 0 if mask is None else int((~mask).sum())
+    gone = int((~kept[group.name]).sum()) if group.name in kept else 0
     variance = curves[group.name].variance
     return float(variance[min(gone, len(variance) - 1)])

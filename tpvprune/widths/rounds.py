@@ -19,6 +19,7 @@ from tpvprune.widths.ranking import PARTS, Ranking
 from tpvprune.widths.speed import Speed
 
 _PARTS = ("model", "kept", *PARTS)
+_PLAIN = ("chosen", "history", "seconds", "predicted")
 
 
 @dataclass
@@ -78,10 +79,8 @@ class Record:
         load_tensors(pruned, parts["model"])
         ranking = Ranking.from_parts(parts, facts["ranking"])
         speed = None if facts["speed"] is None else Speed(**facts["speed"])
-        return Rounds(
-            pruned, kept, ranking, facts["chosen"], facts["history"], speed,
-            facts["seconds"], facts["predicted"],
-        )  # fmt: skip
+        plain = {name: facts[name] for name in _PLAIN}
+        return Rounds(pruned, kept, ranking, speed=speed, **plain)
 
     def save(self, rounds: Rounds, depth: Mapping[str, Any] | None = None) -> None:
         """Write where the run stands, and which branches left, in the place of what was there."""
@@ -89,14 +88,7 @@ class Record:
             return
         ranked, ranking = rounds.ranking.to_parts()
         parts = {"model": rounds.model.state_dict(), "kept": rounds.kept, **ranked}
-        facts = {
-            "key": self.key,
-            "chosen": rounds.chosen,
-            "history": rounds.history,
-            "speed": None if rounds.speed is None else asdict(rounds.speed),
-            "seconds": rounds.seconds,
-            "predicted": rounds.predicted,
-            "ranking": ranking,
-            "depth": depth,
-        }
+        speed = None if rounds.speed is None else asdict(rounds.speed)
+        plain = {name: getattr(rounds, name) for name in _PLAIN}
+        facts = {"key": self.key, **plain, "speed": speed, "ranking": ranking, "depth": depth}
         save_tensors(self.path, by_part(parts), facts)

@@ -68,8 +68,7 @@ def ranked_by_scores(
 ) -> dict[str, Curve]:
     """Return the order in which the channels of each group leave, and the sum of their scores.
 
-    Returns group name -> :class:`tpvprune.scores.curves.Curve`. ValueError if a score is missing or
-    not finite.
+    ValueError if a score is missing or not finite.
     """
     savings = unit_costs(groups, of)
     curves = {}
@@ -103,10 +102,10 @@ def _checked(scores: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
     if group.name not in scores:
         raise ValueError(f"scores: expected an entry for group {group.name!r}, found none.")
     score = scores[group.name].detach().double().cpu()
-    if score.shape != (group.num_channels,) or not bool(score.isfinite().all()):
+    finite = bool(score.isfinite().all())
+    if score.shape != (group.num_channels,) or not finite:
         raise ValueError(
             f"scores[{group.name!r}]: expected {group.num_channels} finite values, "
-            f"found shape {tuple(score.shape)}"
-            f"{'' if score.isfinite().all() else ' with NaN or infinity'}."
+            f"found shape {tuple(score.shape)}{'' if finite else ' with NaN or infinity'}."
         )
     return score

@@ -58,13 +58,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Times pruned models by turns with one dense model.
+    """Times pruned models by turns with one dense model, which must stay as it is.
 
-    Attributes:
-        dense: The dense model; it must stay as it is.
-        x: Inputs [B, ...] of one call.
-        runtime: Where both run.
-        num_threads: Of one call on a CPU; None: as many as torch is set to.
+    ``x``: inputs [B, ...] of one call. ``num_threads``: of one call on a CPU; None: as many as
+    torch is set to.
     """
 
     dense: nn.Module
@@ -107,10 +104,7 @@ def compare_latency(
     runtime: Runtime = "eager",
     num_threads: int | None = None,
 ) -> Speed:
-    """Time two models by turns on one batch.
-
-    ``x``: inputs [B, ...]. ``num_threads``: of one call on a CPU; None: as many as torch is set to.
-    """
+    """Time two models by turns on one batch; see :class:`Stopwatch`."""
     return Stopwatch(dense, x, runtime, num_threads).compare(pruned, rounds=rounds)
 
 
@@ -136,21 +130,16 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return what times calls on a device.
+    """Return what times calls on a device: on one thread of a CPU the time of this process.
 
-    Returns on one thread of a CPU the time of this process, from which a busy machine takes
-    nothing: where others wait for the same core, the wall says how often one was interrupted. Else
-    that of the wall.
+    From that a busy machine takes nothing: where others wait for the same core, the wall says how
+    often one was interrupted.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone and sys.platform != "win32" else time.perf_counter
 
 
-def once(
-    call: Callable[[], Any],
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
+def once(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     """Return the milliseconds of one call."""
     synchronize(device)
     start = clock()

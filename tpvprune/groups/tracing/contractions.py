@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tpvprune.groups.tracing.calls import Call, named
 from tpvprune.groups.tracing.fields import (
     FIXED,
     Field,
     along,
-    flatten,
+    named,
     right_align,
     unite_all_but,
     varying,
@@ -23,37 +24,51 @@ if TYPE_CHECKING:
     from tpvprune.groups.tracing.tracking import Tracker
 
 
+@dataclass(frozen=True)
+class Call:
+    """One convolution or linear call: who reads what, what it costs.
+
+    ``ordinal`` counts such calls within one forward; ``read`` holds the atoms along
+    ``channel_dim`` of the input (``None`` for depthwise and grouped calls, which pass their
+    channels on instead of mixing them); ``macs`` are those of one input, and scale with the
+    kept fraction of every array in ``factors``.
+    """
+
+    ordinal: int | None
+    module: str
+    channel_dim: int
+    read: Tensor | None
+    macs: float
+    factors: tuple[Tensor, ...]
+
+
 def contract(tracker: Tracker, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
     """Follow a convolution or linear call."""
-    values = named(args, kwargs, ("input", "weight", "bias"))
+    # Of a transposed convolution the sixth is output_padding.
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    values = named(args, kwargs, names)
     x, weight, bias = values["input"], values["weight"], values.get("bias")
     linear, transposed = name == "linear", "transpose" in name
-    groups = 1 if linear else conv_groups(args, kwargs, transposed)
-    x_dim = -1 if linear else x.ndim - (weight.ndim - 2) - 1
-    module = tracker.names[id(weight)][0].rpartition(".")[0] if id(weight) in tracker.names else ""
-    module = module or tracker.module_path[-1]
+    told = values.get("groups", 1)
+    groups = int(told)
     spatial = range(0) if linear else range(x.ndim - (weight.ndim - 2), x.ndim)
+    x_dim = -1 if linear else spatial[0] - 1
+    module = tracker.name_of(weight).rpartition(".")[0] or tracker.module_path[-1]
     tracker.level(x, spatial, f"is convolved along itself by {module}")
     read = tracker.axis(x, x_dim, f"is read jointly by {module}")
     w_out, w_in = (1, 0) if transposed else (0, 1)
     made = tracker.axis(weight, w_out, "")
     if groups == 1:
-        tracker.unite(read, tracker.axis(weight, w_in, ""), f"enters {module} beside fixed inputs")
+        _consume(tracker, read, weight, w_in, module)
         tracker.producers.update(_owner(tracker, weight, w_out, made, module))
-        tracker.consumers.update(_owner(tracker, weight, w_in, read, module))
     else:
         if transposed:  # its weight [C_in, C_out / groups, ...] has no axis of all that it makes
             tracker.unite(read, tracker.axis(weight, 0, ""), f"enters {module} beside fixed inputs")
             made = tracker.atoms.new(groups * len(made))
-        told = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         _pass_on(tracker, read, made, told, module)
     if isinstance(bias, Tensor):
         tracker.unite(tracker.axis(bias, 0, ""), made, f"has a bias of fixed width in {module}")
-    passing = [
-        f
-        for f in tracker.labels(x)
-        if f.shape[x_dim] == 1 and all(f.shape[d] == 1 for d in spatial)
-    ]
+    passing = [f for f in tracker.labels(x) if _constant(f, [x_dim, *spatial])]
     tracker.set_labels(out, [*passing, along(made, x_dim % out.ndim, out.ndim)])
     positions = x.numel() / x.shape[x_dim] if transposed else out.numel() / out.shape[x_dim]
     factors = (read, made) if groups == 1 else (made,)
@@ -68,15 +83,14 @@ def recur(tracker: Tracker, args: Any) -> None:
     """Follow a recurrent layer: its inputs may shrink, what it makes stays."""
     x, state, weights = args[:3]
     module = tracker.module_path[-1]
-    tracker.pin(flatten(state), f"is the first state of {module}")
+    tracker.pin(state, f"is the first state of {module}")
     first = [w for w in weights if _reads_inputs(tracker, w)] if isinstance(weights, list) else []
     if not first:
         tracker.pin([x], f"enters {module} as a packed sequence, which is not followed")
         return
     read = tracker.axis(x, -1, f"is read jointly by {module}")
     for weight in first:
-        tracker.unite(read, tracker.axis(weight, 1, ""), f"enters {module} beside fixed inputs")
-        tracker.consumers.update(_owner(tracker, weight, 1, read, module))
+        _consume(tracker, read, weight, 1, module)
     for field in tracker.labels(x):
         if field.shape[-1] == 1:
             tracker.unite(field, FIXED, f"are steps or samples of {module}")
@@ -84,26 +98,29 @@ def recur(tracker: Tracker, args: Any) -> None:
     reading = sum(w.numel() for w in first)
     others = sum(w.numel() for w in weights if w.ndim > 1) - reading
     ordinal = tracker.num_contractions - 1
-    tracker.calls += [
-        Call(ordinal, module, x.ndim - 1, read, steps * reading, (read,)),
-        Call(None, module, 0, None, steps * others, ()),
-    ]
+    tracker.calls.append(Call(ordinal, module, x.ndim - 1, read, steps * reading, (read,)))
+    _cost(tracker, steps * others, [])
 
 
 def _reads_inputs(tracker: Tracker, weight: Tensor) -> bool:
-    name = tracker.names[id(weight)][0] if id(weight) in tracker.names else ""
-    return name.rpartition(".")[2] in {"weight_ih_l0", "weight_ih_l0_reverse"}
+    name = tracker.name_of(weight).rpartition(".")[2]
+    return name in {"weight_ih_l0", "weight_ih_l0_reverse"}
+
+
+def _consume(tracker: Tracker, read: Tensor, weight: Tensor, dim: int, module: str) -> None:
+    tracker.unite(read, tracker.axis(weight, dim, ""), f"enters {module} beside fixed inputs")
+    tracker.consumers.update(_owner(tracker, weight, dim, read, module))
 
 
 def _owner(
     tracker: Tracker, weight: Tensor, dim: int, atoms: Tensor, module: str
 ) -> list[tuple[str, int]]:
     """Return the parameter (name, dimension) that a weight is, or is computed from."""
-    if id(weight) in tracker.names:
-        return [(tracker.names[id(weight)][0], dim)]
+    if name := tracker.name_of(weight):
+        return [(name, dim)]
     for (name, d), own in tracker.param_atoms.items():
         near = name.rpartition(".")[0] == module and d == dim and len(own) == len(atoms)
-        if near and torch.equal(tracker.find_all(own), tracker.find_all(atoms)):
+        if near and torch.equal(tracker.roots(own), tracker.roots(atoms)):
             return [(name, d)]
     return []
 
@@ -115,12 +132,6 @@ def _pass_on(tracker: Tracker, read: Tensor, made: Tensor, groups: Any, module: 
     tracker.coupling.size(groups, [blocks[:, 0]], 0, len(blocks))
     if blocks.shape[1] > 2:
         tracker.conv_group_atoms.append(blocks[:, 0])
-
-
-def conv_groups(args: Any, kwargs: Any, transposed: bool) -> int:
-    """Return the ``groups`` argument of a convolution."""
-    # input, weight, bias, stride, padding, dilation (or output_padding), groups
-    return int(kwargs.get("groups", args[6] if len(args) > 6 else 1))
 
 
 def multiply(tracker: Tracker, a: Any, b: Any, out: Tensor) -> None:
@@ -136,14 +147,21 @@ def multiply(tracker: Tracker, a: Any, b: Any, out: Tensor) -> None:
     )
     for t in (a, b):
         tracker.set_labels(t, tracker.labels(t))
-    tracker.coupling.mix(tracker.num_mixers - 1, tracker.labels(a), [a.ndim - 1])
+    tracker.mix(tracker.labels(a), [a.ndim - 1])
     left = [f for f in tracker.labels(a) if f.shape[-1] == 1]
     right = [f for f in tracker.labels(b) if f.shape[-2] == 1]
     _join(tracker, out, [(a, left), (b, right)])
-    factors = {_key(f): f.reshape(-1) for f in tracker.labels(out)}
     inner = tracker.axis(a, -1, "")
-    extra = (inner,) if bool((inner > 0).any()) else ()
-    macs = out.numel() * a.shape[-1] / tracker.batch_size
+    extra = [inner] if bool((inner > 0).any()) else []
+    _cost(tracker, out.numel() * a.shape[-1] / tracker.batch_size, tracker.labels(out), extra)
+
+
+def _cost(
+    tracker: Tracker, macs: float, fields: Iterable[Field], extra: Iterable[Tensor] = ()
+) -> None:
+    """Note a product of activations: each of its different fields scales the MACs once."""
+    lines = [f.reshape(-1) for f in fields]
+    factors = {tuple(line.tolist()): line for line in lines}
     tracker.calls.append(
         Call(None, tracker.module_path[-1], 0, None, macs, (*factors.values(), *extra))
     )
@@ -158,7 +176,7 @@ def _separate_heads(tracker: Tracker, t: Tensor) -> None:
     for field in tracker.labels(t):
         dims = varying(field)
         if len(dims) > 1 and any(d < t.ndim - 2 for d in dims):
-            heads = field.narrow(t.ndim - 1, 0, 1).narrow(t.ndim - 2, 0, 1)
+            heads = field[..., :1, :1]
             tracker.unite(field, heads, "is split into heads beside fixed inputs")
             tracker.head_atoms.append(heads.reshape(-1))
     tracker.set_labels(t, tracker.labels(t))
@@ -208,22 +226,20 @@ def attend(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
         tracker.set_labels(t, tracker.labels(t))
         tracker.set_labels(t, [f for f in tracker.labels(t) if f.shape[-1] == 1])
     _join(tracker, out, [(query, tracker.labels(query)), (key, tracker.labels(key))])
-    scores = [f for f in tracker.labels(out) if f.shape[-1] == 1 and f.shape[-2] == 1]
+    scores = [f for f in tracker.labels(out) if _constant(f, [-1, -2])]
     mask = values.get("attn_mask")
     if isinstance(mask, Tensor):
         _mask_heads(tracker, scores, mask)
     tracker.set_labels(out, scores)
     values_read = [f for f in tracker.labels(value) if f.shape[-2] == 1]
     _join(tracker, out, [(out, scores), (value, values_read)])
-    heads = {_key(f): f.reshape(-1) for f in tracker.labels(out)}
     m, d, e = key.shape[-2], query.shape[-1], value.shape[-1]
-    macs = out.numel() / e * m * (d + e) / tracker.batch_size
-    tracker.calls.append(Call(None, tracker.module_path[-1], 0, None, macs, tuple(heads.values())))
+    _cost(tracker, out.numel() / e * m * (d + e) / tracker.batch_size, tracker.labels(out))
 
 
 def sum_products(tracker: Tracker, args: Any, out: Tensor) -> None:
     """Follow ``einsum`` of two operands."""
-    equation, *operands = args
+    equation, *operands = args if len(args) > 2 else (args[0], *args[1])
     left, _, target = str(equation).replace(" ", "").partition("->")
     terms = left.split(",")
     if len(operands) != 2 or not target or "." in left or len(terms) != 2:
@@ -250,16 +266,11 @@ def sum_products(tracker: Tracker, args: Any, out: Tensor) -> None:
         shared = [d for d in varying(f) if d in contracted and letters[d] in terms[1]]
         if shared and len(varying(f)) == 1:
             where = terms[0].index(letters[shared[0]])
-            line = along(f.reshape(-1), where, len(terms[0]))
-            tracker.coupling.mix(tracker.num_mixers - 1, [line], [where])
-    passing = [f for fields in spread for f in fields if all(f.shape[d] == 1 for d in contracted)]
+            tracker.mix([along(f.reshape(-1), where, len(terms[0]))], [where])
+    passing = [f for fields in spread for f in fields if _constant(f, contracted)]
     tracker.set_labels(out, [f.reshape(f.shape[: out.ndim]) for f in passing])
     macs = math.prod(max(a, b) for a, b in zip(*shapes, strict=True)) / tracker.batch_size
-    simple = [tracker.atoms.simplify(f) for fields in spread for f in fields]
-    factors = {_key(f): f.reshape(-1) for f in simple}
-    tracker.calls.append(
-        Call(None, tracker.module_path[-1], 0, None, macs, tuple(factors.values()))
-    )
+    _cost(tracker, macs, [tracker.atoms.simplify(f) for fields in spread for f in fields])
 
 
 def _spread(field: Field, term: str, letters: str) -> Field:
@@ -270,16 +281,14 @@ def _spread(field: Field, term: str, letters: str) -> Field:
 
 
 def _mask_heads(tracker: Tracker, scores: list[Field], mask: Tensor) -> None:
-    reason = "is masked with fixed heads"
     for f in scores:
         others = [right_align(g, f.ndim) for g in tracker.labels(mask)]
         shape = [1] * (f.ndim - mask.ndim) + list(mask.shape)
         met = [g for g in others if set(varying(g)) & set(varying(f))]
-        for g in met:
-            tracker.unite(f, g, reason)
-        if not met and any(shape[d] > 1 for d in varying(f)):
-            tracker.unite(f, FIXED, reason)
+        fixed = not met and any(shape[d] > 1 for d in varying(f))
+        for g in [FIXED] if fixed else met:
+            tracker.unite(f, g, "is masked with fixed heads")
 
 
-def _key(field: Field) -> tuple[int, ...]:
-    return tuple(field.reshape(-1).tolist())
+def _constant(field: Field, dims: Iterable[int]) -> bool:
+    return all(field.shape[d] == 1 for d in dims)

@@ -6,14 +6,15 @@ reads it has been seen. Until then this module collects what depends on it:
 
 - operands that are broadcast against such a field (a norm's weight shared by all heads);
 - sizes written down by the model (:mod:`tpvprune.groups.tracing.sizes`), which tie widths to each
-other; - chunks that must stay equally wide;
+  other;
+- chunks that must stay equally wide;
 - norms, means and softmaxes over channels, which are restricted to those that stay.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,27 +28,21 @@ from tpvprune.groups.tracing.sizes import (
     Expression,
     Operation,
     TracedInt,
+    attributes,
     expression_of,
-    leaves,
 )
+
+_RESHAPED = "is reshaped to the width of channels that must stay"
 
 
 @dataclass(frozen=True)
 class _Axis:
-    fields: tuple[Field, ...]
+    fields: Sequence[Field]
     dim: int
     size: int
 
 
-@dataclass(frozen=True)
-class SizeUse:
-    """A dimension of ``size`` positions, labelled by ``atoms``, that ``expression`` sizes."""
-
-    expression: Expression
-    atoms: Tensor
-
-
-_RESHAPED = "is reshaped to the width of channels that must stay"
+Run = tuple[int, _Axis]  # ordinal of a call, what it runs over
 
 
 class Coupling:
@@ -56,14 +51,14 @@ class Coupling:
     def __init__(self, atoms: Atoms) -> None:
         self._atoms = atoms
         self._deferred: list[tuple[Field, Field, str]] = []
-        self._joint: list[tuple[Field, tuple[Any, ...]]] = []
+        self._joint: list[tuple[Field, Sequence[Any]]] = []
         self._axes: list[_Axis] = []
-        self._uses: list[tuple[Expression, _Axis, int]] = []
+        self._uses: list[tuple[Expression, _Axis]] = []
         self._equal: list[tuple[_Axis, _Axis]] = []
         self._fixed: list[tuple[_Axis, range]] = []
-        self._mixers: list[tuple[int, _Axis]] = []
-        self._standardised: list[tuple[int, _Axis]] = []
-        self._norms: list[tuple[int, _Axis]] = []
+        self.mixers: list[Run] = []
+        self.standardised: list[Run] = []  # divided by its variance: one position has none
+        self.norms: list[Run] = []
 
     # ---- what is collected ------------------------------------------------------------------
 
@@ -74,62 +69,55 @@ class Coupling:
         if not self._meet(field, other, reason):
             self._deferred.append((field, other, reason))
 
+    def defer_fixed(
+        self, field: Field, dims: Iterable[int], shape: Sequence[int], reason: str
+    ) -> None:
+        """Ask the same beside a tensor of ``shape`` without labels, along ``dims``."""
+        fixed = [d for d in dims if shape[d] > 1]
+        if fixed:
+            sizes = [s if d in fixed else 1 for d, s in enumerate(field.shape)]
+            self.defer(field, FIXED.expand(sizes), reason)
+
     def join(self, field: Field, sizes: Sequence[Any]) -> None:
         """Ask that at most one dimension of a field loses positions."""
         if len(varying(field)) > 1:
-            self._joint.append((field, tuple(sizes)))
+            self._joint.append((field, sizes))
 
     def number(self, fields: Sequence[Field], dim: int, size: int) -> int:
         """Return the number of a dimension, for expressions that use its size."""
-        self._axes.append(_Axis(tuple(fields), dim, size))
+        self._axes.append(_Axis(fields, dim, size))
         return len(self._axes) - 1
 
     def size(self, value: Any, fields: Sequence[Field], dim: int, size: int) -> None:
         """Note that ``value`` sizes a dimension."""
         if isinstance(value, TracedInt) and fields:
-            self._uses.append((expression_of(value), _Axis(tuple(fields), dim, size), size))
+            self._uses.append((expression_of(value), _Axis(fields, dim, size)))
 
     def compared(self, size: Expression, value: Expression) -> None:
         """Note that a model checks the size of a dimension against ``value``, which it equals."""
         if isinstance(size, AxisSize) and isinstance(value, Attribute):
-            axis = self._axes[size.number]
-            self._uses.append((value, axis, axis.size))
+            self._uses.append((value, self._axes[size.number]))
 
     def equal(self, first: Sequence[Field], second: Sequence[Field], dim: int, size: int) -> None:
         """Ask that two equally wide pieces lose the same positions."""
-        self._equal.append((_Axis(tuple(first), dim, size), _Axis(tuple(second), dim, size)))
+        self._equal.append((_Axis(first, dim, size), _Axis(second, dim, size)))
 
     def fixed(self, fields: Sequence[Field], dim: int, size: int, positions: range) -> None:
         """Note that a model counts on these positions of a dimension: none or all of them stay."""
-        mine = tuple(f for f in fields if f.shape[dim] > 1)
-        if mine:
-            self._fixed.append((_Axis(mine, dim, size), positions))
+        if any(f.shape[dim] > 1 for f in fields):
+            self._fixed.append((_Axis(fields, dim, size), positions))
 
-    def mix(
-        self,
-        ordinal: int,
-        fields: Sequence[Field],
-        dims: Sequence[int],
-        *,
-        standardises: bool = False,
+    def run_over(
+        self, ordinal: int, fields: Sequence[Field], dims: Sequence[int], *noted: list[Run]
     ) -> None:
-        """Note that mixer ``ordinal`` runs over ``dims`` of a tensor."""
+        """Note in ``mixers``, ``norms`` or the like that a call runs over ``dims`` of a tensor."""
         for d in dims:
-            mine = tuple(f for f in fields if f.shape[d] > 1)
+            mine = [f for f in fields if f.shape[d] > 1]
             if mine:
-                if standardises:
-                    self._standardised.append((ordinal, _Axis(mine, d, mine[0].shape[d])))
-                self._mixers.append((ordinal, _Axis(mine, d, mine[0].shape[d])))
+                for runs in noted:
+                    runs.append((ordinal, _Axis(mine, d, mine[0].shape[d])))
                 for f in mine:
                     self.join(f, f.shape)
-
-    def normalise(self, ordinal: int, fields: Sequence[Field], dim: int) -> None:
-        """Note that norm ``ordinal`` runs over the last dimension, ``dim``."""
-        mine = tuple(f for f in fields if f.shape[dim] > 1)
-        if mine:
-            self._norms.append((ordinal, _Axis(mine, dim, mine[0].shape[dim])))
-            for f in mine:
-                self.join(f, f.shape)
 
     # ---- what follows from it ---------------------------------------------------------------
 
@@ -141,7 +129,7 @@ class Coupling:
             for first, second in self._equal:
                 self._unite_axes(first, second, "is a chunk as wide as one that must stay")
             self._tie_attributes()
-            for expression, axis, _ in self._uses:
+            for expression, axis in self._uses:
                 if isinstance(expression, AxisSize):
                     self._unite_axes(axis, self._axes[expression.number], _RESHAPED)
             if self._atoms.num_unions == before:
@@ -151,26 +139,14 @@ class Coupling:
             if self._atoms.num_unions == before and not self._choose():
                 break
 
-    def mixers(self) -> list[tuple[int, int, Tensor]]:
-        """Return (ordinal, dimension, atoms along it) of the mixers over labelled channels."""
-        return self._lines(self._mixers)
-
-    def standardised(self) -> list[Tensor]:
-        """Return the atoms of axes whose variance is divided by: one position has none."""
-        return [line for _, _, line in self._lines(self._standardised)]
-
-    def norms(self) -> list[tuple[int, int, Tensor]]:
-        """Return (ordinal, dimension, atoms along it) of the norms over labelled channels."""
-        return self._lines(self._norms)
-
-    def uses(self) -> list[SizeUse]:
-        """Return the dimensions that attributes size."""
-        uses = []
-        for expression, axis, _ in self._uses:
-            line = self._line(axis)
-            if line is not None and any(isinstance(x, Attribute) for x in leaves(expression)):
-                uses.append(SizeUse(expression, line))
-        return uses
+    def uses(self) -> list[tuple[Expression, Tensor]]:
+        """Return the dimensions that attributes size: by which expression, the atoms along them."""
+        lines = [(expression, self._line(axis)) for expression, axis in self._uses]
+        return [
+            (expression, line)
+            for expression, line in lines
+            if line is not None and any(attributes(expression))
+        ]
 
     def axis_atoms(self, number: int) -> Tensor:
         """Return the atoms of the dimension with this number."""
@@ -178,13 +154,10 @@ class Coupling:
         line = self._line(axis)
         return torch.zeros(axis.size, dtype=torch.long) if line is None else line
 
-    def _lines(self, noted: list[tuple[int, _Axis]]) -> list[tuple[int, int, Tensor]]:
-        found = []
-        for ordinal, axis in noted:
-            line = self._line(axis)
-            if line is not None and not bool((line == line[0]).all()):
-                found.append((ordinal, axis.dim, line))
-        return found
+    def lines(self, runs: Sequence[Run]) -> list[tuple[int, int, Tensor]]:
+        """Return (ordinal, dimension, atoms along it) of those that run over labelled channels."""
+        lines = [(ordinal, axis.dim, self._line(axis)) for ordinal, axis in runs]
+        return [(i, dim, line) for i, dim, line in lines if line is not None and _differ(line)]
 
     def _line(self, axis: _Axis) -> Tensor | None:
         """Return the atoms along a dimension (0: fixed); ``None`` while fields vary jointly."""
@@ -228,39 +201,36 @@ class Coupling:
     def _tie_attributes(self) -> None:
         """One attribute has one value: what it sizes in several places shrinks alike."""
         sized: dict[Attribute, list[Tensor]] = defaultdict(list)
-        for expression, axis, _ in self._uses:
-            line = self._line(axis) if isinstance(expression, Attribute) else None
-            if line is not None and isinstance(expression, Attribute):
+        for expression, axis in self._uses:
+            if isinstance(expression, Attribute) and (line := self._line(axis)) is not None:
                 sized[expression].append(line)
-        for attribute, found in sized.items():
-            for line in found[1:]:
-                reason = (
-                    f"is as wide as {attribute.module}.{attribute.name}, which sizes what must stay"
-                )
-                self._atoms.unite(found[0], line, reason)
+        for attribute, (first, *others) in sized.items():
+            whole = f"{attribute.module}.{attribute.name}"
+            for line in others:
+                self._atoms.unite(first, line, f"is as wide as {whole}, which sizes what must stay")
 
     def _tie_quotients(self) -> None:
         """Unite for sizes such as ``x.view(B, N, self.num_heads, C // self.num_heads)``."""
-        for expression, axis, size in self._uses:
+        for expression, axis in self._uses:
             if isinstance(expression, Operation) and expression.op == "floordiv":
                 line = self._line(axis)
                 if line is not None and isinstance(expression.left, AxisSize):
-                    self._tie_quotient(expression.left, expression.right, line, size)
+                    self._tie_quotient(expression.left, expression.right, line)
 
-    def _tie_quotient(self, left: AxisSize, right: Expression, line: Tensor, size: int) -> None:
+    def _tie_quotient(self, left: AxisSize, right: Expression, line: Tensor) -> None:
         source = self._line(self._axes[left.number])
-        if source is None or len(source) % size:
+        if source is None or len(source) % len(line):
             return
-        blocks = source.reshape(-1, size)
-        if bool((line != line[0]).any()):
+        blocks = source.reshape(-1, len(line))
+        if _differ(line):
             if not _same_shares(source, line):
                 self._atoms.unite(blocks, line[None, :], _RESHAPED)
             return
         sized = None
-        for expression, axis, _ in self._uses:
+        for expression, axis in self._uses:
             if isinstance(right, Attribute) and expression == right:
                 sized = self._line(axis)
-                if sized is not None and bool((sized != sized[0]).any()):
+                if sized is not None and _differ(sized):
                     break
         if sized is not None and len(sized) == len(blocks):
             if not _same_shares(source, sized):
@@ -272,7 +242,7 @@ class Coupling:
         """Unite the positions that a model counts on, unless the axis also follows another size."""
         for axis, positions in self._fixed:
             line = self._line(axis)
-            if line is not None and bool((line != line[0]).any()):
+            if line is not None and _differ(line):
                 part = line[list(positions)]
                 whole = len(part) == len(line)
                 self._atoms.unite(part, part[:1] if whole else FIXED, "is counted on by position")
@@ -282,10 +252,7 @@ class Coupling:
         for i, (field, sizes) in enumerate(self._joint):
             simple = self._atoms.simplify(field)
             dims = varying(simple)
-            if len(dims) < 2:
-                continue
-            roots = set(simple.reshape(-1).tolist()) - {0}
-            if not roots - set(self._atoms.pinned):
+            if len(dims) < 2 or self._atoms.is_pinned(simple):
                 continue
             follow = [d for d in dims if isinstance(sizes[d], TracedInt) or sizes[d] == -1]
             free = max(follow or dims, key=lambda d: simple.shape[d])
@@ -300,10 +267,12 @@ class Coupling:
         return False
 
 
+def _differ(line: Tensor) -> bool:
+    return bool((line != line[0]).any())
+
+
 def _same_shares(source: Tensor, line: Tensor) -> bool:
     """Return whether every channel owns the same share of both axes: then their ratio is kept."""
     whole, owners = source.unique(return_counts=True)
     part, counts = line.unique(return_counts=True)
-    if not torch.equal(whole, part):
-        return False
-    return bool((owners * len(line) == counts * len(source)).all())
+    return torch.equal(whole, part) and torch.equal(owners * len(line), counts * len(source))

@@ -6,7 +6,7 @@ broadcastable to it, that names for every element the atom it depends on. Atom 0
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,7 @@ class Atoms:
         """Return fresh atoms, [num]."""
         first, last = self._num, self._num + num
         if last > len(self._parent):
-            grown = np.zeros(2 * last, dtype=np.int64)
-            grown[: self._num] = self._parent[: self._num]
-            self._parent = grown
+            self._parent = np.resize(self._parent, 2 * last)
         self._parent[first:last] = np.arange(first, last)
         self._num = last
         return torch.arange(first, last)
@@ -80,7 +78,17 @@ class Atoms:
 
     def simplify(self, field: Field) -> Field:
         """Return the field by representatives, of size 1 wherever it is constant."""
-        return compress(self.roots(field))
+        field = self.roots(field)
+        for d in varying(field):
+            first = field.narrow(d, 0, 1)
+            if bool((field == first).all()):
+                field = first
+        return field
+
+
+def named(args: Any, kwargs: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return positional and keyword arguments by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def flatten(value: Any) -> Iterable[Any]:
@@ -99,8 +107,6 @@ def substitute_tensors(value: Any, swap: dict[int, Tensor]) -> Any:
     """Return nested arguments with tensors replaced by what ``swap`` holds for their id."""
     if isinstance(value, Tensor):
         return swap.get(id(value), value)
-    if isinstance(value, torch.Size):
-        return value
     if isinstance(value, (tuple, list)):
         return type(value)(substitute_tensors(v, swap) for v in value)
     if isinstance(value, dict):
@@ -117,24 +123,12 @@ def along(atoms: Tensor, dim: int, ndim: int) -> Field:
 
 def right_align(field: Field, ndim: int) -> Field:
     """Return the field with leading dimensions of size 1, as broadcasting adds them."""
-    return (
-        field.reshape([1] * (ndim - field.ndim) + list(field.shape)) if field.ndim < ndim else field
-    )
+    return field.reshape([1] * (ndim - field.ndim) + list(field.shape))
 
 
 def varying(field: Field) -> list[int]:
     """Return the dimensions along which a field varies."""
     return [d for d, s in enumerate(field.shape) if s > 1]
-
-
-def compress(field: Field) -> Field:
-    """Return the field of size 1 along every dimension where it is constant."""
-    for d, size in enumerate(field.shape):
-        if size > 1:
-            first = field.narrow(d, 0, 1)
-            if bool((field == first).all()):
-                field = first
-    return field
 
 
 def unite_all_but(atoms: Atoms, field: Field, free: Collection[int], reason: str) -> None:

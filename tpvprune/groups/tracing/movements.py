@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpvprune.groups.tracing.calls import ChannelPad, named
 from tpvprune.groups.tracing.fields import FIXED, Field, along, flatten, substitute_tensors, varying
 from tpvprune.groups.tracing.sizes import TracedInt
 from tpvprune.passes.operations import JOINS, SHAPED, SPLITS
@@ -37,9 +36,8 @@ def move(  # noqa: PLR0917
     for dims in dict.fromkeys(tuple(varying(f)) for t in data for f in tracker.labels(t)):
         swap = {}
         for t in data:
-            field = next((f for f in tracker.labels(t) if tuple(varying(f)) == dims), None)
-            full = torch.zeros([1] * t.ndim).long() if field is None else field
-            full = full.expand(t.shape).contiguous()
+            found = (f for f in tracker.labels(t) if tuple(varying(f)) == dims)
+            full = next(found, FIXED.reshape([1] * t.ndim)).expand(t.shape).contiguous()
             swap[id(t)] = full.double() if columns else full  # im2col knows no integers
         moved = func(*substitute_tensors(args, swap), **substitute_tensors(kwargs, swap))
         for i, ids in enumerate(o for o in flatten(moved) if isinstance(o, Tensor)):
@@ -58,8 +56,7 @@ def _note_sizes(
         fields = tracker.labels(outs[0])
         for field in fields:
             coupling.join(field, sizes)
-        for d, value in enumerate(sizes):
-            size = outs[0].shape[d]
+        for d, (value, size) in enumerate(zip(sizes, outs[0].shape, strict=True)):
             coupling.size(value, fields, d, size)
             if type(value) is int and value > 1 and name != "expand":
                 coupling.fixed(fields, d, size, range(size))
@@ -68,13 +65,16 @@ def _note_sizes(
     elif name == "narrow":
         dim, start, length = (*args[1:], *kwargs.values())[:3]
         coupling.size(length, tracker.labels(outs[0]), dim % outs[0].ndim, outs[0].shape[dim])
-        _note_prefix(tracker, args[0], dim, start)
+        _note_prefix(tracker, args[0], dim % args[0].ndim, start)
     elif name == "getitem":
         _note_slices(tracker, args[0], args[1])
     elif name in {"unbind", "select"}:
-        dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % args[0].ndim
-        size = args[0].shape[dim]
-        coupling.fixed(tracker.labels(args[0]), dim, size, range(size))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % args[0].ndim
+        _fix(tracker, args[0], dim, range(args[0].shape[dim]))
+
+
+def _fix(tracker: Tracker, x: Tensor, dim: int, positions: range) -> None:
+    tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], positions)
 
 
 def _target_sizes(name: str, args: Any, kwargs: Any, out: Tensor) -> list[Any]:
@@ -97,31 +97,29 @@ def _note_split(
     how = rest[0]
     if not any(f.shape[dim] > 1 for o in outs for f in tracker.labels(o)):
         return
+    start = 0
     for i, o in enumerate(outs):
-        size = o.shape[dim]
-        if isinstance(how, (list, tuple)) and type(how[i]) is int:
-            start, x = sum(o.shape[dim] for o in outs[:i]), args[0]
-            places = range(start, start + size)
-            tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], places)
+        size, labels = o.shape[dim], tracker.labels(o)
         if isinstance(how, (list, tuple)):
-            tracker.coupling.size(how[i], tracker.labels(o), dim, size)
+            if type(how[i]) is int:
+                _fix(tracker, args[0], dim, range(start, start + size))
+            tracker.coupling.size(how[i], labels, dim, size)
+            start += size
             continue
         if name not in {"chunk", "tensor_split"} and size == how:
-            tracker.coupling.size(how, tracker.labels(o), dim, size)
+            tracker.coupling.size(how, labels, dim, size)
         if i and size == outs[0].shape[dim]:
-            tracker.coupling.equal(tracker.labels(outs[0]), tracker.labels(o), dim, size)
+            tracker.coupling.equal(tracker.labels(outs[0]), labels, dim, size)
 
 
 def _note_prefix(tracker: Tracker, x: Tensor, dim: int, stop: Any) -> None:
     """Note that ``stop`` counts the channels before it."""
-    dim %= x.ndim
-    if type(stop) is int and stop and abs(stop) < x.shape[dim]:
-        positions = range(stop) if stop > 0 else range(x.shape[dim] + stop, x.shape[dim])
-        tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], positions)
-    if not isinstance(stop, TracedInt) or not 0 < stop < x.shape[dim]:
-        return
-    fields = [f.narrow(dim, 0, int(stop)) for f in tracker.labels(x) if f.shape[dim] > 1]
-    tracker.coupling.size(stop, fields, dim, int(stop))
+    size = x.shape[dim]
+    if type(stop) is int and stop and abs(stop) < size:
+        _fix(tracker, x, dim, range(stop) if stop > 0 else range(size + stop, size))
+    if isinstance(stop, TracedInt) and 0 < stop < size:
+        fields = [f.narrow(dim, 0, int(stop)) for f in tracker.labels(x) if f.shape[dim] > 1]
+        tracker.coupling.size(stop, fields, dim, int(stop))
 
 
 def _note_slices(tracker: Tracker, x: Tensor, index: Any) -> None:
@@ -137,20 +135,15 @@ def _note_slices(tracker: Tracker, x: Tensor, index: Any) -> None:
             dim += x.ndim - given
             continue
         if type(entry) is int:
-            tracker.coupling.fixed(tracker.labels(x), dim, x.shape[dim], range(x.shape[dim]))
+            _fix(tracker, x, dim, range(x.shape[dim]))
         if isinstance(entry, slice) and entry.step in {None, 1}:
-            size = x.shape[dim]
-            places = range(*slice(*map(_plain, (entry.start, entry.stop, None))).indices(size))
+            places = range(x.shape[dim])[entry.start : entry.stop]
             told = type(entry.start) is int and type(entry.stop) is int and entry.start > 0
             if told or len(places) == 1:
-                tracker.coupling.fixed(tracker.labels(x), dim, size, places)
+                _fix(tracker, x, dim, places)
             _note_prefix(tracker, x, dim, entry.start)
             _note_prefix(tracker, x, dim, entry.stop)
         dim += 1
-
-
-def _plain(value: Any) -> int | None:
-    return None if value is None else int(value)
 
 
 def _stay_rectangular(tracker: Tracker, name: str, args: Any, kwargs: Any) -> None:
@@ -176,36 +169,26 @@ def _meet(tracker: Tracker, field: Field, other: Tensor, dims: set[int], reason:
         met |= common
         if not common:
             continue
-        if common == set(varying(field)) == set(varying(g)) or (
-            len(varying(field)) == 1 and len(varying(g)) == 1
-        ):
+        lines = len(varying(field)) == len(varying(g)) == 1
+        if lines or common == set(varying(field)) == set(varying(g)):
             tracker.unite(field, g, reason)
+        elif all(a == b or 1 in {a, b} for a, b in zip(field.shape, g.shape, strict=True)):
+            tracker.coupling.defer(field, g, reason)
         else:
-            _meet_parts(tracker, field, g, reason)
-    fixed = [d for d in dims - met if other.shape[d] > 1]
-    if fixed:
-        zeros = torch.zeros([s if d in fixed else 1 for d, s in enumerate(field.shape)]).long()
-        tracker.coupling.defer(field, zeros, reason)
+            tracker.unite(field, FIXED, reason)
+            tracker.unite(g, FIXED, reason)
+    tracker.coupling.defer_fixed(field, dims - met, other.shape, reason)
 
 
-def _meet_parts(tracker: Tracker, field: Field, other: Field, reason: str) -> None:
-    if all(a == b or 1 in {a, b} for a, b in zip(field.shape, other.shape, strict=True)):
-        tracker.coupling.defer(field, other, reason)
-    else:
-        tracker.unite(field, FIXED, reason)
-        tracker.unite(other, FIXED, reason)
-
-
-def set_item(tracker: Tracker, args: Any) -> None:
+def set_item(tracker: Tracker, args: Any, _kwargs: Any, _out: Any) -> None:
     """Follow ``target[index] = value``."""
     target, index, value = args
     old, new = tracker.labels(target), tracker.labels(value)
     if len(old) > 1 or len(new) > 1:
         tracker.pin([target, value], "is written in place into part of another tensor")
         return
-    ids = (old[0] if old else torch.zeros([1] * target.ndim).long()).expand(target.shape).clone()
-    values = new[0] if new else FIXED
-    ids[index] = values
+    ids = (old[0] if old else FIXED.reshape([1] * target.ndim)).expand(target.shape).clone()
+    ids[index] = new[0] if new else FIXED
     tracker.set_labels(target, [ids])
 
 
@@ -225,41 +208,8 @@ def pad(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
             # What the new zero channels are later added to tells which of them go, and the
             # padding module is told how many stay.
             pads = tracker.atoms.new(front), tracker.atoms.new(back)
-            tracker.pads.append(ChannelPad(tracker.module_path[-1], *pads))
-            pieces = [along(p, dim, x.ndim) for p in pads]
-            field = torch.cat([pieces[0], field, pieces[1]], dim)
+            tracker.pads.append((tracker.module_path[-1], *pads))
+            before, after = (along(p, dim, x.ndim) for p in pads)
+            field = torch.cat([before, field, after], dim)
         fields.append(field)
     tracker.set_labels(out, fields)
-
-
-# ---- what has a meaning for channels ------------------------------------------------------------
-
-
-def embed(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Follow a table [rows, C] read by an index: its rows stay, its columns are channels."""
-    weight = named(args, kwargs, ("input", "weight"))["weight"]
-    columns = tracker.axis(weight, 1, "")
-    tracker.pin([args[0]], "is an index")
-    tracker.set_labels(out, [along(columns, out.ndim - 1, out.ndim)])
-
-
-def glu(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Follow a gated linear unit: each channel of the first half goes with one of the second."""
-    dim = int(named(args, kwargs, ("input", "dim")).get("dim", -1)) % out.ndim
-    halves = []
-    for field in tracker.labels(args[0]):
-        first, second = field.tensor_split(2, dim) if field.shape[dim] > 1 else (field, field)
-        tracker.unite(first, second, "is gated by channels that must stay")
-        halves.append(first)
-    tracker.set_labels(out, halves)
-
-
-def fold(tracker: Tracker, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Follow the sum of patches [B, C * P, L] into [B, C, H, W]: P rows are one channel."""
-    tracker.level(args[0], [args[0].ndim - 1], "varies over the positions that fold puts together")
-    rows = tracker.axis(args[0], -2, "is folded jointly").reshape(out.shape[-3], -1)
-    tracker.unite(rows, rows[:, :1], "is folded beside fixed inputs")
-    tracker.set_labels(out, [along(rows[:, 0], out.ndim - 3, out.ndim)])
-
-
-ON_CHANNELS = {"embedding": embed, "glu": glu, "fold": fold}

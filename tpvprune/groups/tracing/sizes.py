@@ -9,6 +9,7 @@ attribute values under which every rule holds for the channels that stay.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,13 +47,7 @@ class Operation:
 
 Expression = Attribute | AxisSize | Operation | int
 
-_OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-}
+_OPERATIONS = ("add", "sub", "mul", "floordiv", "mod")
 
 
 class TracedInt(int):
@@ -88,9 +83,6 @@ class TracedInt(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
-
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
@@ -120,12 +112,12 @@ def expression_of(value: int) -> Expression:
     return value.expression if isinstance(value, TracedInt) else int(value)
 
 
-def leaves(expression: Expression) -> Iterator[Attribute | AxisSize]:
-    """Yield the attributes and axis sizes of an expression."""
+def attributes(expression: Expression) -> Iterator[Attribute]:
+    """Yield the attributes of an expression."""
     if isinstance(expression, Operation):
-        yield from leaves(expression.left)
-        yield from leaves(expression.right)
-    elif isinstance(expression, Attribute | AxisSize):
+        yield from attributes(expression.left)
+        yield from attributes(expression.right)
+    elif isinstance(expression, Attribute):
         yield expression
 
 
@@ -200,17 +192,19 @@ def solve(
             assert expression.axis is not None
             return int(expression.axis.kept(kept).sum())
         if isinstance(expression, Operation):
-            return _OPERATIONS[expression.op](evaluate(expression.left), evaluate(expression.right))
+            left, right = evaluate(expression.left), evaluate(expression.right)
+            return int(getattr(operator, expression.op)(left, right))
         return expression
 
     for rule, target in open_rules:
-        free = [leaf for leaf in leaves(rule.expression) if isinstance(leaf, Attribute)]
-        free = [leaf for leaf in free if leaf not in values]
+        free = {
+            leaf: get_attribute(model, leaf)
+            for leaf in attributes(rule.expression)
+            if leaf not in values
+        }
         if evaluate(rule.expression) == target:
-            values.update({leaf: get_attribute(model, leaf) for leaf in free})
-        elif not _adjust(
-            rule, target, {leaf: get_attribute(model, leaf) for leaf in free}, values, evaluate
-        ):
+            values.update(free)
+        elif not _adjust(rule, target, free, values, evaluate):
             raise ValueError(
                 f"no attribute makes {evaluate(rule.expression)} channels {target} "
                 f"in {rule.expression}."
@@ -244,10 +238,9 @@ def get_attribute(model: nn.Module, attribute: Attribute) -> int:
 def set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
     """Set an attribute (or one entry of it) in place."""
     module = model.get_submodule(attribute.module)
-    if attribute.position is None:
-        setattr(module, attribute.name, value)
-        return
-    old = getattr(module, attribute.name)
-    entries = list(old)
-    entries[attribute.position] = value
-    setattr(module, attribute.name, type(old)(entries))
+    new: Any = value
+    if attribute.position is not None:
+        old = getattr(module, attribute.name)
+        entries = [value if i == attribute.position else v for i, v in enumerate(old)]
+        new = type(old)(entries)
+    setattr(module, attribute.name, new)
