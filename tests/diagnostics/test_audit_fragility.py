@@ -1,5 +1,7 @@
 """Changes that should not matter, and how far criteria and measures move under them."""
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
@@ -168,7 +170,7 @@ def test_fragility_tells_invariant_from_fragile(setting, images):
 
 def test_fragility_reports_relative_change(setting):
     probe = Measure("probe", lambda s: Measurement(2.0 + s.seed), False, "0", "yes", "here")
-    change = Change("another seed", "seed", setting.with_seed(1))
+    change = Change("another seed", "seed", replace(setting, seed=1))
     stages = []
     found = fragility(
         setting,

@@ -59,7 +59,10 @@ def ablation_scores(
         .values.tolist()
         for group in groups
     }
-    sums = {group.name: torch.zeros(2, group.num_channels).double() for group in groups}
+    sums = {}  # of channels that are not measured NaN, of the changes and of their squares
+    for group in groups:
+        sums[group.name] = torch.full((2, group.num_channels), torch.nan, dtype=torch.float64)
+        sums[group.name][:, chosen[group.name]] = 0
     num_samples = 0
     counted = Outputs.measured(model, unlabeled(batches), outputs)
     with evaluating(model):
@@ -81,20 +84,11 @@ def ablation_scores(
 
     values, stderr = {}, {}
     for name, (total, squares) in sums.items():
-        skipped = torch.ones(len(total), dtype=torch.bool)
-        skipped[chosen[name]] = False
         mean = total / num_samples
         variance = (squares / num_samples - mean.square()).clamp_min(0)
-        values[name] = mean.masked_fill(skipped, torch.nan)
-        error = (variance / max(num_samples - 1, 1)).sqrt()
-        stderr[name] = error.masked_fill(skipped, torch.nan)
-    return Scores(
-        values,
-        stderr,
-        num_samples=num_samples,
-        criterion="ablation",
-        used_labels=False,
-    )
+        values[name] = mean
+        stderr[name] = (variance / max(num_samples - 1, 1)).sqrt()
+    return Scores(values, stderr, num_samples=num_samples, criterion="ablation", used_labels=False)
 
 
 def spearman(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +44,19 @@ def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
         if args and id(args[0]) in written:
             pairs[written[id(args[0])]] = name
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, Contraction):
-            hooks.append(
-                module.register_forward_hook(lambda _, __, output, name=name: wrote(name, output))
-            )
-        elif _is_fixed_norm(module):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: reads(name, args))
-            )
-    try:
-        with evaluating(model):
-            model(on_device(example_inputs, model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name, module in model.named_modules():
+            if isinstance(module, Contraction):
+                hook = module.register_forward_hook(
+                    lambda _, __, output, name=name: wrote(name, output)
+                )
+                hooks.callback(hook.remove)
+            elif _is_fixed_norm(module):
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, name=name: reads(name, args)
+                )
+                hooks.callback(hook.remove)
+        model(on_device(example_inputs, model))
     return tuple(Layer(name, pairs.get(name)) for name in order)
 
 

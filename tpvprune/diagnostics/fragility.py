@@ -89,17 +89,14 @@ def fragility(
     total = (len(changes) + 1) * (len(measures) + len(criteria))
     done = 0
 
-    def step(name: str) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(name, done, total)
-        done += 1
-
     def taken(at: Setting) -> tuple[dict[str, Measurement], dict[str, dict[str, Tensor]]]:
+        nonlocal done
         values: dict[str, Measurement] = {}
         scores: dict[str, dict[str, Tensor]] = {}
         for name in (*measures, *criteria):
-            step(name)
+            if progress is not None:
+                progress(name, done, total)
+            done += 1
             if name in missing:
                 continue
             try:
@@ -121,12 +118,10 @@ def fragility(
             moved[name][change.name] = value.value / first[name].value - 1
         for name, by_group in scores.items():
             before = ranked[name]
-            tau[name][change.name] = kendall(_joined(before), _joined(by_group))
+            joined = [torch.cat(list(s.values())) for s in (before, by_group)]
+            tau[name][change.name] = kendall(*joined)
             overlap[name][change.name] = same_cut(setting.groups, before, by_group, keep=keep)
     return Fragility(tuple(changes), first, moved, tau, overlap, missing)
-
-
-# ---- small pieces ---------------------------------------------------------------------------
 
 
 def _scores(name: str, at: Setting) -> dict[str, Tensor]:
@@ -136,7 +131,3 @@ def _scores(name: str, at: Setting) -> dict[str, Tensor]:
     known = name == "tpv_uncompensated"
     scores = at.tpv if known else CRITERIA[name](at.model, at.groups, batches, seed=at.seed)
     return {group.name: scores[group.name].cpu().double() for group in at.groups}
-
-
-def _joined(scores: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat(list(scores.values()))

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpvprune.diagnostics.folding import folded
+from tpvprune.diagnostics.folding import Contraction, folded
 from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.evaluation import class_indices
@@ -27,6 +27,7 @@ from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.scores.tpv import Scores, tpv_scores
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
+_ADDITIVE = (*Contraction, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def l2_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
         https://arxiv.org/abs/1912.02178
     """
     private, names = folded(model, example_inputs)
-    return Measurement(math.sqrt(sum(_square(private, name) for name in names)))
+    weights = [private.get_parameter(f"{name}.weight").detach() for name in names]
+    return Measurement(math.sqrt(sum(float(w.square().sum()) for w in weights)))
 
 
 @torch.no_grad()
@@ -131,7 +133,7 @@ def path_norm(model: nn.Module, example_inputs: Tensor) -> Measurement:
     """
     private, _ = folded(model, example_inputs)
     for name, parameter in private.named_parameters():
-        if not _is_known(private, name):
+        if not isinstance(private.get_submodule(name.rpartition(".")[0]), _ADDITIVE):
             raise ValueError(
                 f"path norm: expected convolutions, linear layers and BatchNorm, found the "
                 f"parameter {name!r} of another layer: leave this measure out"
@@ -199,19 +201,6 @@ def sharpness(
                 found.append(sum(float((c * v).sum()) for c, v in zip(curved, z, strict=True)))
                 weights.append(len(x))
     return _weighted(found, weights)
-
-
-# ---- small pieces ---------------------------------------------------------------------------
-
-
-def _square(model: nn.Module, name: str) -> float:
-    return float(model.get_parameter(f"{name}.weight").detach().square().sum())
-
-
-def _is_known(model: nn.Module, name: str) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    linear = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return isinstance(owner, linear)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,10 @@ def pac_bayes_origin(
     private = private.to(like.device, like.dtype)
     weights = {f"{n}.weight": private.get_parameter(f"{n}.weight").detach() for n in names}
     generator = torch.Generator().manual_seed(seed)
-    draws = [_normal(weights, generator) for _ in range(num_draws)]
+    draws = [
+        {n: torch.randn(w.shape, generator=generator).to(w) for n, w in weights.items()}
+        for _ in range(num_draws)
+    ]
 
     def errors(sigma: float) -> float:
         total = 0.0
@@ -78,25 +81,18 @@ def pac_bayes_origin(
     return Measurement(math.sqrt((mean_square / (4 * sigma**2) + math.log(m / sigma) + 10) / m))
 
 
-def _normal(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    return {n: torch.randn(w.shape, generator=generator).to(w) for n, w in weights.items()}
-
-
 @torch.no_grad()
-def _error(model: nn.Module, weights: Mapping[str, Tensor], batches: Labelled) -> float:
+def _error(model: nn.Module, weights: dict[str, Tensor], batches: Labelled) -> float:
     wrong = total = 0
     for inputs, labels in batches:
-        outputs = first_output(functional_call(model, dict(weights), (on_device(inputs, model),)))
+        outputs = first_output(functional_call(model, weights, (on_device(inputs, model),)))
         wrong += int((outputs.argmax(1) != labels.to(outputs.device)).sum())
         total += len(inputs)
     return wrong / total
 
 
 def _crossing(errors: Callable[[float], float], target: float, *, start: float) -> float:
-    """Return where a rising function crosses ``target``, to 3 %.
-
-    ValueError if it does not.
-    """
+    """Return where a rising function crosses ``target``, to 3 %; ValueError if it does not."""
     below = errors(start) < target
     low = high = start
     for _ in range(_MAX_DOUBLINGS):

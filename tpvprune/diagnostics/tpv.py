@@ -45,12 +45,10 @@ Draw = Callable[[str, Tensor, torch.Generator], Tensor]
 
 
 def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, float]:
-    """Return the weight variance of stationary SGD, lr / (2 B), for every parameter.
+    """Return the weight variance of stationary SGD, lr / (2 B), by parameter name.
 
     The isotropic approximation of the paper: near a minimum of curvature H the gradient noise
     H / B and the pull H balance at C = lr / (2 B) I.
-
-    Returns variance by parameter name, in squared weight units.
     """
     return dict.fromkeys(floating(model), lr / (2 * batch_size))
 
@@ -231,7 +229,7 @@ def stability_rows(
     Returns:
         Rows of plain data: ``perturbation``, ``form`` ("trace", "monte carlo", and "rounding" for
         one real quantization), ``train``, ``train_stderr``, ``held_out``, ``held_out_stderr``,
-        ``ratio`` (train / held-out).
+        ``ratio`` (train / held-out). A standard error that is not known is None.
     """
     sets = [list(unlabeled(train_batches)), list(unlabeled(held_out_batches))]
     counted = Outputs.measured(model, sets[0], outputs)
@@ -239,8 +237,19 @@ def stability_rows(
     norms = [jacobian_norms(model, s, num_probes=num_probes, **of) for s in sets]
     rows = []
 
-    def add(perturbation: str, form: str, found: Sequence[Estimate]) -> None:
-        rows.append(stability_row(perturbation, form, *found))
+    def add(perturbation: str, form: str, found: Iterable[Estimate]) -> None:
+        train, held_out = found
+        known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
+        row = {
+            "perturbation": perturbation,
+            "form": form,
+            "train": train.value,
+            "train_stderr": known[0],
+            "held_out": held_out.value,
+            "held_out_stderr": known[1],
+            "ratio": train.value / held_out.value if held_out.value else None,
+        }
+        rows.append(row)
 
     def both(perturbation: str, variances: Mapping[str, float], draw: Draw) -> None:
         add(perturbation, "trace", [n.trace(variances) for n in norms])
@@ -261,22 +270,6 @@ def stability_rows(
             options = {**of, **label_noise, "linear": linear}
             add("label noise", form, label_noise_variance(model, sets[0], sets, **options))
     return rows
-
-
-def stability_row(
-    perturbation: str, form: str, train: Estimate, held_out: Estimate
-) -> dict[str, Any]:
-    """Return one row of :func:`stability_rows`; an unknown standard error is None."""
-    known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
-    return {
-        "perturbation": perturbation,
-        "form": form,
-        "train": train.value,
-        "train_stderr": known[0],
-        "held_out": held_out.value,
-        "held_out_stderr": known[1],
-        "ratio": train.value / held_out.value if held_out.value else None,
-    }
 
 
 def parameter_points(
