@@ -64,7 +64,7 @@ def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
     """Take every so many samples of batches, wherever one batch ends and the next begins.
 
     ``batches``: tensors [B, ...], or tuples of such. ``first``: which of the first ``step``
-    samples. Yields of every batch its part; where there is none the batch is left out.
+    samples. Of a batch where there is none nothing is yielded.
     """
     start = 0
     for batch in batches:
@@ -79,8 +79,7 @@ def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
 def shard(batches: Iterable[Any]) -> Iterable[Any]:
     """Return this process's share of batches that every process has in the same order.
 
-    ``batches``: re-iterable of tensors [B, ...], or of tuples of such. Returns re-iterable of the
-    same, of every batch the samples of this process; where there are none the batch is left out.
+    ``batches``: re-iterable of tensors [B, ...], or of tuples of such; see :func:`every`.
     """
     return batches if num_processes() == 1 else _Shard(batches)
 
@@ -101,8 +100,8 @@ def own_items(items: Sequence[T], start: int) -> list[T]:
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Add up tensors over all processes: one collective, in float64.
 
-    Returns the sums, float64, on the devices of the arguments; equal bit for bit everywhere. With
-    one process the arguments themselves.
+    Returns the sums on the devices of the arguments, equal bit for bit everywhere; with one process
+    the arguments themselves.
     """
     if num_processes() == 1:
         return tensors
@@ -172,10 +171,7 @@ def spread_weights(model: nn.Module) -> None:
 
 
 def check_same(what: str, *parts: Any) -> None:
-    """See that all processes have the same.
-
-    ``*parts``: tensors, modules, mappings of tensors, or values with a ``repr``.
-    """
+    """See that all processes have the same; ``*parts``: as of :func:`digest_of`."""
     if num_processes() == 1:
         return
     number = int.from_bytes(digest_of(*parts)[:6], "big")  # exact in float64
@@ -225,7 +221,8 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
         return here
     plain = isinstance(here[0], Tensor)
     columns = list(zip(*([(b,) for b in here] if plain else here), strict=True))
-    sizes = _batch_sizes([len(b) for b in columns[0]])
+    lengths = of_all([len(b) for b in columns[0]])
+    sizes = [sum(parts) for parts in zip_longest(*lengths, fillvalue=0)]
     whole = [_rows_of_all(torch.cat(column)).split(sizes) for column in columns]
     return list(whole[0]) if plain else list(zip(*whole, strict=True))
 
@@ -233,8 +230,7 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
 def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Hand samples to the processes that they belong to by their numbers in the whole set.
 
-    ``rows``: number -> sample, of those that are here now. Returns number -> sample, of those that
-    belong here: number modulo processes is this one's rank.
+    ``rows``: number -> sample, here now. Returns those whose number modulo processes is this rank.
     """
     if num_processes() == 1:
         return dict(rows)
@@ -254,22 +250,16 @@ def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 def of_all(value: T) -> list[T]:
     """Return the plain values of all processes, in order of their ranks."""
-    return [value] if num_processes() == 1 else _objects(value)
-
-
-def _objects(value: T) -> list[T]:
+    if num_processes() == 1:
+        return [value]
     found: list[Any] = [None] * num_processes()
     with reaching():
         dist.all_gather_object(found, value)
     return found
 
 
-def _batch_sizes(here: list[int]) -> list[int]:
-    return [sum(sizes) for sizes in zip_longest(*_objects(here), fillvalue=0)]
-
-
 def _rows_of_all(rows: Tensor) -> Tensor:
-    counts = _objects(len(rows))
+    counts = of_all(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     found = [torch.empty_like(padded) for _ in counts]
@@ -293,5 +283,5 @@ def dealt(tasks: Sequence[T], work: Callable[[T], Iterable[Any]]) -> Iterator[An
         mine = tasks[start + rank() : start + rank() + 1]
         with alone():
             results = [result for task in mine for result in work(task)]
-        for found in _objects(results):
+        for found in of_all(results):
             yield from found
