@@ -17,10 +17,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def check_images(path: str | Path, *, arrays: bool = False) -> None:
-    """Check that images can be read from a place.
-
-    ``path``: a folder or a ``.tar``. ``arrays``: an ``.npy`` will do, too.
-    """
+    """Check that images can be read: a folder or a ``.tar``; with ``arrays`` an ``.npy``, too."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such folder or file")

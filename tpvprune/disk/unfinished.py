@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import written_file
-from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.state_dicts import load_tensors, write_tensors
 
 _HEADER = "tpvprune_training"
 
@@ -24,11 +23,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write modules, optimizer and facts, in the place of an earlier state.
-
-    ``path``: the file; ValueError tells if the system refuses to write it. ``modules``: name ->
-    module, such as the model and its moving average.
-    """
+    """Write modules (such as the model and its moving average), optimizer and facts."""
     tensors = by_part({name: module.state_dict() for name, module in modules.items()})
     numbers: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()
@@ -47,13 +42,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 
     ``path``: the file; ValueError tells if the system refuses to write it.
     """
-    # Copies: safetensors refuses tensors that share memory.
-    copies = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
     with written_file(path) as unfinished:
-        save_file(copies, unfinished, metadata={_HEADER: json.dumps(facts)})
+        write_tensors(tensors, unfinished, {_HEADER: json.dumps(facts)})
 
 
 def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -65,10 +55,9 @@ def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts of a saved state.
+    """Return the facts of a saved state; of a training, ``optimizer`` with its numbers too.
 
-    ``path``: what ``save_tensors`` or ``save_state`` wrote. Returns the facts; of a training,
-    ``optimizer`` with its numbers too. ValueError if the file is damaged or something else.
+    ValueError if the file is damaged or something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,10 +70,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a saved state by the part of the name before the first colon.
-
-    ``path``: what ``save_tensors`` wrote. Returns part -> rest of the name -> tensor.
-    """
+    """Return the tensors of a saved state: part -> name in it -> tensor, see :func:`by_part`."""
     found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
@@ -96,11 +82,7 @@ def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor
 def load_state(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put a saved state into modules and optimizer, in place and bit for bit.
-
-    ``path``: what ``save_state`` wrote for modules and an optimizer of the same build. ``modules``:
-    name -> module.
-    """
+    """Put what ``save_state`` wrote of the same build into modules and optimizer, in place."""
     saved = read_facts(path)["optimizer"]
     parts = read_tensors(path, (*modules, "optimizer"))
     for name, module in modules.items():

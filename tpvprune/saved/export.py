@@ -119,7 +119,8 @@ def export_model(
 def _write_pt2(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
-    program = _program(model, example, dynamic=dynamic)
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     # Through memory: on a full disk torch's own writer would end the process.
     archive = io.BytesIO()
     torch.export.save(program, archive, extra_files=notes)
@@ -140,19 +141,11 @@ def _write_onnx(
     return lambda inputs: [torch.from_numpy(x) for x in session.run(None, {name: inputs.numpy()})]
 
 
-def _program(model: nn.Module, example: Tensor, *, dynamic: bool) -> Any:
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes)
-
-
 # ---- checks ----------------------------------------------------------------------------------
 
 
 def check_target(file: Path, format: str, *, overwrite: bool) -> None:
-    """Find out before any work is done whether a file of this format can be written.
-
-    ``format``: ``"onnx"`` or ``"pt2"``.
-    """
+    """Find out before any work is done whether a file of this format can be written."""
     if format not in get_args(Format):
         raise ValueError(f"format: expected 'onnx' or 'pt2', found {format!r}")
     if file.is_dir():

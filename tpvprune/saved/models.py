@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,39 +84,57 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError("expected one of pretrained and a checkpoint, found both")
-    if allow_import and is_factory(name):
-        if pretrained and not is_registered(name):
-            raise ValueError(f"{name}: expected a model of timm's for --pretrained")
-        weights = "pretrained" if pretrained else checkpoint
-        return _own_model(name, weights, num_classes, model_kwargs or {}, seed)
-    _check_name(name)
+    is_own = allow_import and is_factory(name)
+    if not is_own:
+        _check_name(name)
+    elif pretrained and not is_registered(name):
+        raise ValueError(f"{name}: expected a model of timm's for --pretrained")
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    kwargs = _input_kwargs(name, input_size) | dict(model_kwargs or {})
+    kwargs = ({} if is_own else _input_kwargs(name, input_size)) | dict(model_kwargs or {})
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-
-    def build() -> nn.Module:
-        asks = pretrained or name.startswith(HUB)
-        with torch.random.fork_rng(devices=[]), offline_if_unreachable() if asks else nullcontext():
-            torch.manual_seed(seed)
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-
+    make = _own_maker(name, pretrained) if is_own else partial(_of_timm, name, pretrained)
     try:
-        model = build()
-        if state is not None and num_classes is None:
+        model = _seeded(make, kwargs, seed)
+        if state is not None and num_classes is None and not is_own:
             found = _classes_of(model, state)
             if found not in (None, getattr(model, "num_classes", None)):
                 kwargs["num_classes"] = found
-                model = build()
+                model = _seeded(make, kwargs, seed)
     except Exception as error:
         raise ValueError(f"model {name!r}: {_reason(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model {name!r}: expected a function that returns a torch.nn.Module, found one that "
+            f"returns {type(model).__name__}"
+        )
     if state is not None:
         _load(model, state, str(checkpoint))
     weights = str(checkpoint) if checkpoint else "pretrained" if pretrained else "random"
-    if name.startswith("hf-hub:") and pretrained:
-        weights = name
+    if is_own:  # after its weights: a checkpoint has the names from before
+        model = unfuse_attention(fold_weights(model))
+        return model.eval(), ModelSource(name, kwargs, weights)
     architecture = str(pretrained_config(model).get("architecture") or name)
-    return model.eval(), ModelSource(architecture, kwargs, weights)
+    from_hub = pretrained and name.startswith("hf-hub:")
+    return model.eval(), ModelSource(architecture, kwargs, name if from_hub else weights)
+
+
+def _seeded(make: Callable[..., Any], kwargs: Mapping[str, Any], seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(**kwargs)
+
+
+def _of_timm(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    asks = pretrained or name.startswith(HUB)
+    with offline_if_unreachable() if asks else nullcontext():
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _own_maker(name: str, pretrained: bool) -> Callable[..., Any]:
+    if is_registered(name):
+        return partial(registered_model, name, pretrained=pretrained)
+    return _imported(name)
 
 
 def is_factory(name: str) -> bool:
@@ -129,41 +147,6 @@ def is_factory(name: str) -> bool:
         True for package.module:factory, torchvision/NAME and hf:NAME.
     """
     return is_registered(name) or _FACTORY.fullmatch(name) is not None
-
-
-def _own_model(
-    name: str,
-    weights: str | Path | None,
-    num_classes: int | None,
-    model_kwargs: Mapping[str, Any],
-    seed: int,
-) -> tuple[nn.Module, ModelSource]:
-    kwargs = dict(model_kwargs)
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    pretrained = weights == "pretrained"
-    state = None if pretrained or weights is None else read_checkpoint(weights)
-    if is_registered(name):
-        factory: Any = partial(registered_model, name, pretrained=pretrained)
-    else:
-        factory = _imported(name)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = factory(**kwargs)
-    except Exception as error:
-        raise ValueError(f"model {name!r}: {_reason(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model {name!r}: expected a function that returns a torch.nn.Module, found one that "
-            f"returns {type(model).__name__}"
-        )
-    if state is not None:
-        _load(model, state, str(weights))
-    # After its weights: a checkpoint has the names from before.
-    return unfuse_attention(fold_weights(model)).eval(), ModelSource(
-        name, kwargs, str(weights or "random")
-    )
 
 
 def _imported(name: str) -> Any:
@@ -292,14 +275,11 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    found = {"lacks": missing, "has unknown": surplus, "has shape": shapes}
     differing = [
         f"{what} {', '.join(keys[:_MAX_NAMED])}"
         + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
-        for what, keys in (
-            ("lacks", missing),
-            ("has unknown", surplus),
-            ("has shape", shapes),
-        )
+        for what, keys in found.items()
         if keys
     ]
     if differing:

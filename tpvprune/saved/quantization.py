@@ -67,31 +67,22 @@ class WeightChoice:
 
 @dataclass(frozen=True)
 class Tried:
-    """The int8 file that was kept, and how far from the float32 file each that was tried is.
-
-    Attributes:
-        file: The int8 file with the ranges that agree best, and with them the closest weights.
-        ranges: How ranges were found -> difference, weights rounded in the first way.
-        weights: How weights were rounded -> difference, with the best ranges.
-    """
+    """The int8 file that was kept, and how far from the float32 file each that was tried is."""
 
     file: Path
-    ranges: Mapping[str, Difference]
-    weights: Mapping[WeightChoice, Difference]
+    ranges: Mapping[str, Difference]  # weights rounded in the first way
+    weights: Mapping[WeightChoice, Difference]  # with the best ranges
 
     @property
     def best_ranges(self) -> str:
         """What agrees best; of equals what is closest."""
-        return max(self.ranges, key=lambda name: _quality(self.ranges[name]))
+        found = self.ranges
+        return max(found, key=lambda name: (found[name].agreement, -found[name].share))
 
     @property
     def best_weights(self) -> WeightChoice:
         """What is closest."""
         return min(self.weights, key=lambda choice: self.weights[choice].share)
-
-
-def _quality(found: Difference) -> tuple[float, float]:
-    return found.agreement, -found.share
 
 
 def tried_files(
@@ -103,16 +94,9 @@ def tried_files(
 ) -> Tried:
     """Quantize a float32 ONNX file in several ways, beside it in its folder.
 
-    Args:
-        whole: The float32 file.
-        calibration: Inputs [B, ...] that ranges, and the shifts of biases, are measured on.
-        choosing: Others, on which the files are compared with the float32 one.
-        ranges: Which ranges to try, of :data:`RANGES`.
-        weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`, in this order, until one
-            differs by no more than 1 % of the outputs' variance.
-
-    Returns:
-        The file to keep, and every difference.
+    ``calibration``: inputs [B, ...] that ranges, and the shifts of biases, are measured on.
+    ``choosing``: others, to compare the files with the float32 one on. ``weight_bits``: tried in
+    this order, until one differs by no more than 1 % of the outputs' variance.
     """
     reference = OnnxModule(whole)
     files: dict[tuple[str, WeightChoice], Path] = {}
