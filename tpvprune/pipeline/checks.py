@@ -13,20 +13,14 @@ from tpvprune.widths.ranking import RankBy, Ranking
 
 
 def agreed(groups: ChannelGroups) -> ChannelGroups:
-    """Return the groups, which are the same in all processes.
-
-    ValueError if they are not; everywhere, and before anything is summed over them.
-    """
+    """Return the groups; a ValueError in all processes if they differ between these."""
     # Not the reasons: they quote rounding, which may differ between machines.
     check_same("channel groups", [(g.name, g.num_channels) for g in groups])
     return groups
 
 
 def prunable(groups: ChannelGroups) -> ChannelGroups:
-    """Return the groups.
-
-    ValueError if there is nothing to prune.
-    """
+    """Return the groups; ValueError if there is nothing to prune."""
     if len(groups):
         return groups
     # The head is blocked in every network: what else is says more.
@@ -51,31 +45,20 @@ def check_ranking(
     """Check a ranking that was given."""
     if ranking is None:
         return
-    if ranking.allocation != by.how:
-        raise ValueError(
-            f"ranking: expected one by {by.how}, found one by {ranking.allocation}: leave it out, "
-            "and channels are ranked anew"
-        )
-    made = ranking.scores.criterion
-    if made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
-        raise ValueError(
-            f"ranking: expected one by {by.name!r}, found one by {made!r}: leave it out, and "
-            "channels are ranked anew"
-        )
-    if by.criterion == "tpv" and ranking.stand_in != by.stand_in:
-        raise ValueError(
-            f"ranking: expected one where a {by.stand_in} takes the place of a channel, as it will "
-            f"after this repair, found one where a {ranking.stand_in} does: leave it out, and "
-            "channels are ranked anew"
-        )
+    made, wrong = ranking.scores.criterion, ""
     found = {name: len(curve.order) for name, curve in ranking.curves.items()}
-    if found != {g.name: g.num_channels for g in groups}:
-        raise ValueError(
-            f"ranking: expected one of the groups of this model, found {len(found)} others: leave "
-            "it out, and channels are ranked anew"
+    if ranking.allocation != by.how:
+        wrong = f"one by {by.how}, found one by {ranking.allocation}"
+    elif made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
+        wrong = f"one by {by.name!r}, found one by {made!r}"
+    elif by.criterion == "tpv" and ranking.stand_in != by.stand_in:
+        wrong = (
+            f"one where a {by.stand_in} takes the place of a channel, as it will after this "
+            f"repair, found one where a {ranking.stand_in} does"
         )
-    if ranking.of != digest_of(model).hex():
-        raise ValueError(
-            "ranking: expected one of these weights, found one of others: leave it out, and "
-            "channels are ranked anew"
-        )
+    elif found != {g.name: g.num_channels for g in groups}:
+        wrong = f"one of the groups of this model, found {len(found)} others"
+    elif ranking.of != digest_of(model).hex():
+        wrong = "one of these weights, found one of others"
+    if wrong:
+        raise ValueError(f"ranking: expected {wrong}: leave it out, and channels are ranked anew")

@@ -8,7 +8,7 @@ in that: the number of branches that leaves the least difference is taken.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from tpvprune.depth.savings import branch_savings, table_without
 from tpvprune.groups import ChannelGroups, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
-from tpvprune.passes.clock import Clock
 from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
@@ -42,8 +41,7 @@ def shallower(
 ) -> Setup:
     """Return the run without the branches that are better gone.
 
-    ``most``: largest fraction of the branches that may go. Returns the run; of a network without
-    branches the same one. ValueError if only branches may go and there is none.
+    ``most``: largest fraction that may go. ValueError if only branches may go, and none can.
     """
     clock = given.clock
     with clock("branches"):
@@ -65,19 +63,27 @@ def shallower(
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
-        fit, held = split_inputs(given.fit, _affordable(given))
+        least, most_images = _TRIAL_IMAGES
+        affordable = int(_TRIAL_MACS / max(given.groups.macs(), 1.0))
+        fit, held = split_inputs(given.fit, min(most_images, max(least, affordable)))
     found = _Branches(given, branches, saved, scores)
     trials = _Trials(
         found, ranking, keep, by_channel, order, fit, Reference(given.dense, held, given.outputs)
     )
-    num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
+    numbers = itertools.count(1)
+
+    def timed(num: int) -> Damage:
+        with clock("trials of depth", next(numbers), most_trials(len(order))):
+            return trials.damage(num)
+
+    num = best_depth(timed, len(order))
     return found.final(order[:num], by_channel=by_channel)
 
 
 def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
     """Return the run without the branches that left before it was stopped.
 
-    ``choice``: of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
+    ``choice``: of :attr:`Depth.choice`; None: the network has no branch.
     """
     if choice is None:
         given.notes.append(_NO_BRANCH)
@@ -87,23 +93,6 @@ def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel:
     by_name = {b.name: b for b in branches}
     found = _Branches(given, branches, choice["savings"], choice["scores"])
     return found.final([by_name[name] for name in choice["gone"]], by_channel=by_channel)
-
-
-def _timed(damage: Callable[[int], Damage], clock: Clock, total: int) -> Callable[[int], Damage]:
-    """Return the trial, which tells how many of at most so many are done."""
-    numbers = itertools.count(1)
-
-    def timed(num: int) -> Damage:
-        with clock("trials of depth", next(numbers), total):
-            return damage(num)
-
-    return timed
-
-
-def _affordable(given: Setup) -> int:
-    """Return on how many images a trial is fitted and measured."""
-    least, most = _TRIAL_IMAGES
-    return min(most, max(least, int(_TRIAL_MACS / max(given.groups.macs(), 1.0))))
 
 
 @dataclass(frozen=True)
@@ -117,10 +106,9 @@ class _Branches:
 
     def final(self, gone: Sequence[Branch], *, by_channel: bool) -> Setup:
         """Return the run without some branches, its groups verified."""
-        given = self.given
-        with given.clock("groups"):
+        with self.given.clock("groups"):
             found = self.without(gone, verify=True)
-        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+        limits = found.limits if by_channel else replace(found.limits, max_removed=0.0)
         return replace(found, limits=limits)
 
     def without(self, gone: Sequence[Branch], *, verify: bool = False) -> Setup:
@@ -138,16 +126,10 @@ class _Branches:
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
             budget = table_without(budget, gone, self.savings)
-        depth = Depth(
-            network,
-            with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
-            removal,
-            self.scores,
-            self.savings,
-            names,
-            cost(given.groups, {}, given.budget),
-            {"macs": given.groups.macs(), "params": given.groups.params()},
-        )
+        aligned = with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed))
+        dense = {"macs": given.groups.macs(), "params": given.groups.params()}
+        whole = cost(given.groups, {}, given.budget)
+        depth = Depth(network, aligned, removal, self.scores, self.savings, names, whole, dense)
         return replace(given, groups=groups, budget=budget, depth=depth)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
-
-from torch import Tensor
 
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import cost
@@ -21,12 +19,9 @@ from tpvprune.widths.rounds import Rounds
 def report_of(
     run: Run, rounds: Rounds, measured: Mapping[str, Difference], best: str
 ) -> dict[str, Any]:
-    """Return the report of a run.
-
-    ``measured``: repair -> how far the model is from the dense one on the images held back.
-    """
+    """Return the report; ``measured``: how far each repair is from the dense model."""
     given, told = run.given, run.given.told
-    num_fit = int(total(_num(given.fit)))
+    num_fit = int(total(sum(map(len, given.fit))))
     spent = cost(given.groups, rounds.kept, given.budget)
     reached = spent <= told.keep * given.dense_cost * (1 + 1e-9)
     speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
@@ -37,17 +32,13 @@ def report_of(
         "of": told.of,
         "repair": told.repair,
         "repair_chosen": best,
-        "warnings": [
-            *guard.warnings_of(measured, told.repair, best),
-            *run.notes,
-            *given.notes,
-        ],
+        "warnings": [*guard.warnings_of(measured, told.repair, best), *run.notes, *given.notes],
         "seed": told.seed,
         "criterion": given.by.name,
         "used_labels": rounds.ranking.scores.used_labels,
         "allocation": given.by.how,
         "num_images": num_fit,
-        "num_held_back": int(total(_num(given.held))),
+        "num_held_back": int(total(sum(map(len, given.held)))),
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": reached,
         **speed,
@@ -73,10 +64,6 @@ def _depth(depth: Depth | None) -> dict[str, Any]:
             for name, score in depth.branches.items()
         ],
     }
-
-
-def _num(batches: Iterable[Tensor]) -> int:
-    return sum(map(len, batches))
 
 
 def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:

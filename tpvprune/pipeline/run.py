@@ -84,10 +84,7 @@ class Run:
         return as_fast_as(given.told.keep, target, lambda share: choose(keep=share), measure)
 
     def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
-        """Repair the network, and measure how far it is from the dense one.
-
-        Returns the repaired models by repair, cheapest first, and the difference of the last.
-        """
+        """Return repaired models, cheapest first, and how far the last is from the dense one."""
         given, cut, refits = self.given, rounds.model, {}
         repair, steps = given.told.repair, given.told.steps
         options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
@@ -123,9 +120,8 @@ class Run:
         """Choose widths by the scores of single channels where curves may be wrong.
 
         That is where they promised far less damage than there is, and, unless they were asked for,
-        where no weights are refitted: deep cuts are not of the first order then.
-
-        Returns the repaired models and the difference of the better cut; ``rounds`` is at it.
+        where no weights are refitted: deep cuts are not of the first order then. Returns what
+        :meth:`repaired` does, of the better cut; ``rounds`` is at it.
         """
         by = self.given.by
         doubted = by.allocation is None and by.stand_in != "map"
@@ -151,10 +147,7 @@ class Run:
         last: nn.Module,
         outcome: Difference,
     ) -> tuple[dict[str, nn.Module], dict[str, Difference]]:
-        """Return the models to choose from by repair, and how far each is from the dense one.
-
-        Of the last of them this is known.
-        """
+        """Return models by repair, and how far each is from the dense one; ``last`` is known."""
         candidates, fit, repair = {"none": removed}, self.given.fit, self.given.told.repair
         if repair == "auto":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)

@@ -24,12 +24,7 @@ from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.forwards import (
-    forward_of,
-    own_forward,
-    said_of_forward,
-    with_forward,
-)
+from tpvprune.passes.forwards import forward_of, own_forward, said_of_forward, with_forward
 from tpvprune.passes.memory import spare_bytes
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, on_device
@@ -55,27 +50,16 @@ _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve e
 
 @dataclass(frozen=True)
 class Depth:
-    """A network of which branches have left.
+    """A network of which branches have left; costs are in units of the budget."""
 
-    Attributes:
-        network: Without them, of the dense network's parameters.
-        aligned: The dense network, whose calls are those of ``network``: branches run unseen.
-        removal: What left.
-        branches: Scores of all that could, by name.
-        savings: What leaves with each, in units of the budget.
-        gone: Names of those that left.
-        cost: Of the whole network, in units of the budget.
-        dense: MACs and parameters of the whole network.
-    """
-
-    network: nn.Module
-    aligned: nn.Module
+    network: nn.Module  # without them, of the dense network's parameters
+    aligned: nn.Module  # the dense network with the calls of ``network``: branches run unseen
     removal: Removal
-    branches: Mapping[str, float]
-    savings: Mapping[str, float]
+    branches: Mapping[str, float]  # scores of all that could go
+    savings: Mapping[str, float]  # what leaves with each
     gone: tuple[str, ...]
-    cost: float
-    dense: Mapping[str, float]
+    cost: float  # of the whole network
+    dense: Mapping[str, float]  # its MACs and parameters
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -87,59 +71,35 @@ class Depth:
 
 @dataclass
 class DenseValues:
-    """What the dense network gives, once it was asked for.
+    """What the dense network gives, once it was asked for."""
 
-    ``are_kept``: several repairs share what layers are fitted to.
-    """
-
-    are_kept: bool
+    are_kept: bool  # several repairs share what layers are fitted to
     reference: Reference | None = None
     wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is given, and what it looks up once.
-
-    Attributes:
-        told: The arguments of :func:`tpvprune.prune`.
-        dense: The network, its attention unfused.
-        groups: The channel groups of it, or of what is left of it without some branches.
-        fit: The images that scores and repairs see, in batches.
-        held: Those that only measure.
-        batch: What is timed where latency is the budget; its first is an example.
-        outputs: What counts of what the network returns.
-        budget: What is spared, as it is counted.
-        limits: How far groups may shrink.
-        by: How channels are ranked.
-        images_for_factors: On how many images repair factors are measured; 0: they are not.
-        clock: Of the stages.
-        notes: What is to be said of the network, a line each.
-        values: What the dense network gives.
-        depth: The network without some branches, if any left.
-    """
+    """What a run is given, and what it looks up once."""
 
     told: Choices
-    dense: nn.Module
-    groups: ChannelGroups
-    fit: list[Tensor]
-    held: list[Tensor]
-    batch: Tensor
+    dense: nn.Module  # its attention unfused
+    groups: ChannelGroups  # of it, or of what is left of it without some branches
+    fit: list[Tensor]  # what scores and repairs see, in batches
+    held: list[Tensor]  # what only measures
+    batch: Tensor  # what is timed where latency is the budget; its first is an example
     outputs: Outputs
     budget: Budget
     limits: Limits
     by: RankBy
-    images_for_factors: int
+    images_for_factors: int  # that repair factors are measured on; 0: they are not
     clock: Clock
-    notes: list[str]
+    notes: list[str]  # what is to be said of the network, a line each
     values: DenseValues
     depth: Depth | None = None
 
     def for_size(self, told: Choices) -> Setup:
-        """Return the same for another size.
-
-        ``told``: as before, but for ``keep``, ``ranking``, ``state`` and ``progress``.
-        """
+        """Return the same for another ``keep``, ``ranking``, ``state`` and ``progress``."""
         return replace(self, told=told, clock=Clock(told.progress), notes=list(self.notes))
 
     @property
@@ -175,30 +135,22 @@ class Setup:
         return self.depth.cost if self.depth else cost(self.groups, {}, self.budget)
 
     @property
-    def timed(self) -> tuple[Any, ...]:
-        """How calls are timed where milliseconds count."""
-        where = (self.budget.device,) if isinstance(self.budget, LatencyTable) else ()
-        return (len(self.batch), *where)
-
-    @property
     def predicted(self) -> float:
         """The output variance that the scores of the branches that left promise."""
         return sum(self.depth.branches[name] for name in self.depth.gone) if self.depth else 0.0
 
     def parts(self) -> list[Any]:
         """Return what tells one run from another."""
+        where = (self.budget.device,) if isinstance(self.budget, LatencyTable) else ()
+        timed = (len(self.batch), *where)
         return [
-            self.dense, dict(enumerate(self.fit)), self.told.of, self.timed, self.by.name,
+            self.dense, dict(enumerate(self.fit)), self.told.of, timed, self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
             [g.name for g in self.groups], self.notes,
         ]  # fmt: skip
 
     def ranked(self, given: Ranking | None = None) -> Ranking:
-        """Rank the channels of the dense network.
-
-        Returns it, or a new one; with what the repair makes up for where that counts. ValueError if
-        the given one is of something else.
-        """
+        """Return a ranking of the dense network, checked or new, with factors where they count."""
         check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
         if not self.images_for_factors or ranking.allocation != "curves":
@@ -220,10 +172,7 @@ class Setup:
 def set_up(
     model: nn.Module, batches: Iterable[Any], told: Choices, *, several: bool = False
 ) -> Setup:
-    """Draw the images and find the groups.
-
-    ``several``: more than one repair will follow.
-    """
+    """Draw the images and find the groups; ``several``: more than one repair will follow."""
     limits, clock = told.limits or Limits(), Clock(told.progress)
     forward = told.forward or forward_of(model)
     model = own_forward(model) if forward is None else with_forward(model, forward)
@@ -273,9 +222,9 @@ def stand_in(repair: str) -> StandIn:
 
     ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
     """
-    # Recalibrating BatchNorm restores the means.
-    without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
-    return without_refit.get(repair, "map")
+    if repair == "bn":  # which restores the means
+        return "mean"
+    return "zero" if repair == "none" else "map"
 
 
 @torch.no_grad()

@@ -127,21 +127,13 @@ def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "b
 
 @dataclass(frozen=True)
 class Size:
-    """A size that was tried.
+    """A size that was tried."""
 
-    Attributes:
-        keep: Fraction of the dense cost that was asked for.
-        share: Fraction that is left; above ``keep`` where there is nothing smaller.
-        macs: Multiply-accumulates for one input.
-        params: Number of parameters.
-        loss: On the images that decide.
-    """
-
-    keep: float
-    share: float
+    keep: float  # fraction of the dense cost that was asked for
+    share: float  # fraction that is left; above ``keep`` where there is nothing smaller
     macs: int
     params: int
-    loss: Loss
+    loss: Loss  # on the images that decide
 
 
 def bisect(tried: Callable[[float], tuple[float, float]], max_loss: float, num_sizes: int) -> None:
@@ -176,13 +168,11 @@ def smallest_within(
 ) -> PruningResult:
     """Find the smallest size that keeps a limit; see :func:`prune_within`.
 
-    ``prune_to``: prunes to a fraction of the cost. ``is_given``: whether channels were ranked
-    before. Returns the result, with ``report["quality"]``.
+    ``prune_to``: prunes to a fraction of the cost. ``is_given``: channels were ranked before.
     """
     sizes: list[Size] = []
     best: PruningResult | None = None
     chosen: Size | None = None
-    notes = [_OLD_RANKING] if is_given else []
 
     def tried(keep: float) -> tuple[float, float]:
         nonlocal best, chosen
@@ -214,7 +204,7 @@ def smallest_within(
     said = {
         "reached": quality["met"],
         "quality": quality,
-        "warnings": [*report["warnings"], *more, *notes],
+        "warnings": [*report["warnings"], *more, *([_OLD_RANKING] if is_given else [])],
         "timings": {**report["timings"], **clock.seconds},
     }
     return replace(best, report={**report, **said})
