@@ -62,6 +62,7 @@ def array_images(path: str | Path) -> ImageSource:
         image = np.array(images[item])  # a copy: the file is mapped for reading only
         return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), None
 
-    name = str(path)
     num = len(images)
-    return ImageSource(name, num, lambda: range(num), read, lambda i: f"image {i} of {name}", None)
+    return ImageSource(
+        str(path), num, lambda: range(num), read, lambda i: f"image {i} of {path}", None
+    )

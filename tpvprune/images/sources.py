@@ -115,7 +115,10 @@ def open_images(
             )
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: {_reason(error, dataset)}") from error
-    source = _map_source(name, opened) if _has_positions(opened) else _stream(name, opened)
+    if isinstance(opened, torch.utils.data.IterableDataset):
+        source = ImageSource(name, None, lambda: opened, lambda i: i, lambda _: "a sample", None)
+    else:
+        source = _map_source(name, opened)
     if source.count == 0:
         raise ValueError(f"{name}: expected images, found none")
     if labelled and dataset:
@@ -237,10 +240,6 @@ def _passed_over(root: str) -> str:
     )
 
 
-def _has_positions(opened: Any) -> bool:
-    return not isinstance(opened, torch.utils.data.IterableDataset)
-
-
 def _map_source(name: str, opened: Any) -> ImageSource:
     reader = getattr(opened, "reader", None)
     lock = threading.Lock()
@@ -259,33 +258,21 @@ def _map_source(name: str, opened: Any) -> ImageSource:
     def where(index: int) -> str:
         return f"image {index}" if reader is None else str(reader.filename(index))
 
+    count, classes = len(opened), _classes(reader, opened)
+    note = ""
+    if isinstance(reader, ReaderImageFolder) and count <= _MOST_LISTED:
+        note = _passed_over(str(reader.root))  # folders of millions are not walked a second time
+    num_classes = None if classes is None else len(classes)
+    return ImageSource(name, count, lambda: range(count), read, where, num_classes, classes, note)
+
+
+def _classes(*owners: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes by number, where the source knows any."""
     classes: Mapping[str, int] | None = None
-    for owner in (reader, opened):
+    for owner in owners:
         for attribute in ("class_to_idx", "class_name_to_idx"):
             classes = classes or getattr(owner, attribute, None)
-    count = len(opened)
-    return ImageSource(
-        name,
-        count,
-        lambda: range(count),
-        read,
-        where,
-        max(classes.values()) + 1 if classes else None,
-        _names(classes) if classes else None,
-        # Folders of millions are not walked a second time.
-        _passed_over(root) if (root := _root(reader)) and count <= _MOST_LISTED else "",
-    )
-
-
-def _root(reader: Any) -> str:
-    """Return the folder that timm walks, if it does."""
-    return str(reader.root) if isinstance(reader, ReaderImageFolder) else ""
-
-
-def _names(classes: Mapping[str, int]) -> tuple[str, ...]:
+    if not classes:
+        return None
     names = {number: str(name) for name, number in classes.items()}
     return tuple(names.get(number, f"class {number}") for number in range(max(names) + 1))
-
-
-def _stream(name: str, opened: Any) -> ImageSource:
-    return ImageSource(name, None, lambda: opened, lambda item: item, lambda _: "a sample", None)
