@@ -11,9 +11,8 @@ from torch import nn
 from tpvprune import find_groups, select_channels
 from tpvprune.diagnostics.catalogue import MEASURES, Measure, setting_of
 from tpvprune.diagnostics.changes import Change, changes_of
-from tpvprune.diagnostics.fragility import CRITERIA, fragility
+from tpvprune.diagnostics.fragility import CRITERIA, fragility, kendall, same_cut
 from tpvprune.diagnostics.measures import Measurement, own_predictions
-from tpvprune.diagnostics.rankings import kendall, same_cut
 
 
 @pytest.fixture

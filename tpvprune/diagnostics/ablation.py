@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.groups import ChannelGroup, ChannelGroups
+from tpvprune.groups import ChannelGroups
 from tpvprune.groups.masking import MaskedChannels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.operations import CONTRACTIONS, function_name
@@ -75,7 +75,8 @@ def ablation_scores(
             for group in groups:
                 known.replay_before(min(reader.call for reader in group.readers))
                 for channel in chosen[group.name]:
-                    with known, MaskedChannels(groups, {group.name: _without(group, channel)}):
+                    others = torch.arange(group.num_channels) != channel
+                    with known, MaskedChannels(groups, {group.name: others}):
                         change = counted.joined(model(x), len(x)) - dense
                     moved = change.double().square().sum(1)
                     sums[group.name][:, channel] += torch.stack(
@@ -123,12 +124,6 @@ def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
-
-
-def _without(group: ChannelGroup, channel: int) -> Tensor:
-    kept = torch.ones(group.num_channels, dtype=torch.bool)
-    kept[channel] = False
-    return kept
 
 
 class _KnownCalls(TorchFunctionMode):

@@ -13,12 +13,12 @@ from tpvprune.diagnostics.measures import (
     Measurement,
     l2_norm,
     own_predictions,
+    pac_bayes_origin,
     path_norm,
     sharpness,
     summed,
 )
 from tpvprune.diagnostics.normalized_loss import normalized_loss
-from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.trajectory import input_lipschitz
 from tpvprune.diagnostics.volume import local_volume
 from tpvprune.groups import ChannelGroups

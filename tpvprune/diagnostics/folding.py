@@ -26,23 +26,18 @@ class Layer:
 
 @torch.no_grad()
 def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
-    """List the convolutions and linear layers that one forward calls, in that order.
-
-    ``example_inputs``: one batch [B, ...].
-    """
+    """List the convolutions and linear layers that one forward calls, in that order."""
     order: dict[str, None] = {}
-    written: dict[int, str] = {}
+    written: dict[int, tuple[str, Any]] = {}  # with the outputs: no identity is given out twice
     pairs: dict[str, str] = {}
-    alive: list[Any] = []  # so that no identity is given out twice
 
     def wrote(name: str, output: Any) -> None:
         order[name] = None
-        alive.append(output)
-        written[id(output)] = name
+        written[id(output)] = name, output
 
     def reads(name: str, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in written:
-            pairs[written[id(args[0])]] = name
+            pairs[written[id(args[0])][0]] = name
 
     with ExitStack() as hooks, evaluating(model):
         for name, module in model.named_modules():
@@ -68,9 +63,8 @@ def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[s
     W' = W gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps). A BatchNorm
     that no layer writes for keeps its place; its statistics go into its weight and bias.
 
-    ``example_inputs``: one batch [B, ...], on which the copy is checked. Returns the copy, and the
-    names of its convolutions and linear layers in the order of execution. ValueError if the copy
-    gives other outputs, as with standardised weights.
+    Returns the copy, and the names of its layers in the order of execution. ValueError if it gives
+    other outputs for ``example_inputs``, as with standardised weights.
     """
     layers = layers_of(model, example_inputs)
     # On the CPU: not every accelerator computes in float64.

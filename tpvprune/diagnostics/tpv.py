@@ -5,8 +5,6 @@ H_eff = E_x[J^T J] and C = E[dw dw^T]. Each perturbation comes in two forms: the
 Jacobians at w, and the Monte-Carlo form, which draws dw and runs the perturbed network. Where they
 agree, first order carries; where training and held-out inputs agree, the measure is stable.
 
-Nothing here reads a label: label noise is noise on the network's own outputs, as in the paper.
-
 Source: Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089, section 4 and
 appendix F; definitions of step and noise as in its example for a CIFAR-10 ResNet-20.
 """
@@ -56,11 +54,10 @@ def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, 
 def quantization_steps(
     model: nn.Module, *, bits: int, step_of: StepOf = "model"
 ) -> dict[str, float]:
-    """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter.
+    """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter name.
 
     ``step_of``: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
-    parameter has its own, as quantizers do. Returns step by parameter name, in weight units; the
-    variance of rounding is step^2 / 12. ValueError if an argument is out of range.
+    parameter has its own, as quantizers do. The variance of rounding is step^2 / 12.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits: expected 1 to 16, found {bits}")

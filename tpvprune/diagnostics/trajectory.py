@@ -80,15 +80,10 @@ def input_lipschitz(
 
 @dataclass
 class Path:
-    """What is known of the way of some weights so far.
-
-    Attributes:
-        length: Sum of the lengths of the steps.
-        num_steps: Steps recorded.
-    """
+    """What is known of the way of some weights so far."""
 
     start: Tensor = field(repr=False)
-    length: float = 0.0
+    length: float = 0.0  # sum of the lengths of the steps
     num_steps: int = 0
 
     def __post_init__(self) -> None:

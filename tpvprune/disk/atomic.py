@@ -14,12 +14,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_OWN_FILES = frozenset(
-    {
-        *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
-        *("report.json", "report.html"),
-    }
-)
+_OWN_FILES = {
+    *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
+    *("report.json", "report.html"),
+}
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.
 _REFUSALS = (OSError, SafetensorError)
@@ -60,9 +58,8 @@ def written_folder(folder: Path) -> Iterator[Path]:
     It lies beside its final place. Only after everything in it has reached the disk is it
     renamed, exchanging names with an old folder in one step where the system can. When
     the body raises, the old folder stays and the new one goes. What a killed process left
-    unfinished goes, too: of two that write one place at a time, the first one fails.
-
-    ValueError if the system refuses to write, with its reason.
+    unfinished goes, too: of two that write one place at a time, the first one fails. ValueError
+    tells the reason if the system refuses to write.
     """
     with _beside(folder, "folder") as unfinished:
         unfinished.mkdir()
@@ -77,10 +74,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """Give the name of a new file to write; at the end it takes the place of ``path``.
-
-    ValueError if the system refuses to write, with its reason.
-    """
+    """Give the name of a new file to write; see :func:`written_folder`."""
     with _beside(path, "place") as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode & _FILES

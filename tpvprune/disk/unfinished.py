@@ -38,27 +38,18 @@ def save_state(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and facts, in the place of an earlier state.
-
-    ``path``: the file; ValueError tells if the system refuses to write it.
-    """
+    """Write tensors and facts, in the place of an earlier state."""
     with written_file(path) as unfinished:
         write_tensors(tensors, unfinished, {_HEADER: json.dumps(facts)})
 
 
 def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name tensors as :func:`read_tensors` finds them.
-
-    ``parts``: part -> name -> tensor; no part has a colon in it. Returns "part:name" -> tensor.
-    """
+    """Return "part:name" -> tensor for :func:`read_tensors`; no part has a colon in it."""
     return {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts of a saved state; of a training, ``optimizer`` with its numbers too.
-
-    ValueError if the file is damaged or something else.
-    """
+    """Return the facts of a saved state; ValueError if the file is damaged or something else."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[_HEADER]))

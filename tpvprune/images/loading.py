@@ -26,11 +26,10 @@ MAX_UNDECODABLE = 0.01
 class ImageBatches:
     """Re-iterable batches: tensors [B, C, H, W], or (tensor, targets) if labelled.
 
-    Every pass decodes the images again; `in_memory` holds them where they fit.
-    Targets do not leave the reading thread unless `labelled`. Images that cannot
-    be decoded are skipped and counted in `skipped`, and `notice` is told once, after a whole
-    pass; more than 1 % is an error, but for a single one beside others. Of several processes each
-    decodes its share of every batch.
+    Every pass decodes the images again. Targets do not leave the reading thread unless `labelled`.
+    Images that cannot be decoded are skipped, and `notice` is told once, after a whole pass; more
+    than 1 % is a ValueError, but for a single one beside others. Of several processes each decodes
+    its share of every batch.
     """
 
     source: ImageSource
@@ -51,11 +50,7 @@ class ImageBatches:
         return math.ceil(self.total / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Decode the images anew.
-
-        Yields inputs [B, C, H, W], or (inputs, targets [B]) if labelled. ValueError if there is no
-        image, or more than 1 % and more than one cannot be decoded, or all of them.
-        """
+        """Decode the images anew; ValueError if there are none or too many of them are damaged."""
         self.skipped, seen = 0, 0
         for chunk in self._decoded():
             seen += len(chunk)

@@ -42,14 +42,11 @@ def training_images(
 
     Inputs of at most 64 pixels are shifted by up to 4 and mirrored; they are decoded once and
     held as bytes where they take at most 2 GiB. Of larger ones a random part of 0.35 to 1 of the
-    area is cut out, resized and mirrored as they are decoded, on every pass. A ValueError tells
-    if there is no image, or more than 1 % and more than one cannot be decoded.
+    area is cut out (Szegedy et al. 2014, Going deeper with convolutions, section 6), resized and
+    mirrored as they are decoded, on every pass.
 
-    ``num_images``: how many; None for all. Returns re-iterable batches, and what is left to do to
-    each batch of inputs, or None.
-
-    Reference:
-        Szegedy et al. 2014, Going deeper with convolutions, section 6 (random parts).
+    ``num_images``: None for all. Returns re-iterable batches, and what is left to do to each batch
+    of inputs, or None.
     """
     if source.count is not None:
         rest = source.count - skip

@@ -146,10 +146,7 @@ class _Trials:
     dense: Reference
 
     def damage(self, num: int) -> Damage:
-        """Return how far the network without ``num`` branches exceeds the budget, and its variance.
-
-        Where it does, it is as narrow as it gets.
-        """
+        """Return how far it exceeds the budget without ``num`` branches, and its variance."""
         there = self.found.without(self.order[:num])
         target = self.keep * there.dense_cost
         kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}

@@ -152,8 +152,9 @@ def pruned(model: nn.Module, given: Setup) -> PruningResult:
     choice = given.depth.choice if given.depth else None
     rounds = record.load(given.start, groups)
     if rounds is None:
+        kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
         rounds = Rounds(
-            given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted,
+            given.start, kept, whole.ranked(ranking), predicted=given.predicted,
             seconds=clock.seconds,
         )  # fmt: skip
         record.save(rounds, choice)
@@ -198,10 +199,6 @@ def rank_channels(model: nn.Module, batches: Iterable[Any], **choices: Any) -> R
     """
     told = Choices(**choices)
     return set_up(model, batches, told).ranked(told.ranking)
-
-
-def _whole(groups: ChannelGroups) -> Kept:
-    return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
 
 
 def _parts_of(ranking: Ranking | None) -> list[Any]:

@@ -218,10 +218,7 @@ def _budget(told: Choices, model: nn.Module, groups: ChannelGroups, batch: Tenso
 
 
 def stand_in(repair: str) -> StandIn:
-    """Return what takes the place of a channel when this repair follows.
-
-    ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
-    """
+    """Return what takes the place of a channel when this repair follows; see `variance_curves`."""
     if repair == "bn":  # which restores the means
         return "mean"
     return "zero" if repair == "none" else "map"

@@ -108,10 +108,9 @@ def check_max_loss(max_loss: float, num_sizes: int = NUM_SIZES) -> None:
 
 
 def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "batches") -> int:
-    """Return how many of so many images are set aside to measure a loss.
+    """Return how many of so many images are set aside; see :func:`num_set_aside`.
 
-    ``num_images``: what scores and repairs ask for; None: all. ValueError if that leaves none to
-    decide, to judge, or to fit to.
+    ValueError if that leaves none to decide, to judge, or to fit to.
     """
     found = num_set_aside(num, num_images=num_images, wanted=wanted)
     if not 2 * num_processes() <= found <= num - 2 * num_processes():

@@ -114,6 +114,10 @@ def save_pruned(
     gone = (removed or Removal()).behind(Removal.read(earlier.get("removed", {})))
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense, gone)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
+    made = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
+    }
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": name,
@@ -124,7 +128,7 @@ def save_pruned(
         "removed": asdict(gone),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
         "buffers": [],
-        "provenance": {**_provenance(), **source, **(provenance or {}), **chain},
+        "provenance": {**made, **source, **(provenance or {}), **chain},
     }
     text = _as_json(config)
     with written_folder(folder) as unfinished:
@@ -342,10 +346,3 @@ def _as_json(config: dict[str, Any]) -> str:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
-    }

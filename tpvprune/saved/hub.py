@@ -20,6 +20,7 @@ from tpvprune.saved.checkpoint import load_pruned, read_config, save_pruned
 from tpvprune.saved.downloads import is_unreachable
 from tpvprune.weights.masks import MASK_FILE
 
+_TAGS = ("image-classification", "timm", "pruning", "tpvprune")
 _FILES = ("config.json", "model.safetensors", BUFFER_FILE, MASK_FILE, "report.json")
 
 
@@ -89,7 +90,8 @@ def push_to_hub(
         except HFValidationError as error:
             raise ValueError(f"repo_id: expected org/name, found {repo_id!r}") from error
         except HfHubHTTPError as error:
-            raise ValueError(f"{repo_id}: the hub refused ({_line(error)})") from error
+            line = " ".join(str(error).split())[:160]
+            raise ValueError(f"{repo_id}: the hub refused ({line})") from error
         except Exception as error:
             if not is_unreachable(error):
                 raise
@@ -101,10 +103,7 @@ def push_to_hub(
 
 
 def model_card(folder: str | Path, repo_id: str, *, license: str | None = None) -> str:
-    """Write the model card of a saved pruned model.
-
-    ``folder``: what ``save_pruned`` wrote. ``repo_id``: ``org/name`` that it will have.
-    """
+    """Write the model card of a saved pruned model."""
     folder = Path(folder)
     config = read_config(folder)
     report = _read(folder / "report.json")
@@ -115,7 +114,7 @@ def model_card(folder: str | Path, repo_id: str, *, license: str | None = None) 
         library_name="tpvprune",
         pipeline_tag="image-classification",
         base_model=parent.get("hf_hub_id"),
-        tags=_tags(report),
+        tags=[*_TAGS, *(["label-free"] if report.get("used_labels") is False else [])],
     )
     text = card(repo_id, config, report, license=known)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
@@ -132,11 +131,6 @@ def _parent(config: Mapping[str, Any]) -> dict[str, Any]:
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
     found = {**(own.to_dict() if own else {}), **saved}
     return {key: found[key] for key in ("license", "hf_hub_id") if isinstance(found.get(key), str)}
-
-
-def _tags(report: Mapping[str, Any]) -> list[str]:
-    extra = ["label-free"] if report.get("used_labels") is False else []
-    return ["image-classification", "timm", "pruning", "tpvprune", *extra]
 
 
 def _copy(folder: Path, to: Path, *, include_report: bool) -> None:
@@ -161,7 +155,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

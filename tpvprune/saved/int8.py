@@ -210,10 +210,7 @@ def export_int8(
 
 
 def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
-    """Return full batches to calibrate, to choose and to measure on.
-
-    ValueError if there are too few images.
-    """
+    """Return full batches to calibrate, choose and measure on; ValueError if images are too few."""
     inputs = torch.cat([batch.cpu().float() for batch in unlabeled(batches)])
     num = len(inputs) // size
     if num < 3:
@@ -239,11 +236,8 @@ def _measured(
 ) -> dict[str, Run]:
     reference = next(iter(sessions.values()))
     times = _timed(sessions, images[0], repeats)
-    runs = {}
-    for name, session in sessions.items():
-        same = difference(session, reference, images).agreement
-        runs[name] = Run(same, files[name].stat().st_size, *times[name])
-    return runs
+    same = {name: difference(s, reference, images).agreement for name, s in sessions.items()}
+    return {n: Run(same[n], files[n].stat().st_size, *times[n]) for n in sessions}
 
 
 def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[str, Sequence[Any]]:
@@ -256,8 +250,5 @@ def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[
             start = time.perf_counter()
             session(x)
             times[name].append(1e3 * (time.perf_counter() - start))
-    found: dict[str, Sequence[Any]] = {}
-    for name, all_of in times.items():
-        low, middle, high = statistics.quantiles(all_of[2:], n=4, method="inclusive")
-        found[name] = (middle, (low, high))
-    return found
+    quartiles = {n: statistics.quantiles(t[2:], n=4, method="inclusive") for n, t in times.items()}
+    return {name: (middle, (low, high)) for name, (low, middle, high) in quartiles.items()}

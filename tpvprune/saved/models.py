@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import importlib
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
-from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
 from tpvprune.disk.state_dicts import load_tensors
 from tpvprune.groups import fold_weights, unfuse_attention
@@ -29,6 +29,7 @@ from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model
 
 _MAX_NAMED = 3
+_ZIP, _PICKLE, _POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 _FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -151,25 +152,18 @@ def is_factory(name: str) -> bool:
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    folder = str(Path.cwd())
+    # At the end: nothing that lies in the working folder can stand in for an installed package.
+    sys.path.append(folder)
     try:
-        with _working_folder_importable():
-            found = getattr(importlib.import_module(module), attribute, None)
+        found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # whatever the user's module does when it is imported
         raise ValueError(f"model {name!r}: cannot be imported ({_first_line(error)})") from error
+    finally:
+        sys.path.remove(folder)
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, nn.Module)):
         raise ValueError(f"model {name!r}: {module} has no function or module class {attribute!r}")
     return found
-
-
-@contextmanager
-def _working_folder_importable() -> Iterator[None]:
-    # At the end: nothing that lies in the working folder can stand in for an installed package.
-    folder = str(Path.cwd())
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -190,13 +184,39 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = load_state_dict(str(path), weights_only=True)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     except Exception as error:
-        found = found_instead(path, _first_line(error))
+        found = _found_instead(path, _first_line(error))
         raise ValueError(
             f"{path}: expected a safetensors file or a torch checkpoint of weights, found {found}"
         ) from error
     if not tensors:
         raise ValueError(f"{path}: expected tensors, found none")
     return tensors
+
+
+def _found_instead(path: str | Path, reason: str) -> str:
+    """Say what a file is that could not be read as weights, from its first bytes; none are run."""
+    with Path(path).open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file"
+    if head.startswith(_POINTER):
+        return "a Git LFS pointer: `git lfs pull` fetches the file itself"
+    if _is_text(head):
+        first = head.decode("utf-8", "ignore").strip().partition("\n")[0]
+        return f"a text file: it begins with {first[:40]!r}"
+    if "blocked" in reason and head.startswith((_ZIP, _PICKLE)):
+        return "a pickle of more than weights, which is not run: save the state_dict() alone"
+    if head.startswith((_ZIP, _PICKLE)) or Path(path).suffix == ".safetensors":
+        return f"damage ({reason})"
+    return "another kind of file"
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the end may be half a letter
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def pretrained_config(model: nn.Module) -> dict[str, Any]:

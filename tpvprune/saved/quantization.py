@@ -51,15 +51,10 @@ def check_ranges(ranges: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class WeightChoice:
-    """How weights are rounded.
+    """How weights are rounded."""
 
-    Attributes:
-        bits: Of a weight, 8 or 7.
-        biases_corrected: Whether biases take back what the rounding adds to a layer's mean.
-    """
-
-    bits: int
-    biases_corrected: bool
+    bits: int  # of a weight, 8 or 7
+    biases_corrected: bool  # they take back what the rounding adds to a layer's mean
 
     def __str__(self) -> str:
         return f"{self.bits} bits{', biases corrected' if self.biases_corrected else ''}"

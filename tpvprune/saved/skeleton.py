@@ -221,19 +221,18 @@ class _AllocationLimit(TorchDispatchMode):
 _LEAST_ELEMENTS = 2**14
 
 
-def _of_size(size: Any, *_: Any) -> int:
-    return math.prod(size)
-
-
 def _of_steps(*arguments: Any) -> float:  # arange: end, or start, end and perhaps step
     start, end, step = (0, *arguments, 1) if len(arguments) == 1 else (*arguments, 1)[:3]
     return abs((end - start) / step) if step else 0
 
 
 _ATEN = torch.ops.aten
+_FILLED = (
+    *(_ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full),
+    *(_ATEN.rand, _ATEN.randn, _ATEN.empty_strided),
+)
 _COUNTS: dict[Any, Any] = {
-    **dict.fromkeys((_ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full), _of_size),
-    **dict.fromkeys((_ATEN.rand, _ATEN.randn, _ATEN.empty_strided), _of_size),
+    **dict.fromkeys(_FILLED, lambda size, *_: math.prod(size)),
     _ATEN.arange: _of_steps,
     # A value for each layer, read one by one.
     _ATEN.linspace: lambda _start, _end, steps, *_: 1024 * steps,
