@@ -142,16 +142,11 @@ def _check_target(source: ImageSource) -> None:
 
 
 def _checked_location(data_dir: str | Path | None, dataset: str) -> str:
-    if dataset:
-        _check_name(dataset, data_dir)
-        return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
-    if data_dir is None:
-        raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
-    check_images(data_dir)
-    return str(Path(data_dir))
-
-
-def _check_name(dataset: str, data_dir: str | Path | None) -> None:
+    if not dataset:
+        if data_dir is None:
+            raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
+        check_images(data_dir)
+        return str(Path(data_dir))
     prefix, _, rest = dataset.partition("/")
     if prefix.lower() not in _PACKAGES or not rest:
         known = ", ".join(f"{name}/..." for name in _PACKAGES)
@@ -164,6 +159,7 @@ def _check_name(dataset: str, data_dir: str | Path | None) -> None:
             f"{dataset}: expected the folder that holds it, or is to hold it with "
             "--dataset-download, found none: pass --data-dir D"
         )
+    return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
 
 
 def _reason(error: BaseException, dataset: str) -> str:

@@ -128,9 +128,10 @@ class _Branches:
             budget = table_without(budget, gone, self.savings)
         aligned = with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed))
         dense = {"macs": given.groups.macs(), "params": given.groups.params()}
-        whole = cost(given.groups, {}, given.budget)
-        depth = Depth(network, aligned, removal, self.scores, self.savings, names, whole, dense)
-        return replace(given, groups=groups, budget=budget, depth=depth)
+        depth = Depth(removal, self.scores, self.savings, names, dense)
+        return replace(
+            given, start=network, aligned=aligned, groups=groups, budget=budget, depth=depth
+        )
 
 
 @dataclass(frozen=True)

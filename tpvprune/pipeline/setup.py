@@ -50,16 +50,13 @@ _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve e
 
 @dataclass(frozen=True)
 class Depth:
-    """A network of which branches have left; costs are in units of the budget."""
+    """Which branches of a network have left."""
 
-    network: nn.Module  # without them, of the dense network's parameters
-    aligned: nn.Module  # the dense network with the calls of ``network``: branches run unseen
     removal: Removal
     branches: Mapping[str, float]  # scores of all that could go
-    savings: Mapping[str, float]  # what leaves with each
+    savings: Mapping[str, float]  # what leaves with each, in units of the budget
     gone: tuple[str, ...]
-    cost: float  # of the whole network
-    dense: Mapping[str, float]  # its MACs and parameters
+    dense: Mapping[str, float]  # MACs and parameters of the whole network
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -84,12 +81,15 @@ class Setup:
 
     told: Choices
     dense: nn.Module  # its attention unfused
-    groups: ChannelGroups  # of it, or of what is left of it without some branches
+    start: nn.Module  # what channels leave: the dense network, or that without some branches
+    aligned: nn.Module  # the dense network with the calls of ``start``: such branches run unseen
+    groups: ChannelGroups  # of ``start``
     fit: list[Tensor]  # what scores and repairs see, in batches
     held: list[Tensor]  # what only measures
     batch: Tensor  # what is timed where latency is the budget; its first is an example
     outputs: Outputs
     budget: Budget
+    dense_cost: float  # in its units
     limits: Limits
     by: RankBy
     images_for_factors: int  # that repair factors are measured on; 0: they are not
@@ -118,21 +118,6 @@ class Setup:
         if values.wanted is None and spare_bytes(device) >= TARGET_BYTES:
             values.wanted = wanted_by(self.dense, self.fit, seed=self.by.probing.seed)
         return values.wanted
-
-    @property
-    def start(self) -> nn.Module:
-        """The network that channels leave."""
-        return self.depth.network if self.depth else self.dense
-
-    @property
-    def aligned(self) -> nn.Module:
-        """The dense network, with the calls of ``start``."""
-        return self.depth.aligned if self.depth else self.dense
-
-    @property
-    def dense_cost(self) -> float:
-        """What the whole network costs."""
-        return self.depth.cost if self.depth else cost(self.groups, {}, self.budget)
 
     @property
     def predicted(self) -> float:
@@ -195,8 +180,9 @@ def set_up(
         budget = _budget(told, model, groups, batch)
     check_rounding(limits, groups)
     return Setup(
-        told, model, groups, fit, held, batch, counted, budget, _rounded(limits, budget),
-        replace(by, of=budget), _images_for_factors(told.repair_factors, by, groups, fit), clock,
+        told, model, model, model, groups, fit, held, batch, counted, budget,
+        cost(groups, {}, budget), _rounded(limits, budget), replace(by, of=budget),
+        _images_for_factors(told.repair_factors, by, groups, fit), clock,
         [
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
             *said_of_folded, *_said_of_fused(fused), *groups.notes,

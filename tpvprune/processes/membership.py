@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -261,11 +261,10 @@ class _Watch(threading.Thread):
             os._exit(4)
 
 
-@contextmanager
-def reaching() -> Iterator[None]:
+def reached(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run a collective; LostProcessError if another process is gone."""
     try:
-        yield
+        collective(*args, **kwargs)
     except RuntimeError as error:
         raise LostProcessError(
             "another process of this run ended: its own messages, if any, tell why; nothing was "

@@ -27,7 +27,7 @@ from tpvprune.processes.membership import (
     num_processes,
     present,
     rank,
-    reaching,
+    reached,
 )
 
 T = TypeVar("T")
@@ -113,8 +113,7 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def reduced(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor, added up over all processes in place and in its own type."""
-    with reaching():
-        dist.all_reduce(tensor)
+    reached(dist.all_reduce, tensor)
     return tensor
 
 
@@ -156,8 +155,7 @@ def from_first(tensor: Tensor) -> Tensor:
     if num_processes() == 1:
         return tensor
     copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-    with reaching():
-        dist.broadcast(copied, 0)
+    reached(dist.broadcast, copied, 0)
     return copied
 
 
@@ -175,11 +173,9 @@ def check_same(what: str, *parts: Any) -> None:
     if num_processes() == 1:
         return
     number = int.from_bytes(digest_of(*parts)[:6], "big")  # exact in float64
-    low, high = (torch.tensor(float(number), dtype=torch.float64) for _ in range(2))
-    with reaching():
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-    if low != high:
+    ends = torch.tensor([number, -number], dtype=torch.float64)
+    reached(dist.all_reduce, ends, dist.ReduceOp.MIN)
+    if ends[0] != -ends[1]:
         raise ValueError(
             f"expected the same {what} in all {num_processes()} processes, found different ones: "
             "give each the same flags, files and package versions"
@@ -201,8 +197,7 @@ def by_first(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
                 outcome = [True, call(*args, **kwargs)]
         except Exception as error:
             failure = error
-    with reaching():
-        dist.broadcast_object_list(outcome, 0, device=present.team.device)
+    reached(dist.broadcast_object_list, outcome, 0, device=present.team.device)
     if failure is not None:
         raise failure
     if not outcome[0]:
@@ -240,8 +235,7 @@ def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
         for start in range(0, count, _AT_A_TIME):
             some = here[start : start + _AT_A_TIME] if source == rank() else []
             box = [{number: rows[number].cpu() for number in some}]
-            with reaching():
-                dist.broadcast_object_list(box, source, device=present.team.device)
+            reached(dist.broadcast_object_list, box, source, device=present.team.device)
             for number, row in box[0].items():
                 if number % num_processes() == rank():
                     found[number] = row.to(device)
@@ -253,8 +247,7 @@ def of_all(value: T) -> list[T]:
     if num_processes() == 1:
         return [value]
     found: list[Any] = [None] * num_processes()
-    with reaching():
-        dist.all_gather_object(found, value)
+    reached(dist.all_gather_object, found, value)
     return found
 
 
@@ -263,8 +256,7 @@ def _rows_of_all(rows: Tensor) -> Tensor:
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     found = [torch.empty_like(padded) for _ in counts]
-    with reaching():
-        dist.all_gather(found, padded)
+    reached(dist.all_gather, found, padded)
     there = torch.arange(max(counts))[:, None] < torch.tensor(counts)
     return torch.stack(found, 1).flatten(0, 1)[there.flatten()]
 

@@ -32,21 +32,15 @@ _SIZES = (1, 2, 5)  # batches that a file with a free batch size must take
 class Exported:
     """A written file and how well it agrees with the model.
 
-    Attributes:
-        file: What was written.
-        format: ``"onnx"`` or ``"pt2"``.
-        input_shape: Of one batch; the first entry is None where the batch size is free.
-        num_random: Random inputs that were compared.
-        num_given: Inputs of ``batches`` that were compared.
-        difference: Largest absolute difference of an output, as a fraction of the largest
-            absolute output of its batch.
+    ``difference`` is the largest absolute difference of an output, as a fraction of the largest
+    absolute output of its batch.
     """
 
     file: Path
     format: Format
-    input_shape: tuple[int | None, ...]
-    num_random: int
-    num_given: int
+    input_shape: tuple[int | None, ...]  # of one batch; None first where the batch size is free
+    num_random: int  # random inputs that were compared
+    num_given: int  # inputs of ``batches`` that were compared
     difference: float
 
 

@@ -37,51 +37,32 @@ _CALIBRATED = 64  # images at most: more take longer, and only widen the ranges 
 class Run:
     """What one file costs and keeps, run by ONNX Runtime on one thread of the CPU.
 
-    Attributes:
-        agreement: Fraction of equal top-1 with the float32 dense model (without one: with the
-            float32 model), in [0, 1], on images that no range was calibrated or chosen on.
-        num_bytes: Size of the file.
-        latency_ms: Median time of one call, in milliseconds; None if nothing was timed.
-        latency_range_ms: First and third quartile of those times.
+    ``agreement`` is the fraction of equal top-1 with the float32 dense model (without one: with the
+    float32 model), in [0, 1], on images that no range was calibrated or chosen on.
     """
 
     agreement: float
-    num_bytes: int
-    latency_ms: float | None = None
-    latency_range_ms: tuple[float, float] | None = None
+    num_bytes: int  # of the file
+    latency_ms: float | None = None  # median time of one call; None if nothing was timed
+    latency_range_ms: tuple[float, float] | None = None  # first and third quartile of those times
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 file, and what was measured to choose it and of it.
-
-    Attributes:
-        file: What was written.
-        input_shape: Of one batch; the first entry is None where the batch size is free.
-        ranges: How the ranges of activations were chosen: the best of ``tried``.
-        num_calibration: Images that ranges were measured on.
-        num_choosing: Others, on which ``ranges`` agreed best with the float32 model.
-        num_measured: Others again, on which everything below was measured.
-        tried: Ranges -> difference from the float32 file on the images to choose on.
-        weights: How weights were rounded: the closest of ``tried_weights``.
-        tried_weights: How weights were rounded -> difference on those images, with ``ranges``.
-        difference: The int8 file against the float32 file of the same model.
-        runs: ``"float32"`` and ``"int8"``, before them the same two of a dense model.
-        batch_size: Images of one call that was timed.
-    """
+    """An int8 file, and what was measured to choose it and of it."""
 
     file: Path
-    input_shape: tuple[int | None, ...]
-    ranges: str
-    num_calibration: int
-    num_choosing: int
-    num_measured: int
-    tried: Mapping[str, Difference]
-    weights: WeightChoice
-    tried_weights: Mapping[WeightChoice, Difference]
-    difference: Difference
-    runs: Mapping[str, Run]
-    batch_size: int
+    input_shape: tuple[int | None, ...]  # of one batch; None first where the batch size is free
+    ranges: str  # how the ranges of activations were chosen: the best of ``tried``
+    num_calibration: int  # images that ranges were measured on
+    num_choosing: int  # others, on which ``ranges`` agreed best with the float32 model
+    num_measured: int  # others again, for ``difference`` and ``runs``
+    tried: Mapping[str, Difference]  # by ranges, from the float32 file on the images to choose on
+    weights: WeightChoice  # how weights were rounded: the closest of ``tried_weights``
+    tried_weights: Mapping[WeightChoice, Difference]  # on those images, with ``ranges``
+    difference: Difference  # the int8 file against the float32 file of the same model
+    runs: Mapping[str, Run]  # "float32" and "int8", before them the same two of a dense model
+    batch_size: int  # images of one call that was timed
 
     @property
     def warning(self) -> str | None:

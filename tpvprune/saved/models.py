@@ -139,14 +139,7 @@ def _own_maker(name: str, pretrained: bool) -> Callable[..., Any]:
 
 
 def is_factory(name: str) -> bool:
-    """Tell whether a model's name is that of a function, of the user's own or of a library's.
-
-    Args:
-        name: As the user has given it.
-
-    Returns:
-        True for package.module:factory, torchvision/NAME and hf:NAME.
-    """
+    """Tell whether a name is that of a function: package.module:factory, torchvision/N, hf:N."""
     return is_registered(name) or _FACTORY.fullmatch(name) is not None
 
 
