@@ -30,22 +30,20 @@ def ablation_scores(
 ) -> Scores:
     """Measure how much the outputs change when each channel alone is removed.
 
-    S_c = E_x ‖f(x without c) − f(x)‖², summed over outputs, with channel c zeroed at
-    every layer that reads it. One forward per channel and batch, of which the layers
-    in front of the cut are not computed again.
+    S_c = E_x ‖f(x without c) − f(x)‖², summed over outputs, with channel c zeroed at every layer
+    that reads it. One forward per channel and batch, without the layers in front of the cut.
 
     Args:
         model: The dense model.
         groups: Its channel groups.
         batches: Inputs; labels are dropped.
-        max_channels: Channels measured per group, a random choice of them, >= 1;
-            None measures all.
-        seed: Seed of that choice.
+        max_channels: So many of each group are measured, chosen at random, >= 1; None: all.
+        seed: Of that choice.
         outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         Scores in squared output units (of several outputs without unit), float64 [C] per group,
-        NaN where a channel was not measured; `stderr` over samples likewise.
+        NaN where a channel was not measured; ``stderr`` over samples likewise.
 
     Raises:
         ValueError: If max_channels is below 1.
@@ -100,12 +98,10 @@ def spearman(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     Args:
         a: Scores [C].
         b: Scores [C] of the same channels.
-        mask: BoolTensor [C], which channels count; by default those where both
-            scores are numbers (an ablation leaves NaN where it did not measure).
+        mask: BoolTensor [C], which channels count; None: where both scores are numbers.
 
     Returns:
-        Correlation in [-1, 1]; NaN with fewer than two channels or where all scores
-        of one side are equal.
+        Correlation in [-1, 1]; NaN for fewer than two channels, or if all of one side are equal.
 
     Raises:
         ValueError: If the vectors differ in length.
@@ -127,7 +123,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 class _KnownCalls(TorchFunctionMode):
-    """Remember every convolution and linear output of one forward, then replay the first ones.
+    """Remember the outputs of one forward's contractions, then replay the first ones.
 
     Enter it outside of `MaskedChannels`, which then counts the same calls.
     """

@@ -59,9 +59,9 @@ def changes_of(
     """Make the changes that an audit tries.
 
     Rescaling of ReLU channels, each by its own factor and layer by layer; other images, half of
-    the images; another seed; a few steps of SGD at two rates and of Adam, towards labels or the
-    model's own classes. Steps that cost more than 0.2 points are made again at a quarter of the
-    rate, three times at most.
+    them; another seed; a few steps of SGD at two rates and of Adam, towards labels or the model's
+    own classes. Steps that cost more than 0.2 points are made again at a quarter of the rate, three
+    times at most.
 
     Args:
         setting: Model and images as they are.

@@ -115,7 +115,7 @@ class Trajectory:
     r"""Records the way of a network's weights while it trains.
 
     Call it with the model after every update; ``distill(..., watch=trajectory)`` does. It keeps
-    three copies of the weights and reads them once per update, which is little beside the update.
+    three copies of the weights.
 
     .. math:: \mathrm{length} = \sum_t \|w_{t+1} - w_t\|, \quad
         \mathrm{distance} = \|w_T - w_0\|, \quad \mathrm{variance} = E_t \|w_t - \bar w\|^2

@@ -1,8 +1,6 @@
 """How much room the weights have before the outputs move: a local log-volume and its error.
 
-A flat minimum is a large set of weights that compute nearly the same function. Its extent in one
-direction (sharpness) changes when layers are rescaled against each other; the volume that is
-measured here in units of each weight does not.
+A flat minimum is a large set of weights that compute nearly the same function.
 
 Reference:
     Zhang, Reid, Valle Pérez, Louis, Why flatness does and does not correlate with generalization

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back, num_set_aside
 from tpvprune.passes.loss import CONFIDENCE, Loss, Losses, halves, num_measured
-from tpvprune.pipeline.pruning import PruningResult
-from tpvprune.pipeline.sizes import Sizes
+from tpvprune.pipeline.pruning import PruningResult, Sizes
 from tpvprune.processes.membership import num_processes
 from tpvprune.widths.ranking import Ranking
 

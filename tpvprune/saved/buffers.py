@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.disk.path_checks import BUFFER_FILE
-from tpvprune.disk.state_dicts import read_tensors
+from tpvprune.disk.tensors import read_state_dict
 
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def read_buffers(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
     path = folder / BUFFER_FILE
     if not names:
         return {}
-    found = read_tensors(path)
+    found = read_state_dict(path)
     if found.keys() != set(names):
         raise ValueError(
             f"{path}: expected the buffers that config.json names, found others: the files are not "

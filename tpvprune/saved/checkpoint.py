@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import BUFFER_FILE, RANKING_FILE, check_saved
-from tpvprune.disk.state_dicts import load_tensors, read_tensors, write_tensors
+from tpvprune.disk.tensors import load_tensors, read_state_dict, write_tensors
 from tpvprune.disk.versions import versions
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
@@ -68,11 +68,10 @@ def save_pruned(
 
     The folder gets ``model.safetensors`` and ``config.json``, of a result also
     ``ranking.safetensors`` (:meth:`tpvprune.Ranking.load`), with a report ``report.json`` and
-    ``report.html``; buffers that ``state_dict`` leaves out, where a cut or a forward has changed
-    them, go to ``buffers.safetensors``. It is written beside its place, read back and
-    compared, then renamed: a crash leaves the old folder or the new one, never half.
-    A ValueError tells if the folder cannot be written or replaced, the dense model is not
-    known, a value is not plain JSON, or the model would not load back as it is.
+    ``report.html``; buffers that ``state_dict`` leaves out, if changed, go to
+    ``buffers.safetensors``. It is written beside its place, read back and compared, then renamed: a
+    crash leaves the old folder or the new one, never half. A ValueError tells if that is not
+    possible, the dense model is not known, or a value is not plain JSON.
 
     Args:
         result_or_model: A ``PruningResult`` or a pruned module.
@@ -329,7 +328,7 @@ def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
 
 
 def _read_weights(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
+    tensors = read_state_dict(path)
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     unequal = [name for name in {**found, **shapes} if found.get(name) != shapes.get(name)]
     if unequal:

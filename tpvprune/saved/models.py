@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.path_checks import check_checkpoint
-from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.tensors import load_tensors
 from tpvprune.groups import fold_weights, unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model

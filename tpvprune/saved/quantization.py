@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.evaluation import Difference, difference
-from tpvprune.runtimes.onnx_files import INPUT, onnx_session, reason
+from tpvprune.runtimes.onnx_files import INPUT, onnx_session, quiet, reason
 from tpvprune.saved.bias_correction import correct_biases
 
 # Name -> CalibrationMethod of onnxruntime, and its options.
@@ -127,7 +124,7 @@ def _quantize(
     tools = importlib.import_module("onnxruntime.quantization")
     method, options = _RANGES[ranges]
     kinds = {node.op_type for node in importlib.import_module("onnx").load(whole).graph.node}
-    with _quiet():
+    with quiet():
         try:
             tools.quantize_static(
                 whole,
@@ -166,18 +163,6 @@ def _reader(calibration: Sequence[Tensor]) -> Any:
             return None if batch is None else {INPUT: batch.numpy()}
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the quantizer prints and logs from the user."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 class OnnxModule(nn.Module):

@@ -1,20 +1,54 @@
-"""The state of an unfinished run: one safetensors file, written whole or not at all."""
+"""Tensors in files: state dicts as they are, and the state of an unfinished run."""
 
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import written_file
-from tpvprune.disk.state_dicts import load_tensors, write_tensors
 
 _HEADER = "tpvprune_training"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors as a safetensors file; copies: it refuses those that share memory."""
+    copies = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    save_file(copies, path, metadata=metadata)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError if there is none, or it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: expected safetensors, found none or damage ({error}): save or copy it again"
+        ) from error
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors strictly, as those of the version that the classes of the module have now.
+
+    Files of tensors do not hold versions, and some classes refuse a state dict of none (MNASNet of
+    torchvision).
+    """
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(module.state_dict(), "_metadata", {})
+    module.load_state_dict(state, strict=True)
+
+
+# ---- an unfinished run ------------------------------------------------------------------------
 
 
 def save_state(
