@@ -66,13 +66,10 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as place:
         staged = Path(place) / "model"
-        if isinstance(result_or_folder, (str, Path)):
-            _copy(Path(result_or_folder), staged, include_report=include_report)
-        else:
-            save_pruned(result_or_folder, staged, dense=dense)
-            if not include_report:
-                (staged / "report.html").unlink(missing_ok=True)
-                _without_pictures(staged / "report.json")
+        folder = result_or_folder
+        if not isinstance(folder, (str, Path)):
+            folder = save_pruned(result_or_folder, Path(place) / "saved", dense=dense)
+        _copy(Path(folder), staged, include_report=include_report)
         config = read_config(staged)
         if config["model"] is not None:
             load_pruned(staged)
@@ -139,14 +136,9 @@ def _copy(folder: Path, to: Path, *, include_report: bool) -> None:
     for name in (*_FILES, *(("report.html",) if include_report else ())):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
-    if not include_report:
-        _without_pictures(to / "report.json")
-
-
-def _without_pictures(path: Path) -> None:
-    report = _read(path)
-    if report.pop("disagreement", None) is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = _read(to / "report.json")
+    if not include_report and report.pop("disagreement", None) is not None:  # with pictures
+        (to / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
