@@ -30,16 +30,9 @@ _FEW, _FEWER = 1 / 4, 1 / 16  # of the images, for measures of many passes
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a model, images, a seed.
+    """What is measured, as :func:`setting_of` puts it together.
 
-    Attributes:
-        model: The network.
-        groups: Its channel groups.
-        batches: Unlabeled inputs.
-        labelled: The same with labels, or with the model's own classes; see ``has_labels``.
-        has_labels: Whether these are labels.
-        seed: Of probes and noise.
-        eval_images: All images of the audit, labelled likewise, to see that a change is neutral.
+    ``labelled`` holds labels, or the model's own classes in their place; ``has_labels`` says which.
     """
 
     model: nn.Module = field(repr=False)
@@ -93,23 +86,14 @@ def setting_of(
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure as users see it.
+    """A measure as users see it."""
 
-    Attributes:
-        title: Its name in tables.
-        of: Setting -> value.
-        loss: Whether it reads labels, or the model's own classes in their place.
-        cost: Passes over how many images; a backward counts two.
-        still: Whether theory says that rescaling a ReLU network leaves it as it is.
-        source: Who proposed it.
-    """
-
-    title: str
+    title: str  # its name in tables
     of: Callable[[Setting], Measurement]
-    loss: bool
-    cost: str
-    still: str
-    source: str
+    loss: bool  # it reads labels, or the model's own classes in their place
+    cost: str  # passes over how many images; a backward counts two
+    still: str  # whether theory says that rescaling a ReLU network leaves it as it is
+    source: str  # who proposed it
 
 
 def _few(s: Setting, part: float) -> Labelled:

@@ -39,9 +39,6 @@ Draw = Callable[[str, Tensor, torch.Generator], Tensor]
 """``draw(parameter name, its values, generator)`` returns its perturbation."""
 
 
-# ---- perturbations with a diagonal covariance ------------------------------------------------
-
-
 def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, float]:
     """Return the weight variance of stationary SGD, lr / (2 B), by parameter name.
 
@@ -138,9 +135,6 @@ def perturbed_variance(
     return mean_and_error(torch.tensor(found, dtype=torch.float64))
 
 
-# ---- a real selection ------------------------------------------------------------------------
-
-
 def selection_variance(
     model: nn.Module,
     groups: ChannelGroups,
@@ -182,9 +176,6 @@ def selection_variance(
     pruned = remove_channels(model, groups, kept)
     found = output_variance(pruned, model, inputs, outputs=counted)
     return mean_and_error(torch.cat(rows)), found
-
-
-# ---- training set against held-out set ------------------------------------------------------
 
 
 def stability_rows(

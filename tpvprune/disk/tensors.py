@@ -38,17 +38,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors strictly, as those of the version that the classes of the module have now.
-
-    Files of tensors do not hold versions, and some classes refuse a state dict of none (MNASNet of
-    torchvision).
-    """
+    """Load tensors strictly, as those of the version that the classes of the module have now."""
+    # Files of tensors hold none, and some classes refuse that (MNASNet of torchvision).
     state: Any = OrderedDict(tensors)
     state._metadata = getattr(module.state_dict(), "_metadata", {})
     module.load_state_dict(state, strict=True)
-
-
-# ---- an unfinished run ------------------------------------------------------------------------
 
 
 def save_state(

@@ -7,7 +7,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,10 +105,11 @@ def open_images(
         options["cache_tarinfo"] = False
     if dataset.lower().startswith("torch/"):
         options = {"download": download}
-    fetched_to = data_dir if dataset and download else None
+    fetches = dataset and download and data_dir is not None
+    tidied = _no_empty_folders(Path(str(data_dir))) if fetches else nullcontext()
     try:
         # timm prints what is missing, besides raising it.
-        with _extensions(), _no_empty_folders(fetched_to), redirect_stdout(io.StringIO()):
+        with _extensions(), tidied, redirect_stdout(io.StringIO()):
             opened = timm.data.create_dataset(
                 dataset,
                 root=None if data_dir is None else str(data_dir),
@@ -204,22 +205,21 @@ def _extensions() -> Iterator[None]:
 
 
 @contextmanager
-def _no_empty_folders(root: str | Path | None) -> Iterator[None]:
+def _no_empty_folders(root: Path) -> Iterator[None]:
     """Take away the new folders in which a download that failed has put nothing."""
-    top = [] if root is None else [Path(root), *Path(root).parents]
-    before = {path for path in top if path.is_dir()} | _folders(root)
+
+    def present() -> set[Path]:
+        above = {path for path in (root, *root.parents) if path.is_dir()}
+        return above | {Path(folder) for folder, _, _ in os.walk(root)}
+
+    before = present()
     try:
         yield
     except BaseException:
-        new = (_folders(root) | set(top)) - before
-        for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+        for path in sorted(present() - before, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):  # not empty
                 path.rmdir()
         raise
-
-
-def _folders(root: str | Path | None) -> set[Path]:
-    return set() if root is None else {Path(folder) for folder, _, _ in os.walk(root)}
 
 
 def _passed_over(root: str) -> str:

@@ -19,7 +19,7 @@ from tpvprune.depth import Branch, Removal, find_branches, remove_branches
 from tpvprune.depth.choice import Damage, best_depth, most_trials
 from tpvprune.depth.order import branch_order
 from tpvprune.depth.savings import branch_savings, table_without
-from tpvprune.groups import ChannelGroups, find_groups, with_blocked
+from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.evaluation import Reference
@@ -67,16 +67,17 @@ def shallower(
         affordable = int(_TRIAL_MACS / max(given.groups.macs(), 1.0))
         fit, held = split_inputs(given.fit, min(most_images, max(least, affordable)))
     found = _Branches(given, branches, saved, scores)
-    trials = _Trials(
-        found, ranking, keep, by_channel, order, fit, Reference(given.dense, held, given.outputs)
-    )
-    numbers = itertools.count(1)
+    dense, numbers = Reference(given.dense, held, given.outputs), itertools.count(1)
 
-    def timed(num: int) -> Damage:
+    def damage(num: int) -> Damage:
         with clock("trials of depth", next(numbers), most_trials(len(order))):
-            return trials.damage(num)
+            there = found.without(order[:num])
+            kept, over = _narrowed(there, ranking, keep, by_channel=by_channel)
+            if over > 1e-9:
+                return over, float("inf")
+            return 0.0, dense.output_variance(_repaired_roughly(there, kept, fit))
 
-    num = best_depth(timed, len(order))
+    num = best_depth(damage, len(order))
     return found.final(order[:num], by_channel=by_channel)
 
 
@@ -134,43 +135,28 @@ class _Branches:
         )
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Networks without the first few of the branches, pruned and repaired roughly."""
+def _narrowed(
+    there: Setup, ranking: Ranking, keep: float, *, by_channel: bool
+) -> tuple[Kept, float]:
+    """Return what stays of the channels under the budget, and which share of it is missing."""
+    target = keep * there.dense_cost
+    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
+    whole = cost(there.groups, kept, there.budget)
+    if whole > target and by_channel:
+        kept = ranking.choose(
+            there.groups, keep=target / whole, of=there.budget, limits=there.limits
+        )
+    return kept, cost(there.groups, kept, there.budget) / target - 1
 
-    found: _Branches
-    ranking: Ranking
-    keep: float
-    by_channel: bool
-    order: Sequence[Branch]
-    fit: Sequence[Tensor]
-    dense: Reference
 
-    def damage(self, num: int) -> Damage:
-        """Return how far it exceeds the budget without ``num`` branches, and its variance."""
-        there = self.found.without(self.order[:num])
-        target = self.keep * there.dense_cost
-        kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
-        whole = cost(there.groups, kept, there.budget)
-        if whole > target and self.by_channel:
-            kept = self.ranking.choose(
-                there.groups, keep=target / whole, of=there.budget, limits=there.limits
-            )
-        over = cost(there.groups, kept, there.budget) / target - 1
-        if over > 1e-9:
-            return over, float("inf")
-        cut = remove_channels(there.start, there.groups, kept)
-        repaired = self._repaired(cut, there, kept)
-        return 0.0, self.dense.output_variance(repaired)
-
-    def _repaired(self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor]) -> nn.Module:
-        by, fit = there.by, self.fit
-        if by.stand_in == "map":
-            return refitted(
-                cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
-                **ROUGHLY, seed=by.probing.seed,
-            )  # fmt: skip
-        return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
+def _repaired_roughly(there: Setup, kept: Kept, fit: Sequence[Tensor]) -> nn.Module:
+    by, cut = there.by, remove_channels(there.start, there.groups, kept)
+    if by.stand_in == "map":
+        return refitted(
+            cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
+            **ROUGHLY, seed=by.probing.seed,
+        )  # fmt: skip
+    return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
 
 
 def _not_ranked(groups: ChannelGroups, ranked: ChannelGroups) -> dict[str, str]:

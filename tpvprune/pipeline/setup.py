@@ -137,7 +137,7 @@ class Setup:
 
     def ranked(self, given: Ranking | None = None) -> Ranking:
         """Return a ranking of the dense network, checked or new, with factors where they count."""
-        check_ranking(given, self.by, self.dense, self.groups)
+        _check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
         if not self.images_for_factors or ranking.allocation != "curves":
             return replace(ranking, factors=None)
@@ -176,13 +176,18 @@ def set_up(
         if told.outputs is not None:
             gone = unseen(model, groups, (example,), list(counted.scales))
             groups = with_blocked(groups, gone)
-        groups = prunable(agreed(groups))
+        # Before anything is summed over them. Not the reasons for what is blocked: they quote
+        # rounding, which may differ between machines.
+        check_same("channel groups", [(g.name, g.num_channels) for g in groups])
+        groups = _prunable(groups)
         batch = example.repeat_interleave(told.latency_batch_size, 0)
         budget = _budget(told, model, groups, batch)
-    check_rounding(limits, groups)
+    _check_rounding(limits, groups)
+    if limits.round_to == 1 and isinstance(budget, LatencyTable):
+        limits = replace(limits, round_to=budget.step)  # widths that run fast
     return Setup(
         told, model, model, model, groups, fit, held, batch, counted, budget,
-        cost(groups, {}, budget), _rounded(limits, budget), replace(by, of=budget),
+        cost(groups, {}, budget), limits, replace(by, of=budget),
         _images_for_factors(told.repair_factors, by, groups, fit), clock,
         [
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
@@ -238,13 +243,6 @@ def _said_of_fused(names: list[str]) -> list[str]:
     ]
 
 
-def _rounded(limits: Limits, budget: Budget) -> Limits:
-    """Return the limits; where milliseconds count, widths are multiples that run fast."""
-    if limits.round_to == 1 and isinstance(budget, LatencyTable):
-        return replace(limits, round_to=budget.step)
-    return limits
-
-
 def _images_for_factors(
     wanted: bool | None, by: RankBy, groups: ChannelGroups, fit: list[Tensor]
 ) -> int:
@@ -257,17 +255,7 @@ def _images_for_factors(
     return min(most, max(least, affordable)) if wanted and by.how == "curves" else 0
 
 
-# ---- what does not go together ------------------------------------------------------------------
-
-
-def agreed(groups: ChannelGroups) -> ChannelGroups:
-    """Return the groups; a ValueError in all processes if they differ between these."""
-    # Not the reasons: they quote rounding, which may differ between machines.
-    check_same("channel groups", [(g.name, g.num_channels) for g in groups])
-    return groups
-
-
-def prunable(groups: ChannelGroups) -> ChannelGroups:
+def _prunable(groups: ChannelGroups) -> ChannelGroups:
     """Return the groups; ValueError if there is nothing to prune."""
     if len(groups):
         return groups
@@ -277,7 +265,7 @@ def prunable(groups: ChannelGroups) -> ChannelGroups:
     raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
 
 
-def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
+def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
     """Check what widths are to be multiples of."""
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
     if limits.round_to > max(1, widest):
@@ -287,7 +275,7 @@ def check_rounding(limits: Limits, groups: ChannelGroups) -> None:
         )
 
 
-def check_ranking(
+def _check_ranking(
     ranking: Ranking | None, by: RankBy, model: nn.Module, groups: ChannelGroups
 ) -> None:
     """Check a ranking that was given."""

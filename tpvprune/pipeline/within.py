@@ -120,9 +120,6 @@ def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "b
     return found
 
 
-# ---- the search ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Size:
     """A size that was tried."""
@@ -175,7 +172,10 @@ def smallest_within(
     def tried(keep: float) -> tuple[float, float]:
         nonlocal best, chosen
         result = prune_to(keep)
-        size = _size_of(result, deciding.of(result.model))
+        report, loss = result.report, deciding.of(result.model)
+        dense, pruned, of = report["dense"], report["pruned"], report["of"]
+        share = report["speed"]["ratio"] if "speed" in report else pruned[of] / dense[of]
+        size = Size(report["keep"], float(share), pruned["macs"], pruned["params"], loss)
         sizes.append(size)
         if notice is not None:
             notice(f"size {len(sizes)} of at most {num_sizes}: keep {keep:g} loses {size.loss}")
@@ -206,13 +206,6 @@ def smallest_within(
         "timings": {**report["timings"], **clock.seconds},
     }
     return replace(best, report={**report, **said})
-
-
-def _size_of(result: PruningResult, loss: Loss) -> Size:
-    report = result.report
-    dense, pruned, of = report["dense"], report["pruned"], report["of"]
-    share = report["speed"]["ratio"] if "speed" in report else pruned[of] / dense[of]
-    return Size(report["keep"], float(share), pruned["macs"], pruned["params"], loss)
 
 
 def _warnings(chosen: Size, measured: Loss, max_loss: float, repair: str) -> list[str]:

@@ -84,9 +84,6 @@ def device_here(name: str) -> str:
     return name
 
 
-# ---- joining and leaving ----------------------------------------------------------------------
-
-
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[None]:
     """Join the processes that torchrun has started; without others, do nothing.

@@ -34,9 +34,6 @@ T = TypeVar("T")
 _AT_A_TIME = 64  # samples on their way from one process to the others
 
 
-# ---- shares -----------------------------------------------------------------------------------
-
-
 def own(rows: Any) -> Any:
     """Return the rows of this process, of rows [n, ...] for all processes together."""
     return rows if num_processes() == 1 else rows[rank() :: num_processes()]
@@ -94,14 +91,10 @@ def own_items(items: Sequence[T], start: int) -> list[T]:
     return list(items)[(rank() - start) % num_processes() :: num_processes()]
 
 
-# ---- sums and agreements ----------------------------------------------------------------------
-
-
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Add up tensors over all processes: one collective, in float64.
 
-    Returns the sums on the devices of the arguments, equal bit for bit everywhere; with one process
-    the arguments themselves.
+    Returns sums equal bit for bit everywhere; with one process the arguments themselves.
     """
     if num_processes() == 1:
         return tensors
@@ -262,10 +255,9 @@ def _rows_of_all(rows: Tensor) -> Tensor:
 
 
 def dealt(tasks: Sequence[T], work: Callable[[T], Iterable[Any]]) -> Iterator[Any]:
-    """Do tasks that need no other process, turn by turn one in each.
+    """Do tasks that need no other process in turns; yield all results, in order and everywhere.
 
-    ``work``: task -> results, plain values; it runs :func:`alone`. Yields the results of all tasks,
-    in order and everywhere; with one process as they come.
+    ``work``: task -> results, plain values; it runs :func:`alone`.
     """
     if num_processes() == 1:
         for task in tasks:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tpvprune.runtimes.onnx_files import INPUT, onnx_session
 
-_LARGEST = 1 << 30
-"""Bytes: half of what one ONNX file can hold."""
+_LARGEST = 1 << 30  # bytes: half of what one ONNX file can hold
 
 
 @dataclass(frozen=True)

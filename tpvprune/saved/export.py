@@ -107,9 +107,6 @@ def export_model(
     return Exported(file, format, shape, num[0], num[1], difference)
 
 
-# ---- the two formats -------------------------------------------------------------------------
-
-
 def _write_pt2(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
@@ -133,9 +130,6 @@ def _write_onnx(
     session = onnx_session(str(file))
     name = session.get_inputs()[0].name
     return lambda inputs: [torch.from_numpy(x) for x in session.run(None, {name: inputs.numpy()})]
-
-
-# ---- checks ----------------------------------------------------------------------------------
 
 
 def check_target(file: Path, format: str, *, overwrite: bool) -> None:

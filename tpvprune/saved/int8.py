@@ -206,9 +206,6 @@ def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
     return [full[:first], full[first:second], full[second:]]
 
 
-# ---- measuring -------------------------------------------------------------------------------
-
-
 def _measured(
     sessions: Mapping[str, OnnxModule],
     files: Mapping[str, Path],

@@ -23,8 +23,8 @@ _RANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RANGES = tuple(_RANGES)
 WEIGHT_BITS = (8, 7)
+# Of the outputs' variance: nearer than this to float32, other bits are not worth their minutes.
 _CLOSE = 0.01
-"""Of the outputs' variance: nearer than this to float32, other bits are not worth their minutes."""
 # Where there are any of these only products are quantized, else nothing is left of a ViT.
 _DELICATE = {"Softmax", "LayerNormalization"}
 _PRODUCTS = ["Conv", "Gemm", "MatMul"]
