@@ -13,9 +13,14 @@ from torch.nn import functional as F
 from tpvprune import evaluate, find_groups, prune
 from tpvprune.cifar_resnet import CifarResNet
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
-from tpvprune.diagnostics.measures import channel_tpv, l2_norm, path_norm, sharpness
+from tpvprune.diagnostics.measures import (
+    channel_tpv,
+    l2_norm,
+    pac_bayes_origin,
+    path_norm,
+    sharpness,
+)
 from tpvprune.diagnostics.normalized_loss import normalized_loss
-from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.rescaling import rescale
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
 from tpvprune.diagnostics.volume import local_volume

@@ -108,7 +108,6 @@ class CifarResNet(nn.Module):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = 64
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -121,9 +120,7 @@ class CifarResNet(nn.Module):
             {"num_chs": 32, "reduction": 2, "module": "layer2"},
             {"num_chs": 64, "reduction": 4, "module": "layer3"},
         ]
-        self.global_pool, self.linear = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool
-        )
+        self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

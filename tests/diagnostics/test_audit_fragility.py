@@ -1,5 +1,7 @@
 """Changes that should not matter, and how far criteria and measures move under them."""
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
@@ -9,9 +11,8 @@ from torch import nn
 from tpvprune import find_groups, select_channels
 from tpvprune.diagnostics.catalogue import MEASURES, Measure, setting_of
 from tpvprune.diagnostics.changes import Change, changes_of
-from tpvprune.diagnostics.fragility import CRITERIA, fragility
+from tpvprune.diagnostics.fragility import CRITERIA, fragility, kendall, same_cut
 from tpvprune.diagnostics.measures import Measurement, own_predictions
-from tpvprune.diagnostics.rankings import kendall, same_cut
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_fragility_tells_invariant_from_fragile(setting, images):
 
 def test_fragility_reports_relative_change(setting):
     probe = Measure("probe", lambda s: Measurement(2.0 + s.seed), False, "0", "yes", "here")
-    change = Change("another seed", "seed", setting.with_seed(1))
+    change = Change("another seed", "seed", replace(setting, seed=1))
     stages = []
     found = fragility(
         setting,

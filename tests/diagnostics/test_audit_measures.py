@@ -16,11 +16,11 @@ from tpvprune.diagnostics.measures import (
     channel_tpv,
     l2_norm,
     own_predictions,
+    pac_bayes_origin,
     path_norm,
     sharpness,
 )
 from tpvprune.diagnostics.normalized_loss import fit_line, normalized_loss
-from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.rescaling import rescale
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
 from tpvprune.diagnostics.volume import local_volume

@@ -8,10 +8,9 @@ from image_cases import write_images
 from PIL import Image
 
 from tpvprune.cli.entry import main
-from tpvprune.images.files import array_images, listed_images
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
-from tpvprune.images.sources import open_images
+from tpvprune.images.sources import array_images, listed_images, open_images
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from image_cases import spoil, write_images
 from PIL import Image
 
 from tpvprune.cli.entry import main
-from tpvprune.images.files import listed_images
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import in_colours, resolve_preprocessing
-from tpvprune.images.sources import open_images
+from tpvprune.images.sources import listed_images, open_images
 
 SIZE = 16
 

@@ -583,7 +583,7 @@ def test_writing_that_fails_leaves_the_earlier_state(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tpvprune.disk.unfinished.save_file", full)
+    monkeypatch.setattr("tpvprune.disk.tensors.save_file", full)
     with pytest.raises(ValueError, match="No space left"):
         distill(student, dense, batches(8, 4), epochs=2, state=state)
     assert state.read_bytes() == before

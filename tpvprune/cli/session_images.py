@@ -13,9 +13,8 @@ from tpvprune.cli.console import bar, say
 from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Subject
 from tpvprune.groups import ChannelGroups
-from tpvprune.images.files import array_images, listed_images
 from tpvprune.images.loading import ImageBatches, choose_images, in_memory
-from tpvprune.images.sources import ImageSource, open_images
+from tpvprune.images.sources import ImageSource, array_images, listed_images, open_images
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.drawing import hold_back
 from tpvprune.processes.shares import share, total

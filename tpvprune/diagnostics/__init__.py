@@ -3,7 +3,7 @@
 from tpvprune.diagnostics.ablation import ablation_scores, spearman
 from tpvprune.diagnostics.catalogue import MEASURES, Measure, Setting, setting_of
 from tpvprune.diagnostics.changes import Change, changes_of
-from tpvprune.diagnostics.fragility import Fragility, fragility
+from tpvprune.diagnostics.fragility import Fragility, fragility, kendall, same_cut
 from tpvprune.diagnostics.jacobian_norms import Estimate, JacobianNorms, jacobian_norms
 from tpvprune.diagnostics.label_noise import label_noise_variance
 from tpvprune.diagnostics.measures import (
@@ -11,12 +11,11 @@ from tpvprune.diagnostics.measures import (
     channel_tpv,
     l2_norm,
     own_predictions,
+    pac_bayes_origin,
     path_norm,
     sharpness,
 )
 from tpvprune.diagnostics.normalized_loss import Line, NormalizedLoss, fit_line, normalized_loss
-from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
-from tpvprune.diagnostics.rankings import kendall, same_cut
 from tpvprune.diagnostics.rescaling import Rescaling, rescale
 from tpvprune.diagnostics.tpv import (
     perturbed_variance,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.groups import ChannelGroup, ChannelGroups
+from tpvprune.groups import ChannelGroups
 from tpvprune.groups.masking import MaskedChannels
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.operations import CONTRACTIONS, function_name
@@ -30,22 +30,20 @@ def ablation_scores(
 ) -> Scores:
     """Measure how much the outputs change when each channel alone is removed.
 
-    S_c = E_x ‖f(x without c) − f(x)‖², summed over outputs, with channel c zeroed at
-    every layer that reads it. One forward per channel and batch, of which the layers
-    in front of the cut are not computed again.
+    S_c = E_x ‖f(x without c) − f(x)‖², summed over outputs, with channel c zeroed at every layer
+    that reads it. One forward per channel and batch, without the layers in front of the cut.
 
     Args:
         model: The dense model.
         groups: Its channel groups.
         batches: Inputs; labels are dropped.
-        max_channels: Channels measured per group, a random choice of them, >= 1;
-            None measures all.
-        seed: Seed of that choice.
+        max_channels: So many of each group are measured, chosen at random, >= 1; None: all.
+        seed: Of that choice.
         outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 
     Returns:
         Scores in squared output units (of several outputs without unit), float64 [C] per group,
-        NaN where a channel was not measured; `stderr` over samples likewise.
+        NaN where a channel was not measured; ``stderr`` over samples likewise.
 
     Raises:
         ValueError: If max_channels is below 1.
@@ -59,7 +57,10 @@ def ablation_scores(
         .values.tolist()
         for group in groups
     }
-    sums = {group.name: torch.zeros(2, group.num_channels).double() for group in groups}
+    sums = {}  # of channels that are not measured NaN, of the changes and of their squares
+    for group in groups:
+        sums[group.name] = torch.full((2, group.num_channels), torch.nan, dtype=torch.float64)
+        sums[group.name][:, chosen[group.name]] = 0
     num_samples = 0
     counted = Outputs.measured(model, unlabeled(batches), outputs)
     with evaluating(model):
@@ -72,7 +73,8 @@ def ablation_scores(
             for group in groups:
                 known.replay_before(min(reader.call for reader in group.readers))
                 for channel in chosen[group.name]:
-                    with known, MaskedChannels(groups, {group.name: _without(group, channel)}):
+                    others = torch.arange(group.num_channels) != channel
+                    with known, MaskedChannels(groups, {group.name: others}):
                         change = counted.joined(model(x), len(x)) - dense
                     moved = change.double().square().sum(1)
                     sums[group.name][:, channel] += torch.stack(
@@ -81,20 +83,11 @@ def ablation_scores(
 
     values, stderr = {}, {}
     for name, (total, squares) in sums.items():
-        skipped = torch.ones(len(total), dtype=torch.bool)
-        skipped[chosen[name]] = False
         mean = total / num_samples
         variance = (squares / num_samples - mean.square()).clamp_min(0)
-        values[name] = mean.masked_fill(skipped, torch.nan)
-        error = (variance / max(num_samples - 1, 1)).sqrt()
-        stderr[name] = error.masked_fill(skipped, torch.nan)
-    return Scores(
-        values,
-        stderr,
-        num_samples=num_samples,
-        criterion="ablation",
-        used_labels=False,
-    )
+        values[name] = mean
+        stderr[name] = (variance / max(num_samples - 1, 1)).sqrt()
+    return Scores(values, stderr, num_samples=num_samples, criterion="ablation", used_labels=False)
 
 
 def spearman(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
@@ -105,12 +98,10 @@ def spearman(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     Args:
         a: Scores [C].
         b: Scores [C] of the same channels.
-        mask: BoolTensor [C], which channels count; by default those where both
-            scores are numbers (an ablation leaves NaN where it did not measure).
+        mask: BoolTensor [C], which channels count; None: where both scores are numbers.
 
     Returns:
-        Correlation in [-1, 1]; NaN with fewer than two channels or where all scores
-        of one side are equal.
+        Correlation in [-1, 1]; NaN for fewer than two channels, or if all of one side are equal.
 
     Raises:
         ValueError: If the vectors differ in length.
@@ -131,14 +122,8 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def _without(group: ChannelGroup, channel: int) -> Tensor:
-    kept = torch.ones(group.num_channels, dtype=torch.bool)
-    kept[channel] = False
-    return kept
-
-
 class _KnownCalls(TorchFunctionMode):
-    """Remember every convolution and linear output of one forward, then replay the first ones.
+    """Remember the outputs of one forward's contractions, then replay the first ones.
 
     Enter it outside of `MaskedChannels`, which then counts the same calls.
     """

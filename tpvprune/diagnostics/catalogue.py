@@ -13,12 +13,12 @@ from tpvprune.diagnostics.measures import (
     Measurement,
     l2_norm,
     own_predictions,
+    pac_bayes_origin,
     path_norm,
     sharpness,
     summed,
 )
 from tpvprune.diagnostics.normalized_loss import normalized_loss
-from tpvprune.diagnostics.pac_bayes import pac_bayes_origin
 from tpvprune.diagnostics.trajectory import input_lipschitz
 from tpvprune.diagnostics.volume import local_volume
 from tpvprune.groups import ChannelGroups
@@ -30,16 +30,9 @@ _FEW, _FEWER = 1 / 4, 1 / 16  # of the images, for measures of many passes
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a model, images, a seed.
+    """What is measured, as :func:`setting_of` puts it together.
 
-    Attributes:
-        model: The network.
-        groups: Its channel groups.
-        batches: Unlabeled inputs.
-        labelled: The same with labels, or with the model's own classes; see ``has_labels``.
-        has_labels: Whether these are labels.
-        seed: Of probes and noise.
-        eval_images: All images of the audit, labelled likewise, to see that a change is neutral.
+    ``labelled`` holds labels, or the model's own classes in their place; ``has_labels`` says which.
     """
 
     model: nn.Module = field(repr=False)
@@ -54,14 +47,6 @@ class Setting:
     def tpv(self) -> Scores:
         """Uncompensated TPV of every channel: both a criterion and, summed, a measure."""
         return tpv_scores(self.model, self.groups, self.batches, compensated=False, seed=self.seed)
-
-    def on(self, model: nn.Module) -> Setting:
-        """Return the same of another model; what it should answer stays."""
-        return replace(self, model=model)
-
-    def with_seed(self, seed: int) -> Setting:
-        """Return the same with another seed."""
-        return replace(self, seed=seed)
 
     def with_images(self, batches: Sequence[Tensor], labelled: Labelled | None) -> Setting:
         """Return the same on other images; without labels the model's own classes are taken."""
@@ -95,36 +80,20 @@ def setting_of(
     """
     inputs = list(unlabeled(batches))
     pairs = own_predictions(model, inputs) if labelled is None else labelled
-    return Setting(
-        model,
-        groups,
-        inputs,
-        pairs,
-        labelled is not None,
-        seed,
-        eval_images if eval_images else pairs,
-    )
+    has_labels = labelled is not None
+    return Setting(model, groups, inputs, pairs, has_labels, seed, eval_images or pairs)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure as users see it.
+    """A measure as users see it."""
 
-    Attributes:
-        title: Its name in tables.
-        of: Setting -> value.
-        loss: Whether it reads labels, or the model's own classes in their place.
-        cost: Passes over how many images; a backward counts two.
-        still: Whether theory says that rescaling a ReLU network leaves it as it is.
-        source: Who proposed it.
-    """
-
-    title: str
+    title: str  # its name in tables
     of: Callable[[Setting], Measurement]
-    loss: bool
-    cost: str
-    still: str
-    source: str
+    loss: bool  # it reads labels, or the model's own classes in their place
+    cost: str  # passes over how many images; a backward counts two
+    still: str  # whether theory says that rescaling a ReLU network leaves it as it is
+    source: str  # who proposed it
 
 
 def _few(s: Setting, part: float) -> Labelled:
@@ -150,70 +119,42 @@ def _log_radius(s: Setting) -> Measurement:
 
 MEASURES: Mapping[str, Measure] = {
     "channel_tpv": Measure(
-        "TPV of channels",
-        lambda s: summed(s.tpv, s.groups),
-        False,
-        "3 on all",
-        "yes",
-        "Arpit 2025",
+        "TPV of channels", lambda s: summed(s.tpv, s.groups),
+        loss=False, cost="3 on all", still="yes", source="Arpit 2025",
     ),
     "sharpness": Measure(
         "Sharpness, Hessian trace",
         lambda s: sharpness(s.model, _few(s, _FEW), num_probes=1, seed=s.seed),
-        True,
-        "9 on a quarter of the images",
-        "no",
-        "Hutchinson 1989; Dinh et al. 2017",
+        loss=True, cost="9 on a quarter of the images", still="no",
+        source="Hutchinson 1989; Dinh et al. 2017",
     ),
     "path_norm": Measure(
-        "Path norm",
-        lambda s: path_norm(s.model, s.batches[0][:2]),
-        False,
-        "3 on one image",
-        "yes",
-        "Neyshabur et al. 2015",
+        "Path norm", lambda s: path_norm(s.model, s.batches[0][:2]),
+        loss=False, cost="3 on one image", still="yes", source="Neyshabur et al. 2015",
     ),
     "pac_bayes_origin": Measure(
         "PAC-Bayes, origin",
         lambda s: pac_bayes_origin(s.model, _few(s, _FEW), num_draws=2, seed=s.seed),
-        True,
-        "20 on a quarter",
-        "no",
-        "Jiang et al. 2020",
+        loss=True, cost="20 on a quarter", still="no", source="Jiang et al. 2020",
     ),
     "l2_norm": Measure(
-        "L2 norm",
-        lambda s: l2_norm(s.model, s.batches[0][:2]),
-        False,
-        "1 on one image",
-        "no",
-        "Jiang et al. 2020",
+        "L2 norm", lambda s: l2_norm(s.model, s.batches[0][:2]),
+        loss=False, cost="1 on one image", still="no", source="Jiang et al. 2020",
     ),
     "normalized_loss": Measure(
-        "Normalized loss, below chance",
-        _below_chance,
-        True,
-        "1 on all",
-        "by layer",
-        "Liao et al. 2018",
+        "Normalized loss, below chance", _below_chance,
+        loss=True, cost="1 on all", still="by layer", source="Liao et al. 2018",
     ),
     "log_radius": Measure(
-        "Local volume, log radius",
-        _log_radius,
-        False,
-        "25 on a quarter",
-        "yes",
-        "Zhang et al. 2021",
+        "Local volume, log radius", _log_radius,
+        loss=False, cost="25 on a quarter", still="yes", source="Zhang et al. 2021",
     ),
     "input_lipschitz": Measure(
         "Input Lipschitz constant",
         lambda s: input_lipschitz(
             s.model, [x for x, _ in _few(s, _FEWER)], num_iterations=8, seed=s.seed
         ),
-        False,
-        "35 on a sixteenth",
-        "yes",
-        "Loukas et al. 2021",
+        loss=False, cost="35 on a sixteenth", still="yes", source="Loukas et al. 2021",
     ),
-}
+}  # fmt: skip
 """Name -> measure, in the order of the tables."""

@@ -59,9 +59,9 @@ def changes_of(
     """Make the changes that an audit tries.
 
     Rescaling of ReLU channels, each by its own factor and layer by layer; other images, half of
-    the images; another seed; a few steps of SGD at two rates and of Adam, towards labels or the
-    model's own classes. Steps that cost more than 0.2 points are made again at a quarter of the
-    rate, three times at most.
+    them; another seed; a few steps of SGD at two rates and of Adam, towards labels or the model's
+    own classes. Steps that cost more than 0.2 points are made again at a quarter of the rate, three
+    times at most.
 
     Args:
         setting: Model and images as they are.
@@ -86,13 +86,13 @@ def changes_of(
             continue
         note = f"{len(found.factors)} of {len(setting.groups)} groups"
         moved = _accuracy(setting, found.model) - start
-        changes.append(Change(name, "rescaling", setting.on(found.model), moved, note))
+        changes.append(Change(name, "rescaling", replace(setting, model=found.model), moved, note))
     half = setting.batches[: max(len(setting.batches) // 2, 1)]
     labelled_half = setting.labelled[: len(half)]
     changes += [
         Change("other images", "images", setting.with_images(other, labelled_others)),
         Change("half of the images", "images", setting.with_images(half, labelled_half)),
-        Change("another seed", "seed", setting.with_seed(setting.seed + 1)),
+        Change("another seed", "seed", replace(setting, seed=setting.seed + 1)),
     ]
     for opt, lr in _OPTIMIZERS:
         recipe = Recipe(
@@ -108,7 +108,8 @@ def _trained(setting: Setting, start: float, recipe: Recipe, updates: int) -> Ch
         model = finetune(setting.model, setting.labelled, recipe=recipe)
         moved = _accuracy(setting, model) - start
         steps = f"{updates} steps at {recipe.lr:g}"
-        change = Change(name, "training", setting.on(model), moved, note + steps)
+        after = replace(setting, model=model)
+        change = Change(name, "training", after, moved, note + steps)
         if change.neutral:
             break
         note += f"{100 * moved:+.2f} points by {steps}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,40 +26,32 @@ class Layer:
 
 @torch.no_grad()
 def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
-    """List the convolutions and linear layers that one forward calls, in that order.
-
-    ``example_inputs``: one batch [B, ...].
-    """
+    """List the convolutions and linear layers that one forward calls, in that order."""
     order: dict[str, None] = {}
-    written: dict[int, str] = {}
+    written: dict[int, tuple[str, Any]] = {}  # with the outputs: no identity is given out twice
     pairs: dict[str, str] = {}
-    alive: list[Any] = []  # so that no identity is given out twice
 
     def wrote(name: str, output: Any) -> None:
         order[name] = None
-        alive.append(output)
-        written[id(output)] = name
+        written[id(output)] = name, output
 
     def reads(name: str, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in written:
-            pairs[written[id(args[0])]] = name
+            pairs[written[id(args[0])][0]] = name
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, Contraction):
-            hooks.append(
-                module.register_forward_hook(lambda _, __, output, name=name: wrote(name, output))
-            )
-        elif _is_fixed_norm(module):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: reads(name, args))
-            )
-    try:
-        with evaluating(model):
-            model(on_device(example_inputs, model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name, module in model.named_modules():
+            if isinstance(module, Contraction):
+                hook = module.register_forward_hook(
+                    lambda _, __, output, name=name: wrote(name, output)
+                )
+                hooks.callback(hook.remove)
+            elif _is_fixed_norm(module):
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, name=name: reads(name, args)
+                )
+                hooks.callback(hook.remove)
+        model(on_device(example_inputs, model))
     return tuple(Layer(name, pairs.get(name)) for name in order)
 
 
@@ -70,9 +63,8 @@ def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[s
     W' = W gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps). A BatchNorm
     that no layer writes for keeps its place; its statistics go into its weight and bias.
 
-    ``example_inputs``: one batch [B, ...], on which the copy is checked. Returns the copy, and the
-    names of its convolutions and linear layers in the order of execution. ValueError if the copy
-    gives other outputs, as with standardised weights.
+    Returns the copy, and the names of its layers in the order of execution. ValueError if it gives
+    other outputs for ``example_inputs``, as with standardised weights.
     """
     layers = layers_of(model, example_inputs)
     # On the CPU: not every accelerator computes in float64.

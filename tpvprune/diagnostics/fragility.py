@@ -18,10 +18,11 @@ from torch import Tensor
 from tpvprune.diagnostics.catalogue import Measure, Setting
 from tpvprune.diagnostics.changes import Change
 from tpvprune.diagnostics.measures import Measurement
-from tpvprune.diagnostics.rankings import kendall, same_cut
+from tpvprune.groups import ChannelGroups
 from tpvprune.passes.clock import Progress
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 from tpvprune.scores.tpv import Scores, tpv_scores
+from tpvprune.widths.selection import select_channels
 
 CRITERIA: Mapping[str, Callable[..., Scores]] = {
     **SCORERS,
@@ -89,17 +90,14 @@ def fragility(
     total = (len(changes) + 1) * (len(measures) + len(criteria))
     done = 0
 
-    def step(name: str) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(name, done, total)
-        done += 1
-
     def taken(at: Setting) -> tuple[dict[str, Measurement], dict[str, dict[str, Tensor]]]:
+        nonlocal done
         values: dict[str, Measurement] = {}
         scores: dict[str, dict[str, Tensor]] = {}
         for name in (*measures, *criteria):
-            step(name)
+            if progress is not None:
+                progress(name, done, total)
+            done += 1
             if name in missing:
                 continue
             try:
@@ -121,12 +119,10 @@ def fragility(
             moved[name][change.name] = value.value / first[name].value - 1
         for name, by_group in scores.items():
             before = ranked[name]
-            tau[name][change.name] = kendall(_joined(before), _joined(by_group))
+            joined = [torch.cat(list(s.values())) for s in (before, by_group)]
+            tau[name][change.name] = kendall(*joined)
             overlap[name][change.name] = same_cut(setting.groups, before, by_group, keep=keep)
     return Fragility(tuple(changes), first, moved, tau, overlap, missing)
-
-
-# ---- small pieces ---------------------------------------------------------------------------
 
 
 def _scores(name: str, at: Setting) -> dict[str, Tensor]:
@@ -138,5 +134,52 @@ def _scores(name: str, at: Setting) -> dict[str, Tensor]:
     return {group.name: scores[group.name].cpu().double() for group in at.groups}
 
 
-def _joined(scores: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat(list(scores.values()))
+def kendall(a: Tensor, b: Tensor) -> float:
+    r"""Compute Kendall's rank correlation of two score vectors.
+
+    .. math:: \tau_b = \frac{\sum_{i<j} s_{ij} t_{ij}}{\sqrt{\sum s^2 \sum t^2}}, \quad
+        s_{ij} = \mathrm{sign}(a_i - a_j)
+
+    Args:
+        a: Scores [C].
+        b: Scores [C] of the same channels.
+
+    Returns:
+        Correlation in [-1, 1]; NaN where all scores of one side are equal.
+
+    Raises:
+        ValueError: If the vectors differ in length.
+    """
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(
+            f"kendall needs two vectors of one length, found {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    sums = torch.zeros(3, dtype=torch.float64)
+    for i in range(len(a) - 1):
+        s, t = ((v[i] - v[i + 1 :]).sign().double().cpu() for v in (a, b))
+        sums += torch.stack([s @ t, s @ s, t @ t])
+    return float(sums[0] / (sums[1] * sums[2]).sqrt())
+
+
+def same_cut(
+    groups: ChannelGroups,
+    scores: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    *,
+    keep: float,
+) -> float:
+    """Return the fraction of channels cut at a budget that two rankings have in common.
+
+    Args:
+        groups: Channel groups.
+        scores: Group name -> scores [C].
+        others: The same by another ranking.
+        keep: Fraction of the MACs that stays, in (0, 1].
+
+    Returns:
+        Common removals over those of the larger cut; 1 where nothing is cut.
+    """
+    kept = [select_channels(groups, s, keep=keep) for s in (scores, others)]
+    cut, other = (torch.cat([~mask[group.name] for group in groups]) for mask in kept)
+    most = max(int(cut.sum()), int(other.sum()))
+    return int((cut & other).sum()) / most if most else 1.0

@@ -70,16 +70,15 @@ def jacobian_norms(
 
     .. math:: \| J_p(x) \|_F^2 = E_v \| J_p(x)^T v \|^2, \quad v \in \{-1, 1\}^K
 
-    Unbiased for every sample, in one forward and one backward per probe over whole batches: the
-    squares are taken sample by sample from the factors of the weight gradients
-    (:mod:`tpvprune.scores.sample_gradients`), so samples do not mix. The sum over parameters is the
-    trace of H_eff = E_x[J^T J]. No labels.
+    Unbiased for every sample, in one forward and one backward per probe over whole batches
+    (:mod:`tpvprune.scores.sample_gradients`). The sum over parameters is the trace of
+    H_eff = E_x[J^T J]. No labels.
 
     Args:
         model: The network; run in eval mode, restored afterwards.
         batches: Re-iterable of unlabeled inputs [B, ...].
-        num_probes: Directions per sample, >= 1. More cost a backward each and lower the part of
-            the error that comes from directions, not the part that comes from samples.
+        num_probes: Directions per sample, >= 1; a backward each. More lower the part of the error
+            that does not come from samples.
         seed: Of the directions.
         outputs: What counts of what the model returns; see :func:`tpvprune.prune`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,8 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device, prepare_forward_mode
 
-_Outputs = Callable[..., Tensor]
 
-
+@torch.no_grad()
 def label_noise_variance(
     model: nn.Module,
     train_batches: Iterable[Any],
@@ -67,69 +66,46 @@ def label_noise_variance(
     weights = {name: p.detach() for name, p in floating(model).items()}
     found: list[list[float]] = [[] for _ in measured]
     counted = Outputs.measured(model, train, outputs)
+
+    def rows(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return counted.joined(functional_call(model, parameters, (x,)), len(x))
+
+    def outputs_at(moved: dict[str, Tensor], x: Tensor) -> Tensor:
+        # f(w + dw), or J dw of the linearisation.
+        if not linear:
+            return rows({name: w + moved[name] for name, w in weights.items()}, x)
+        prepare_forward_mode()
+        change: Tensor = jvp(partial(rows, x=x), (weights,), (moved,))[1]
+        return change
+
+    def trained(noisy: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        # dw after SGD on (inputs, outputs at w, eps).
+        moved = {name: torch.zeros_like(p) for name, p in weights.items()}
+        velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
+        for x, f, e in (batch for _ in range(epochs) for batch in noisy):
+            at = weights if linear else {n: w + moved[n] for n, w in weights.items()}
+            now, *pull = vjp(partial(rows, x=x), at)
+            change = outputs_at(moved, x) if linear else now - f
+            gradient = pull[0](2 * (change - e).detach() / f.numel())[0]
+            for name, v in velocity.items():
+                v.mul_(momentum).add_(gradient[name])
+                moved[name] = moved[name] - lr * v
+        return moved
+
     with evaluating(model):
-
-        def rows(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            return counted.joined(functional_call(model, parameters, (x,)), len(x))
-
-        with torch.no_grad():
-            dense = [rows(weights, x) for x in train]
-            before = [[rows(weights, x) for x in inputs] for inputs in measured]
+        dense = [rows(weights, x) for x in train]
+        before = [[rows(weights, x) for x in inputs] for inputs in measured]
         scale = noise * torch.cat(dense).abs().mean()
         for _ in range(num_draws):
             eps = [torch.randn(f.shape, generator=generator).to(f) * scale for f in dense]
-            noisy = list(zip(train, dense, eps, strict=True))
-            moved = _trained(
-                rows, weights, noisy, linear=linear, epochs=epochs, lr=lr, momentum=momentum
-            )
+            moved = trained(list(zip(train, dense, eps, strict=True)))
             for inputs, fs, values in zip(measured, before, found, strict=True):
-                after = [_outputs_at(rows, weights, moved, x, linear) for x in inputs]
+                after = [outputs_at(moved, x) for x in inputs]
                 values.append(distance(after, [0 * f if linear else f for f in fs]))
     estimates = [mean_and_error(torch.tensor(v, dtype=torch.float64)) for v in found]
     if any(e.value != e.value or e.value == float("inf") for e in estimates):
         raise ValueError(f"lr: training diverged at {lr:g}: pass a lower one")
     return estimates
-
-
-def _trained(
-    outputs: _Outputs,
-    weights: dict[str, Tensor],
-    noisy: Sequence[tuple[Tensor, Tensor, Tensor]],
-    *,
-    linear: bool,
-    epochs: int,
-    lr: float,
-    momentum: float,
-) -> dict[str, Tensor]:
-    """Return dw after SGD on mean squared error; noisy holds (inputs, outputs at w, eps)."""
-    moved = {name: torch.zeros_like(p) for name, p in weights.items()}
-    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for _ in range(epochs):
-        for x, f, e in noisy:
-            at = weights if linear else {n: w + moved[n] for n, w in weights.items()}
-            now, *pull = vjp(partial(outputs, x=x), at)
-            change = _outputs_at(outputs, weights, moved, x, linear) if linear else now - f
-            gradient = pull[0](2 * (change - e).detach() / f.numel())[0]
-            for name, v in velocity.items():
-                v.mul_(momentum).add_(gradient[name])
-                moved[name] = moved[name] - lr * v
-    return moved
-
-
-def _outputs_at(
-    outputs: _Outputs,
-    weights: dict[str, Tensor],
-    moved: dict[str, Tensor],
-    x: Tensor,
-    linear: bool,
-) -> Tensor:
-    """Return f(w + dw), or J dw of the linearisation."""
-    with torch.no_grad():
-        if linear:
-            prepare_forward_mode()
-            change: Tensor = jvp(partial(outputs, x=x), (weights,), (moved,))[1]
-            return change
-        return outputs({name: w + moved[name] for name, w in weights.items()}, x)
 
 
 def floating(model: nn.Module) -> dict[str, Tensor]:

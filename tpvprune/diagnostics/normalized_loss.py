@@ -42,10 +42,10 @@ def normalized_loss(model: nn.Module, labelled_batches: Labelled) -> NormalizedL
     .. math:: \tilde f(x) = f(x) \Big/ \prod_l \|W_l\|_F, \qquad
         \tilde L = E\,[\log \sum_k e^{\tilde f_k} - \tilde f_y]
 
-    A chain of ReLU layers is homogeneous in each of them, so this is the network with every
-    layer (BatchNorm folded in; its bias scaled alike) at norm one; for other networks it is the
-    same formula. Layers rescaled against each other give the same number; channels rescaled
-    within a layer do not. Cost: one forward; needs labels, or ``own_predictions``.
+    Of a chain of ReLU layers this is the network with every layer (BatchNorm folded in; its bias
+    scaled alike) at norm one; for others it is the same formula. Layers rescaled against each other
+    give the same number; channels rescaled within a layer do not. Cost: one forward; needs labels,
+    or ``own_predictions``.
 
     Args:
         model: Classifier whose first output is [B, K].

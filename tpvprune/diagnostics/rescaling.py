@@ -11,7 +11,7 @@ Reference:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from tpvprune.passes.running import relative_gap
 
 _TOLERANCE = 1e-9  # relative, float64; factors are powers of two, which round nothing
 _LOUD = 64.0  # inputs so many times larger find activations that level off, such as ReLU6
+_Pairs = list[tuple[ChannelGroup, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,59 +78,58 @@ def rescale(
         raise ValueError(f"octaves: expected at least 1, found {octaves}")
     generator = torch.Generator().manual_seed(seed)
     normed = {layer.name: layer.norm for layer in layers_of(model, example_inputs)}
-    trial = _Trial(model, example_inputs, normed)
+    passes = _trial(model, example_inputs, normed)
     factors, left = {}, {}
     for group in groups:
         alpha = _drawn(group, per, octaves, generator)
         if group.unit != "channel":
             left[group.name] = f"its units are {group.unit}s"
-        elif not trial.passes([(group, alpha)]):
+        elif not passes([(group, alpha)]):
             left[group.name] = "its channels do not pass positive factors on"
         else:
             factors[group.name] = alpha
+    pairs = [(groups[name], alpha) for name, alpha in factors.items()]
+    if not passes(pairs):
+        pairs = _together(pairs, passes)
+    together = {group.name: alpha for group, alpha in pairs}
+    left |= {n: "passes alone, not with the others" for n in factors if n not in together}
     rescaled = copy.deepcopy(model)
-    for name in trial.failing(factors, groups):
-        del factors[name]
-        left[name] = "passes alone, not with the others"
-    for name, alpha in factors.items():
-        _scale(rescaled, groups[name], alpha, normed)
-    return Rescaling(rescaled, factors, left)
+    for group, alpha in pairs:
+        _scale(rescaled, group, alpha, normed)
+    return Rescaling(rescaled, together, left)
 
 
-class _Trial:
-    """Tells whether rescaled groups leave the outputs as they are."""
+@torch.no_grad()
+def _trial(
+    model: nn.Module, example_inputs: Tensor, normed: Mapping[str, str | None]
+) -> Callable[[_Pairs], bool]:
+    """Return what tells whether rescaled groups leave the outputs as they are."""
+    tried = copy.deepcopy(model).eval().cpu().double()
+    x = example_inputs[:4].detach().cpu().double()
+    inputs = torch.cat([x, _LOUD * x])
+    wanted = tried(inputs)
 
-    def __init__(
-        self, model: nn.Module, example_inputs: Tensor, normed: Mapping[str, str | None]
-    ) -> None:
-        self._model = copy.deepcopy(model).eval().cpu().double()
-        x = example_inputs[:4].detach().cpu().double()
-        self._inputs = torch.cat([x, _LOUD * x])
-        self._normed = normed
-        with torch.no_grad():
-            self._wanted = self._model(self._inputs)
-
-    def passes(self, pairs: Sequence[tuple[ChannelGroup, Tensor]]) -> bool:
+    @torch.no_grad()
+    def passes(pairs: _Pairs) -> bool:
         try:
             for group, alpha in pairs:
-                _scale(self._model, group, alpha, self._normed)
-            with torch.no_grad():
-                found = self._model(self._inputs)
+                _scale(tried, group, alpha, normed)
+            found = tried(inputs)
         finally:
             for group, alpha in pairs:
-                _scale(self._model, group, 1 / alpha, self._normed)
-        return bool(relative_gap(found, self._wanted) <= _TOLERANCE)
+                _scale(tried, group, 1 / alpha, normed)
+        return bool(relative_gap(found, wanted) <= _TOLERANCE)
 
-    def failing(self, factors: Mapping[str, Tensor], groups: ChannelGroups) -> list[str]:
-        """Return the groups without which the others pass together."""
-        pairs = [(groups[name], alpha) for name, alpha in factors.items()]
-        if self.passes(pairs):
-            return []
-        accepted: list[tuple[ChannelGroup, Tensor]] = []
-        for pair in pairs:
-            if self.passes([*accepted, pair]):
-                accepted.append(pair)
-        return [group.name for group, _ in pairs if group not in [g for g, _ in accepted]]
+    return passes
+
+
+def _together(pairs: _Pairs, passes: Callable[[_Pairs], bool]) -> _Pairs:
+    """Return those, one after the other, that pass with all before them."""
+    accepted: _Pairs = []
+    for pair in pairs:
+        if passes([*accepted, pair]):
+            accepted.append(pair)
+    return accepted
 
 
 @torch.no_grad()

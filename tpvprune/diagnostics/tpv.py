@@ -5,8 +5,6 @@ H_eff = E_x[J^T J] and C = E[dw dw^T]. Each perturbation comes in two forms: the
 Jacobians at w, and the Monte-Carlo form, which draws dw and runs the perturbed network. Where they
 agree, first order carries; where training and held-out inputs agree, the measure is stable.
 
-Nothing here reads a label: label noise is noise on the network's own outputs, as in the paper.
-
 Source: Arpit, Test prediction variance, ICML 2026, https://arxiv.org/abs/2512.11089, section 4 and
 appendix F; definitions of step and noise as in its example for a CIFAR-10 ResNet-20.
 """
@@ -41,16 +39,11 @@ Draw = Callable[[str, Tensor, torch.Generator], Tensor]
 """``draw(parameter name, its values, generator)`` returns its perturbation."""
 
 
-# ---- perturbations with a diagonal covariance ------------------------------------------------
-
-
 def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, float]:
-    """Return the weight variance of stationary SGD, lr / (2 B), for every parameter.
+    """Return the weight variance of stationary SGD, lr / (2 B), by parameter name.
 
     The isotropic approximation of the paper: near a minimum of curvature H the gradient noise
     H / B and the pull H balance at C = lr / (2 B) I.
-
-    Returns variance by parameter name, in squared weight units.
     """
     return dict.fromkeys(floating(model), lr / (2 * batch_size))
 
@@ -58,11 +51,10 @@ def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, 
 def quantization_steps(
     model: nn.Module, *, bits: int, step_of: StepOf = "model"
 ) -> dict[str, float]:
-    """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter.
+    """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter name.
 
     ``step_of``: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
-    parameter has its own, as quantizers do. Returns step by parameter name, in weight units; the
-    variance of rounding is step^2 / 12. ValueError if an argument is out of range.
+    parameter has its own, as quantizers do. The variance of rounding is step^2 / 12.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits: expected 1 to 16, found {bits}")
@@ -143,9 +135,6 @@ def perturbed_variance(
     return mean_and_error(torch.tensor(found, dtype=torch.float64))
 
 
-# ---- a real selection ------------------------------------------------------------------------
-
-
 def selection_variance(
     model: nn.Module,
     groups: ChannelGroups,
@@ -189,9 +178,6 @@ def selection_variance(
     return mean_and_error(torch.cat(rows)), found
 
 
-# ---- training set against held-out set ------------------------------------------------------
-
-
 def stability_rows(
     model: nn.Module,
     train_batches: Iterable[Any],
@@ -231,7 +217,7 @@ def stability_rows(
     Returns:
         Rows of plain data: ``perturbation``, ``form`` ("trace", "monte carlo", and "rounding" for
         one real quantization), ``train``, ``train_stderr``, ``held_out``, ``held_out_stderr``,
-        ``ratio`` (train / held-out).
+        ``ratio`` (train / held-out). A standard error that is not known is None.
     """
     sets = [list(unlabeled(train_batches)), list(unlabeled(held_out_batches))]
     counted = Outputs.measured(model, sets[0], outputs)
@@ -239,8 +225,19 @@ def stability_rows(
     norms = [jacobian_norms(model, s, num_probes=num_probes, **of) for s in sets]
     rows = []
 
-    def add(perturbation: str, form: str, found: Sequence[Estimate]) -> None:
-        rows.append(stability_row(perturbation, form, *found))
+    def add(perturbation: str, form: str, found: Iterable[Estimate]) -> None:
+        train, held_out = found
+        known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
+        row = {
+            "perturbation": perturbation,
+            "form": form,
+            "train": train.value,
+            "train_stderr": known[0],
+            "held_out": held_out.value,
+            "held_out_stderr": known[1],
+            "ratio": train.value / held_out.value if held_out.value else None,
+        }
+        rows.append(row)
 
     def both(perturbation: str, variances: Mapping[str, float], draw: Draw) -> None:
         add(perturbation, "trace", [n.trace(variances) for n in norms])
@@ -261,22 +258,6 @@ def stability_rows(
             options = {**of, **label_noise, "linear": linear}
             add("label noise", form, label_noise_variance(model, sets[0], sets, **options))
     return rows
-
-
-def stability_row(
-    perturbation: str, form: str, train: Estimate, held_out: Estimate
-) -> dict[str, Any]:
-    """Return one row of :func:`stability_rows`; an unknown standard error is None."""
-    known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
-    return {
-        "perturbation": perturbation,
-        "form": form,
-        "train": train.value,
-        "train_stderr": known[0],
-        "held_out": held_out.value,
-        "held_out_stderr": known[1],
-        "ratio": train.value / held_out.value if held_out.value else None,
-    }
 
 
 def parameter_points(

@@ -80,23 +80,21 @@ def input_lipschitz(
 
 @dataclass
 class Path:
-    """What is known of the way of some weights so far.
-
-    Attributes:
-        length: Sum of the lengths of the steps.
-        distance: Length of the straight way from the start to the present place.
-        num_steps: Steps recorded.
-    """
+    """What is known of the way of some weights so far."""
 
     start: Tensor = field(repr=False)
-    length: float = 0.0
-    distance: float = 0.0
+    length: float = 0.0  # sum of the lengths of the steps
     num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._last = self.start
         self._mean = torch.zeros_like(self.start)
         self._squares = 0.0
+
+    @property
+    def distance(self) -> float:
+        """Length of the straight way from the start to the present place."""
+        return float((self._last - self.start).norm())
 
     @property
     def variance(self) -> float:
@@ -107,7 +105,6 @@ class Path:
         """Record one more place [n]."""
         self.num_steps += 1
         self.length += float((place - self._last).norm())
-        self.distance = float((place - self.start).norm())
         before = place - self._mean
         self._mean = self._mean + before / self.num_steps
         self._squares += float((before * (place - self._mean)).sum())
@@ -118,7 +115,7 @@ class Trajectory:
     r"""Records the way of a network's weights while it trains.
 
     Call it with the model after every update; ``distill(..., watch=trajectory)`` does. It keeps
-    three copies of the weights and reads them once per update, which is little beside the update.
+    three copies of the weights.
 
     .. math:: \mathrm{length} = \sum_t \|w_{t+1} - w_t\|, \quad
         \mathrm{distance} = \|w_T - w_0\|, \quad \mathrm{variance} = E_t \|w_t - \bar w\|^2
@@ -136,14 +133,14 @@ class Trajectory:
         first = layers_of(model, example_inputs)[0]
         known = dict(model.named_parameters())
         name = f"{first.norm or first.name}.bias"
-        self._first = name if name in known else None
+        self._first = name
         self.weights = Path(self._place(model))
-        self.first_bias = Path(known[name].detach().clone()) if self._first else None
+        self.first_bias = Path(known[name].detach().clone()) if name in known else None
 
     def __call__(self, model: nn.Module) -> None:
         """Record the weights as they are now."""
         self.weights.add(self._place(model))
-        if self.first_bias is not None and self._first is not None:
+        if self.first_bias is not None:
             self.first_bias.add(model.get_parameter(self._first).detach().clone())
 
     def _place(self, model: nn.Module) -> Tensor:

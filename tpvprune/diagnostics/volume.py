@@ -1,8 +1,6 @@
 """How much room the weights have before the outputs move: a local log-volume and its error.
 
-A flat minimum is a large set of weights that compute nearly the same function. Its extent in one
-direction (sharpness) changes when layers are rescaled against each other; the volume that is
-measured here in units of each weight does not.
+A flat minimum is a large set of weights that compute nearly the same function.
 
 Reference:
     Zhang, Reid, Valle Pérez, Louis, Why flatness does and does not correlate with generalization
@@ -14,7 +12,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,22 +109,24 @@ def local_volume(
         dense = [counted.joined(model(x), len(x)) for x in inputs]
         threshold = share * _spread(dense)
         weights = {n: p.detach() for n, p in model.named_parameters()}
-        scales = {n: w.abs() if coordinates == "relative" else (w != 0).to(w) for n, w in
-                  weights.items()}  # fmt: skip
+        relative = coordinates == "relative"
+        scales = {n: w.abs() if relative else (w != 0).to(w) for n, w in weights.items()}
         num = sum(int((w != 0).sum()) for w in weights.values())
-        logs = []
-        start = 0.1 * (math.sqrt(num) if coordinates == "relative" else _length(weights))
+        length = math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
+        radii = [0.1 * (math.sqrt(num) if relative else length)]
         for _ in range(num_directions):
             direction = _on_sphere(weights, scales, generator)
 
             def variance(r: float, direction: Mapping[str, Tensor] = direction) -> float:
                 moved = {n: w + r * direction[n] for n, w in weights.items()}
-                return _variance(model, moved, inputs, dense, counted)
+                total = 0.0
+                for x, rows in zip(inputs, dense, strict=True):
+                    after = counted.joined(functional_call(model, moved, (x,)), len(x))
+                    total += float((after - rows).double().square().sum())
+                return total / sum(map(len, inputs))
 
-            radius = _radius(variance, threshold, start)
-            start = radius
-            logs.append(math.log(radius))
-    return _summary(torch.tensor(logs).double(), num, threshold)
+            radii.append(_radius(variance, threshold, radii[-1]))
+    return _summary(torch.tensor([math.log(r) for r in radii[1:]]).double(), num, threshold)
 
 
 def _summary(logs: Tensor, num: int, threshold: float) -> LocalVolume:
@@ -162,10 +162,6 @@ def _on_sphere(
     return {n: noise * scales[n] / math.sqrt(square) for n, noise in drawn.items()}
 
 
-def _length(weights: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(w.double().square().sum()) for w in weights.values()))
-
-
 def _spread(dense: Sequence[Tensor]) -> float:
     outputs = torch.cat(list(dense)).double()
     spread = float((outputs - outputs.mean(0)).square().sum(1).mean())
@@ -174,21 +170,7 @@ def _spread(dense: Sequence[Tensor]) -> float:
     return spread
 
 
-def _variance(
-    model: nn.Module,
-    moved: Mapping[str, Tensor],
-    inputs: Sequence[Tensor],
-    dense: Sequence[Tensor],
-    counted: Outputs,
-) -> float:
-    total = 0.0
-    for x, rows in zip(inputs, dense, strict=True):
-        change = counted.joined(functional_call(model, dict(moved), (x,)), len(x)) - rows
-        total += float(change.double().square().sum())
-    return total / sum(map(len, inputs))
-
-
-def _radius(variance: Any, threshold: float, start: float) -> float:
+def _radius(variance: Callable[[float], float], threshold: float, start: float) -> float:
     """Return the radius at which the variance reaches the threshold.
 
     The variance grows as r^2 near 0, so steps are taken on log-log axes, inside a bracket.
@@ -199,9 +181,9 @@ def _radius(variance: Any, threshold: float, start: float) -> float:
         value = variance(r)
         inside = value <= threshold  # NaN is outside
         low, high = (r, high) if inside else (low, r)
-        gap = math.log(value / threshold) if 0 < value < math.inf else math.copysign(
-            2.0, -1.0 if inside else 1.0
-        )  # fmt: skip
+        gap = -2.0 if inside else 2.0
+        if 0 < value < math.inf:
+            gap = math.log(value / threshold)
         if abs(gap) < 2 * _RADIUS_TOLERANCE or (low and high / low < 1 + _RADIUS_TOLERANCE):
             return r
         if last is not None and last[0] != r and (gap - last[1]) * (r - last[0]) > 0:

@@ -14,12 +14,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_OWN_FILES = frozenset(
-    {
-        *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
-        *("report.json", "report.html"),
-    }
-)
+_OWN_FILES = {
+    *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
+    *("report.json", "report.html"),
+}
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.
 _REFUSALS = (OSError, SafetensorError)
@@ -60,14 +58,10 @@ def written_folder(folder: Path) -> Iterator[Path]:
     It lies beside its final place. Only after everything in it has reached the disk is it
     renamed, exchanging names with an old folder in one step where the system can. When
     the body raises, the old folder stays and the new one goes. What a killed process left
-    unfinished goes, too: of two that write one place at a time, the first one fails.
-
-    ValueError if the system refuses to write, with its reason.
+    unfinished goes, too: of two that write one place at a time, the first one fails. ValueError
+    tells the reason if the system refuses to write.
     """
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+    with _beside(folder, "folder") as unfinished:
         unfinished.mkdir()
         yield unfinished
         mode = unfinished.stat().st_mode & _FILES
@@ -76,25 +70,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(mode)
             _flush(path)
         _replace(folder, unfinished)
-        _flush(folder.parent)
-    except _REFUSALS as error:
-        raise ValueError(
-            f"{folder}: cannot be written ({_reason(error)}): choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """Give the name of a new file to write; at the end it takes the place of ``path``.
-
-    ValueError if the system refuses to write, with its reason.
-    """
-    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear(path)
+    """Give the name of a new file to write; see :func:`written_folder`."""
+    with _beside(path, "place") as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode & _FILES
         unfinished.unlink()
@@ -102,13 +83,30 @@ def written_file(path: Path) -> Iterator[Path]:
         unfinished.chmod(mode)
         _flush(unfinished)
         unfinished.replace(path)
-        _flush(path.parent)
+
+
+@contextmanager
+def _beside(place: Path, kind: str) -> Iterator[Path]:
+    """Give a name to write to beside a place, where nothing is left at the end."""
+    unfinished = place.parent / f".{place.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clear(place)
+        yield unfinished
+        _flush(place.parent)
     except _REFUSALS as error:
         raise ValueError(
-            f"{path}: cannot be written ({_reason(error)}): choose another place"
+            f"{place}: cannot be written ({_reason(error)}): choose another {kind}"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:
@@ -128,10 +126,8 @@ def _clear(place: Path) -> None:
             continue
         if found[2] == "old" and not place.exists():
             path.rename(place)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def _replace(folder: Path, new: Path) -> None:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 RANKING_FILE = "ranking.safetensors"
 BUFFER_FILE = "buffers.safetensors"
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Check that a checkpoint is there."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
-
-
 def check_images(path: str | Path, *, arrays: bool = False) -> None:
-    """Check that images can be read from a place.
-
-    ``path``: a folder or a ``.tar``. ``arrays``: an ``.npy`` will do, too.
-    """
+    """Check that images can be read: a folder or a ``.tar``; with ``arrays`` an ``.npy``, too."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such folder or file")
@@ -30,38 +22,26 @@ def check_images(path: str | Path, *, arrays: bool = False) -> None:
         raise ValueError(f"{path}: expected a folder or an uncompressed .tar of images")
 
 
-def check_list(path: str | Path) -> None:
-    """Check that a list of image files is there."""
+def _check_is_file(path: str | Path, *, otherwise: str) -> None:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such list of image files")
+        raise ValueError(f"{path}: no such {otherwise}")
 
 
-def check_saved(folder: str | Path) -> None:
-    """Check that a folder may hold a saved pruned model."""
-    _check_holds(folder, "config.json", "pruned model")
+check_checkpoint = partial(_check_is_file, otherwise="checkpoint file")
+check_list = partial(_check_is_file, otherwise="list of image files")
+check_table = partial(_check_is_file, otherwise="file: `tpvprune latency-table` writes one")
 
 
-def check_run(folder: str | Path) -> None:
-    """Check that a folder may hold a saved run."""
-    _check_holds(folder, "report.json", "run")
-
-
-def check_ranking(folder: str | Path) -> None:
-    """Check that a folder may hold a ranking."""
-    _check_holds(folder, RANKING_FILE, "run of `prune`")
-
-
-def check_table(path: str | Path) -> None:
-    """Check that a table of milliseconds is there."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file: `tpvprune latency-table` writes one")
-
-
-def _check_holds(folder: str | Path, name: str, what: str) -> None:
+def _check_holds(folder: str | Path, *, name: str, what: str) -> None:
     if not (Path(folder) / name).is_file():
         inside = sorted(str(found.parent) for found in Path(folder).glob(f"*/{name}"))
         found = f"those of {', '.join(inside[:3])}: name one of them" if inside else "none"
         raise ValueError(f"{folder}: expected {name} of a saved {what}, found {found}")
+
+
+check_saved = partial(_check_holds, name="config.json", what="pruned model")
+check_run = partial(_check_holds, name="report.json", what="run")
+check_ranking = partial(_check_holds, name=RANKING_FILE, what="run of `prune`")
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

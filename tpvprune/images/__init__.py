@@ -1,5 +1,5 @@
 """Images from folders, archives and arrays to batches.
 
-- ``sources``, ``files``: what there is; ``loading``: the batches; ``preprocessing``: a model's own;
+- ``sources``: what there is; ``loading``: the batches; ``preprocessing``: a model's own;
 - ``training``, ``augmentation``: random views for training.
 """

@@ -81,14 +81,7 @@ def _centred(share: float, size: int) -> tuple[int, int]:
 
 
 def crop_flip_and_mix(images: Tensor) -> Tensor:
-    """Apply ``crop_and_flip``, then ``mix``.
-
-    Args:
-        images: [B, C, H, W], of any type.
-
-    Returns:
-        Images of the same shape and type.
-    """
+    """Apply ``crop_and_flip``, then ``mix``, to images [B, C, H, W] of any type."""
     return mix(crop_and_flip(images))
 
 
@@ -137,10 +130,7 @@ class HeldImages:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        """Shuffle and augment.
-
-        Yields inputs [B, C, H, W], float32; or (inputs, labels [B]).
-        """
+        """Shuffle and augment: inputs [B, C, H, W], float32; or (inputs, labels [B])."""
         order = torch.randperm(len(self.images)).to(self.images.device)
         for chosen in order.split(self.batch_size)[: len(self)]:
             images = self.images[chosen]

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -21,55 +22,35 @@ HELD_BYTES = 2 << 30
 MAX_UNDECODABLE = 0.01
 
 
+@dataclass(eq=False)
 class ImageBatches:
     """Re-iterable batches: tensors [B, C, H, W], or (tensor, targets) if labelled.
 
-    Every pass decodes the images again; `in_memory` holds them where they fit.
-    Targets do not leave the reading thread unless `labelled`. Images that cannot
-    be decoded are skipped and counted in `skipped`, and `notice` is told once, after a whole
-    pass; more than 1 % is an error, but for a single one beside others. Of several processes each
-    decodes its share of every batch.
+    Every pass decodes the images again. Targets do not leave the reading thread unless `labelled`.
+    Images that cannot be decoded are skipped, and `notice` is told once, after a whole pass; more
+    than 1 % is a ValueError, but for a single one beside others. Of several processes each decodes
+    its share of every batch.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        items: Callable[[], Iterable[Any]],
-        preprocessing: Preprocessing,
-        *,
-        total: int | None,
-        batch_size: int = 64,
-        workers: int = 4,
-        labelled: bool = False,
-        notice: Callable[[str], None] | None = None,
-    ) -> None:
-        self.source = source
-        self.preprocessing = preprocessing
-        self.total = total
-        self.batch_size = batch_size
-        self.labelled = labelled
-        self.skipped = 0
-        self.first_skipped = ""
-        self._items = items
-        self._notice = notice
-        self._workers = max(1, workers)
-        self._mode = IMAGE_MODES[preprocessing.input_size[0]]
+    source: ImageSource
+    items: Callable[[], Iterable[Any]]
+    preprocessing: Preprocessing
+    total: int | None
+    batch_size: int = 64
+    workers: int = 4
+    labelled: bool = False
+    notice: Callable[[str], None] | None = None
+    skipped: int = field(default=0, init=False)
+    first_skipped: str = field(default="", init=False)
 
     def __len__(self) -> int:
-        """Return the number of batches.
-
-        TypeError if the source is a stream of unknown length.
-        """
+        """Return the number of batches; TypeError if it is a stream of unknown length."""
         if self.total is None:
             raise TypeError(f"{self.source.name}: a stream has no length")
         return math.ceil(self.total / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Decode the images anew.
-
-        Yields inputs [B, C, H, W], or (inputs, targets [B]) if labelled. ValueError if there is no
-        image, or more than 1 % and more than one cannot be decoded, or all of them.
-        """
+        """Decode the images anew; ValueError if there are none or too many of them are damaged."""
         self.skipped, seen = 0, 0
         for chunk in self._decoded():
             seen += len(chunk)
@@ -82,21 +63,19 @@ class ImageBatches:
                     self._refuse(self.total or seen)
             if done:
                 inputs = torch.stack([image for image, _ in done])
-                if self.labelled:
-                    yield inputs, torch.tensor([int(target) for _, target in done])
-                else:
-                    yield inputs
+                targets = [int(target) for _, target in done] if self.labelled else None
+                yield inputs if targets is None else (inputs, torch.tensor(targets))
         if seen == 0:
             least = f"at least {num_processes()} " if num_processes() > 1 else ""
             raise ValueError(f"{self.source.name}: expected {least}images, found none")
         if self.skipped == seen:
             self._refuse(seen)
-        if self.skipped and self._notice is not None:
-            self._notice(
+        if self.skipped and self.notice is not None:
+            self.notice(
                 f"note: {self.skipped} of {self.total or seen} images could not be decoded and "
                 f"were skipped (first: {self.first_skipped}, in {self.source.name})"
             )
-            self._notice = None
+            self.notice = None
 
     def _refuse(self, total: int) -> NoReturn:
         raise ValueError(
@@ -105,10 +84,10 @@ class ImageBatches:
         )
 
     def _decoded(self) -> Iterator[list[Any]]:
-        items, start = iter(self._items()), 0
+        items, start = iter(self.items()), 0
         # One batch is decoded ahead while the model works on the present one.
         ahead: deque[list[Future[Any]]] = deque()
-        with ThreadPoolExecutor(self._workers) as pool:
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
             while chunk := list(itertools.islice(items, self.batch_size)):
                 mine, start = own_items(chunk, start), start + len(chunk)
                 ahead.append([pool.submit(self._decode, item) for item in mine])
@@ -120,7 +99,7 @@ class ImageBatches:
     def _decode(self, item: Any) -> tuple[Tensor, Any] | str:
         try:
             image, target = self.source.read(item)
-            image = in_colours(image, self._mode)
+            image = in_colours(image, IMAGE_MODES[self.preprocessing.input_size[0]])
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder makes of damaged bytes
@@ -138,18 +117,14 @@ def choose_images(
     skip: int = 0,
     seed: int = 0,
     batch_size: int = 64,
-    workers: int = 4,
-    labelled: bool = False,
-    notice: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> ImageBatches:
     """Choose images at random, the same ones for the same seed.
 
     The choice is positions skip .. skip + num_images of one permutation drawn from
     `seed`, so that two calls with neighbouring ranges are disjoint. A stream is
-    read in its own order.
-
-    ``preprocessing``: Image -> tensor. ``num_images``: how many; None for all, in the source's
-    order. ValueError if `num_images` or `batch_size` is below 1.
+    read in its own order. ``num_images``: None for all, in the source's order. ``options``: of
+    :class:`ImageBatches`.
     """
     if batch_size < 1 or (num_images is not None and num_images < 1):
         raise ValueError(
@@ -157,26 +132,13 @@ def choose_images(
             f"{batch_size} and {num_images}"
         )
     items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
-    return ImageBatches(
-        source,
-        items,
-        preprocessing,
-        total=total,
-        batch_size=batch_size,
-        workers=workers,
-        labelled=labelled,
-        notice=notice,
-    )
+    return ImageBatches(source, items, preprocessing, total, batch_size, **options)
 
 
 def chosen_items(
     source: ImageSource, *, num_images: int | None, skip: int = 0, seed: int = 0
 ) -> tuple[Callable[[], Iterable[Any]], int | None]:
-    """Choose items of a source at random; see ``choose_images``.
-
-    ``num_images``: how many; None for all, in the source's order. Returns function that gives the
-    items, the same on each call, and their number if known.
-    """
+    """Return what gives the items that ``choose_images`` takes, and their number if known."""
     stop = None if num_images is None else skip + num_images
     if source.count is None:
         return lambda: itertools.islice(source.items(), skip, stop), num_images
@@ -193,10 +155,7 @@ def in_memory(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> Sequence[Any] | ImageBatches:
-    """Decode once and hold the batches where they take at most 2 GiB.
-
-    Returns a list of the batches, or `batches` itself, which decodes on every pass.
-    """
+    """Decode once and list the batches where they take at most 2 GiB; else return the argument."""
     size = 4 * math.prod(batches.preprocessing.input_size)
     if batches.total is None or batches.total * size > HELD_BYTES:
         return batches

@@ -90,18 +90,9 @@ def resolve_preprocessing(
 def in_colours(image: Image.Image, mode: str) -> Image.Image:
     """Decode an image and bring it to the colours of a model.
 
-    Of 16 bits the upper 8 stay; transparency is left out, as in timm's datasets.
-
-    Args:
-        image: Opened, of any mode.
-        mode: "L" or "RGB".
-
-    Returns:
-        The image in that mode.
-
-    Raises:
-        ValueError: If its values have no known range, or it is so long and narrow that resizing
-            its short side would take all memory.
+    Of 16 bits the upper 8 stay; transparency is left out, as in timm's datasets. ``mode``: "L" or
+    "RGB". ValueError if its values have no known range, or it is so long and narrow that resizing
+    its short side would take all memory.
     """
     if max(image.size) > _MAX_STRETCH * min(image.size):
         size = "x".join(map(str, image.size))

@@ -1,4 +1,4 @@
-"""Images from folders, tars and datasets, as timm reads them."""
+"""Images from folders, tars and datasets, as timm reads them; by a list of files; in one array."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from tpvprune.disk.path_checks import check_images
+from tpvprune.disk.path_checks import check_images, check_list
 
 # timm's own, and what PIL reads as surely.
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _MOST_LISTED = 200_000
+_MAX_LIST_BYTES = 2**30
 # timm's prefixes of dataset names, and what timm reads those with.
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "torch": (),
@@ -103,10 +105,11 @@ def open_images(
         options["cache_tarinfo"] = False
     if dataset.lower().startswith("torch/"):
         options = {"download": download}
-    fetched_to = data_dir if dataset and download else None
+    fetches = dataset and download and data_dir is not None
+    tidied = _no_empty_folders(Path(str(data_dir))) if fetches else nullcontext()
     try:
         # timm prints what is missing, besides raising it.
-        with _extensions(), _no_empty_folders(fetched_to), redirect_stdout(io.StringIO()):
+        with _extensions(), tidied, redirect_stdout(io.StringIO()):
             opened = timm.data.create_dataset(
                 dataset,
                 root=None if data_dir is None else str(data_dir),
@@ -115,7 +118,10 @@ def open_images(
             )
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: {_reason(error, dataset)}") from error
-    source = _map_source(name, opened) if _has_positions(opened) else _stream(name, opened)
+    if isinstance(opened, torch.utils.data.IterableDataset):
+        source = ImageSource(name, None, lambda: opened, lambda i: i, lambda _: "a sample", None)
+    else:
+        source = _map_source(name, opened)
     if source.count == 0:
         raise ValueError(f"{name}: expected images, found none")
     if labelled and dataset:
@@ -139,16 +145,11 @@ def _check_target(source: ImageSource) -> None:
 
 
 def _checked_location(data_dir: str | Path | None, dataset: str) -> str:
-    if dataset:
-        _check_name(dataset, data_dir)
-        return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
-    if data_dir is None:
-        raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
-    check_images(data_dir)
-    return str(Path(data_dir))
-
-
-def _check_name(dataset: str, data_dir: str | Path | None) -> None:
+    if not dataset:
+        if data_dir is None:
+            raise ValueError("data_dir: expected a folder, a .tar or a dataset name")
+        check_images(data_dir)
+        return str(Path(data_dir))
     prefix, _, rest = dataset.partition("/")
     if prefix.lower() not in _PACKAGES or not rest:
         known = ", ".join(f"{name}/..." for name in _PACKAGES)
@@ -161,6 +162,7 @@ def _check_name(dataset: str, data_dir: str | Path | None) -> None:
             f"{dataset}: expected the folder that holds it, or is to hold it with "
             "--dataset-download, found none: pass --data-dir D"
         )
+    return dataset if data_dir is None else f"{dataset} in {Path(data_dir)}"
 
 
 def _reason(error: BaseException, dataset: str) -> str:
@@ -203,22 +205,21 @@ def _extensions() -> Iterator[None]:
 
 
 @contextmanager
-def _no_empty_folders(root: str | Path | None) -> Iterator[None]:
+def _no_empty_folders(root: Path) -> Iterator[None]:
     """Take away the new folders in which a download that failed has put nothing."""
-    top = [] if root is None else [Path(root), *Path(root).parents]
-    before = {path for path in top if path.is_dir()} | _folders(root)
+
+    def present() -> set[Path]:
+        above = {path for path in (root, *root.parents) if path.is_dir()}
+        return above | {Path(folder) for folder, _, _ in os.walk(root)}
+
+    before = present()
     try:
         yield
     except BaseException:
-        new = (_folders(root) | set(top)) - before
-        for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+        for path in sorted(present() - before, key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):  # not empty
                 path.rmdir()
         raise
-
-
-def _folders(root: str | Path | None) -> set[Path]:
-    return set() if root is None else {Path(folder) for folder, _, _ in os.walk(root)}
 
 
 def _passed_over(root: str) -> str:
@@ -235,10 +236,6 @@ def _passed_over(root: str) -> str:
         f"note: {len(others)} files of {root} are no images by their names and are not read "
         f"(first: {min(others)})"
     )
-
-
-def _has_positions(opened: Any) -> bool:
-    return not isinstance(opened, torch.utils.data.IterableDataset)
 
 
 def _map_source(name: str, opened: Any) -> ImageSource:
@@ -259,33 +256,74 @@ def _map_source(name: str, opened: Any) -> ImageSource:
     def where(index: int) -> str:
         return f"image {index}" if reader is None else str(reader.filename(index))
 
+    count, classes = len(opened), _classes(reader, opened)
+    note = ""
+    if isinstance(reader, ReaderImageFolder) and count <= _MOST_LISTED:
+        note = _passed_over(str(reader.root))  # folders of millions are not walked a second time
+    num_classes = None if classes is None else len(classes)
+    return ImageSource(name, count, lambda: range(count), read, where, num_classes, classes, note)
+
+
+def _classes(*owners: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes by number, where the source knows any."""
     classes: Mapping[str, int] | None = None
-    for owner in (reader, opened):
+    for owner in owners:
         for attribute in ("class_to_idx", "class_name_to_idx"):
             classes = classes or getattr(owner, attribute, None)
-    count = len(opened)
-    return ImageSource(
-        name,
-        count,
-        lambda: range(count),
-        read,
-        where,
-        max(classes.values()) + 1 if classes else None,
-        _names(classes) if classes else None,
-        # Folders of millions are not walked a second time.
-        _passed_over(root) if (root := _root(reader)) and count <= _MOST_LISTED else "",
-    )
-
-
-def _root(reader: Any) -> str:
-    """Return the folder that timm walks, if it does."""
-    return str(reader.root) if isinstance(reader, ReaderImageFolder) else ""
-
-
-def _names(classes: Mapping[str, int]) -> tuple[str, ...]:
+    if not classes:
+        return None
     names = {number: str(name) for name, number in classes.items()}
     return tuple(names.get(number, f"class {number}") for number in range(max(names) + 1))
 
 
-def _stream(name: str, opened: Any) -> ImageSource:
-    return ImageSource(name, None, lambda: opened, lambda item: item, lambda _: "a sample", None)
+def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageSource:
+    """Open the images that a text file names, one path a line."""
+    path = Path(path)
+    check_list(path)
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise ValueError(
+            f"{path}: expected a list of paths, found more than {_MAX_LIST_BYTES} bytes"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file of paths, one a line") from error
+    start = path.parent if root is None else Path(root)
+    files = [start / line.strip() for line in lines if line.strip()]
+    if not files:
+        raise ValueError(f"{path}: expected paths of images, one a line, found none")
+    if not files[0].is_file():
+        raise ValueError(
+            f"{path}: expected image files, found no {files[0]}: relative paths start from "
+            f"{'the folder of the list' if root is None else root}"
+        )
+
+    def read(item: int) -> tuple[Image.Image, Any]:
+        return Image.open(io.BytesIO(files[item].read_bytes())), None
+
+    return ImageSource(
+        str(path), len(files), lambda: range(len(files)), read, lambda i: str(files[i]), None
+    )
+
+
+def array_images(path: str | Path) -> ImageSource:
+    """Open a NumPy array of images, mapped from the disk and not loaded as a whole."""
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path}: expected a NumPy array of images, found damage") from error
+    channels = images.shape[3:] if images.ndim == 4 else (1,) if images.ndim == 3 else ()
+    if images.dtype != np.uint8 or channels not in ((1,), (3,)) or not images.size:
+        raise ValueError(
+            f"{path}: expected uint8 images [N, H, W, 1 or 3] or [N, H, W], found "
+            f"{images.dtype} {list(images.shape)}"
+        )
+
+    def read(item: int) -> tuple[Image.Image, Any]:
+        image = np.array(images[item])  # a copy: the file is mapped for reading only
+        return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), None
+
+    num = len(images)
+    return ImageSource(
+        str(path), num, lambda: range(num), read, lambda i: f"image {i} of {path}", None
+    )

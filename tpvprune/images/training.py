@@ -42,37 +42,29 @@ def training_images(
 
     Inputs of at most 64 pixels are shifted by up to 4 and mirrored; they are decoded once and
     held as bytes where they take at most 2 GiB. Of larger ones a random part of 0.35 to 1 of the
-    area is cut out, resized and mirrored as they are decoded, on every pass. A ValueError tells
-    if there is no image, or more than 1 % and more than one cannot be decoded.
+    area is cut out (Szegedy et al. 2014, Going deeper with convolutions, section 6), resized and
+    mirrored as they are decoded, on every pass.
 
-    ``num_images``: how many; None for all. Returns re-iterable batches, and what is left to do to
-    each batch of inputs, or None.
-
-    Reference:
-        Szegedy et al. 2014, Going deeper with convolutions, section 6 (random parts).
+    ``num_images``: None for all. Returns re-iterable batches, and what is left to do to each batch
+    of inputs, or None.
     """
     if source.count is not None:
         rest = source.count - skip
         num_images = rest if num_images is None else min(num_images, rest)
     items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
+    options: dict[str, Any] = {"workers": workers, "labelled": labelled, "notice": notice}
 
     def batches(
         source: ImageSource,
         preprocessing: Preprocessing,
-        arranged: Callable[[Iterable[Any]], Iterable[Any]] | None,
+        arranged: Callable[[Iterable[Any]], Iterable[Any]],
     ) -> ImageBatches:
         # As in memory, a last batch that is not full is left out of a pass that is shuffled.
         full = None if total is None else total - (total % batch_size if total > batch_size else 0)
         return ImageBatches(
-            source,
-            (lambda: itertools.islice(arranged(items()), full)) if arranged else items,
-            preprocessing,
-            total=full if arranged else total,
-            batch_size=batch_size,
-            workers=workers,
-            labelled=labelled,
-            notice=notice,
-        )
+            source, lambda: itertools.islice(arranged(items()), full), preprocessing, full,
+            batch_size, **options,
+        )  # fmt: skip
 
     if max(preprocessing.input_size[1:]) > LARGEST_SMALL:
         size = preprocessing.input_size[1:]
@@ -81,26 +73,17 @@ def training_images(
     augment = crop_flip_and_mix if mixed else crop_and_flip
     if total is None or total * math.prod(preprocessing.input_size) > HELD_BYTES:
         return batches(source, preprocessing, _shuffled), augment
-    found = batches(source, _as_bytes(preprocessing), None)
+    config = preprocessing.config
+    to_bytes = timm.data.create_transform(**config, is_training=False, normalize=False)
+    as_bytes = dataclasses.replace(preprocessing, transform=to_bytes)
+    found = ImageBatches(source, items, as_bytes, total, batch_size, **options)
     held = list(progress(found) if progress else found)
     images = torch.cat([batch[0] if labelled else batch for batch in held])
     labels = torch.cat([batch[1] for batch in held]) if labelled else None
-    config = preprocessing.config
     return HeldImages(
-        images,
-        mean=config["mean"],
-        std=config["std"],
-        batch_size=batch_size,
-        augment=augment,
+        images, mean=config["mean"], std=config["std"], batch_size=batch_size, augment=augment,
         labels=labels,
-    ), None
-
-
-def _as_bytes(preprocessing: Preprocessing) -> Preprocessing:
-    transform = timm.data.create_transform(
-        **preprocessing.config, is_training=False, normalize=False
-    )
-    return dataclasses.replace(preprocessing, transform=transform)
+    ), None  # fmt: skip
 
 
 def _normalised(preprocessing: Preprocessing) -> Preprocessing:

@@ -106,13 +106,11 @@ class Choices:
 
 
 def leaving(granularity: Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
-    """Return what may leave if that was asked for.
-
-    If nothing was: branches beside channels where milliseconds count, as narrower layers do not
-    spare calls; else channels.
-    """
-    usual: dict[str, Sequence[Granularity]] = {"latency": ("channel", "branch")}
-    return usual.get(of, ("channel",)) if granularity is None else granularity
+    """Return what may leave; if nothing was asked for, channels, and branches for milliseconds."""
+    if granularity is not None:
+        return granularity
+    # Narrower layers do not spare calls.
+    return ("channel", "branch") if of == "latency" else ("channel",)
 
 
 def told_by(choices: Callable[P, Choices]) -> Callable[[_Takes[R]], _Told[P, R]]:

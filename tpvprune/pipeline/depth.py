@@ -8,7 +8,7 @@ in that: the number of branches that leaves the least difference is taken.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
 from tpvprune.depth.choice import Damage, best_depth, branch_order, most_trials
 from tpvprune.depth.savings import branch_savings, table_without
-from tpvprune.groups import ChannelGroups, find_groups, with_blocked
+from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
-from tpvprune.passes.clock import Clock
 from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline.setup import Depth, Setup
@@ -41,8 +40,7 @@ def shallower(
 ) -> Setup:
     """Return the run without the branches that are better gone.
 
-    ``most``: largest fraction of the branches that may go. Returns the run; of a network without
-    branches the same one. ValueError if only branches may go and there is none.
+    ``most``: largest fraction that may go. ValueError if only branches may go, and none can.
     """
     clock = given.clock
     with clock("branches"):
@@ -64,19 +62,28 @@ def shallower(
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
-        fit, held = split_inputs(given.fit, _affordable(given))
+        least, most_images = _TRIAL_IMAGES
+        affordable = int(_TRIAL_MACS / max(given.groups.macs(), 1.0))
+        fit, held = split_inputs(given.fit, min(most_images, max(least, affordable)))
     found = _Branches(given, branches, saved, scores)
-    trials = _Trials(
-        found, ranking, keep, by_channel, order, fit, Reference(given.dense, held, given.outputs)
-    )
-    num = best_depth(_timed(trials.damage, clock, most_trials(len(order))), len(order))
+    dense, numbers = Reference(given.dense, held, given.outputs), itertools.count(1)
+
+    def damage(num: int) -> Damage:
+        with clock("trials of depth", next(numbers), most_trials(len(order))):
+            there = found.without(order[:num])
+            kept, over = _narrowed(there, ranking, keep, by_channel=by_channel)
+            if over > 1e-9:
+                return over, float("inf")
+            return 0.0, dense.output_variance(_repaired_roughly(there, kept, fit))
+
+    num = best_depth(damage, len(order))
     return found.final(order[:num], by_channel=by_channel)
 
 
 def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
     """Return the run without the branches that left before it was stopped.
 
-    ``choice``: of :attr:`tpvprune.pipeline.setup.Depth.choice`; None: the network has no branch.
+    ``choice``: of :attr:`Depth.choice`; None: the network has no branch.
     """
     if choice is None:
         given.notes.append(_NO_BRANCH)
@@ -86,23 +93,6 @@ def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel:
     by_name = {b.name: b for b in branches}
     found = _Branches(given, branches, choice["savings"], choice["scores"])
     return found.final([by_name[name] for name in choice["gone"]], by_channel=by_channel)
-
-
-def _timed(damage: Callable[[int], Damage], clock: Clock, total: int) -> Callable[[int], Damage]:
-    """Return the trial, which tells how many of at most so many are done."""
-    numbers = itertools.count(1)
-
-    def timed(num: int) -> Damage:
-        with clock("trials of depth", next(numbers), total):
-            return damage(num)
-
-    return timed
-
-
-def _affordable(given: Setup) -> int:
-    """Return on how many images a trial is fitted and measured."""
-    least, most = _TRIAL_IMAGES
-    return min(most, max(least, int(_TRIAL_MACS / max(given.groups.macs(), 1.0))))
 
 
 @dataclass(frozen=True)
@@ -116,10 +106,9 @@ class _Branches:
 
     def final(self, gone: Sequence[Branch], *, by_channel: bool) -> Setup:
         """Return the run without some branches, its groups verified."""
-        given = self.given
-        with given.clock("groups"):
+        with self.given.clock("groups"):
             found = self.without(gone, verify=True)
-        limits = given.limits if by_channel else replace(given.limits, max_removed=0.0)
+        limits = found.limits if by_channel else replace(found.limits, max_removed=0.0)
         return replace(found, limits=limits)
 
     def without(self, gone: Sequence[Branch], *, verify: bool = False) -> Setup:
@@ -137,59 +126,36 @@ class _Branches:
         budget: Budget = given.budget
         if isinstance(budget, LatencyTable):
             budget = table_without(budget, gone, self.savings)
-        depth = Depth(
-            network,
-            with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed)),
-            removal,
-            self.scores,
-            self.savings,
-            names,
-            cost(given.groups, {}, given.budget),
-            {"macs": given.groups.macs(), "params": given.groups.params()},
+        aligned = with_unseen(given.dense, removal.blocks, (*removal.zeroed, *removal.passed))
+        dense = {"macs": given.groups.macs(), "params": given.groups.params()}
+        depth = Depth(removal, self.scores, self.savings, names, dense)
+        return replace(
+            given, start=network, aligned=aligned, groups=groups, budget=budget, depth=depth
         )
-        return replace(given, groups=groups, budget=budget, depth=depth)
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Networks without the first few of the branches, pruned and repaired roughly."""
+def _narrowed(
+    there: Setup, ranking: Ranking, keep: float, *, by_channel: bool
+) -> tuple[Kept, float]:
+    """Return what stays of the channels under the budget, and which share of it is missing."""
+    target = keep * there.dense_cost
+    kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
+    whole = cost(there.groups, kept, there.budget)
+    if whole > target and by_channel:
+        kept = ranking.choose(
+            there.groups, keep=target / whole, of=there.budget, limits=there.limits
+        )
+    return kept, cost(there.groups, kept, there.budget) / target - 1
 
-    found: _Branches
-    ranking: Ranking
-    keep: float
-    by_channel: bool
-    order: Sequence[Branch]
-    fit: Sequence[Tensor]
-    dense: Reference
 
-    def damage(self, num: int) -> Damage:
-        """Return how far the network without ``num`` branches exceeds the budget, and its variance.
-
-        Where it does, it is as narrow as it gets.
-        """
-        there = self.found.without(self.order[:num])
-        target = self.keep * there.dense_cost
-        kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
-        whole = cost(there.groups, kept, there.budget)
-        if whole > target and self.by_channel:
-            kept = self.ranking.choose(
-                there.groups, keep=target / whole, of=there.budget, limits=there.limits
-            )
-        over = cost(there.groups, kept, there.budget) / target - 1
-        if over > 1e-9:
-            return over, float("inf")
-        cut = remove_channels(there.start, there.groups, kept)
-        repaired = self._repaired(cut, there, kept)
-        return 0.0, self.dense.output_variance(repaired)
-
-    def _repaired(self, cut: nn.Module, there: Setup, kept: Mapping[str, Tensor]) -> nn.Module:
-        by, fit = there.by, self.fit
-        if by.stand_in == "map":
-            return refitted(
-                cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
-                **ROUGHLY, seed=by.probing.seed,
-            )  # fmt: skip
-        return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
+def _repaired_roughly(there: Setup, kept: Kept, fit: Sequence[Tensor]) -> nn.Module:
+    by, cut = there.by, remove_channels(there.start, there.groups, kept)
+    if by.stand_in == "map":
+        return refitted(
+            cut, there.aligned, fit, groups=there.groups, kept=kept, ridge=None,
+            **ROUGHLY, seed=by.probing.seed,
+        )  # fmt: skip
+    return recalibrate_batchnorm(cut, fit) if by.stand_in == "mean" else cut
 
 
 def _not_ranked(groups: ChannelGroups, ranked: ChannelGroups) -> dict[str, str]:

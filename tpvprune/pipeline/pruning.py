@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 from tpvprune.depth import Removal
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
+from tpvprune.passes.clock import Progress
 from tpvprune.passes.forwards import called_as
 from tpvprune.pipeline.choices import Choices, told_by
 from tpvprune.pipeline.depth import chosen_before, shallower
-from tpvprune.pipeline.report import report_of
-from tpvprune.pipeline.run import Run
+from tpvprune.pipeline.run import Run, report_of
 from tpvprune.pipeline.setup import Setup, set_up
 from tpvprune.repairs import guard
 from tpvprune.scores.tpv import Scores
@@ -152,8 +153,9 @@ def pruned(model: nn.Module, given: Setup) -> PruningResult:
     choice = given.depth.choice if given.depth else None
     rounds = record.load(given.start, groups)
     if rounds is None:
+        kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
         rounds = Rounds(
-            given.start, _whole(groups), whole.ranked(ranking), predicted=given.predicted,
+            given.start, kept, whole.ranked(ranking), predicted=given.predicted,
             seconds=clock.seconds,
         )  # fmt: skip
         record.save(rounds, choice)
@@ -200,10 +202,6 @@ def rank_channels(model: nn.Module, batches: Iterable[Any], **choices: Any) -> R
     return set_up(model, batches, told).ranked(told.ranking)
 
 
-def _whole(groups: ChannelGroups) -> Kept:
-    return {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in groups}
-
-
 def _parts_of(ranking: Ranking | None) -> list[Any]:
     """Return what tells one given ranking from another."""
     if ranking is None:
@@ -214,3 +212,51 @@ def _parts_of(ranking: Ranking | None) -> list[Any]:
         {n: c.variance for n, c in curves.items()},
         None if ranking.factors is None else dict(ranking.factors),
     ]
+
+
+class Sizes:
+    """Prunes a model to one size after the other, each as :func:`tpvprune.prune` would.
+
+    The images are drawn, the groups found and verified, the milliseconds measured and the channels
+    ranked once. What the dense network gives, and layers are fitted to, is kept in memory between
+    the repairs (2 GiB at most, where 8 GiB are free), until this object goes.
+
+    Args:
+        model: Any vision model; untouched.
+        batches: Re-iterable of unlabeled input tensors [B, ...]; labels are dropped unread.
+        **choices: Of :func:`tpvprune.prune`, but ``keep`` and ``state``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], **choices: Any) -> None:
+        """Look up what all sizes share, but for the ranking."""
+        told = Choices(**choices)
+        self._model, self._given = model, set_up(model, batches, told, several=True)
+        self.ranking: Ranking | None = told.ranking
+        """What channels are worth; None before the first size, unless it was given."""
+
+    def prune(
+        self, keep: float, *, state: str | Path | None = None, progress: Progress | None = None
+    ) -> PruningResult:
+        """Prune to one size.
+
+        Args:
+            keep: Fraction of the dense cost that stays, in (0, 1].
+            state: As of :func:`tpvprune.prune`, another file for each size.
+            progress: Called with (stage, done, total); None: as given for all sizes.
+
+        Returns:
+            What ``tpvprune.prune(..., keep=keep, ranking=self.ranking)`` returns.
+
+        Raises:
+            ValueError: If ``keep`` is out of range, or the state is damaged.
+        """
+        told = self._given.told
+        told = replace(
+            told, keep=keep, state=state, ranking=self.ranking, progress=progress or told.progress
+        )
+        result = pruned(self._model, self._given.for_size(told))
+        self.ranking = result.ranking
+        return result

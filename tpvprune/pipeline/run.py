@@ -1,9 +1,9 @@
-"""The rounds of a run: cut, repair, measure."""
+"""The rounds of a run (cut, repair, measure), and what is said of it: plain data, for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import LatencyTable, cost
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.evaluation import Difference
-from tpvprune.pipeline.setup import Setup
-from tpvprune.processes.shares import by_first
+from tpvprune.pipeline.setup import Depth, Setup
+from tpvprune.processes.shares import by_first, total
 from tpvprune.repairs import guard
 from tpvprune.repairs.batchnorm import recalibrate_batchnorm
 from tpvprune.repairs.compensation import compensate_weights
@@ -84,10 +84,7 @@ class Run:
         return as_fast_as(given.told.keep, target, lambda share: choose(keep=share), measure)
 
     def repaired(self, rounds: Rounds, step: int) -> tuple[dict[str, nn.Module], Difference]:
-        """Repair the network, and measure how far it is from the dense one.
-
-        Returns the repaired models by repair, cheapest first, and the difference of the last.
-        """
+        """Return repaired models, cheapest first, and how far the last is from the dense one."""
         given, cut, refits = self.given, rounds.model, {}
         repair, steps = given.told.repair, given.told.steps
         options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
@@ -123,9 +120,8 @@ class Run:
         """Choose widths by the scores of single channels where curves may be wrong.
 
         That is where they promised far less damage than there is, and, unless they were asked for,
-        where no weights are refitted: deep cuts are not of the first order then.
-
-        Returns the repaired models and the difference of the better cut; ``rounds`` is at it.
+        where no weights are refitted: deep cuts are not of the first order then. Returns what
+        :meth:`repaired` does, of the better cut; ``rounds`` is at it.
         """
         by = self.given.by
         doubted = by.allocation is None and by.stand_in != "map"
@@ -151,10 +147,7 @@ class Run:
         last: nn.Module,
         outcome: Difference,
     ) -> tuple[dict[str, nn.Module], dict[str, Difference]]:
-        """Return the models to choose from by repair, and how far each is from the dense one.
-
-        Of the last of them this is known.
-        """
+        """Return models by repair, and how far each is from the dense one; ``last`` is known."""
         candidates, fit, repair = {"none": removed}, self.given.fit, self.given.told.repair
         if repair == "auto":
             candidates["bn"] = recalibrate_batchnorm(removed, fit)
@@ -190,3 +183,73 @@ def compose(kept: Kept, chosen: Mapping[str, Tensor]) -> Kept:
     for name, mask in chosen.items():
         composed[name][kept[name].nonzero().squeeze(1)[~mask]] = False
     return composed
+
+
+def report_of(
+    run: Run, rounds: Rounds, measured: Mapping[str, Difference], best: str
+) -> dict[str, Any]:
+    """Return the report; ``measured``: how far each repair is from the dense model."""
+    given, told = run.given, run.given.told
+    num_fit = int(total(sum(map(len, given.fit))))
+    spent = cost(given.groups, rounds.kept, given.budget)
+    reached = spent <= told.keep * given.dense_cost * (1 + 1e-9)
+    speed = {} if rounds.speed is None else {"speed": asdict(rounds.speed)}
+    if rounds.speed is not None and rounds.speed.rounds:  # else a table says it
+        reached = rounds.speed.ratio <= told.keep
+    return {
+        "keep": told.keep,
+        "of": told.of,
+        "repair": told.repair,
+        "repair_chosen": best,
+        "warnings": [*guard.warnings_of(measured, told.repair, best), *run.notes, *given.notes],
+        "seed": told.seed,
+        "criterion": given.by.name,
+        "used_labels": rounds.ranking.scores.used_labels,
+        "allocation": given.by.how,
+        "num_images": num_fit,
+        "num_held_back": int(total(sum(map(len, given.held)))),
+        "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
+        "reached": reached,
+        **speed,
+        "held_back": guard.facts(measured[best]),
+        "output_variance": {n: m.output_variance for n, m in measured.items()},
+        "variance_share": {n: m.share for n, m in measured.items()},
+        "output_second_moment": given.reference.second_moment(),
+        "steps": rounds.history,
+        "timings": given.clock.seconds,
+        **_widths(given.groups, rounds.kept),
+        **_depth(given.depth),
+    }
+
+
+def _depth(depth: Depth | None) -> dict[str, Any]:
+    """Return what is said of branches, and the dense costs with them."""
+    if depth is None:
+        return {}
+    return {
+        "dense": dict(depth.dense),
+        "branches": [
+            {"name": name, "score": score, "gone": name in depth.gone}
+            for name, score in depth.branches.items()
+        ],
+    }
+
+
+def _widths(groups: ChannelGroups, kept: Kept) -> dict[str, Any]:
+    return {
+        "dense": {"macs": groups.macs(), "params": groups.params()},
+        "pruned": {"macs": groups.macs(kept), "params": groups.params(kept)},
+        "groups": [
+            {
+                "name": g.name,
+                "unit": g.unit,
+                "num_channels": g.num_channels,
+                "kept": int(kept[g.name].sum()),
+            }
+            for g in groups
+        ],
+        "blocked": [
+            {"name": b.name, "num_channels": b.num_channels, "reason": b.blocked}
+            for b in groups.blocked
+        ],
+    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Removal
+from tpvprune.disk.digest import digest_of
 from tpvprune.groups import (
     ChannelGroups,
     find_groups,
@@ -24,20 +25,15 @@ from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import hold_back
 from tpvprune.passes.evaluation import Reference
 from tpvprune.passes.finite import check_outputs
-from tpvprune.passes.forwards import (
-    forward_of,
-    own_forward,
-    said_of_forward,
-    with_forward,
-)
+from tpvprune.passes.forwards import forward_of, own_forward, said_of_forward, with_forward
 from tpvprune.passes.memory import spare_bytes
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, on_device
-from tpvprune.pipeline.checks import agreed, check_ranking, check_rounding, prunable
 from tpvprune.pipeline.choices import Choices
 from tpvprune.processes.membership import num_processes
-from tpvprune.processes.shares import by_first, from_first, total
+from tpvprune.processes.shares import by_first, check_same, from_first, total
 from tpvprune.repairs.compensation import TARGET_BYTES, Wanted, wanted_by
+from tpvprune.scores.criteria import SCORERS
 from tpvprune.scores.criterion_names import READS_CLASSES
 from tpvprune.scores.curves import StandIn
 from tpvprune.scores.taps import Probing
@@ -55,27 +51,13 @@ _FACTOR_KEEP = 0.6  # of the cost: they hardly depend on it, and so they serve e
 
 @dataclass(frozen=True)
 class Depth:
-    """A network of which branches have left.
+    """Which branches of a network have left."""
 
-    Attributes:
-        network: Without them, of the dense network's parameters.
-        aligned: The dense network, whose calls are those of ``network``: branches run unseen.
-        removal: What left.
-        branches: Scores of all that could, by name.
-        savings: What leaves with each, in units of the budget.
-        gone: Names of those that left.
-        cost: Of the whole network, in units of the budget.
-        dense: MACs and parameters of the whole network.
-    """
-
-    network: nn.Module
-    aligned: nn.Module
     removal: Removal
-    branches: Mapping[str, float]
-    savings: Mapping[str, float]
+    branches: Mapping[str, float]  # scores of all that could go
+    savings: Mapping[str, float]  # what leaves with each, in units of the budget
     gone: tuple[str, ...]
-    cost: float
-    dense: Mapping[str, float]
+    dense: Mapping[str, float]  # MACs and parameters of the whole network
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -87,59 +69,38 @@ class Depth:
 
 @dataclass
 class DenseValues:
-    """What the dense network gives, once it was asked for.
+    """What the dense network gives, once it was asked for."""
 
-    ``are_kept``: several repairs share what layers are fitted to.
-    """
-
-    are_kept: bool
+    are_kept: bool  # several repairs share what layers are fitted to
     reference: Reference | None = None
     wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is given, and what it looks up once.
-
-    Attributes:
-        told: The arguments of :func:`tpvprune.prune`.
-        dense: The network, its attention unfused.
-        groups: The channel groups of it, or of what is left of it without some branches.
-        fit: The images that scores and repairs see, in batches.
-        held: Those that only measure.
-        batch: What is timed where latency is the budget; its first is an example.
-        outputs: What counts of what the network returns.
-        budget: What is spared, as it is counted.
-        limits: How far groups may shrink.
-        by: How channels are ranked.
-        images_for_factors: On how many images repair factors are measured; 0: they are not.
-        clock: Of the stages.
-        notes: What is to be said of the network, a line each.
-        values: What the dense network gives.
-        depth: The network without some branches, if any left.
-    """
+    """What a run is given, and what it looks up once."""
 
     told: Choices
-    dense: nn.Module
-    groups: ChannelGroups
-    fit: list[Tensor]
-    held: list[Tensor]
-    batch: Tensor
+    dense: nn.Module  # its attention unfused
+    start: nn.Module  # what channels leave: the dense network, or that without some branches
+    aligned: nn.Module  # the dense network with the calls of ``start``: such branches run unseen
+    groups: ChannelGroups  # of ``start``
+    fit: list[Tensor]  # what scores and repairs see, in batches
+    held: list[Tensor]  # what only measures
+    batch: Tensor  # what is timed where latency is the budget; its first is an example
     outputs: Outputs
     budget: Budget
+    dense_cost: float  # in its units
     limits: Limits
     by: RankBy
-    images_for_factors: int
+    images_for_factors: int  # that repair factors are measured on; 0: they are not
     clock: Clock
-    notes: list[str]
+    notes: list[str]  # what is to be said of the network, a line each
     values: DenseValues
     depth: Depth | None = None
 
     def for_size(self, told: Choices) -> Setup:
-        """Return the same for another size.
-
-        ``told``: as before, but for ``keep``, ``ranking``, ``state`` and ``progress``.
-        """
+        """Return the same for another ``keep``, ``ranking``, ``state`` and ``progress``."""
         return replace(self, told=told, clock=Clock(told.progress), notes=list(self.notes))
 
     @property
@@ -160,46 +121,23 @@ class Setup:
         return values.wanted
 
     @property
-    def start(self) -> nn.Module:
-        """The network that channels leave."""
-        return self.depth.network if self.depth else self.dense
-
-    @property
-    def aligned(self) -> nn.Module:
-        """The dense network, with the calls of ``start``."""
-        return self.depth.aligned if self.depth else self.dense
-
-    @property
-    def dense_cost(self) -> float:
-        """What the whole network costs."""
-        return self.depth.cost if self.depth else cost(self.groups, {}, self.budget)
-
-    @property
-    def timed(self) -> tuple[Any, ...]:
-        """How calls are timed where milliseconds count."""
-        where = (self.budget.device,) if isinstance(self.budget, LatencyTable) else ()
-        return (len(self.batch), *where)
-
-    @property
     def predicted(self) -> float:
         """The output variance that the scores of the branches that left promise."""
         return sum(self.depth.branches[name] for name in self.depth.gone) if self.depth else 0.0
 
     def parts(self) -> list[Any]:
         """Return what tells one run from another."""
+        where = (self.budget.device,) if isinstance(self.budget, LatencyTable) else ()
+        timed = (len(self.batch), *where)
         return [
-            self.dense, dict(enumerate(self.fit)), self.told.of, self.timed, self.by.name,
+            self.dense, dict(enumerate(self.fit)), self.told.of, timed, self.by.name,
             self.by.how, self.by.stand_in, self.by.probing, self.limits, self.images_for_factors,
             [g.name for g in self.groups], self.notes,
         ]  # fmt: skip
 
     def ranked(self, given: Ranking | None = None) -> Ranking:
-        """Rank the channels of the dense network.
-
-        Returns it, or a new one; with what the repair makes up for where that counts. ValueError if
-        the given one is of something else.
-        """
-        check_ranking(given, self.by, self.dense, self.groups)
+        """Return a ranking of the dense network, checked or new, with factors where they count."""
+        _check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
         if not self.images_for_factors or ranking.allocation != "curves":
             return replace(ranking, factors=None)
@@ -220,10 +158,7 @@ class Setup:
 def set_up(
     model: nn.Module, batches: Iterable[Any], told: Choices, *, several: bool = False
 ) -> Setup:
-    """Draw the images and find the groups.
-
-    ``several``: more than one repair will follow.
-    """
+    """Draw the images and find the groups; ``several``: more than one repair will follow."""
     limits, clock = told.limits or Limits(), Clock(told.progress)
     forward = told.forward or forward_of(model)
     model = own_forward(model) if forward is None else with_forward(model, forward)
@@ -241,13 +176,19 @@ def set_up(
         if told.outputs is not None:
             gone = unseen(model, groups, (example,), list(counted.scales))
             groups = with_blocked(groups, gone)
-        groups = prunable(agreed(groups))
+        # Before anything is summed over them. Not the reasons for what is blocked: they quote
+        # rounding, which may differ between machines.
+        check_same("channel groups", [(g.name, g.num_channels) for g in groups])
+        groups = _prunable(groups)
         batch = example.repeat_interleave(told.latency_batch_size, 0)
         budget = _budget(told, model, groups, batch)
-    check_rounding(limits, groups)
+    _check_rounding(limits, groups)
+    if limits.round_to == 1 and isinstance(budget, LatencyTable):
+        limits = replace(limits, round_to=budget.step)  # widths that run fast
     return Setup(
-        told, model, groups, fit, held, batch, counted, budget, _rounded(limits, budget),
-        replace(by, of=budget), _images_for_factors(told.repair_factors, by, groups, fit), clock,
+        told, model, model, model, groups, fit, held, batch, counted, budget,
+        cost(groups, {}, budget), limits, replace(by, of=budget),
+        _images_for_factors(told.repair_factors, by, groups, fit), clock,
         [
             *said_of_forward(forward), *counted.said(), *_said_of_criterion(by, counted),
             *said_of_folded, *_said_of_fused(fused), *groups.notes,
@@ -269,13 +210,10 @@ def _budget(told: Choices, model: nn.Module, groups: ChannelGroups, batch: Tenso
 
 
 def stand_in(repair: str) -> StandIn:
-    """Return what takes the place of a channel when this repair follows.
-
-    ``"map"`` where weights are refitted; see :func:`tpvprune.scores.curves.variance_curves`.
-    """
-    # Recalibrating BatchNorm restores the means.
-    without_refit: dict[str, StandIn] = {"none": "zero", "bn": "mean"}
-    return without_refit.get(repair, "map")
+    """Return what takes the place of a channel when this repair follows; see `variance_curves`."""
+    if repair == "bn":  # which restores the means
+        return "mean"
+    return "zero" if repair == "none" else "map"
 
 
 @torch.no_grad()
@@ -305,13 +243,6 @@ def _said_of_fused(names: list[str]) -> list[str]:
     ]
 
 
-def _rounded(limits: Limits, budget: Budget) -> Limits:
-    """Return the limits; where milliseconds count, widths are multiples that run fast."""
-    if limits.round_to == 1 and isinstance(budget, LatencyTable):
-        return replace(limits, round_to=budget.step)
-    return limits
-
-
 def _images_for_factors(
     wanted: bool | None, by: RankBy, groups: ChannelGroups, fit: list[Tensor]
 ) -> int:
@@ -322,3 +253,48 @@ def _images_for_factors(
         wanted = by.stand_in == "map" and enough
     least, most = _FACTOR_IMAGES
     return min(most, max(least, affordable)) if wanted and by.how == "curves" else 0
+
+
+def _prunable(groups: ChannelGroups) -> ChannelGroups:
+    """Return the groups; ValueError if there is nothing to prune."""
+    if len(groups):
+        return groups
+    # The head is blocked in every network: what else is says more.
+    blocked = sorted(groups.blocked, key=lambda b: b.blocked == "is an output of the network")
+    reasons = "; ".join(f"{b.name}: {b.blocked}" for b in blocked[:3])
+    raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
+
+
+def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
+    """Check what widths are to be multiples of."""
+    widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
+    if limits.round_to > max(1, widest):
+        raise ValueError(
+            f"round_to: expected at most {widest}, the width of the widest group, found "
+            f"{limits.round_to}"
+        )
+
+
+def _check_ranking(
+    ranking: Ranking | None, by: RankBy, model: nn.Module, groups: ChannelGroups
+) -> None:
+    """Check a ranking that was given."""
+    if ranking is None:
+        return
+    made, wrong = ranking.scores.criterion, ""
+    found = {name: len(curve.order) for name, curve in ranking.curves.items()}
+    if ranking.allocation != by.how:
+        wrong = f"one by {by.how}, found one by {ranking.allocation}"
+    elif made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
+        wrong = f"one by {by.name!r}, found one by {made!r}"
+    elif by.criterion == "tpv" and ranking.stand_in != by.stand_in:
+        wrong = (
+            f"one where a {by.stand_in} takes the place of a channel, as it will after this "
+            f"repair, found one where a {ranking.stand_in} does"
+        )
+    elif found != {g.name: g.num_channels for g in groups}:
+        wrong = f"one of the groups of this model, found {len(found)} others"
+    elif ranking.of != digest_of(model).hex():
+        wrong = "one of these weights, found one of others"
+    if wrong:
+        raise ValueError(f"ranking: expected {wrong}: leave it out, and channels are ranked anew")

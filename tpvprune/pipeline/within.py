@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.drawing import NUM_IMAGES, hold_back, num_set_aside
 from tpvprune.passes.loss import CONFIDENCE, Loss, Losses, halves, num_measured
-from tpvprune.pipeline.pruning import PruningResult
-from tpvprune.pipeline.sizes import Sizes
+from tpvprune.pipeline.pruning import PruningResult, Sizes
 from tpvprune.processes.membership import num_processes
 from tpvprune.widths.ranking import Ranking
 
@@ -108,10 +107,9 @@ def check_max_loss(max_loss: float, num_sizes: int = NUM_SIZES) -> None:
 
 
 def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "batches") -> int:
-    """Return how many of so many images are set aside to measure a loss.
+    """Return how many of so many images are set aside; see :func:`num_set_aside`.
 
-    ``num_images``: what scores and repairs ask for; None: all. ValueError if that leaves none to
-    decide, to judge, or to fit to.
+    ValueError if that leaves none to decide, to judge, or to fit to.
     """
     found = num_set_aside(num, num_images=num_images, wanted=wanted)
     if not 2 * num_processes() <= found <= num - 2 * num_processes():
@@ -122,26 +120,15 @@ def num_aside(num: int, *, num_images: int | None, wanted: int, source: str = "b
     return found
 
 
-# ---- the search ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Size:
-    """A size that was tried.
+    """A size that was tried."""
 
-    Attributes:
-        keep: Fraction of the dense cost that was asked for.
-        share: Fraction that is left; above ``keep`` where there is nothing smaller.
-        macs: Multiply-accumulates for one input.
-        params: Number of parameters.
-        loss: On the images that decide.
-    """
-
-    keep: float
-    share: float
+    keep: float  # fraction of the dense cost that was asked for
+    share: float  # fraction that is left; above ``keep`` where there is nothing smaller
     macs: int
     params: int
-    loss: Loss
+    loss: Loss  # on the images that decide
 
 
 def bisect(tried: Callable[[float], tuple[float, float]], max_loss: float, num_sizes: int) -> None:
@@ -176,18 +163,19 @@ def smallest_within(
 ) -> PruningResult:
     """Find the smallest size that keeps a limit; see :func:`prune_within`.
 
-    ``prune_to``: prunes to a fraction of the cost. ``is_given``: whether channels were ranked
-    before. Returns the result, with ``report["quality"]``.
+    ``prune_to``: prunes to a fraction of the cost. ``is_given``: channels were ranked before.
     """
     sizes: list[Size] = []
     best: PruningResult | None = None
     chosen: Size | None = None
-    notes = [_OLD_RANKING] if is_given else []
 
     def tried(keep: float) -> tuple[float, float]:
         nonlocal best, chosen
         result = prune_to(keep)
-        size = _size_of(result, deciding.of(result.model))
+        report, loss = result.report, deciding.of(result.model)
+        dense, pruned, of = report["dense"], report["pruned"], report["of"]
+        share = report["speed"]["ratio"] if "speed" in report else pruned[of] / dense[of]
+        size = Size(report["keep"], float(share), pruned["macs"], pruned["params"], loss)
         sizes.append(size)
         if notice is not None:
             notice(f"size {len(sizes)} of at most {num_sizes}: keep {keep:g} loses {size.loss}")
@@ -214,17 +202,10 @@ def smallest_within(
     said = {
         "reached": quality["met"],
         "quality": quality,
-        "warnings": [*report["warnings"], *more, *notes],
+        "warnings": [*report["warnings"], *more, *([_OLD_RANKING] if is_given else [])],
         "timings": {**report["timings"], **clock.seconds},
     }
     return replace(best, report={**report, **said})
-
-
-def _size_of(result: PruningResult, loss: Loss) -> Size:
-    report = result.report
-    dense, pruned, of = report["dense"], report["pruned"], report["of"]
-    share = report["speed"]["ratio"] if "speed" in report else pruned[of] / dense[of]
-    return Size(report["keep"], float(share), pruned["macs"], pruned["params"], loss)
 
 
 def _warnings(chosen: Size, measured: Loss, max_loss: float, repair: str) -> list[str]:

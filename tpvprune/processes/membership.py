@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 # A process may wait long for another that works; one that is gone is noticed by its silence.
 _LONGEST_START, _LONGEST_WAIT = timedelta(seconds=60), timedelta(hours=24)
 _BEAT, _SILENCE, _GRACE = 2.0, 40.0, 5.0  # seconds
+_CPU = torch.device("cpu")
 
 
 class OtherProcessError(RuntimeError):
@@ -40,8 +41,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    # What collectives on plain values use.
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = _CPU  # what collectives on plain values use
 
 
 _ALONE = Team()
@@ -84,20 +84,15 @@ def device_here(name: str) -> str:
     return name
 
 
-# ---- joining and leaving ----------------------------------------------------------------------
-
-
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[None]:
     """Join the processes that torchrun has started; without others, do nothing.
 
     The first error of any process is raised there, and :class:`OtherProcessError` elsewhere. A
     process that ends without a word, or does not answer for 40 s, is a
-    :class:`LostProcessError` for the others.
+    :class:`LostProcessError` for the others. ValueError if they cannot reach each other.
 
-    ``device``: where the models run; collectives use NCCL on CUDA and gloo on the CPU. ValueError
-    if the processes cannot reach each other. OtherProcessError if another process failed first.
-    LostProcessError if another process is gone.
+    ``device``: where the models run; collectives use NCCL on CUDA and gloo on the CPU.
     """
     if not started() or num_processes() > 1:
         yield
@@ -115,29 +110,27 @@ def joined(device: str = "cpu") -> Iterator[None]:
     )
     # A connection of its own, where this torch has that: one that waits would keep beats back.
     watch = _Watch(store.clone() if hasattr(store, "clone") else store, number, size)
-    present.team = Team(number, size, here if here.type == "cuda" else torch.device("cpu"))
-    before = _ending_in_order()
-    try:
-        watch.start()
-        yield
-        dist.barrier()
-    except (Exception, KeyboardInterrupt) as error:
-        told = _told(store, watch, error)
-        if here.type == "cpu":  # so that the others hear of it; NCCL could wait for the lost one
+    present.team = Team(number, size, here if here.type == "cuda" else _CPU)
+    with _ending_in_order():
+        try:
+            watch.start()
+            yield
+            dist.barrier()
+        except (Exception, KeyboardInterrupt) as error:
+            told = _told(store, watch, error)
+            if here.type == "cpu":  # so that the others hear of it; NCCL could wait for a lost one
+                dist.destroy_process_group()
+            if number == 0:
+                watch.linger()
+            if told is not None:
+                raise told from None
+            raise
+        else:
+            watch.leave()
             dist.destroy_process_group()
-        if number == 0:
-            watch.linger()
-        if told is not None:
-            raise told from None
-        raise
-    else:
-        watch.leave()
-        dist.destroy_process_group()
-    finally:
-        watch.stop()
-        present.team = _ALONE
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        finally:
+            watch.stop()
+            present.team = _ALONE
 
 
 @contextmanager
@@ -163,18 +156,17 @@ def _rendezvous() -> tuple[Any, int, int]:
     return store, number, size
 
 
-def _ending_in_order() -> Any:
-    """Let the end that torchrun orders run clean-ups.
-
-    Returns the handler before; None where it was not replaced.
-    """
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Let the end that torchrun orders run clean-ups."""
     if threading.current_thread() is not threading.main_thread():
-        return None
-
-    def end(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    return signal.signal(signal.SIGTERM, end)
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told(store: Any, watch: _Watch, error: BaseException) -> Exception | None:
@@ -266,14 +258,10 @@ class _Watch(threading.Thread):
             os._exit(4)
 
 
-@contextmanager
-def reaching() -> Iterator[None]:
-    """Run a collective.
-
-    LostProcessError if another process is gone.
-    """
+def reached(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Run a collective; LostProcessError if another process is gone."""
     try:
-        yield
+        collective(*args, **kwargs)
     except RuntimeError as error:
         raise LostProcessError(
             "another process of this run ended: its own messages, if any, tell why; nothing was "

@@ -27,14 +27,11 @@ from tpvprune.processes.membership import (
     num_processes,
     present,
     rank,
-    reaching,
+    reached,
 )
 
 T = TypeVar("T")
 _AT_A_TIME = 64  # samples on their way from one process to the others
-
-
-# ---- shares -----------------------------------------------------------------------------------
 
 
 def own(rows: Any) -> Any:
@@ -64,7 +61,7 @@ def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
     """Take every so many samples of batches, wherever one batch ends and the next begins.
 
     ``batches``: tensors [B, ...], or tuples of such. ``first``: which of the first ``step``
-    samples. Yields of every batch its part; where there is none the batch is left out.
+    samples. Of a batch where there is none nothing is yielded.
     """
     start = 0
     for batch in batches:
@@ -79,8 +76,7 @@ def every(batches: Iterable[Any], first: int, step: int) -> Iterator[Any]:
 def shard(batches: Iterable[Any]) -> Iterable[Any]:
     """Return this process's share of batches that every process has in the same order.
 
-    ``batches``: re-iterable of tensors [B, ...], or of tuples of such. Returns re-iterable of the
-    same, of every batch the samples of this process; where there are none the batch is left out.
+    ``batches``: re-iterable of tensors [B, ...], or of tuples of such; see :func:`every`.
     """
     return batches if num_processes() == 1 else _Shard(batches)
 
@@ -95,14 +91,10 @@ def own_items(items: Sequence[T], start: int) -> list[T]:
     return list(items)[(rank() - start) % num_processes() :: num_processes()]
 
 
-# ---- sums and agreements ----------------------------------------------------------------------
-
-
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Add up tensors over all processes: one collective, in float64.
 
-    Returns the sums, float64, on the devices of the arguments; equal bit for bit everywhere. With
-    one process the arguments themselves.
+    Returns sums equal bit for bit everywhere; with one process the arguments themselves.
     """
     if num_processes() == 1:
         return tensors
@@ -114,8 +106,7 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def reduced(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor, added up over all processes in place and in its own type."""
-    with reaching():
-        dist.all_reduce(tensor)
+    reached(dist.all_reduce, tensor)
     return tensor
 
 
@@ -157,8 +148,7 @@ def from_first(tensor: Tensor) -> Tensor:
     if num_processes() == 1:
         return tensor
     copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-    with reaching():
-        dist.broadcast(copied, 0)
+    reached(dist.broadcast, copied, 0)
     return copied
 
 
@@ -172,18 +162,13 @@ def spread_weights(model: nn.Module) -> None:
 
 
 def check_same(what: str, *parts: Any) -> None:
-    """See that all processes have the same.
-
-    ``*parts``: tensors, modules, mappings of tensors, or values with a ``repr``.
-    """
+    """See that all processes have the same; ``*parts``: as of :func:`digest_of`."""
     if num_processes() == 1:
         return
     number = int.from_bytes(digest_of(*parts)[:6], "big")  # exact in float64
-    low, high = (torch.tensor(float(number), dtype=torch.float64) for _ in range(2))
-    with reaching():
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-    if low != high:
+    ends = torch.tensor([number, -number], dtype=torch.float64)
+    reached(dist.all_reduce, ends, dist.ReduceOp.MIN)
+    if ends[0] != -ends[1]:
         raise ValueError(
             f"expected the same {what} in all {num_processes()} processes, found different ones: "
             "give each the same flags, files and package versions"
@@ -205,8 +190,7 @@ def by_first(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
                 outcome = [True, call(*args, **kwargs)]
         except Exception as error:
             failure = error
-    with reaching():
-        dist.broadcast_object_list(outcome, 0, device=present.team.device)
+    reached(dist.broadcast_object_list, outcome, 0, device=present.team.device)
     if failure is not None:
         raise failure
     if not outcome[0]:
@@ -225,7 +209,8 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
         return here
     plain = isinstance(here[0], Tensor)
     columns = list(zip(*([(b,) for b in here] if plain else here), strict=True))
-    sizes = _batch_sizes([len(b) for b in columns[0]])
+    lengths = of_all([len(b) for b in columns[0]])
+    sizes = [sum(parts) for parts in zip_longest(*lengths, fillvalue=0)]
     whole = [_rows_of_all(torch.cat(column)).split(sizes) for column in columns]
     return list(whole[0]) if plain else list(zip(*whole, strict=True))
 
@@ -233,8 +218,7 @@ def gathered(batches: Iterable[Any]) -> list[Any]:
 def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Hand samples to the processes that they belong to by their numbers in the whole set.
 
-    ``rows``: number -> sample, of those that are here now. Returns number -> sample, of those that
-    belong here: number modulo processes is this one's rank.
+    ``rows``: number -> sample, here now. Returns those whose number modulo processes is this rank.
     """
     if num_processes() == 1:
         return dict(rows)
@@ -244,8 +228,7 @@ def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
         for start in range(0, count, _AT_A_TIME):
             some = here[start : start + _AT_A_TIME] if source == rank() else []
             box = [{number: rows[number].cpu() for number in some}]
-            with reaching():
-                dist.broadcast_object_list(box, source, device=present.team.device)
+            reached(dist.broadcast_object_list, box, source, device=present.team.device)
             for number, row in box[0].items():
                 if number % num_processes() == rank():
                     found[number] = row.to(device)
@@ -254,36 +237,27 @@ def handed_over(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 def of_all(value: T) -> list[T]:
     """Return the plain values of all processes, in order of their ranks."""
-    return [value] if num_processes() == 1 else _objects(value)
-
-
-def _objects(value: T) -> list[T]:
+    if num_processes() == 1:
+        return [value]
     found: list[Any] = [None] * num_processes()
-    with reaching():
-        dist.all_gather_object(found, value)
+    reached(dist.all_gather_object, found, value)
     return found
 
 
-def _batch_sizes(here: list[int]) -> list[int]:
-    return [sum(sizes) for sizes in zip_longest(*_objects(here), fillvalue=0)]
-
-
 def _rows_of_all(rows: Tensor) -> Tensor:
-    counts = _objects(len(rows))
+    counts = of_all(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     found = [torch.empty_like(padded) for _ in counts]
-    with reaching():
-        dist.all_gather(found, padded)
+    reached(dist.all_gather, found, padded)
     there = torch.arange(max(counts))[:, None] < torch.tensor(counts)
     return torch.stack(found, 1).flatten(0, 1)[there.flatten()]
 
 
 def dealt(tasks: Sequence[T], work: Callable[[T], Iterable[Any]]) -> Iterator[Any]:
-    """Do tasks that need no other process, turn by turn one in each.
+    """Do tasks that need no other process in turns; yield all results, in order and everywhere.
 
-    ``work``: task -> results, plain values; it runs :func:`alone`. Yields the results of all tasks,
-    in order and everywhere; with one process as they come.
+    ``work``: task -> results, plain values; it runs :func:`alone`.
     """
     if num_processes() == 1:
         for task in tasks:
@@ -293,5 +267,5 @@ def dealt(tasks: Sequence[T], work: Callable[[T], Iterable[Any]]) -> Iterator[An
         mine = tasks[start + rank() : start + rank() + 1]
         with alone():
             results = [result for task in mine for result in work(task)]
-        for found in _objects(results):
+        for found in of_all(results):
             yield from found

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.disk.digest import digest_of
-from tpvprune.disk.unfinished import load_state, read_facts, save_state
+from tpvprune.disk.tensors import load_state, read_facts, save_state
 from tpvprune.groups.shared_norms import shared_norms
 from tpvprune.passes.batches import private_randomness
 from tpvprune.passes.running import fast_layout

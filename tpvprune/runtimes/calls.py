@@ -23,10 +23,7 @@ Call = Callable[[], Any]
 
 @contextmanager
 def threads(num: int | None) -> Iterator[None]:
-    """Let torch use so many threads, and the runtimes with it.
-
-    ``num``: None leaves it as it is.
-    """
+    """Let torch use so many threads, and the runtimes with it; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(num or before)
     try:
@@ -36,10 +33,7 @@ def threads(num: int | None) -> Iterator[None]:
 
 
 def runs_in_torch(runtime: Runtime) -> bool:
-    """Tell whether a runtime is PyTorch itself, on the device of the model; others: the CPU.
-
-    Returns true for ``"eager"`` and ``"compile"``.
-    """
+    """Tell whether a runtime is PyTorch itself, on the device of the model; others: the CPU."""
     return runtime in {"eager", "compile"}
 
 
@@ -62,11 +56,9 @@ def _processor(runtime: Runtime, device: torch.device) -> str:
 
 
 def model_call(runtime: Runtime, model: nn.Module, x: Tensor) -> Call:
-    """Return a call of a model, ready to be timed.
+    """Return a call of a model on inputs [B, ...], ready to be timed, in eval mode.
 
-    ``model``: in eval mode; untouched. It must stay as it is while it is called. ``x``: inputs [B,
-    ...]. Returns the call, on an input that is where it has to be. ValueError if the runtime does
-    not take the model.
+    The model must stay as it is while it is called. ValueError if the runtime does not take it.
     """
     if runtime == "eager":
         return partial(model, on_device(x, model))
@@ -76,23 +68,18 @@ def model_call(runtime: Runtime, model: nn.Module, x: Tensor) -> Call:
 
 
 def graph_call(runtime: Runtime, file: bytes, x: Tensor) -> Call:
-    """Return a call of an ONNX file.
-
-    ``runtime``: ``"onnxruntime"`` or ``"openvino"``, on the CPU. ValueError if the runtime does not
-    take it.
-    """
-    prepare = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}[runtime]
+    """Return a call of an ONNX file on the CPU; ValueError if the runtime does not take it."""
     try:
-        call = prepare(file, x)
+        if runtime == "openvino":
+            infer = _openvino_request(file).infer
+            call = partial(infer, [x.numpy()], share_inputs=True, share_outputs=True)
+        else:
+            session = onnx_session(file, threads=torch.get_num_threads())
+            call = partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
         call()
     except Exception as error:  # whatever the runtime makes of a file
         raise ValueError(f"does not run in {runtime} ({reason(error)})") from error
     return call
-
-
-def _in_onnxruntime(file: bytes, x: Tensor) -> Call:
-    session = onnx_session(file, threads=torch.get_num_threads())
-    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 
 def openvino_nodes_ms(file: bytes, x: Tensor) -> Callable[[], float]:
@@ -109,11 +96,6 @@ def openvino_nodes_ms(file: bytes, x: Tensor) -> Callable[[], float]:
         return 1e3 * sum(n.real_time.total_seconds() for n in nodes)
 
     return call
-
-
-def _in_openvino(file: bytes, x: Tensor) -> Call:
-    request = _openvino_request(file)
-    return partial(request.infer, [x.numpy()], share_inputs=True, share_outputs=True)
 
 
 def _openvino_request(file: bytes, **options: Any) -> Any:

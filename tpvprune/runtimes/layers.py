@@ -28,10 +28,7 @@ class LayerCall:
 
     @classmethod
     def of(cls, module: Any, x: Tensor) -> LayerCall | None:
-        """Return how a layer is called on an input.
-
-        Returns the call; None for a grouped convolution that is not depthwise.
-        """
+        """Return how a layer is called; None for a grouped convolution that is not depthwise."""
         if isinstance(module, nn.Linear):
             return cls("linear", (*x.shape[:-1], 0), (), (), 0, (), False, x.dtype)
         depthwise = 1 < module.groups == module.in_channels == module.out_channels
@@ -58,11 +55,7 @@ class LayerCall:
         return lambda: convolve(x, weight, None, self.stride, self.padding, self.dilation, groups)
 
     def graph(self, num_in: int, num_out: int) -> tuple[bytes, Tensor]:
-        """Return it with these widths as an ONNX file, and an input.
-
-        ``num_in``: as of ``run``. Returns the file in memory, and ones to run it on; both in
-        float32.
-        """
+        """Return it with widths as of ``run`` as an ONNX file, and ones to run it on; float32."""
         shape, size = self._shapes(num_in, num_out)
         if self.kind == "linear":
             return onnx_node("MatMul", (shape, size[::-1])), torch.ones(shape)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -20,10 +21,7 @@ _OPSET, _IR_VERSION = 17, 8  # of single layers; read by every runtime since 202
 
 
 def onnx_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) -> Any:
-    """Return a model as PyTorch exports it to ONNX; its input is named ``images``.
-
-    ``example``: a batch [B, ...]. Returns a ``torch.onnx.ONNXProgram``.
-    """
+    """Return a model as a ``torch.onnx.ONNXProgram``; ``example``: a batch [B, ...]."""
     program = torch.onnx.export(
         model,
         (example,),
@@ -37,10 +35,7 @@ def onnx_program(model: nn.Module, example: Tensor, *, dynamic: bool = False) ->
 
 
 def onnx_bytes(model: nn.Module, x: Tensor) -> tuple[bytes, Tensor]:
-    """Return a model as an ONNX file in memory, and the inputs in the type that it takes.
-
-    ``x``: inputs [B, ...]. ValueError if it cannot be exported.
-    """
+    """Return a model as ONNX, and inputs as it takes them; ValueError if it cannot be exported."""
     still = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     example = call_arguments(still, x.cpu())[0]
     with quiet():
@@ -75,10 +70,7 @@ def onnx_node(
 
 
 def onnx_session(file: str | bytes, *, threads: int | None = None) -> Any:
-    """Return a session of ONNX Runtime, on the CPU, for a file or what is in it.
-
-    ``threads``: how many it uses; None: as many as it likes.
-    """
+    """Return a session of ONNX Runtime on the CPU, for a file or what is in it."""
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -88,25 +80,19 @@ def onnx_session(file: str | bytes, *, threads: int | None = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about their own insides from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Keep what exporters and quantizers say of their own insides from the user."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of what lies behind an error.
-
-    Returns at most 160 characters.
-    """
+    """Return the first line of what lies behind an error, at most 160 characters."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tpvprune.runtimes.onnx_files import INPUT, onnx_session
 
-_LARGEST = 1 << 30
-"""Bytes: half of what one ONNX file can hold."""
+_LARGEST = 1 << 30  # bytes: half of what one ONNX file can hold
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,14 @@ def correct_biases(whole: Path, rounded: Path, file: Path, calibration: Sequence
     correction", Nagel et al., ICCV 2019, section 4.2). Convolutions and Gemm get a bias if they
     have none; a product with constant weights is corrected if nothing but a bias follows it.
 
-    Args:
-        whole: The float32 file.
-        rounded: The file that ONNX Runtime quantized ``whole`` to, QDQ format.
-        file: Where to write.
-        calibration: Inputs [B, ...].
-
-    Returns:
-        How many layers were corrected; if none, nothing is written. A file of more than 1 GiB is
-        left as it is: with the errors of its weights beside them ONNX could not hold it.
+    ``rounded``: what ONNX Runtime quantized ``whole`` to, QDQ format. ``file``: where to write.
+    Returns how many layers were corrected; if none, nothing is written. A file of more than 1 GiB
+    is left as it is: with the errors of its weights beside them ONNX could not hold it.
     """
     onnx = importlib.import_module("onnx")
     model = onnx.load(whole)
-    if model.ByteSize() > _LARGEST:
-        return 0
-    layers = _layers(model.graph, onnx.load(rounded).graph)
+    too_large = model.ByteSize() > _LARGEST
+    layers = [] if too_large else _layers(model.graph, onnx.load(rounded).graph)
     if not layers:
         return 0
     for layer, shift in zip(layers, _shifts(model, layers, calibration), strict=True):
@@ -61,7 +53,10 @@ def correct_biases(whole: Path, rounded: Path, file: Path, calibration: Sequence
         inputs = layer.holder.input
         inputs.extend([""] * (layer.position + 1 - len(inputs)))
         inputs[layer.position] = name
-    _drop_unused_constants(model.graph)
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
     onnx.save(model, file)
     return len(layers)
 
@@ -166,10 +161,3 @@ def _add_constant(graph: Any, name: str, value: Tensor) -> None:
     numpy_helper = importlib.import_module("onnx.numpy_helper")
     stored = value.float() if value.is_floating_point() else value
     graph.initializer.append(numpy_helper.from_array(stored.numpy(), name))
-
-
-def _drop_unused_constants(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

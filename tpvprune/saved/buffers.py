@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.path_checks import BUFFER_FILE
+from tpvprune.disk.tensors import read_state_dict
 
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -34,19 +33,11 @@ def changed_buffers(pruned: nn.Module, loaded: nn.Module) -> dict[str, Tensor]:
 
 
 def read_buffers(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Read them from a saved folder.
-
-    ``names``: those that its ``config.json`` names. ValueError if the file has others.
-    """
+    """Read those that ``config.json`` names; ValueError if the folder has others."""
     path = folder / BUFFER_FILE
     if not names:
         return {}
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: expected safetensors, found none or damage ({error}): save or copy it again"
-        ) from error
+    found = read_state_dict(path)
     if found.keys() != set(names):
         raise ValueError(
             f"{path}: expected the buffers that config.json names, found others: the files are not "
@@ -70,15 +61,6 @@ def put_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
                 f"{value.ndim} of {value.dtype}"
             )
         module._buffers[leaf] = value
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file; copies: it refuses those that share memory."""
-    copies = {
-        key: value.cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
-    save_file(copies, path, metadata={"format": "pt"})
 
 
 def is_equal(saved: Tensor, loaded: Tensor | None) -> bool:

@@ -9,32 +9,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tpvprune.depth import Removal, remove_branches
 from tpvprune.disk.atomic import check_folder, written_folder
 from tpvprune.disk.path_checks import BUFFER_FILE, RANKING_FILE, check_saved
-from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.tensors import load_tensors, read_state_dict, write_tensors
 from tpvprune.disk.versions import versions
 from tpvprune.groups.removal import attribute_changes, shrink_to
 from tpvprune.reports.report import report_data, write_report
-from tpvprune.saved.buffers import (
-    changed_buffers,
-    is_equal,
-    put_buffers,
-    read_buffers,
-    write_tensors,
-)
+from tpvprune.saved.buffers import changed_buffers, is_equal, put_buffers, read_buffers
 from tpvprune.saved.downloads import local_folder
 from tpvprune.saved.skeleton import (
-    SAVED_TYPES,
     build,
     check_fits,
     is_sizes,
     plain,
+    plain_entries,
     prepared_as_saved,
     put_preprocessing,
     set_types,
@@ -43,6 +34,7 @@ from tpvprune.saved.skeleton import (
 from tpvprune.weights.masks import MASK_FILE, load_masks, save_masks
 
 FORMAT_VERSION = 1
+_KIND = {"format": "pt"}  # what safetensors of torch say of themselves
 _MAX_CONFIG_BYTES = 64 * 2**20
 # Elements of the dense model: at least these, or so many for each byte of the saved weights.
 _LEAST_LIMIT, _MOST_PER_BYTE = 2**26, 32
@@ -76,11 +68,10 @@ def save_pruned(
 
     The folder gets ``model.safetensors`` and ``config.json``, of a result also
     ``ranking.safetensors`` (:meth:`tpvprune.Ranking.load`), with a report ``report.json`` and
-    ``report.html``; buffers that ``state_dict`` leaves out, where a cut or a forward has changed
-    them, go to ``buffers.safetensors``. It is written beside its place, read back and
-    compared, then renamed: a crash leaves the old folder or the new one, never half.
-    A ValueError tells if the folder cannot be written or replaced, the dense model is not
-    known, a value is not plain JSON, or the model would not load back as it is.
+    ``report.html``; buffers that ``state_dict`` leaves out, if changed, go to
+    ``buffers.safetensors``. It is written beside its place, read back and compared, then renamed: a
+    crash leaves the old folder or the new one, never half. A ValueError tells if that is not
+    possible, the dense model is not known, or a value is not plain JSON.
 
     Args:
         result_or_model: A ``PruningResult`` or a pruned module.
@@ -103,45 +94,47 @@ def save_pruned(
     Returns:
         The folder.
     """
-    is_model = isinstance(result_or_model, nn.Module)
-    pruned: nn.Module = result_or_model if is_model else result_or_model.model
-    kept = {} if is_model else result_or_model.kept
-    if not is_model:
-        dense = getattr(result_or_model, "dense", None) if dense is None else dense
+    pruned, kept, ranking = result_or_model, {}, None
+    if not isinstance(result_or_model, nn.Module):
+        pruned, kept = result_or_model.model, result_or_model.kept
+        ranking = getattr(result_or_model, "ranking", None)
         report = report_data(result_or_model) if report is None else report
         removed = getattr(result_or_model, "removed", None) if removed is None else removed
     folder = check_folder(folder, overwrite=overwrite)
-    earlier = {} if origin is None else read_config(origin)
-    if earlier:
+    earlier: dict[str, Any] = {}
+    chain, source = {}, {}
+    if origin is not None:
+        earlier = read_config(origin)
         model_name = model_name or earlier["model"]
         model_kwargs = earlier["model_kwargs"] if model_kwargs is None else model_kwargs
-        masks = saved_masks(str(origin)) if masks is None else masks
+        masks = saved_masks(origin) if masks is None else masks
+        chain = {"origin": earlier["provenance"]}
+        source = {k: earlier["provenance"].get(k) for k in ("weights", "weights_sha256")}
     gone = (removed or Removal()).behind(Removal.read(earlier.get("removed", {})))
     name, kwargs, skeleton = _skeleton(pruned, model_name, model_kwargs, dense, gone)
     own_cfg = earlier.get("pretrained_cfg") or getattr(pruned, "pretrained_cfg", None) or {}
-    chain, source = {}, {}
-    if earlier:
-        chain = {"origin": earlier["provenance"]}
-        source = {k: earlier["provenance"].get(k) for k in ("weights", "weights_sha256")}
+    made = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
+    }
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": name,
         "model_kwargs": kwargs,
-        "pretrained_cfg": _plain_entries(pretrained_cfg or own_cfg),
+        "pretrained_cfg": plain_entries(pretrained_cfg or own_cfg),
         "kept": _kept_of_dense(earlier.get("kept", {}), kept),
         "attributes": attribute_changes(skeleton, pruned),
         "removed": asdict(gone),
         "shapes": {key: list(value.shape) for key, value in tensors_of(pruned).items()},
         "buffers": [],
-        "provenance": {**_provenance(), **source, **(provenance or {}), **chain},
+        "provenance": {**made, **source, **(provenance or {}), **chain},
     }
     text = _as_json(config)
     with written_folder(folder) as unfinished:
         (unfinished / "config.json").write_text(text, encoding="utf-8")
-        write_tensors(tensors_of(pruned), unfinished / "model.safetensors")
+        write_tensors(tensors_of(pruned), unfinished / "model.safetensors", _KIND)
         if masks is not None:
             save_masks(masks, unfinished / MASK_FILE)
-        ranking = None if is_model else getattr(result_or_model, "ranking", None)
         if ranking is not None:
             ranking.save(unfinished / RANKING_FILE)
         if report is not None:
@@ -156,7 +149,7 @@ def _with_buffers(
     """Add what does not load back by itself to a saved folder; ValueError if all does not then."""
     loaded = load_pruned(folder, model=model)
     if buffers := changed_buffers(pruned, loaded):
-        write_tensors(buffers, folder / BUFFER_FILE)
+        write_tensors(buffers, folder / BUFFER_FILE, _KIND)
         text = _as_json({**config, "buffers": sorted(buffers)})
         (folder / "config.json").write_text(text, encoding="utf-8")
         loaded = load_pruned(folder, model=model)
@@ -164,10 +157,9 @@ def _with_buffers(
 
 
 def saved_masks(folder: str | Path) -> dict[str, Tensor] | None:
-    """Read which single weights of a saved model stay.
+    """Read which single weights of a saved model stay, by parameter name; None where all do.
 
-    ``folder``: what ``save_pruned`` wrote. Returns BoolTensors by parameter name, or None where
-    none was set to zero. ValueError if the file is damaged.
+    ValueError if the file is damaged.
     """
     return load_masks(folder) if (Path(folder) / MASK_FILE).exists() else None
 
@@ -194,7 +186,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     folder = local_folder(folder)
     config = read_config(folder)
     weights = folder / "model.safetensors"
-    types = _saved_types(weights, config["shapes"])
+    tensors = _read_weights(weights, config["shapes"])
     loaded = model
     if loaded is None and config["model"] is None:
         raise ValueError(
@@ -204,12 +196,13 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     if loaded is None:
         limit = max(_LEAST_LIMIT, _MOST_PER_BYTE * weights.stat().st_size)
         loaded = build(config["model"], config["model_kwargs"], max_elements=limit)
-    shapes = {name: tuple(shape) for name, shape in config["shapes"].items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
     loaded = remove_branches(prepared_as_saved(loaded, shapes), Removal.read(config["removed"]))
     check_fits(loaded, shapes, types, config["attributes"])
     shrink_to(loaded, shapes, config["attributes"])
     set_types(loaded, types)
-    load_tensors(loaded, load_file(weights))
+    load_tensors(loaded, tensors)
     put_buffers(loaded, read_buffers(folder, config["buffers"]))
     put_preprocessing(loaded, config["pretrained_cfg"])
     return loaded.eval()
@@ -218,9 +211,8 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check the ``config.json`` of a saved pruned model.
 
-    ``folder``: what ``save_pruned`` wrote. Returns ``model``, ``model_kwargs``, ``pretrained_cfg``,
-    ``kept`` (group -> channel indices), ``attributes``, ``shapes``, ``provenance`` and
-    ``format_version``. ValueError if the file is missing, not JSON, or not of this format.
+    Returns ``format_version``, ``removed``, ``buffers``, and what ``_FIELDS`` names; ``kept`` is
+    group -> channel indices. ValueError if it is missing, not JSON, or not of this format.
     """
     path = Path(folder) / "config.json"
     check_saved(folder)
@@ -242,9 +234,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"{path}: expected {field!r} to be {' or '.join(t.__name__ for t in types)}, "
                 f"found {type(config.get(field)).__name__}: save again"
             )
-    _check_removed(path, config.setdefault("removed", {}))
-    buffers = config.setdefault("buffers", [])
-    if not isinstance(buffers, list) or not all(isinstance(name, str) for name in buffers):
+    _check_entries(path, config)
+    return config
+
+
+def _check_entries(path: Path, config: dict[str, Any]) -> None:
+    removed, fields = config.setdefault("removed", {}), asdict(Removal())
+    if not (
+        isinstance(removed, dict)
+        and removed.keys() <= fields.keys()
+        and all(map(_are_names, removed.values()))
+    ):
+        raise ValueError(f"{path}: expected lists of modules in 'removed': save again")
+    if not _are_names(config.setdefault("buffers", [])):
         raise ValueError(f"{path}: expected names in 'buffers', found others: save again")
     for name, indices in config["kept"].items():
         if not is_sizes(indices):
@@ -252,29 +254,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name, shape in config["shapes"].items():
         if not is_sizes(shape) or len(shape) > 8:
             raise ValueError(f"{path}: expected a shape for {name!r:.120}, found {shape!r:.60}")
-    return config
 
 
-def _check_removed(path: Path, removed: Any) -> None:
-    fields = asdict(Removal())
-    names = removed.values() if isinstance(removed, dict) else ()
-    if (
-        not isinstance(removed, dict)
-        or any(key not in fields for key in removed)
-        or not all(
-            isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names
-        )
-    ):
-        raise ValueError(f"{path}: expected lists of modules in 'removed': save again")
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _kept_of_dense(
     earlier: Mapping[str, list[int]], kept: Mapping[str, Tensor]
 ) -> dict[str, list[int]]:
-    """Return the channels of the dense model that stay after an earlier cut and this one.
-
-    ValueError if the two do not fit.
-    """
+    """Return the channels of the dense model that stay after an earlier cut and this one."""
     composed = dict(earlier)
     for group, mask in kept.items():
         before = earlier.get(group, range(len(mask)))
@@ -324,10 +313,11 @@ def _skeleton(
 
 
 def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
+    found = tensors_of(loaded, persistent=False)
     differing = [
         name
         for name, tensor in tensors_of(pruned, persistent=False).items()
-        if not is_equal(tensor.cpu(), tensors_of(loaded, persistent=False).get(name))
+        if not is_equal(tensor.cpu(), found.get(name))
     ]
     differing += [path for path, values in attribute_changes(loaded, pruned).items() if values]
     if differing:
@@ -337,34 +327,16 @@ def _check_same(pruned: nn.Module, loaded: nn.Module) -> None:
         )
 
 
-def _saved_types(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch.dtype]:
-    try:
-        with safe_open(path, framework="pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            found = {name: list(part.get_shape()) for name, part in slices.items()}
-            types = {name: SAVED_TYPES[part.get_dtype()] for name, part in slices.items()}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{path}: expected safetensors, found none or damage ({error}): save or copy it again"
-        ) from error
+def _read_weights(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    tensors = read_state_dict(path)
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     unequal = [name for name in {**found, **shapes} if found.get(name) != shapes.get(name)]
     if unequal:
         raise ValueError(
             f"{path}: expected {unequal[0]!r:.120} with shape {shapes.get(unequal[0])} as "
             f"config.json says, found {found.get(unequal[0])}: the files are not from one save"
         )
-    return types
-
-
-def _plain_entries(record: Mapping[str, Any]) -> dict[str, Any]:
-    # Keep what JSON can hold: timm's record has entries for loaders, too.
-    kept = {}
-    for key, value in dict(record).items():
-        try:
-            kept[str(key)] = plain(value, key)
-        except ValueError:
-            continue
-    return kept
+    return tensors
 
 
 def _as_json(config: dict[str, Any]) -> str:
@@ -373,10 +345,3 @@ def _as_json(config: dict[str, Any]) -> str:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions("tpvprune", "torch", "timm", "safetensors"),
-    }

@@ -32,21 +32,15 @@ _SIZES = (1, 2, 5)  # batches that a file with a free batch size must take
 class Exported:
     """A written file and how well it agrees with the model.
 
-    Attributes:
-        file: What was written.
-        format: ``"onnx"`` or ``"pt2"``.
-        input_shape: Of one batch; the first entry is None where the batch size is free.
-        num_random: Random inputs that were compared.
-        num_given: Inputs of ``batches`` that were compared.
-        difference: Largest absolute difference of an output, as a fraction of the largest
-            absolute output of its batch.
+    ``difference`` is the largest absolute difference of an output, as a fraction of the largest
+    absolute output of its batch.
     """
 
     file: Path
     format: Format
-    input_shape: tuple[int | None, ...]
-    num_random: int
-    num_given: int
+    input_shape: tuple[int | None, ...]  # of one batch; None first where the batch size is free
+    num_random: int  # random inputs that were compared
+    num_given: int  # inputs of ``batches`` that were compared
     difference: float
 
 
@@ -113,13 +107,11 @@ def export_model(
     return Exported(file, format, shape, num[0], num[1], difference)
 
 
-# ---- the two formats -------------------------------------------------------------------------
-
-
 def _write_pt2(
     model: nn.Module, example: Tensor, file: Path, *, dynamic: bool, notes: dict[str, str]
 ) -> Call:
-    program = _program(model, example, dynamic=dynamic)
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     # Through memory: on a full disk torch's own writer would end the process.
     archive = io.BytesIO()
     torch.export.save(program, archive, extra_files=notes)
@@ -140,19 +132,8 @@ def _write_onnx(
     return lambda inputs: [torch.from_numpy(x) for x in session.run(None, {name: inputs.numpy()})]
 
 
-def _program(model: nn.Module, example: Tensor, *, dynamic: bool) -> Any:
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes)
-
-
-# ---- checks ----------------------------------------------------------------------------------
-
-
 def check_target(file: Path, format: str, *, overwrite: bool) -> None:
-    """Find out before any work is done whether a file of this format can be written.
-
-    ``format``: ``"onnx"`` or ``"pt2"``.
-    """
+    """Find out before any work is done whether a file of this format can be written."""
     if format not in get_args(Format):
         raise ValueError(f"format: expected 'onnx' or 'pt2', found {format!r}")
     if file.is_dir():
@@ -169,10 +150,7 @@ def check_target(file: Path, format: str, *, overwrite: bool) -> None:
 
 @torch.no_grad()
 def _compared(model: nn.Module, call: Call, batches: list[Tensor], format: Format) -> float:
-    """Return the largest relative difference.
-
-    ValueError if it is above the tolerance, or outputs are not finite or of another shape.
-    """
+    """Return the largest relative difference; ValueError if it is above the tolerance."""
     largest = 0.0
     for batch in batches:
         inputs = call_arguments(model, batch)[0]

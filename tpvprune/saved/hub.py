@@ -20,6 +20,7 @@ from tpvprune.saved.checkpoint import load_pruned, read_config, save_pruned
 from tpvprune.saved.downloads import is_unreachable
 from tpvprune.weights.masks import MASK_FILE
 
+_TAGS = ("image-classification", "timm", "pruning", "tpvprune")
 _FILES = ("config.json", "model.safetensors", BUFFER_FILE, MASK_FILE, "report.json")
 
 
@@ -65,13 +66,10 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as place:
         staged = Path(place) / "model"
-        if isinstance(result_or_folder, (str, Path)):
-            _copy(Path(result_or_folder), staged, include_report=include_report)
-        else:
-            save_pruned(result_or_folder, staged, dense=dense)
-            if not include_report:
-                (staged / "report.html").unlink(missing_ok=True)
-                _without_pictures(staged / "report.json")
+        folder = result_or_folder
+        if not isinstance(folder, (str, Path)):
+            folder = save_pruned(result_or_folder, Path(place) / "saved", dense=dense)
+        _copy(Path(folder), staged, include_report=include_report)
         config = read_config(staged)
         if config["model"] is not None:
             load_pruned(staged)
@@ -89,7 +87,8 @@ def push_to_hub(
         except HFValidationError as error:
             raise ValueError(f"repo_id: expected org/name, found {repo_id!r}") from error
         except HfHubHTTPError as error:
-            raise ValueError(f"{repo_id}: the hub refused ({_line(error)})") from error
+            line = " ".join(str(error).split())[:160]
+            raise ValueError(f"{repo_id}: the hub refused ({line})") from error
         except Exception as error:
             if not is_unreachable(error):
                 raise
@@ -101,10 +100,7 @@ def push_to_hub(
 
 
 def model_card(folder: str | Path, repo_id: str, *, license: str | None = None) -> str:
-    """Write the model card of a saved pruned model.
-
-    ``folder``: what ``save_pruned`` wrote. ``repo_id``: ``org/name`` that it will have.
-    """
+    """Write the model card of a saved pruned model."""
     folder = Path(folder)
     config = read_config(folder)
     report = _read(folder / "report.json")
@@ -115,7 +111,7 @@ def model_card(folder: str | Path, repo_id: str, *, license: str | None = None) 
         library_name="tpvprune",
         pipeline_tag="image-classification",
         base_model=parent.get("hf_hub_id"),
-        tags=_tags(report),
+        tags=[*_TAGS, *(["label-free"] if report.get("used_labels") is False else [])],
     )
     text = card(repo_id, config, report, license=known)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
@@ -134,25 +130,15 @@ def _parent(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in ("license", "hf_hub_id") if isinstance(found.get(key), str)}
 
 
-def _tags(report: Mapping[str, Any]) -> list[str]:
-    extra = ["label-free"] if report.get("used_labels") is False else []
-    return ["image-classification", "timm", "pruning", "tpvprune", *extra]
-
-
 def _copy(folder: Path, to: Path, *, include_report: bool) -> None:
     read_config(folder)
     to.mkdir()
     for name in (*_FILES, *(("report.html",) if include_report else ())):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
-    if not include_report:
-        _without_pictures(to / "report.json")
-
-
-def _without_pictures(path: Path) -> None:
-    report = _read(path)
-    if report.pop("disagreement", None) is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = _read(to / "report.json")
+    if not include_report and report.pop("disagreement", None) is not None:  # with pictures
+        (to / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -161,7 +147,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -37,51 +37,32 @@ _CALIBRATED = 64  # images at most: more take longer, and only widen the ranges 
 class Run:
     """What one file costs and keeps, run by ONNX Runtime on one thread of the CPU.
 
-    Attributes:
-        agreement: Fraction of equal top-1 with the float32 dense model (without one: with the
-            float32 model), in [0, 1], on images that no range was calibrated or chosen on.
-        num_bytes: Size of the file.
-        latency_ms: Median time of one call, in milliseconds; None if nothing was timed.
-        latency_range_ms: First and third quartile of those times.
+    ``agreement`` is the fraction of equal top-1 with the float32 dense model (without one: with the
+    float32 model), in [0, 1], on images that no range was calibrated or chosen on.
     """
 
     agreement: float
-    num_bytes: int
-    latency_ms: float | None = None
-    latency_range_ms: tuple[float, float] | None = None
+    num_bytes: int  # of the file
+    latency_ms: float | None = None  # median time of one call; None if nothing was timed
+    latency_range_ms: tuple[float, float] | None = None  # first and third quartile of those times
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 file, and what was measured to choose it and of it.
-
-    Attributes:
-        file: What was written.
-        input_shape: Of one batch; the first entry is None where the batch size is free.
-        ranges: How the ranges of activations were chosen: the best of ``tried``.
-        num_calibration: Images that ranges were measured on.
-        num_choosing: Others, on which ``ranges`` agreed best with the float32 model.
-        num_measured: Others again, on which everything below was measured.
-        tried: Ranges -> difference from the float32 file on the images to choose on.
-        weights: How weights were rounded: the closest of ``tried_weights``.
-        tried_weights: How weights were rounded -> difference on those images, with ``ranges``.
-        difference: The int8 file against the float32 file of the same model.
-        runs: ``"float32"`` and ``"int8"``, before them the same two of a dense model.
-        batch_size: Images of one call that was timed.
-    """
+    """An int8 file, and what was measured to choose it and of it."""
 
     file: Path
-    input_shape: tuple[int | None, ...]
-    ranges: str
-    num_calibration: int
-    num_choosing: int
-    num_measured: int
-    tried: Mapping[str, Difference]
-    weights: WeightChoice
-    tried_weights: Mapping[WeightChoice, Difference]
-    difference: Difference
-    runs: Mapping[str, Run]
-    batch_size: int
+    input_shape: tuple[int | None, ...]  # of one batch; None first where the batch size is free
+    ranges: str  # how the ranges of activations were chosen: the best of ``tried``
+    num_calibration: int  # images that ranges were measured on
+    num_choosing: int  # others, on which ``ranges`` agreed best with the float32 model
+    num_measured: int  # others again, for ``difference`` and ``runs``
+    tried: Mapping[str, Difference]  # by ranges, from the float32 file on the images to choose on
+    weights: WeightChoice  # how weights were rounded: the closest of ``tried_weights``
+    tried_weights: Mapping[WeightChoice, Difference]  # on those images, with ``ranges``
+    difference: Difference  # the int8 file against the float32 file of the same model
+    runs: Mapping[str, Run]  # "float32" and "int8", before them the same two of a dense model
+    batch_size: int  # images of one call that was timed
 
     @property
     def warning(self) -> str | None:
@@ -210,10 +191,7 @@ def export_int8(
 
 
 def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
-    """Return full batches to calibrate, to choose and to measure on.
-
-    ValueError if there are too few images.
-    """
+    """Return full batches to calibrate, choose and measure on; ValueError if images are too few."""
     inputs = torch.cat([batch.cpu().float() for batch in unlabeled(batches)])
     num = len(inputs) // size
     if num < 3:
@@ -228,9 +206,6 @@ def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
     return [full[:first], full[first:second], full[second:]]
 
 
-# ---- measuring -------------------------------------------------------------------------------
-
-
 def _measured(
     sessions: Mapping[str, OnnxModule],
     files: Mapping[str, Path],
@@ -239,11 +214,8 @@ def _measured(
 ) -> dict[str, Run]:
     reference = next(iter(sessions.values()))
     times = _timed(sessions, images[0], repeats)
-    runs = {}
-    for name, session in sessions.items():
-        same = difference(session, reference, images).agreement
-        runs[name] = Run(same, files[name].stat().st_size, *times[name])
-    return runs
+    same = {name: difference(s, reference, images).agreement for name, s in sessions.items()}
+    return {n: Run(same[n], files[n].stat().st_size, *times[n]) for n in sessions}
 
 
 def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[str, Sequence[Any]]:
@@ -256,8 +228,5 @@ def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[
             start = time.perf_counter()
             session(x)
             times[name].append(1e3 * (time.perf_counter() - start))
-    found: dict[str, Sequence[Any]] = {}
-    for name, all_of in times.items():
-        low, middle, high = statistics.quantiles(all_of[2:], n=4, method="inclusive")
-        found[name] = (middle, (low, high))
-    return found
+    quartiles = {n: statistics.quantiles(t[2:], n=4, method="inclusive") for n, t in times.items()}
+    return {name: (middle, (low, high)) for name, (low, middle, high) in quartiles.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import importlib
 import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,14 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
-from tpvprune.disk.file_kinds import found_instead
 from tpvprune.disk.path_checks import check_checkpoint
-from tpvprune.disk.state_dicts import load_tensors
+from tpvprune.disk.tensors import load_tensors
 from tpvprune.groups import fold_weights, unfuse_attention
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model
 
 _MAX_NAMED = 3
+_ZIP, _PICKLE, _POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 _FACTORY = re.compile(r"(?!hf-hub:|hf_hub:|local-dir:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -84,73 +85,23 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError("expected one of pretrained and a checkpoint, found both")
-    if allow_import and is_factory(name):
-        if pretrained and not is_registered(name):
-            raise ValueError(f"{name}: expected a model of timm's for --pretrained")
-        weights = "pretrained" if pretrained else checkpoint
-        return _own_model(name, weights, num_classes, model_kwargs or {}, seed)
-    _check_name(name)
+    is_own = allow_import and is_factory(name)
+    if not is_own:
+        _check_name(name)
+    elif pretrained and not is_registered(name):
+        raise ValueError(f"{name}: expected a model of timm's for --pretrained")
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    kwargs = _input_kwargs(name, input_size) | dict(model_kwargs or {})
+    kwargs = ({} if is_own else _input_kwargs(name, input_size)) | dict(model_kwargs or {})
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-
-    def build() -> nn.Module:
-        asks = pretrained or name.startswith(HUB)
-        with torch.random.fork_rng(devices=[]), offline_if_unreachable() if asks else nullcontext():
-            torch.manual_seed(seed)
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-
+    make = _own_maker(name, pretrained) if is_own else partial(_of_timm, name, pretrained)
     try:
-        model = build()
-        if state is not None and num_classes is None:
+        model = _seeded(make, kwargs, seed)
+        if state is not None and num_classes is None and not is_own:
             found = _classes_of(model, state)
             if found not in (None, getattr(model, "num_classes", None)):
                 kwargs["num_classes"] = found
-                model = build()
-    except Exception as error:
-        raise ValueError(f"model {name!r}: {_reason(error)}") from error
-    if state is not None:
-        _load(model, state, str(checkpoint))
-    weights = str(checkpoint) if checkpoint else "pretrained" if pretrained else "random"
-    if name.startswith("hf-hub:") and pretrained:
-        weights = name
-    architecture = str(pretrained_config(model).get("architecture") or name)
-    return model.eval(), ModelSource(architecture, kwargs, weights)
-
-
-def is_factory(name: str) -> bool:
-    """Tell whether a model's name is that of a function, of the user's own or of a library's.
-
-    Args:
-        name: As the user has given it.
-
-    Returns:
-        True for package.module:factory, torchvision/NAME and hf:NAME.
-    """
-    return is_registered(name) or _FACTORY.fullmatch(name) is not None
-
-
-def _own_model(
-    name: str,
-    weights: str | Path | None,
-    num_classes: int | None,
-    model_kwargs: Mapping[str, Any],
-    seed: int,
-) -> tuple[nn.Module, ModelSource]:
-    kwargs = dict(model_kwargs)
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    pretrained = weights == "pretrained"
-    state = None if pretrained or weights is None else read_checkpoint(weights)
-    if is_registered(name):
-        factory: Any = partial(registered_model, name, pretrained=pretrained)
-    else:
-        factory = _imported(name)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = factory(**kwargs)
+                model = _seeded(make, kwargs, seed)
     except Exception as error:
         raise ValueError(f"model {name!r}: {_reason(error)}") from error
     if not isinstance(model, nn.Module):
@@ -159,34 +110,53 @@ def _own_model(
             f"returns {type(model).__name__}"
         )
     if state is not None:
-        _load(model, state, str(weights))
-    # After its weights: a checkpoint has the names from before.
-    return unfuse_attention(fold_weights(model)).eval(), ModelSource(
-        name, kwargs, str(weights or "random")
-    )
+        _load(model, state, str(checkpoint))
+    weights = str(checkpoint) if checkpoint else "pretrained" if pretrained else "random"
+    if is_own:  # after its weights: a checkpoint has the names from before
+        model = unfuse_attention(fold_weights(model))
+        return model.eval(), ModelSource(name, kwargs, weights)
+    architecture = str(pretrained_config(model).get("architecture") or name)
+    from_hub = pretrained and name.startswith("hf-hub:")
+    return model.eval(), ModelSource(architecture, kwargs, name if from_hub else weights)
+
+
+def _seeded(make: Callable[..., Any], kwargs: Mapping[str, Any], seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(**kwargs)
+
+
+def _of_timm(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    asks = pretrained or name.startswith(HUB)
+    with offline_if_unreachable() if asks else nullcontext():
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _own_maker(name: str, pretrained: bool) -> Callable[..., Any]:
+    if is_registered(name):
+        return partial(registered_model, name, pretrained=pretrained)
+    return _imported(name)
+
+
+def is_factory(name: str) -> bool:
+    """Tell whether a name is that of a function: package.module:factory, torchvision/N, hf:N."""
+    return is_registered(name) or _FACTORY.fullmatch(name) is not None
 
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    folder = str(Path.cwd())
+    # At the end: nothing that lies in the working folder can stand in for an installed package.
+    sys.path.append(folder)
     try:
-        with _working_folder_importable():
-            found = getattr(importlib.import_module(module), attribute, None)
+        found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # whatever the user's module does when it is imported
         raise ValueError(f"model {name!r}: cannot be imported ({_first_line(error)})") from error
+    finally:
+        sys.path.remove(folder)
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, nn.Module)):
         raise ValueError(f"model {name!r}: {module} has no function or module class {attribute!r}")
     return found
-
-
-@contextmanager
-def _working_folder_importable() -> Iterator[None]:
-    # At the end: nothing that lies in the working folder can stand in for an installed package.
-    folder = str(Path.cwd())
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -207,13 +177,39 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = load_state_dict(str(path), weights_only=True)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     except Exception as error:
-        found = found_instead(path, _first_line(error))
+        found = _found_instead(path, _first_line(error))
         raise ValueError(
             f"{path}: expected a safetensors file or a torch checkpoint of weights, found {found}"
         ) from error
     if not tensors:
         raise ValueError(f"{path}: expected tensors, found none")
     return tensors
+
+
+def _found_instead(path: str | Path, reason: str) -> str:
+    """Say what a file is that could not be read as weights, from its first bytes; none are run."""
+    with Path(path).open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file"
+    if head.startswith(_POINTER):
+        return "a Git LFS pointer: `git lfs pull` fetches the file itself"
+    if _is_text(head):
+        first = head.decode("utf-8", "ignore").strip().partition("\n")[0]
+        return f"a text file: it begins with {first[:40]!r}"
+    if "blocked" in reason and head.startswith((_ZIP, _PICKLE)):
+        return "a pickle of more than weights, which is not run: save the state_dict() alone"
+    if head.startswith((_ZIP, _PICKLE)) or Path(path).suffix == ".safetensors":
+        return f"damage ({reason})"
+    return "another kind of file"
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the end may be half a letter
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def pretrained_config(model: nn.Module) -> dict[str, Any]:
@@ -292,14 +288,11 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    found = {"lacks": missing, "has unknown": surplus, "has shape": shapes}
     differing = [
         f"{what} {', '.join(keys[:_MAX_NAMED])}"
         + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
-        for what, keys in (
-            ("lacks", missing),
-            ("has unknown", surplus),
-            ("has shape", shapes),
-        )
+        for what, keys in found.items()
         if keys
     ]
     if differing:

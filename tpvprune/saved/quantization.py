@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.passes.evaluation import Difference, difference
-from tpvprune.runtimes.onnx_files import INPUT, onnx_session, reason
+from tpvprune.runtimes.onnx_files import INPUT, onnx_session, quiet, reason
 from tpvprune.saved.bias_correction import correct_biases
 
 # Name -> CalibrationMethod of onnxruntime, and its options.
@@ -26,8 +23,8 @@ _RANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RANGES = tuple(_RANGES)
 WEIGHT_BITS = (8, 7)
+# Of the outputs' variance: nearer than this to float32, other bits are not worth their minutes.
 _CLOSE = 0.01
-"""Of the outputs' variance: nearer than this to float32, other bits are not worth their minutes."""
 # Where there are any of these only products are quantized, else nothing is left of a ViT.
 _DELICATE = {"Softmax", "LayerNormalization"}
 _PRODUCTS = ["Conv", "Gemm", "MatMul"]
@@ -51,15 +48,10 @@ def check_ranges(ranges: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class WeightChoice:
-    """How weights are rounded.
+    """How weights are rounded."""
 
-    Attributes:
-        bits: Of a weight, 8 or 7.
-        biases_corrected: Whether biases take back what the rounding adds to a layer's mean.
-    """
-
-    bits: int
-    biases_corrected: bool
+    bits: int  # of a weight, 8 or 7
+    biases_corrected: bool  # they take back what the rounding adds to a layer's mean
 
     def __str__(self) -> str:
         return f"{self.bits} bits{', biases corrected' if self.biases_corrected else ''}"
@@ -67,31 +59,22 @@ class WeightChoice:
 
 @dataclass(frozen=True)
 class Tried:
-    """The int8 file that was kept, and how far from the float32 file each that was tried is.
-
-    Attributes:
-        file: The int8 file with the ranges that agree best, and with them the closest weights.
-        ranges: How ranges were found -> difference, weights rounded in the first way.
-        weights: How weights were rounded -> difference, with the best ranges.
-    """
+    """The int8 file that was kept, and how far from the float32 file each that was tried is."""
 
     file: Path
-    ranges: Mapping[str, Difference]
-    weights: Mapping[WeightChoice, Difference]
+    ranges: Mapping[str, Difference]  # weights rounded in the first way
+    weights: Mapping[WeightChoice, Difference]  # with the best ranges
 
     @property
     def best_ranges(self) -> str:
         """What agrees best; of equals what is closest."""
-        return max(self.ranges, key=lambda name: _quality(self.ranges[name]))
+        found = self.ranges
+        return max(found, key=lambda name: (found[name].agreement, -found[name].share))
 
     @property
     def best_weights(self) -> WeightChoice:
         """What is closest."""
         return min(self.weights, key=lambda choice: self.weights[choice].share)
-
-
-def _quality(found: Difference) -> tuple[float, float]:
-    return found.agreement, -found.share
 
 
 def tried_files(
@@ -103,16 +86,9 @@ def tried_files(
 ) -> Tried:
     """Quantize a float32 ONNX file in several ways, beside it in its folder.
 
-    Args:
-        whole: The float32 file.
-        calibration: Inputs [B, ...] that ranges, and the shifts of biases, are measured on.
-        choosing: Others, on which the files are compared with the float32 one.
-        ranges: Which ranges to try, of :data:`RANGES`.
-        weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`, in this order, until one
-            differs by no more than 1 % of the outputs' variance.
-
-    Returns:
-        The file to keep, and every difference.
+    ``calibration``: inputs [B, ...] that ranges, and the shifts of biases, are measured on.
+    ``choosing``: others, to compare the files with the float32 one on. ``weight_bits``: tried in
+    this order, until one differs by no more than 1 % of the outputs' variance.
     """
     reference = OnnxModule(whole)
     files: dict[tuple[str, WeightChoice], Path] = {}
@@ -148,7 +124,7 @@ def _quantize(
     tools = importlib.import_module("onnxruntime.quantization")
     method, options = _RANGES[ranges]
     kinds = {node.op_type for node in importlib.import_module("onnx").load(whole).graph.node}
-    with _quiet():
+    with quiet():
         try:
             tools.quantize_static(
                 whole,
@@ -187,18 +163,6 @@ def _reader(calibration: Sequence[Tensor]) -> Any:
             return None if batch is None else {INPUT: batch.numpy()}
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the quantizer prints and logs from the user."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 class OnnxModule(nn.Module):

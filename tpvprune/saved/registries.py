@@ -23,12 +23,11 @@ def is_registered(name: str) -> bool:
 def registered_model(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Make a model of torchvision or transformers, which are asked for only here.
 
-    ``name``: torchvision/NAME, a name of torchvision's own list of models; or hf:NAME, a repository
-    of the hub or a folder that ``save_pretrained`` has written. ``pretrained``: load its weights:
-    torchvision's best, or those beside the configuration. ``kwargs``: of torchvision's builder; or
-    entries of transformers' configuration, and ``architecture``, the class of transformers
-    (default: the first that the configuration names). Returns the model. Code that comes with a
-    repository is never run. ValueError if the library is not installed, or does not know the model.
+    ``name``: torchvision/NAME of torchvision's own list, or hf:NAME, a repository of the hub or a
+    folder that ``save_pretrained`` has written. ``pretrained``: with torchvision's best weights, or
+    those beside the configuration. ``kwargs``: of torchvision's builder; or entries of the
+    configuration, and ``architecture``, the class (default: the first that the configuration
+    names). Code that comes with a repository is never run.
     """
     if name.startswith(TORCHVISION):
         return _of_torchvision(name.removeprefix(TORCHVISION), pretrained, kwargs)

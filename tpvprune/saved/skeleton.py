@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -16,18 +18,6 @@ from tpvprune.groups import fold_weights, fused_attention, unfuse_attention
 from tpvprune.groups.computed import computed_weights
 from tpvprune.images.preprocessing import INTERPOLATIONS
 
-SAVED_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Keyword arguments of timm.create_model that name files or devices or change its code.
 _RESERVED = frozenset(
     {"checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit"}
@@ -61,10 +51,7 @@ def build(name: str, kwargs: Mapping[str, Any], *, max_elements: int) -> nn.Modu
 
 
 def prepared_as_saved(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Return a dense model, its computed weights folded and attention unfused as in the saved one.
-
-    Returns a copy where something is to be replaced, else the argument.
-    """
+    """Return a dense model, or a copy: weights folded and attention unfused as in the saved one."""
     known = set(names)
     folded = any(name in known for name in computed_weights(model))
     model = fold_weights(model) if folded else model
@@ -104,18 +91,14 @@ def check_fits(
 
 
 def _check_attribute(name: str, dense: Any, saved: Any) -> None:
+    fits = False
     if type(dense) is float:
         fits = type(saved) in (int, float) and math.isfinite(saved)
     elif type(dense) is int:
         fits = type(saved) is int and 0 <= saved <= dense
     elif isinstance(dense, tuple | list) and all(type(part) is int for part in dense):
-        fits = (
-            is_sizes(saved)
-            and len(saved) == len(dense)
-            and all(part <= most for part, most in zip(saved, dense, strict=True))
-        )
-    else:
-        fits = False
+        same = is_sizes(saved) and len(saved) == len(dense)
+        fits = same and all(map(operator.le, saved, dense))
     if not fits:
         known = dense if isinstance(dense, (int, float, tuple, list)) else "no number"
         raise ValueError(
@@ -206,6 +189,15 @@ def plain(value: Any, name: Any, *, depth: int = 0) -> Any:
     )
 
 
+def plain_entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what JSON can hold: timm's record has entries for loaders, too."""
+    kept = {}
+    for key, value in record.items():
+        with suppress(ValueError):
+            kept[str(key)] = plain(value, key)
+    return kept
+
+
 class _AllocationLimit(TorchDispatchMode):
     """Refuse to allocate more tensor elements in all than a stated number.
 
@@ -229,19 +221,18 @@ class _AllocationLimit(TorchDispatchMode):
 _LEAST_ELEMENTS = 2**14
 
 
-def _of_size(size: Any, *_: Any) -> int:
-    return math.prod(size)
-
-
 def _of_steps(*arguments: Any) -> float:  # arange: end, or start, end and perhaps step
     start, end, step = (0, *arguments, 1) if len(arguments) == 1 else (*arguments, 1)[:3]
     return abs((end - start) / step) if step else 0
 
 
 _ATEN = torch.ops.aten
+_FILLED = (
+    *(_ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full),
+    *(_ATEN.rand, _ATEN.randn, _ATEN.empty_strided),
+)
 _COUNTS: dict[Any, Any] = {
-    **dict.fromkeys((_ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full), _of_size),
-    **dict.fromkeys((_ATEN.rand, _ATEN.randn, _ATEN.empty_strided), _of_size),
+    **dict.fromkeys(_FILLED, lambda size, *_: math.prod(size)),
     _ATEN.arange: _of_steps,
     # A value for each layer, read one by one.
     _ATEN.linspace: lambda _start, _end, steps, *_: 1024 * steps,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tpvprune.disk.digest import digest_of
 from tpvprune.disk.path_checks import RANKING_FILE
-from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_tensors
+from tpvprune.disk.tensors import by_part, read_facts, read_tensors, save_tensors
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.budget import Budget, reaches
 from tpvprune.passes.clock import Clock, Counted

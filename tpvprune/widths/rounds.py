@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.disk.digest import digest_of
-from tpvprune.disk.state_dicts import load_tensors
-from tpvprune.disk.unfinished import by_part, read_facts, read_tensors, save_tensors
+from tpvprune.disk.tensors import by_part, load_tensors, read_facts, read_tensors, save_tensors
 from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.processes.membership import num_processes

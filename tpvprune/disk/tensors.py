@@ -1,21 +1,48 @@
-"""The state of an unfinished run: one safetensors file, written whole or not at all."""
+"""Tensors in files: state dicts as they are, and the state of an unfinished run."""
 
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpvprune.disk.atomic import written_file
-from tpvprune.disk.state_dicts import load_tensors
 
 _HEADER = "tpvprune_training"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors as a safetensors file; copies: it refuses those that share memory."""
+    copies = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    save_file(copies, path, metadata=metadata)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError if there is none, or it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: expected safetensors, found none or damage ({error}): save or copy it again"
+        ) from error
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors strictly, as those of the version that the classes of the module have now."""
+    # Files of tensors hold none, and some classes refuse that (MNASNet of torchvision).
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(module.state_dict(), "_metadata", {})
+    module.load_state_dict(state, strict=True)
 
 
 def save_state(
@@ -24,11 +51,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write modules, optimizer and facts, in the place of an earlier state.
-
-    ``path``: the file; ValueError tells if the system refuses to write it. ``modules``: name ->
-    module, such as the model and its moving average.
-    """
+    """Write modules (such as the model and its moving average), optimizer and facts."""
     tensors = by_part({name: module.state_dict() for name, module in modules.items()})
     numbers: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()
@@ -43,33 +66,18 @@ def save_state(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and facts, in the place of an earlier state.
-
-    ``path``: the file; ValueError tells if the system refuses to write it.
-    """
-    # Copies: safetensors refuses tensors that share memory.
-    copies = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
+    """Write tensors and facts, in the place of an earlier state."""
     with written_file(path) as unfinished:
-        save_file(copies, unfinished, metadata={_HEADER: json.dumps(facts)})
+        write_tensors(tensors, unfinished, {_HEADER: json.dumps(facts)})
 
 
 def by_part(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name tensors as :func:`read_tensors` finds them.
-
-    ``parts``: part -> name -> tensor; no part has a colon in it. Returns "part:name" -> tensor.
-    """
+    """Return "part:name" -> tensor for :func:`read_tensors`; no part has a colon in it."""
     return {f"{part}:{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts of a saved state.
-
-    ``path``: what ``save_tensors`` or ``save_state`` wrote. Returns the facts; of a training,
-    ``optimizer`` with its numbers too. ValueError if the file is damaged or something else.
-    """
+    """Return the facts of a saved state; ValueError if the file is damaged or something else."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[_HEADER]))
@@ -81,10 +89,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a saved state by the part of the name before the first colon.
-
-    ``path``: what ``save_tensors`` wrote. Returns part -> rest of the name -> tensor.
-    """
+    """Return the tensors of a saved state: part -> name in it -> tensor, see :func:`by_part`."""
     found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
@@ -96,11 +101,7 @@ def read_tensors(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Tensor
 def load_state(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put a saved state into modules and optimizer, in place and bit for bit.
-
-    ``path``: what ``save_state`` wrote for modules and an optimizer of the same build. ``modules``:
-    name -> module.
-    """
+    """Put what ``save_state`` wrote of the same build into modules and optimizer, in place."""
     saved = read_facts(path)["optimizer"]
     parts = read_tensors(path, (*modules, "optimizer"))
     for name, module in modules.items():
