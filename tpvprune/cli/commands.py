@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -186,10 +185,3 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     }
     show_evaluated(document)
     return 0, document
-
-
-def run_demo(args: argparse.Namespace) -> Outcome:
-    """Run the offline demonstration."""
-    demo = importlib.import_module("tpvprune.cli.demo")
-    outcome: Outcome = demo.main_demo(args)
-    return outcome

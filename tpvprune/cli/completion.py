@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -18,20 +17,14 @@ class PrintCompletion(argparse.Action):
         super().__init__(*args, **kwargs)
         self.of = of
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> None:
         """Print."""
         try:
             shtab = importlib.import_module("shtab")
         except ImportError:
             parser.error("completion: needs shtab: pip install 'tpvprune[completion]'")
         _mark_paths(self.of, shtab)
-        print(shtab.complete(self.of, shell=values))
+        print(shtab.complete(self.of, shell=shell))
         parser.exit()
 
 

@@ -40,13 +40,10 @@ _ROWS: tuple[tuple[str, str, Literal["curves", "rank"]], ...] = (
 Labelled = tuple[Tensor, Tensor]
 
 
-def main_demo(
+def run_demo(
     args: argparse.Namespace, *, num_images: int = 900, num_epochs: int = 14
 ) -> tuple[int, dict[str, Any]]:
-    """Prune a small model on handwritten digits, compare criteria, and write the report.
-
-    A ValueError tells if the output folder cannot be written.
-    """
+    """Prune a small model on handwritten digits, compare criteria, and write the report."""
     (images, labels), held_out = _digits(args.seed)
     training = images[:num_images], labels[:num_images]
     say(

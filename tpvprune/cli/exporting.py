@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.cli.console import bar, counted, percent, say, table
+from tpvprune.cli.first_checks import has_images
 from tpvprune.cli.session import Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
@@ -28,7 +29,7 @@ _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
 
 def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Export, compare, and say how close the file's outputs are."""
-    given = any((args.data_dir is not None, args.data_list is not None, args.dataset))
+    given = has_images(args)
     _check(args, given=given)
     name = f"model-int8.{args.format}" if args.int8 else f"model.{args.format}"
     file = args.output or Path(args.folder) / name

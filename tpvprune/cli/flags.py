@@ -9,7 +9,7 @@ from typing import Any
 
 from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.completion import SHELLS, PrintCompletion
-from tpvprune.cli.flag_groups import Parser
+from tpvprune.cli.flag_groups import Parser, flag, switch
 from tpvprune.disk.versions import versions
 
 _EPILOG = (
@@ -50,20 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Command
     )
 
-    for name, add, usage, text in COMMANDS:
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=text,
-            description=text,
+            help=command.text,
+            description=command.text,
             epilog=_EPILOG,
-            usage=f"tpvprune {name} {usage}",
+            usage=f"tpvprune {name} {command.usage}",
         )
-        add(sub)
+        command.add(sub)
         run = sub.section("run")
-        run.add_argument(
-            "--seed", type=int, default=0, metavar="N", help="seed of every random choice (0)"
-        )
-        run.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        flag(run, "--seed", "N", "seed of every random choice (0)", type=int, default=0)
+        switch(run, "--json", "one JSON document on stdout")
     shell = commands.add_parser("completion", help="Print what makes a shell complete the flags.")
     shell.add_argument("shell", choices=SHELLS, action=PrintCompletion, of=parser)
     return parser

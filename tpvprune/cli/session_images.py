@@ -51,15 +51,14 @@ class Shown:
 
 def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
     """Open the images that the flags name."""
-    data_list = getattr(args, "data_list", None)
     is_array = not args.dataset and str(args.data_dir).endswith(".npy")
-    if labelled and (is_array or data_list is not None):
+    if labelled and (is_array or args.data_list is not None):
         raise ValueError(
-            f"{data_list or args.data_dir}: holds no labels: labelled images come in one "
+            f"{args.data_list or args.data_dir}: holds no labels: labelled images come in one "
             "subfolder per class"
         )
-    if data_list is not None:
-        return listed_images(data_list, root=args.data_dir)
+    if args.data_list is not None:
+        return listed_images(args.data_list, root=args.data_dir)
     if is_array:
         return array_images(args.data_dir)
     images = open_images(
