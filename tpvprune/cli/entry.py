@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import shlex
 import shutil
@@ -52,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(error)
     if args.json and first:
-        print(json.dumps(_plain(document), indent=2, allow_nan=False))
+        plain = importlib.import_module("tpvprune.reports.report").plain
+        print(json.dumps(plain(document), indent=2, allow_nan=False))
     return int(code)
 
 
@@ -109,18 +109,3 @@ def _fail(code: int, message: str) -> int:
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
     print(line, file=sys.stderr)
     return code
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON knows it: no infinities, no paths, no tensors."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG and HTML, and the numbers beside them.
+"""Small charts as inline SVG and HTML.
 
 Horizontal positions are percentages and vertical ones pixels, so that a chart takes the
 width it is given while its text keeps its size.
@@ -7,49 +7,15 @@ width it is given while its text keeps its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from tpvprune.reports.text import cell
+from tpvprune.reports.text import cell, percent
 
+_TOP = 18.0
 MAX_DOTS = 48
 MAX_SPREAD = 8
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage."""
-    return f"{100 * fraction:.{digits}f}\u202f%".replace("-", "\u2212")
-
-
-def whole(number: float) -> str:
-    """Write a count in full, thousands set apart."""
-    return f"{number:,.0f}".replace(",", "\u202f")
-
-
-def short(number: float) -> str:
-    """Write a count with three or four digits and a unit prefix."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            digits = 4 if number / size >= 100 else 3
-            return f"{number / size:#.{digits}g}\u202f{prefix}"
-    return f"{number:.4g}"
-
-
-def significant(number: float, digits: int = 3) -> str:
-    """Write any number with a stated number of significant digits."""
-    if number == 0 or not math.isfinite(number):
-        return f"{number:g}"
-    exponent = math.floor(math.log10(abs(number)))
-    if -4 <= exponent < 6:
-        text = f"{number:,.{max(0, digits - 1 - exponent)}f}".replace(",", "\u202f")
-    else:
-        text = f"{number / 10.0**exponent:.{digits - 1}f}·{power_of_ten(exponent)}"
-    return text.replace("-", "\u2212")
-
-
-def power_of_ten(exponent: int) -> str:
-    """Write a power of ten with raised digits."""
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) -> str:
@@ -92,38 +58,82 @@ def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None
     return f'<ul class="rows plain">{items}</ul>'
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y, error up and down or None) in [0, 1], drawn with a style class."""
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float, float | None]]
+
+
+def curve_chart(curves: Sequence[Curve], about: str) -> str:
+    """Draw fractions against the fraction of MACs, with error bars."""
+    points = [point for curve in curves for point in curve.points]
+    lowest = max(0.0, min(y - (error or 0.0) for _, y, error in points))
+    parts, across, down = _plane([p[0] for p in points], lowest, 300, ticks=8, sides=(8, 88))
+    for curve in curves:
+        numbers = ", ".join(f"{percent(y)} at {percent(x, 0)}" for x, y, _ in curve.points)
+        parts.append(f'<g class="{curve.style}">')
+        parts.append(f"<title>{cell(curve.label)}: {numbers}</title>")
+        at = [(across(x), down(y)) for x, y, _ in curve.points]
+        parts += _lines("curve", at)
+        for (x, y), (_, value, error) in zip(at, curve.points, strict=True):
+            if error:
+                ends = f'y1="{down(value - error)}" y2="{down(value + error)}"'
+                parts.append(f'<line class="error" x1="{x}" x2="{x}" {ends}/>')
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3"/>')
+        parts.append("</g>")
+    head = f'<svg height="{_TOP + 326}" role="img" aria-label="{cell(about)}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
 def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
-    """Draw fractions against the fraction of MACs, falling from left to right."""
+    """Draw fractions (label, colour, points) against the fraction of MACs, the last in words."""
     points = [point for _, _, line in series for point in line]
-    left, right = max(x for x, _ in points), min(x for x, _ in points)
-    low, step = nice_floor(min(y for _, y in points))
-    top, bottom = 18.0, 208.0
-
-    def across(x: float) -> float:
-        return 12 + 74 * (left - x) / max(left - right, 1e-9)
-
-    def down(y: float) -> float:
-        return top + (bottom - top) * (1 - y) / (1 - low)
-
-    parts = []
-    for tick in range(round((1 - low) / step) + 1):
-        value, y = percent(1 - tick * step, 0), down(1 - tick * step)
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="0" y="{y - 4:.1f}">{value}</text>')
-    for x in spaced(sorted({x for x, _ in points}, reverse=True), (left - right) / 6):
-        place = f'x="{across(x):.2f}%" y="{bottom + 18}" text-anchor="middle"'
-        parts.append(f"<text {place}>{percent(x, 0)}</text>")
+    lowest = min(y for _, y in points)
+    parts, across, down = _plane([p[0] for p in points], lowest, 190, ticks=6, sides=(12, 74))
     for label, colour, line in series:
-        at = [(f"{across(x):.2f}%", f"{down(y):.1f}") for x, y in line]
-        for (x1, y1), (x2, y2) in pairwise(at):
-            place = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
-            parts.append(f'<line class="{colour}-line" {place}/>')
+        at = [(across(x), down(y)) for x, y in line]
+        parts += _lines(f"{colour}-line", at)
         parts += [f'<circle class="{colour}-dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in at]
         place = f'x="{at[-1][0]}" y="{at[-1][1]}" dx="10" dy="4"'
         text = f"{percent(line[-1][1])}<title>{cell(label)}</title>"
         parts.append(f'<text class="value" {place}>{text}</text>')
     about = 'role="img" aria-label="Fractions of images against MACs"'
-    return f'<svg height="{bottom + 26}" {about}>{"".join(parts)}</svg>'
+    return f'<svg height="{_TOP + 216}" {about}>{"".join(parts)}</svg>'
+
+
+def _plane(
+    xs: Iterable[float], lowest: float, height: int, *, ticks: int, sides: tuple[int, int]
+) -> tuple[list[str], Callable[[float], str], Callable[[float], str]]:
+    """Return a grid, and what places fractions x, falling from left to right, and y on it."""
+    shares = sorted(set(xs), reverse=True)
+    span = shares[0] - shares[-1]
+    low, step = nice_floor(lowest)
+
+    def across(x: float) -> str:
+        return f"{sides[0] + sides[1] * (shares[0] - x) / max(span, 1e-9):.2f}%"
+
+    def down(y: float) -> str:
+        return f"{_TOP + height * (1 - min(max(y, low), 1.0)) / (1 - low):.1f}"
+
+    parts = []
+    for tick in range(round((1 - low) / step) + 1):
+        level = down(1 - tick * step)
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{level}" y2="{level}"/>')
+        parts.append(f'<text x="0" y="{float(level) - 4:.1f}">{percent(1 - tick * step, 0)}</text>')
+    for x in spaced(shares, span / ticks):
+        place = f'x="{across(x)}" y="{_TOP + height + 18}" text-anchor="middle"'
+        parts.append(f"<text {place}>{percent(x, 0)}</text>")
+    return parts, across, down
+
+
+def _lines(style: str, at: Sequence[tuple[str, str]]) -> list[str]:
+    return [
+        f'<line class="{style}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+        for (x1, y1), (x2, y2) in pairwise(at)
+    ]
 
 
 def score_panel(

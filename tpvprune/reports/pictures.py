@@ -10,18 +10,15 @@ from typing import Any
 
 from tpvprune.reports.charts import (
     MAX_SPREAD,
-    percent,
-    power_of_ten,
     scale_of,
     score_panel,
-    significant,
     step_chart,
     value_rows,
-    whole,
     width_rows,
 )
-from tpvprune.reports.tables import both, section
-from tpvprune.reports.text import cell
+from tpvprune.reports.page import reasons, section
+from tpvprune.reports.tables import both
+from tpvprune.reports.text import cell, percent, power_of_ten, significant, whole
 
 
 def widths(data: Mapping[str, Any]) -> str:
@@ -135,20 +132,21 @@ def blocked(data: Mapping[str, Any]) -> str:
     by_reason: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for group in left:
         by_reason[str(group.get("reason") or "no reason given")].append(group)
-    items = ""
-    for reason, groups in by_reason.items():
-        names = ", ".join(
-            f"{cell(g['name'])} ({cell(g['num_channels'])})"
-            if g.get("num_channels")
-            else cell(g["name"])
-            for g in groups
+    named = [
+        (
+            ", ".join(
+                f"{g['name']} ({g['num_channels']})" if g.get("num_channels") else str(g["name"])
+                for g in groups
+            ),
+            reason,
         )
-        items += f'<li><span class="name">{names}</span>{cell(reason)}</li>'
+        for reason, groups in by_reason.items()
+    ]
     group, unit = ("layer", "weights") if data.get("of") == "weights" else ("group", "channels")
     about = f"<p>{len(left)} {group}s keep all their {unit}.</p>"
     if len(left) == 1:
         about = f"<p>One {group} keeps all its {unit}.</p>"
-    return section("Layers left whole", about, f'<ul class="reasons">{items}</ul>')
+    return section("Layers left whole", about, reasons(named))
 
 
 def _error_words(scores: Mapping[str, Any]) -> str:

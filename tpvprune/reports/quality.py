@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.reports.charts import percent, short, whole
-from tpvprune.reports.tables import section
-from tpvprune.reports.text import cell
+from tpvprune.reports.page import section, table, table_row
+from tpvprune.reports.text import cell, minus, percent, short, whole
 
 
 def sizes_tried(data: Mapping[str, Any]) -> str:
@@ -15,9 +14,8 @@ def sizes_tried(data: Mapping[str, Any]) -> str:
     quality = data.get("quality")
     if not quality:
         return ""
-    names = ("Kept", "MACs", "Parameters", "Points lost", "Interval")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
-    body = "".join(_row(size, data.get("keep")) for size in quality["sizes"])
+    heads = ("Kept", "MACs", "Parameters", "Points lost", "Interval")
+    rows = [_row(size, data.get("keep")) for size in quality["sizes"]]
     of = cell(quality["of"])
     about = (
         f"<p>The smallest size that loses at most {float(quality['max_loss']):g} points of {of}, "
@@ -28,19 +26,16 @@ def sizes_tried(data: Mapping[str, Any]) -> str:
     )
     if quality["of"] == "top-1":
         about += "<p>Labels chose between these sizes alone: no score, width or repair saw one.</p>"
-    return section(
-        "Sizes tried", about, f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-    )
+    return section("Sizes tried", about, table(heads, rows))
 
 
 def _row(size: Mapping[str, Any], keep: Any) -> str:
     loss = size["loss"]
-    cells = (
+    values = (
         percent(size["share"]), short(size["macs"]), short(size["params"]), _points(loss["points"]),
         f"{_points(loss['low'])} to {_points(loss['high'])}",
     )  # fmt: skip
-    mark = " class=ours" if size["keep"] == keep else ""
-    return f"<tr{mark}>{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
+    return table_row(None, values, ours=size["keep"] == keep)
 
 
 def _loss(loss: Mapping[str, Any]) -> str:
@@ -51,4 +46,4 @@ def _loss(loss: Mapping[str, Any]) -> str:
 
 
 def _points(number: float) -> str:
-    return f"{number:.2f}".replace("-", "\u2212")
+    return minus(f"{number:.2f}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tpvprune.reports.charts import power_of_ten, significant
-from tpvprune.reports.text import cell
+from tpvprune.reports.text import cell, power_of_ten, significant
 
 _SIDE, _LEFT, _TOP = 320.0, 56.0, 10.0
 

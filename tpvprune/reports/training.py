@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.reports.charts import percent, significant, whole
-from tpvprune.reports.tables import section
+from tpvprune.reports.page import section, table_row
+from tpvprune.reports.text import percent, significant, whole
 
 
 def training(data: Mapping[str, Any]) -> str:
@@ -33,7 +33,7 @@ def training(data: Mapping[str, Any]) -> str:
         rows.append((label, " \u2192 ".join(cells)))
     if facts.get("fraction", 1.0) < 1:
         rows.append(("Of the way to the last weights", f"{facts['fraction']:g}"))
-    body = "".join(f"<tr><th>{label}</th><td>{value}</td></tr>" for label, value in rows)
+    body = "".join(table_row(label, [value]) for label, value in rows)
     teacher = (
         "With labels and cross-entropy."
         if facts.get("used_labels")
