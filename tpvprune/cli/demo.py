@@ -120,7 +120,7 @@ def _train(model: nn.Module, images: Tensor, labels: Tensor, *, num_epochs: int,
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
     order = torch.empty(0)
-    for step in bar("training", total=steps, unit="step")(range(steps)):
+    for step in bar("training", unit="step")(range(steps)):
         if step % num_batches == 0:
             order = torch.randperm(len(images), generator=generator)
         batch = order[step % num_batches * 64 :][:64]

@@ -18,6 +18,7 @@ from tpvprune.images.loading import ImageBatches, choose_images, in_memory
 from tpvprune.images.sources import ImageSource, open_images
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.loss import Losses
 from tpvprune.processes.shares import share, total
 from tpvprune.scores.tpv import Scores, tpv_scores
 
@@ -39,6 +40,25 @@ class EvalImages:
         return f"{num} {self.kind} image{'' if num == 1 else 's'}"
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What `prune` works with: the model, layers to leave whole, images to prune and measure with.
+
+    ``labelled``: the batches of `--eval-dir`, or None. With ``--max-loss`` some images decide on
+    the size (``deciding``), and what measures the result has not seen them. ``seconds``: what
+    reading took.
+    """
+
+    subject: Subject
+    layers: tuple[str, ...]
+    images: ImageSource
+    batches: Any
+    labelled: Any
+    eval_images: EvalImages
+    seconds: dict[str, float]
+    deciding: Losses | None = None
+
+
 class Shown:
     """Re-iterable batches whose every pass shows a progress bar."""
 
@@ -46,7 +66,7 @@ class Shown:
         self.batches, self.title = batches, title
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(bar(self.title, total=_length(self.batches))(self.batches))
+        return iter(bar(self.title)(self.batches))
 
 
 def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
@@ -237,7 +257,7 @@ def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
     if args.eval_dir is None:
         return None
-    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    images = _labelled_source(args)
     check_classes(images, subject.model, class_map=args.class_map)
     chosen = choose(args, subject, images, None, labelled=True)
     return in_memory(chosen, progress=bar("reading labelled images"))
@@ -247,8 +267,12 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
     """Return what the class folders of `--eval-dir` are called, or None without one."""
     if args.eval_dir is None:
         return None
-    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
-    return None if images.class_names is None else list(images.class_names)
+    names = _labelled_source(args).class_names
+    return None if names is None else list(names)
+
+
+def _labelled_source(args: argparse.Namespace) -> ImageSource:
+    return open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
 
 
 def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
@@ -283,10 +307,3 @@ def num_images(batches: Any) -> int | None:
     if isinstance(batches, ImageBatches):
         return batches.total
     return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.cli.console import show_pruned
 from tpvprune.cli.pruning_options import outputs_of
 from tpvprune.cli.session import Subject, provenance
-from tpvprune.cli.session_images import EvalImages, Shown, class_names, num_images
+from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroups
@@ -24,27 +25,24 @@ from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement, evaluate, measure_latency
 from tpvprune.pipeline import PruningResult
 from tpvprune.processes.shares import by_first
+from tpvprune.reports.report import report_data
+from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.saved.models import pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
 
 _LATENCY_ROUNDS = 5
 
 
-def pruned_document(
+def finished(
     args: argparse.Namespace,
-    subject: Subject,
+    opened: Opened,
     result: PruningResult | WeightPruningResult,
-    *,
-    images: ImageSource,
-    batches: Any,
-    eval_images: EvalImages,
-    labelled: Any,
     clock: Clock,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure the pruned model beside the dense one, and return all that is known of it."""
-    dense, pruned = measured(
-        args, subject, result.model, labelled, clock, speed=result.report.get("speed")
-    )
+) -> tuple[int, dict[str, Any]]:
+    """Measure a pruned model beside the dense one, save it, and show what it cost."""
+    subject, eval_images = opened.subject, opened.eval_images
+    speed = result.report.get("speed")
+    dense, pruned = measured(args, subject, result.model, opened.labelled, clock, speed=speed)
     dense["agreement"] = 1.0
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
@@ -59,14 +57,21 @@ def pruned_document(
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, eval_images),
+        "images": image_facts(opened.images, opened.batches, eval_images),
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
-    if isinstance(result, PruningResult):  # zeros among the weights make nothing faster
+    if isinstance(result, PruningResult):
         slow = said_of_speed(dense, pruned, of=args.of)
         document["warnings"] = [*document["warnings"], *slow]
-    return document, seen
+        how = {**saved_with(args, subject), "report": {**report_data(result), **document, **seen}}
+        by_first(save_pruned, result, args.output, **how)
+    else:  # zeros among the weights make nothing faster
+        how = saved_with(args, subject, granularity=args.granularity)
+        how |= {"report": {**document, **seen}, "masks": result.masks}
+        save_pruned(result.model, args.output, **how)
+    show_pruned(document)
+    return (0 if document["reached"] else 3), document
 
 
 def said_of_speed(dense: Mapping[str, Any], pruned: Mapping[str, Any], *, of: str) -> list[str]:
