@@ -47,7 +47,7 @@ def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     def drawn(seed: int) -> Any:
         of_seed = argparse.Namespace(**{**vars(args), "seed": seed})
-        chosen, _ = calibration(of_seed, subject, images, labelled=plan.labelled, held_out=0)
+        chosen = calibration(of_seed, subject, images, labelled=plan.labelled)
         return chosen if plan.labelled else unlabeled(chosen, device=subject.device)
 
     rows, left_out = benchmarking.run_benchmark(

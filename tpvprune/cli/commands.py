@@ -29,8 +29,10 @@ from tpvprune.cli.session_images import (
 )
 from tpvprune.cli.session_results import (
     blocked_facts,
+    group_facts,
     image_facts,
     latencies,
+    smallest_facts,
     write_json,
 )
 from tpvprune.depth import branch_savings, find_branches
@@ -56,7 +58,7 @@ def run_score(args: argparse.Namespace) -> Outcome:
     if args.num_images == AUTO:
         scores = scored_until_known(args, subject, images, groups)
     else:
-        batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
+        batches = calibration(args, subject, images, labelled=used_labels)
         score = scorer(args.criterion)
         known = inspect.signature(score).parameters
         given = {**probing_options(args), "outputs": outputs_of(args)}
@@ -96,21 +98,11 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     for group in groups:
         share = 1 - groups.macs({group.name: smallest[group.name]}) / total
         rows.append((group.name, group.unit, str(group.num_channels), percent(share)))
-        listed.append(
-            {
-                "name": group.name,
-                "unit": group.unit,
-                "num_channels": group.num_channels,
-                "macs_share": share,
-            }
-        )
+        listed.append({**group_facts(group), "macs_share": share})
     document = {
         **provenance(args, subject),
         "dense": {"macs": total, "params": groups.params()},
-        "smallest": {
-            "macs": groups.macs(smallest),
-            "params": groups.params(narrowest(groups, "params")),
-        },
+        "smallest": smallest_facts(groups),
         "groups": listed,
         "branches": _branches(subject, groups),
         "blocked": blocked_facts(groups),

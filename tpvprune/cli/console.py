@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tpvprune.cli import outcome
-from tpvprune.reports.costs import cost_labels
+from tpvprune.reports.text import cost_labels
 
 _WIDTH = 80
 

@@ -17,13 +17,19 @@ from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
 from tpvprune.cli.session import ignored, open_subject
 from tpvprune.cli.session_images import (
+    EvalImages,
     Opened,
-    images_to_prune_with,
+    calibration,
+    choose_apart,
+    labelled_images,
+    num_eval_images,
     open_data,
+    others,
     scored_until_known,
 )
 from tpvprune.cli.session_results import finished
 from tpvprune.groups import find_groups
+from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
@@ -92,9 +98,15 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
         args.num_images = max(_FEWEST, scored.num_samples)
     clock = Clock(None)
     with clock("reading images"):
-        batches, evaluated, eval_images = images_to_prune_with(
-            args, subject, images, labelled=labelled, apart=apart
-        )
+        evaluated = labelled_images(args, subject)
+        batches = calibration(args, subject, images, labelled=labelled, apart=apart)
+        if evaluated is not None:
+            eval_images = EvalImages(evaluated, "labelled")
+        elif apart:
+            measuring = in_memory(choose_apart(args, subject, images, apart))
+            eval_images = EvalImages(measuring, "held-back")
+        else:
+            eval_images = others(args, subject, images, batches, num_eval_images(subject))
     opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds)
     if args.max_loss is None:
         return opened

@@ -163,14 +163,9 @@ def calibration(
     images: ImageSource,
     *,
     labelled: bool,
-    held_out: int = 0,
     apart: int = 0,
-) -> tuple[Any, EvalImages | None]:
-    """Return the images that pruning sees, and others to measure agreement on.
-
-    The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
-    they are what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
-    """
+) -> Any:
+    """Return the images that pruning sees."""
     num, skip = all_but(apart, images, args.num_images)
     chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
     if labelled:
@@ -180,22 +175,27 @@ def calibration(
         raise ValueError(f"{images.name}: expected images, found none")
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
-    if apart:
-        return batches, EvalImages(
-            in_memory(choose_apart(args, subject, images, apart)), "held-back"
-        )
-    if not held_out:
-        return batches, None
+    return batches
 
-    def others(num: int) -> Any:
+
+def others(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, batches: Any, num: int
+) -> EvalImages:
+    """Return up to so many images beside those that pruning sees, to measure agreement on.
+
+    They take no part in a repair. Where the set holds hardly more than pruning asks for, they are
+    what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
+    """
+
+    def left(num: int) -> Any:
         return in_memory(choose(args, subject, images, num, skip=args.num_images))
 
-    left = 0 if images.count is None else images.count - args.num_images
-    if left >= _ENOUGH:
-        return batches, EvalImages(others(held_out), "other")
-    held = _first(hold_back(batches, seed=args.seed)[1], held_out)
-    room = held_out - int(total(sum(map(len, held))))
-    return batches, EvalImages([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
+    more = 0 if images.count is None else images.count - args.num_images
+    if more >= _ENOUGH:
+        return EvalImages(left(num), "other")
+    held = _first(hold_back(batches, seed=args.seed)[1], num)
+    room = num - int(total(sum(map(len, held))))
+    return EvalImages([*held, *(left(room) if min(more, room) > 0 else ())], "held-back")
 
 
 def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
@@ -231,26 +231,6 @@ def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[in
         return num_images, apart
     rest = images.count - apart
     return (rest if num_images is None else min(num_images, rest)), 0
-
-
-def images_to_prune_with(
-    args: argparse.Namespace,
-    subject: Subject,
-    images: ImageSource,
-    *,
-    labelled: bool = False,
-    apart: int = 0,
-) -> tuple[Any, Any, EvalImages]:
-    """Return what `prune` sees, and what it is measured on."""
-    evaluated = labelled_images(args, subject)
-    held_out = num_eval_images(subject) if evaluated is None else 0
-    batches, eval_images = calibration(
-        args, subject, images, labelled=labelled, held_out=held_out, apart=apart
-    )
-    if evaluated is not None:
-        eval_images = EvalImages(evaluated, "labelled")
-    assert eval_images is not None
-    return batches, evaluated, eval_images
 
 
 def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:

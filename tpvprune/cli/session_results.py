@@ -17,7 +17,7 @@ from tpvprune.cli.session import Subject, provenance
 from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.digest import file_digest
-from tpvprune.groups import ChannelGroups
+from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_nonzero_params
@@ -29,6 +29,8 @@ from tpvprune.reports.report import report_data
 from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.saved.models import pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.narrowest import narrowest
 
 _LATENCY_ROUNDS = 5
 
@@ -133,8 +135,10 @@ def measured(
     """Return latency, accuracy and non-zero parameters of the dense and of the pruned model."""
     models, clock = (subject.model, pruned), clock or Clock(None)
     with clock("latency"):
-        in_runtime = speed is not None and speed["runtime"] != "eager"
-        timings = _timed_before(speed) if in_runtime else latencies(args, subject, models)
+        if speed is not None and speed["runtime"] != "eager":
+            timings = [_timed_before(speed, side) for side in ("dense", "pruned")]
+        else:
+            timings = latencies(args, subject, models)
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
         for model, timed in zip(models, timings, strict=True)
@@ -148,19 +152,13 @@ def measured(
     return facts[0], facts[1]
 
 
-def _timed_before(speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the milliseconds of both models in the runtime that was asked for."""
-    assert speed is not None
-    return [
-        {
-            "latency_ms": speed[f"{side}_ms"],
-            "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
-            "latency_batch_size": speed["batch_size"],
-            "latency_runtime": speed["runtime"],
-            "latency_device": speed["device"],
-        }
-        for side in ("dense", "pruned")
-    ]
+def _timed_before(speed: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """Return the milliseconds of a model in the runtime that was asked for."""
+    return {
+        "latency_ms": speed[f"{side}_ms"],
+        "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
+        **{f"latency_{name}": speed[name] for name in ("batch_size", "runtime", "device")},
+    }
 
 
 def latencies(
@@ -200,6 +198,19 @@ def shown_changes(
         outputs=outputs_of(args),
     )  # fmt: skip
     return {"disagreement": found, "class_names": class_names(args)}
+
+
+def group_facts(group: ChannelGroup) -> dict[str, Any]:
+    """Return what a group is."""
+    return {"name": group.name, "unit": group.unit, "num_channels": group.num_channels}
+
+
+def smallest_facts(groups: ChannelGroups, limits: Limits | None = None) -> dict[str, float]:
+    """Return the costs that are left where every group is as narrow as it may be."""
+    return {
+        "macs": groups.macs(narrowest(groups, "macs", limits=limits)),
+        "params": groups.params(narrowest(groups, "params", limits=limits)),
+    }
 
 
 def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -49,17 +50,11 @@ _KEPT = (
     "blocked", "steps", "output_variance", "variance_share", "output_second_moment", "images_used",
     "timings",
 )  # fmt: skip
-_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def run_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model towards the dense one, without labels."""
-    return _run(args, labelled=False)
-
-
-def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model with labels."""
-    return _run(args, labelled=True)
+# What a recipe calls as the flags do.
+_AS_FLAGS = (
+    "minutes", "lr", "opt", "sched", "weight_decay", "warmup_epochs", "clip_grad",
+    "freeze_batchnorm", "seed",
+)  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -84,19 +79,11 @@ class Trained(NamedTuple):
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the flags say to train; a ValueError tells what is out of range."""
     return Recipe(
+        **{name: getattr(args, name) for name in _AS_FLAGS},
         epochs=None if args.minutes else args.epochs or _EPOCHS,
-        minutes=args.minutes,
-        lr=args.lr,
-        opt=args.opt,
-        sched=args.sched,
-        weight_decay=args.weight_decay,
-        warmup_epochs=args.warmup_epochs,
-        clip_grad=args.clip_grad,
         ema_decay=args.model_ema_decay,
-        amp=_AMP_TYPES[args.amp_dtype] if args.amp else None,
-        freeze_batchnorm=args.freeze_batchnorm,
+        amp=getattr(torch, args.amp_dtype) if args.amp else None,
         num_views=getattr(args, "num_views", None),
-        seed=args.seed,
     )
 
 
@@ -159,7 +146,7 @@ def trained(
         if labelled:
             model = finetune(subject.model, batches, recipe=during, **how)
         else:
-            how |= {field.name: getattr(during, field.name) for field in dataclasses.fields(during)}
+            how |= dataclasses.asdict(during)
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
     if labelled:
@@ -167,9 +154,8 @@ def trained(
         fraction = 1.0
     else:
         nearest = nearest_between(subject.model, model, reference, before)
-        model, fraction, found, after = (
-            nearest.model, nearest.fraction, nearest.found, nearest.end,
-        )  # fmt: skip
+        model, fraction = nearest.model, nearest.fraction
+        found, after = nearest.found, nearest.end
     if not math.isfinite(after.output_variance):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
@@ -220,6 +206,7 @@ def state_file(output: Path, kind: str = "unfinished") -> Path:
 
 
 def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+    """Train a saved pruned model towards the dense one, or with labels."""
     recipe_of(args)
     args.folder = local_folder(args.folder)
     config, earlier = read_config(args.folder), read_report(args.folder)
@@ -269,6 +256,9 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     by_first(state_file(args.output).unlink, missing_ok=True)
     show_trained(document)
     return 0, document
+
+
+run_distill, run_finetune = partial(_run, labelled=False), partial(_run, labelled=True)
 
 
 def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:

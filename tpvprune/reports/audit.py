@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpvprune.reports.charts import scatter_chart
 from tpvprune.reports.page import left_out, page, section, table, table_row, with_error
-from tpvprune.reports.scatter import scatter_chart
 from tpvprune.reports.tables import making
 from tpvprune.reports.text import cell, minus, percent, significant, whole
 

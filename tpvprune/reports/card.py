@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.reports.costs import cost_labels
-from tpvprune.reports.text import percent, significant, whole
+from tpvprune.reports.text import cost_labels, percent, significant, whole
 
 _ROWS = (
     ("top1", "top-1", lambda x: percent(x, 2)),

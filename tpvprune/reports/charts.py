@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tpvprune.reports.text import cell, percent
+from tpvprune.reports.text import cell, percent, power_of_ten, significant
 
 _TOP = 18.0
+_SIDE, _LEFT, _ABOVE = 320.0, 56.0, 10.0  # of a scatter chart
 MAX_DOTS = 48
 MAX_SPREAD = 8
 
@@ -171,6 +172,55 @@ def score_panel(
             )
         dots.append(f'<circle class="{colour}-dot" cx="{x}" cy="{down(value):.1f}" r="1.6"/>')
     return f'<svg height="84" aria-hidden="true">{"".join(parts + dots)}</svg>'
+
+
+def scatter_chart(
+    points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], across: str, up: str
+) -> str:
+    """Draw points with their standard errors and the diagonal, on log scales.
+
+    Points with a value that is not positive have no place there and are left out.
+    """
+    shown = [p for p in points if p[1][0] > 0 and p[2][0] > 0]
+    if not shown:
+        raise ValueError("scatter: expected a point with two positive values, found none")
+    logs = [math.log10(value) for _, x, y in shown for value in (x[0], y[0])]
+    low, high = min(logs) - 0.1, max(logs) + 0.1
+
+    def place(value: float) -> float:
+        exponent = math.log10(value) if value > 0 else low
+        return _SIDE * (min(max(exponent, low), high) - low) / (high - low)
+
+    right, bottom = _LEFT + _SIDE, _ABOVE + _SIDE
+    parts = [f'<line class="grid" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{_ABOVE}"/>']
+    for exponent in range(math.ceil(low), math.floor(high) + 1):
+        at = place(10.0**exponent)
+        x, y, text = _LEFT + at, bottom - at, power_of_ten(exponent)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_ABOVE}" y2="{bottom}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for name, (x_value, x_error), (y_value, y_error) in shown:
+        x, y = _LEFT + place(x_value), bottom - place(y_value)
+        ends = [_LEFT + place(x_value - x_error), _LEFT + place(x_value + x_error)]
+        ends += [bottom - place(y_value - y_error), bottom - place(y_value + y_error)]
+        a, b, c, d = (f"{end:.1f}" for end in ends)
+        parts.append(f'<line class="kept-bar" x1="{a}" x2="{b}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="kept-bar" x1="{x:.1f}" x2="{x:.1f}" y1="{c}" y2="{d}"/>')
+        label = f"{name}: {significant(x_value)} {across}, {significant(y_value)} {up}"
+        parts.append(
+            f'<circle class="kept-dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
+            f"<title>{cell(label)}</title></circle>"
+        )
+    middle = _LEFT + _SIDE / 2
+    parts.append(f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{cell(across)}</text>')
+    parts.append(
+        f'<text transform="rotate(-90)" x="{-(_ABOVE + _SIDE / 2)}" y="14" '
+        f'text-anchor="middle">{cell(up)}</text>'
+    )
+    size = f'width="{right + 10:.0f}" height="{bottom + 46:.0f}"'
+    about = f'role="img" aria-label="{cell(up)} against {cell(across)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>'
 
 
 def scale_of(values: Sequence[float]) -> tuple[float, float] | None:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpvprune.reports.charts import Curve, curve_chart
-from tpvprune.reports.costs import cost_labels
 from tpvprune.reports.page import dots, page, section, table, table_row
 from tpvprune.reports.style import hues
 from tpvprune.reports.tables import both, command_lines, share_of
-from tpvprune.reports.text import cell, minus, percent, short, significant, whole
+from tpvprune.reports.text import cell, cost_labels, minus, percent, short, significant, whole
 
 Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""

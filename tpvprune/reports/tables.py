@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tpvprune.reports.costs import cost_labels
 from tpvprune.reports.page import section, table, table_row
-from tpvprune.reports.text import cell, minus, percent, short, significant, whole
+from tpvprune.reports.text import cell, cost_labels, minus, percent, short, significant, whole
 
 _COLUMNS = {
     "criterion": "Criterion",

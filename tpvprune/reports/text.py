@@ -1,10 +1,17 @@
-"""Texts of a page: whatever a report holds, and its numbers as people read them."""
+"""Texts of a page: what a report holds, numbers as people read them, and names of costs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
 from typing import Any
+
+_LABELS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "nonzero_params": "non-zero parameters",
+}
 
 
 def cell(value: Any) -> str:
@@ -55,3 +62,12 @@ def power_of_ten(exponent: int) -> str:
 def minus(text: str) -> str:
     """Write a number with a minus sign in the place of a hyphen."""
     return text.replace("-", "\u2212")
+
+
+def cost_labels(*sides: Mapping[str, Any]) -> dict[str, str]:
+    """Return what to show of some models; non-zero parameters only where some are zero."""
+    masked = any(
+        side.get("nonzero_params") is not None and side["nonzero_params"] != side.get("params")
+        for side in sides
+    )
+    return {key: label for key, label in _LABELS.items() if masked or key != "nonzero_params"}
