@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.cli.console import percent, say, stages, table
-from tpvprune.cli.session import Subject, ignored, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_subject, provenance
 from tpvprune.cli.session_images import calibration, choose, open_data
 from tpvprune.cli.session_results import write_json
 from tpvprune.diagnostics.catalogue import MEASURES, Setting, setting_of
@@ -41,7 +41,7 @@ _FEWEST = 16
 _NOISY_IMAGES, _DRAWS = 256, 4  # of the Monte-Carlo forms, whose cost is their product
 
 
-def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_audit(args: argparse.Namespace) -> Outcome:
     """Measure the model, change what should not matter, measure again, and show what moved."""
     criteria = args.criteria or DEFAULT_CRITERIA
     _known("--criteria", criteria, CRITERIA)

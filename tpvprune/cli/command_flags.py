@@ -331,7 +331,7 @@ COMMANDS = {
         "file", _UNTOUCHED,
     ),
     "latency-table": Command(
-        _add_latency_table, "latency", "--model M --output F [options]",
+        _add_latency_table, "commands", "--model M --output F [options]",
         "Measure what widths cost on this device, for `prune --latency-runtime table` on another.",
         "file", _UNTOUCHED,
     ),

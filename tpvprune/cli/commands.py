@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tpvprune.cli.console import (
@@ -18,7 +19,7 @@ from tpvprune.cli.console import (
 )
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import outputs_of, probing_options
-from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
     calibration,
@@ -36,16 +37,16 @@ from tpvprune.cli.session_results import (
     write_json,
 )
 from tpvprune.depth import branch_savings, find_branches
-from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
 from tpvprune.images.loading import in_memory
 from tpvprune.passes.costs import count_nonzero_params
 from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
 from tpvprune.processes.shares import by_first
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.widths.latency import calibrated, measured_table
+from tpvprune.widths.latency_file import write_latency_table
 from tpvprune.widths.narrowest import narrowest
-
-Outcome = tuple[int, dict[str, Any]]
 
 
 def run_score(args: argparse.Namespace) -> Outcome:
@@ -176,4 +177,37 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         "images": image_facts(images, batches),
     }
     show_evaluated(document)
+    return 0, document
+
+
+def run_latency_table(args: argparse.Namespace) -> Outcome:
+    """Measure layers and whole networks, write the table, and say how far it can be trusted."""
+    subject = open_subject(args)
+    model, x = subject.model, subject.example[:1]
+    model = unfuse_attention(model) if fused_attention(model) else model
+    groups = find_groups(model, x)
+    batch = x.repeat_interleave(args.latency_batch_size, 0)
+    first = measured_table(
+        model, groups, batch, runtime=args.latency_runtime, num_threads=args.latency_threads
+    )
+    timed, speed = calibrated(first, model, groups, batch)
+    write_latency_table(args.output, replace(timed, model=subject.made.name))
+    say(f"{subject.made.name}: {len(timed.layers)} layers timed, {timed.device}")
+    say(
+        f"the whole network: {speed.dense_ms:.2f} ms, at half of every width "
+        f"{speed.pruned_ms:.2f} ms (quartiles of the ratio {speed.ratio_low:.3f} to "
+        f"{speed.ratio_high:.3f})"
+    )
+    say(f"saved: {args.output}")
+    document = {
+        **provenance(args, subject),
+        "device": timed.device,
+        "runtime": timed.runtime,
+        "batch_size": timed.batch_size,
+        "num_threads": timed.num_threads,
+        "num_layers": len(timed.layers),
+        "dense_ms": speed.dense_ms,
+        "half_ms": speed.pruned_ms,
+        "output": str(args.output),
+    }
     return 0, document

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, before_after, percent, say, stages, table
-from tpvprune.cli.session import Subject, provenance
+from tpvprune.cli.session import Outcome, Subject, provenance
 from tpvprune.cli.session_results import measured
 from tpvprune.groups.removal import remove_channels
 from tpvprune.images.preprocessing import resolve_preprocessing
@@ -40,9 +40,7 @@ _ROWS: tuple[tuple[str, str, Literal["curves", "rank"]], ...] = (
 Labelled = tuple[Tensor, Tensor]
 
 
-def run_demo(
-    args: argparse.Namespace, *, num_images: int = 900, num_epochs: int = 14
-) -> tuple[int, dict[str, Any]]:
+def run_demo(args: argparse.Namespace, *, num_images: int = 900, num_epochs: int = 14) -> Outcome:
     """Prune a small model on handwritten digits, compare criteria, and write the report."""
     (images, labels), held_out = _digits(args.seed)
     training = images[:num_images], labels[:num_images]

@@ -12,7 +12,7 @@ from torch import nn
 
 from tpvprune.cli.console import bar, counted, percent, say, table
 from tpvprune.cli.first_checks import has_images
-from tpvprune.cli.session import Subject, open_evaluated, provenance
+from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
@@ -27,7 +27,7 @@ _WIDE = 10.0
 _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
 
 
-def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_export(args: argparse.Namespace) -> Outcome:
     """Export, compare, and say how close the file's outputs are."""
     given = has_images(args)
     _check(args, given=given)

@@ -16,7 +16,7 @@ from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
 from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
-from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_facts
 from tpvprune.cli.single_weights import asked_for
@@ -42,7 +42,7 @@ _GUESS = 1024  # images that --num-images auto may take
 _MORE = {"reconstruct": "block reconstruction (minutes), "}
 
 
-def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def plan_prune(args: argparse.Namespace) -> Outcome:
     """Say what `prune` would cut down to, with which images, and about how long it would take."""
     if asked_for(args):
         return _plan_weights(args)
@@ -144,7 +144,7 @@ def _say_limit(args: argparse.Namespace, apart: int) -> None:
     )
 
 
-def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _plan_weights(args: argparse.Namespace) -> Outcome:
     subject = open_subject(args)
     images = open_data(args, labelled=False)
     layers = ignored(args, subject)
@@ -183,7 +183,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return 0, document
 
 
-def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+def _plan_training(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     """Say how a saved model would be trained, and about how long it would take."""
     recipe = recipe_of(args)
     args.folder = local_folder(args.folder)
@@ -216,7 +216,7 @@ plan_distill = partial(_plan_training, labelled=False)
 plan_finetune = partial(_plan_training, labelled=True)
 
 
-def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def plan_benchmark(args: argparse.Namespace) -> Outcome:
     """Say which rows `benchmark` would measure, and about how long it would take."""
     subject = open_subject(args)
     plan = plan_of(args, subject)

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs, write_page
 from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
-from tpvprune.cli.session import ignored, open_subject
+from tpvprune.cli.session import Outcome, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
     Opened,
@@ -42,7 +41,6 @@ from tpvprune.scores.criterion_names import is_labelled
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Ranking
 
-Outcome = tuple[int, dict[str, Any]]
 _FEWEST = 512  # images for a repair, where the scores would do with less
 
 

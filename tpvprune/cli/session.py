@@ -24,6 +24,9 @@ from tpvprune.saved.checkpoint import load_pruned, read_config, saved_masks
 from tpvprune.saved.downloads import local_folder
 from tpvprune.saved.models import ModelSource, is_factory, load_model
 
+Outcome = tuple[int, dict[str, Any]]
+"""What a command returns: its exit code and its document."""
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tpvprune.cli.console import show_pruned
 from tpvprune.cli.pruning_options import outputs_of
-from tpvprune.cli.session import Subject, provenance
+from tpvprune.cli.session import Outcome, Subject, provenance
 from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.digest import file_digest
@@ -40,7 +40,7 @@ def finished(
     opened: Opened,
     result: PruningResult | WeightPruningResult,
     clock: Clock,
-) -> tuple[int, dict[str, Any]]:
+) -> Outcome:
     """Measure a pruned model beside the dense one, save it, and show what it cost."""
     subject, eval_images = opened.subject, opened.eval_images
     speed = result.report.get("speed")

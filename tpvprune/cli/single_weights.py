@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from tpvprune.cli.console import stages
 from tpvprune.cli.flag_groups import STRUCTURES
 from tpvprune.cli.pruning_options import weight_options
-from tpvprune.cli.session import Subject
+from tpvprune.cli.session import Outcome, Subject
 from tpvprune.cli.session_images import Opened
 from tpvprune.cli.session_results import finished
 from tpvprune.groups import find_groups
@@ -43,7 +42,7 @@ def asked_for(args: argparse.Namespace) -> bool:
     return True
 
 
-def run(args: argparse.Namespace, opened: Opened) -> tuple[int, dict[str, Any]]:
+def run(args: argparse.Namespace, opened: Opened) -> Outcome:
     """Remove single weights, save, measure, and show what it cost."""
     subject = opened.subject
     with stages() as progress:

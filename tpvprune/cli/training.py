@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, counted, length_of, say, show_trained, updates
-from tpvprune.cli.session import Subject, open_pruned, provenance
+from tpvprune.cli.session import Outcome, Subject, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
     all_but,
@@ -205,7 +205,7 @@ def state_file(output: Path, kind: str = "unfinished") -> Path:
     return output.with_name(f"{output.name}.{kind}.safetensors")
 
 
-def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     """Train a saved pruned model towards the dense one, or with labels."""
     recipe_of(args)
     args.folder = local_folder(args.folder)

@@ -148,17 +148,15 @@ def score_panel(
     At most 48 channels are drawn, evenly spaced over the ranks. Scores below the scale lie on
     its lower end.
     """
-    low, high = scale
     top, bottom = 3.0, 81.0
 
     def down(value: float) -> float:
-        exponent = math.log10(value) if value > 0 else low
-        return bottom - (bottom - top) * (min(max(exponent, low), high) - low) / (high - low)
+        return bottom - _log_place(value, scale, bottom - top)
 
     order = sorted(range(len(values)), key=lambda channel: values[channel])
     num = min(len(order), MAX_DOTS)
     shown = [order[round(i * (len(order) - 1) / max(num - 1, 1))] for i in range(num)]
-    lines = (down(10.0**exponent) for exponent in range(math.ceil(low), math.floor(high) + 1))
+    lines = (down(10.0**exponent) for exponent in _decades(scale))
     parts = [f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>' for y in lines]
     dots = []
     for rank, channel in enumerate(shown):
@@ -185,15 +183,14 @@ def scatter_chart(
     if not shown:
         raise ValueError("scatter: expected a point with two positive values, found none")
     logs = [math.log10(value) for _, x, y in shown for value in (x[0], y[0])]
-    low, high = min(logs) - 0.1, max(logs) + 0.1
+    scale = min(logs) - 0.1, max(logs) + 0.1
 
     def place(value: float) -> float:
-        exponent = math.log10(value) if value > 0 else low
-        return _SIDE * (min(max(exponent, low), high) - low) / (high - low)
+        return _log_place(value, scale, _SIDE)
 
     right, bottom = _LEFT + _SIDE, _ABOVE + _SIDE
     parts = [f'<line class="grid" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{_ABOVE}"/>']
-    for exponent in range(math.ceil(low), math.floor(high) + 1):
+    for exponent in _decades(scale):
         at = place(10.0**exponent)
         x, y, text = _LEFT + at, bottom - at, power_of_ten(exponent)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_ABOVE}" y2="{bottom}"/>')
@@ -221,6 +218,16 @@ def scatter_chart(
     size = f'width="{right + 10:.0f}" height="{bottom + 46:.0f}"'
     about = f'role="img" aria-label="{cell(up)} against {cell(across)}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>'
+
+
+def _log_place(value: float, scale: tuple[float, float], length: float) -> float:
+    low, high = scale
+    exponent = math.log10(value) if value > 0 else low
+    return length * (min(max(exponent, low), high) - low) / (high - low)
+
+
+def _decades(scale: tuple[float, float]) -> range:
+    return range(math.ceil(scale[0]), math.floor(scale[1]) + 1)
 
 
 def scale_of(values: Sequence[float]) -> tuple[float, float] | None:

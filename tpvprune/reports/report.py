@@ -14,9 +14,8 @@ from torch import Tensor
 from tpvprune.reports.changes import classes, samples
 from tpvprune.reports.page import page
 from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
-from tpvprune.reports.quality import sizes_tried
+from tpvprune.reports.quality import sizes_tried, training
 from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
-from tpvprune.reports.training import training
 
 DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What comes of a page that is made of data of the wrong kind."""

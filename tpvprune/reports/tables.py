@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpvprune.reports.page import section, table, table_row
-from tpvprune.reports.text import cell, cost_labels, minus, percent, short, significant, whole
+from tpvprune.reports.text import (
+    cell,
+    cost_labels,
+    minus,
+    percent,
+    short,
+    side_by_side,
+    significant,
+    whole,
+)
 
 _COLUMNS = {
     "criterion": "Criterion",
@@ -130,11 +139,8 @@ def before_after(data: Mapping[str, Any]) -> str:
             lambda x: f"{significant(x[0])} \u2013 {significant(x[1])}\u202fms",
         ),
     }
-    rows = []
-    for key, (label, write) in writers.items():
-        values = [write(side[key]) if side.get(key) is not None else "" for side in (dense, pruned)]
-        if any(values):
-            rows.append(table_row(label, values))
+    named = [(key, *writer) for key, writer in writers.items()]
+    rows = [table_row(*line) for line in side_by_side(named, dense, pruned).items()]
     if not rows:
         return ""
     count = next((s["num_images"] for s in (pruned, dense) if s.get("num_images")), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -62,6 +62,17 @@ def power_of_ten(exponent: int) -> str:
 def minus(text: str) -> str:
     """Write a number with a minus sign in the place of a hyphen."""
     return text.replace("-", "\u2212")
+
+
+def side_by_side(
+    writers: Iterable[tuple[str, str, Callable[[Any], str]]], *sides: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return label -> the text of each side, where any has the key: (key, label, how to write)."""
+    found = {
+        label: ["" if side.get(key) is None else write(side[key]) for side in sides]
+        for key, label, write in writers
+    }
+    return {label: texts for label, texts in found.items() if any(texts)}
 
 
 def cost_labels(*sides: Mapping[str, Any]) -> dict[str, str]:
