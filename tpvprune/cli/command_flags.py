@@ -9,16 +9,11 @@ from typing import Literal, NamedTuple
 
 from tpvprune.cli.flag_groups import (
     Parser,
-    add_checkpointing,
+    add,
     add_criterion,
     add_data,
-    add_device,
-    add_dry_run,
-    add_eval_dir,
     add_file,
     add_folder,
-    add_ignore,
-    add_latency,
     add_latency_budget,
     add_model,
     add_model_kwargs,
@@ -39,7 +34,7 @@ from tpvprune.cli.flag_groups import (
 def _add_prune(sub: Parser) -> None:
     add_folder(sub, "folder that `prune` or `distill` wrote, to prune what it holds further")
     add_data(sub, 1024, auto=True)
-    add_eval_dir(sub)
+    add(sub, "--eval-dir")
     add_criterion(sub)
     recipe = sub.section("recipe (flags win)").add_mutually_exclusive_group()
     flag(recipe, "--like", "OUT", "folder of an earlier run, whose choices are repeated")
@@ -100,31 +95,26 @@ def _add_prune(sub: Parser) -> None:
         how, "--max-depth-removed", "X", type=fraction, default=0.5,
         text="where branches may go, the largest fraction of them that may (0.5)",
     )  # fmt: skip
-    add_checkpointing(how)
-    add_ignore(how)
+    add(sub, "--grad-checkpointing", "--ignore")
     add_training(sub, "training (with --repair distill)")
-    add_device(sub)
-    add_latency(sub)
+    add(sub, "--device", "--latency-repeats")
     add_output(sub, "folder for the pruned model and its report")
-    add_dry_run(sub)
+    add(sub, "--dry-run")
 
 
 def _add_score(sub: Parser) -> None:
     add_model(sub)
     add_data(sub, 1024, auto=True)
     add_criterion(sub)
-    how = sub.section("pruning")
-    switch(how, "--amp", "mixed precision (tpv)")
-    add_checkpointing(how)
-    add_ignore(how)
-    add_device(sub)
+    switch(sub.section("pruning"), "--amp", "mixed precision (tpv)")
+    add(sub, "--grad-checkpointing", "--ignore", "--device")
     add_output(sub, "JSON file for the scores")
 
 
 def _add_groups(sub: Parser) -> None:
     add_folder(sub)
     add_preprocessing(sub)
-    add_ignore(sub.section("pruning"))
+    add(sub, "--ignore")
 
 
 def _add_evaluate(sub: Parser) -> None:
@@ -134,8 +124,7 @@ def _add_evaluate(sub: Parser) -> None:
         "OUT is compared with this checkpoint of the dense model, or with `pretrained`",
     )  # fmt: skip
     add_data(sub, None, split="validation")
-    add_device(sub)
-    add_latency(sub)
+    add(sub, "--device", "--latency-repeats")
 
 
 def _add_trained(sub: Parser, *, teacher: bool = True) -> None:
@@ -148,11 +137,9 @@ def _add_trained(sub: Parser, *, teacher: bool = True) -> None:
     flag(model, "--model", "M", "package.module:factory, if OUT holds a model of your own")
     add_model_kwargs(model)
     add_data(sub, None)
-    add_eval_dir(sub)
-    add_device(sub)
-    add_latency(sub)
+    add(sub, "--eval-dir", "--device", "--latency-repeats")
     add_output(sub, "folder for the trained model and its report")
-    add_dry_run(sub)
+    add(sub, "--dry-run")
     add_training(sub, teacher=teacher)
 
 
@@ -160,14 +147,14 @@ def _add_latency_table(sub: Parser) -> None:
     add_model(sub)
     add_preprocessing(sub)
     add_latency_budget(sub.section("time"), table=False)
-    add_device(sub)
+    add(sub, "--device")
     add_output(sub, "JSON file for the table")
 
 
 def _add_benchmark(sub: Parser) -> None:
     add_model(sub)
     add_data(sub, 1024)
-    add_eval_dir(sub)
+    add(sub, "--eval-dir")
     how = sub.section("comparison (lists with commas between)")
     flag(
         how, "--criteria", "LIST", type=listed(word), default=["tpv", "magnitude", "taylor"],
@@ -192,9 +179,9 @@ def _add_benchmark(sub: Parser) -> None:
         how, "--iterative", "N", type=count, default=1,
         text="go to the one --keep in N equal steps, scored anew each, and measure after each (1)",
     )  # fmt: skip
-    add_device(sub)
+    add(sub, "--device")
     add_output(sub, "folder for rows, table and page; a run that was stopped goes on")
-    add_dry_run(sub)
+    add(sub, "--dry-run")
 
 
 def _add_compare(sub: Parser) -> None:
@@ -232,7 +219,7 @@ def _add_export(sub: Parser) -> None:
         "checkpoint of the dense model, or `pretrained`, to compare OUT with (--int8)",
     )  # fmt: skip
     add_data(sub, None, shown="64, with --int8 512")
-    add_latency(sub)
+    add(sub, "--latency-repeats")
 
 
 def _add_audit(sub: Parser) -> None:
@@ -253,8 +240,7 @@ def _add_audit(sub: Parser) -> None:
     )  # fmt: skip
     flag(how, "--measures", "LIST", "what to measure (all)", type=listed(word))
     flag(how, "--keep", "X", "the cut to compare, of MACs (0.5)", type=fraction, default=0.5)
-    add_ignore(sub.section("pruning"))
-    add_device(sub)
+    add(sub, "--ignore", "--device")
     add_output(sub, "folder for page and JSON (audit-output)", default="audit-output")
 
 

@@ -42,6 +42,36 @@ def switch(group: Any, name: str, text: str) -> None:
     group.add_argument(name, action="store_true", help=text)
 
 
+_YES = {"action": "store_true"}
+# Flags that mean the same wherever they are: section, text and what argparse is told.
+_ALIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "--eval-dir": (
+        "images", "labelled images, only to measure top-1 before and after", {"metavar": "D"},
+    ),
+    "--grad-checkpointing": ("pruning", "score with less memory, in more time (tpv)", _YES),
+    "--ignore": (
+        "pruning", "layers whose channels stay", {"metavar": "NAME", "nargs": "+", "default": ()},
+    ),
+    "--device": ("run", "cpu, cuda, cuda:1 (cpu)", {"metavar": "DEV", "default": "cpu"}),
+    "--latency-repeats": (
+        "run", "timed calls of each model by turns, 0 for none (50)",
+        {"metavar": "N", "type": int, "default": 50},
+    ),
+    "--dry-run": ("run", "say what would be done and how long it may take", _YES),
+    "--seed": (
+        "run", "seed of every random choice (0)", {"metavar": "N", "type": int, "default": 0},
+    ),
+    "--json": ("run", "one JSON document on stdout", _YES),
+}  # fmt: skip
+
+
+def add(sub: Parser, *names: str) -> None:
+    """Add flags that mean the same wherever they are."""
+    for name in names:
+        section, text, how = _ALIKE[name]
+        sub.section(section).add_argument(name, help=text, **how)
+
+
 def add_model(sub: Parser, *, required: bool = True) -> None:
     """Add which model, with which weights."""
     group = sub.section("model")
@@ -104,12 +134,6 @@ def add_data(
     )  # fmt: skip
     flag(group, "-j --workers", "N", "decoding threads (4)", type=count, default=4)
     add_preprocessing(sub)
-
-
-def add_eval_dir(sub: Parser) -> None:
-    """Add images that only measure accuracy."""
-    text = "labelled images, only to measure top-1 before and after"
-    flag(sub.section("images"), "--eval-dir", "D", text)
 
 
 def add_preprocessing(sub: Parser) -> None:
@@ -187,14 +211,6 @@ def add_training(sub: Parser, title: str = "training", *, teacher: bool = True) 
     sub.set_defaults(untrained={name: used[name] for name in used if name != "amp"})
 
 
-def add_latency(sub: Parser) -> None:
-    """Add how often the model is timed."""
-    flag(
-        sub.section("run"), "--latency-repeats", "N", type=int, default=50,
-        text="timed calls of each model by turns, 0 for none (50)",
-    )  # fmt: skip
-
-
 def add_latency_budget(group: Any, *, table: bool = True) -> None:
     """Add where milliseconds are measured that a budget counts, or that a table may hold."""
     flag(
@@ -217,26 +233,6 @@ def add_latency_budget(group: Any, *, table: bool = True) -> None:
         group, "--latency-threads", "N", type=count,
         text="threads of one call on a CPU (as many as PyTorch uses)",
     )  # fmt: skip
-
-
-def add_checkpointing(group: Any) -> None:
-    """Add a choice of less memory in more time."""
-    switch(group, "--grad-checkpointing", "score with less memory, in more time (tpv)")
-
-
-def add_ignore(group: Any) -> None:
-    """Add which layers stay whole."""
-    flag(group, "--ignore", "NAME", "layers whose channels stay", nargs="+", default=())
-
-
-def add_device(sub: Parser) -> None:
-    """Add where the model runs."""
-    flag(sub.section("run"), "--device", "DEV", "cpu, cuda, cuda:1 (cpu)", default="cpu")
-
-
-def add_dry_run(sub: Parser) -> None:
-    """Add the question of what would be done."""
-    switch(sub.section("run"), "--dry-run", "say what would be done and how long it may take")
 
 
 def add_output(sub: Parser, text: str, default: str | None = None) -> None:

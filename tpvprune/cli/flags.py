@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from tpvprune.cli.command_flags import COMMANDS
-from tpvprune.cli.flag_groups import Parser, flag, switch
+from tpvprune.cli.flag_groups import Parser, add
 from tpvprune.disk.versions import versions
 
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -61,9 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
             usage=f"tpvprune {name} {command.usage}",
         )
         command.add(sub)
-        run = sub.section("run")
-        flag(run, "--seed", "N", "seed of every random choice (0)", type=int, default=0)
-        switch(run, "--json", "one JSON document on stdout")
+        add(sub, "--seed", "--json")
     shell = commands.add_parser("completion", help="Print what makes a shell complete the flags.")
     shell.add_argument("shell", choices=_SHELLS, action=_PrintCompletion, of=parser)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpvprune.reports.charts import (
@@ -26,13 +26,12 @@ def widths(data: Mapping[str, Any]) -> str:
     groups = data.get("groups")
     if not groups:
         return ""
-    rows = [(str(g["name"]), int(g["num_channels"]), int(g["kept"])) for g in groups]
-    total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows, stay = _kept(groups, "num_channels")
     dense = [row[1] for row in rows]
     scale = " Bars show shares." if max(dense) > MAX_SPREAD * min(dense) else ""
     units = sorted({cell(g.get("unit") or "channel") for g in groups})
     about = (
-        f"<p>{whole(kept)} of {whole(total)} {' and '.join(f'{unit}s' for unit in units)} stay, in "
+        f"<p>{stay} {' and '.join(f'{unit}s' for unit in units)} stay, in "
         f"{len(rows)} groups, named after the first layer that writes them.{scale}</p>"
         '<p><span class="key">kept</span><span class="key outline">dense</span></p>'
     )
@@ -44,14 +43,18 @@ def weights(data: Mapping[str, Any]) -> str:
     layers = data.get("layers")
     if not layers:
         return ""
-    rows = [(str(x["name"]), int(x["num_weights"]), int(x["kept"])) for x in layers]
-    total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows, stay = _kept(layers, "num_weights")
     about = (
-        f"<p>{whole(kept)} of {whole(total)} weights stay, in {len(rows)} layers; the others are "
+        f"<p>{stay} weights stay, in {len(rows)} layers; the others are "
         "zero. Bars show shares of each layer.</p>"
         '<p><span class="key">stays</span><span class="key outline">zero</span></p>'
     )
     return section("Weights that stay", about, width_rows(rows, shares=True))
+
+
+def _kept(parts: Sequence[Mapping[str, Any]], of: str) -> tuple[list[tuple[str, int, int]], str]:
+    rows = [(str(part["name"]), int(part[of]), int(part["kept"])) for part in parts]
+    return rows, f"{whole(sum(row[2] for row in rows))} of {whole(sum(row[1] for row in rows))}"
 
 
 def steps(data: Mapping[str, Any]) -> str:

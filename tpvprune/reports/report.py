@@ -84,9 +84,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(
-            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        )
+        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
