@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from tpvprune.cli.console import bar, counted, percent, say, table
 from tpvprune.cli.first_checks import has_images
@@ -39,9 +36,16 @@ def run_export(args: argparse.Namespace) -> Outcome:
     subject, dense = open_evaluated(args)
     batches = _images(args, subject) if given else ()
     document: dict[str, Any] = provenance(args, subject)
-    write = partial(_int8, dense=dense) if args.int8 else _float
+    how = {
+        "dynamic_batch": args.dynamic_batch,
+        "overwrite": args.overwrite,
+        "metadata": {name: document[name] for name in _NOTES},
+    }
     document |= {"output": str(file), "format": args.format}
-    document |= write(args, subject, batches, file, {name: document[name] for name in _NOTES})
+    if args.int8:
+        document |= _int8(args, subject, batches, file, dense=dense, **how)
+    else:
+        document |= _float(args, subject, batches, file, **how)
     say(f"saved: {file}")
     return 0, document
 
@@ -70,17 +74,15 @@ def _images(args: argparse.Namespace, subject: Subject) -> Any:
 
 
 def _float(
-    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, notes: dict[str, Any]
+    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
     exported = export_model(
         subject.model,
         subject.example[:1].expand(_batch_size(args), -1, -1, -1),
         file,
         format=args.format,
-        dynamic_batch=args.dynamic_batch,
         batches=batches,
-        overwrite=args.overwrite,
-        metadata=notes,
+        **how,
     )
     num_bytes = exported.file.stat().st_size
     _show(exported, num_bytes)
@@ -94,27 +96,18 @@ def _float(
 
 
 def _int8(
-    args: argparse.Namespace,
-    subject: Subject,
-    batches: Any,
-    file: Path,
-    notes: dict[str, Any],
-    *,
-    dense: nn.Module | None,
+    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
     found = export_int8(
         subject.model,
         batches,
         file,
-        dense=dense,
         ranges=args.ranges or RANGES,
         weight_bits=args.weight_bits or WEIGHT_BITS,
         batch_size=_batch_size(args),
-        dynamic_batch=args.dynamic_batch,
         latency_repeats=args.latency_repeats,
-        overwrite=args.overwrite,
-        metadata=notes,
         seed=args.seed,
+        **how,
     )
     _show_int8(found)
     return {

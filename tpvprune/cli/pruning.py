@@ -215,15 +215,13 @@ def _distilled(args: argparse.Namespace, opened: Opened, result: PruningResult) 
     """Return the result with its model trained on all images of the source."""
     small = replace(opened.subject, model=result.model)
     done = training.trained(args, small, opened.subject.model, opened.images, num_images=None)
-    verdict = done.verdict("distill")
     # What was said of the cut stays true, but for how good its outcome is.
     earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
     report = {
         **result.report,
-        **verdict,
-        "repair": "distill",
+        **done.verdict,
         "repair_chosen": None,
         "training": done.facts,
-        "warnings": [*verdict["warnings"], *earlier],
+        "warnings": [*done.verdict["warnings"], *earlier],
     }
     return replace(result, model=done.model, report=report)

@@ -58,22 +58,13 @@ _AS_FLAGS = (
 
 
 class Trained(NamedTuple):
-    """A model, the facts for the report, the images held back, and how far from the dense one.
-
-    ``found`` is measured on those images.
-    """
+    """A model, the facts and the verdict for the report, images held back, and what they found."""
 
     model: nn.Module
     facts: dict[str, Any]
+    verdict: dict[str, Any]
     held: Iterable[Any]
     found: Difference
-
-    def verdict(self, repair: str) -> dict[str, Any]:
-        """Return what a report holds of the outcome of a repair, beside the table."""
-        return {
-            "warnings": guard.warnings_of({repair: self.found}, repair, repair),
-            "held_back": guard.facts(self.found),
-        }
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -183,7 +174,13 @@ def trained(
     }
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
-    return Trained(model, facts, eval_images, found)
+    repair = "finetune" if labelled else "distill"
+    verdict = {
+        "repair": repair,
+        "warnings": guard.warnings_of({repair: found}, repair, repair),
+        "held_back": guard.facts(found),
+    }
+    return Trained(model, facts, verdict, eval_images, found)
 
 
 def _between(recipe: Recipe, measuring: float, held: int) -> Recipe:
@@ -218,18 +215,15 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
         check_classes(images, subject.model, class_map=args.class_map)
     eval_images = labelled_images(args, subject)
     masks = saved_masks(args.folder)
-    done = trained(
+    model, facts, verdict, seen, found = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
     )
-    model, facts, seen, found = done
-    repair = "finetune" if labelled else "distill"
     sides = measured(args, dataclasses.replace(subject, model=dense), model, eval_images)
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
         "weights": config["provenance"].get("weights"),
-        "repair": repair,
-        **done.verdict(repair),
+        **verdict,
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
         "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
