@@ -30,17 +30,17 @@ from tpvprune.cli.session_images import (
 )
 from tpvprune.cli.session_results import (
     blocked_facts,
+    costs,
     group_facts,
     image_facts,
-    latencies,
+    measured,
     smallest_facts,
     write_json,
 )
 from tpvprune.depth import branch_savings, find_branches
 from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
 from tpvprune.images.loading import in_memory
-from tpvprune.passes.costs import count_nonzero_params
-from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
+from tpvprune.passes.evaluation import agreement
 from tpvprune.processes.shares import by_first
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
@@ -150,23 +150,13 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)
     batches = in_memory(chosen, progress=bar("reading images"))
     models = [subject.model] if dense is None else [subject.model, dense]
-    timed = latencies(args, subject, models)
-    sides: list[dict[str, Any]] = [
-        {
-            "macs": count_macs(model, subject.example),
-            "params": count_params(model),
-            "nonzero_params": count_nonzero_params(model),
-            **latency,
-            "top1": None,
-            "top5": None,
-            "agreement": None,
-        }
-        for model, latency in zip(models, timed, strict=True)
+    found = measured(args, subject, models, batches if labelled else None, title="evaluating")
+    sides = [
+        {**costs(model, subject), **facts, "agreement": None}
+        for model, facts in zip(models, found, strict=True)
     ]
-    if labelled:
-        for model, side in zip(models, sides, strict=True):
-            scored = evaluate(model, Shown(batches, "evaluating"))
-            side |= {"top1": scored.top1, "top5": scored.top5}
+    for side in sides:
+        side.pop("num_images", None)  # said once, of all
     if dense is not None:
         sides[0]["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
         sides[1]["agreement"] = 1.0

@@ -54,7 +54,7 @@ def run_demo(args: argparse.Namespace, *, num_images: int = 900, num_epochs: int
     rows, result, note = _compared(subject.model, training, held_out, args.seed)
 
     timed = argparse.Namespace(**vars(args), latency_repeats=50)
-    dense, pruned = measured(timed, subject, result.model, [held_out])
+    dense, pruned = measured(timed, subject, (subject.model, result.model), [held_out])
     pruned["agreement"] = rows[1]["agreement"]
     document: dict[str, Any] = {
         **provenance(args, subject),

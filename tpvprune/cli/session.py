@@ -90,8 +90,7 @@ def _open_prunable(args: argparse.Namespace) -> Subject:
 
 def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     """Load what `evaluate` measures, and the dense model to compare it with."""
-    both = args.folder is not None and args.model is not None
-    if (args.folder or args.model) is None or (both and not is_factory(args.model)):
+    if args.folder is not None and args.model is not None and not is_factory(args.model):
         raise ValueError(NEITHER)
     if args.folder is None:
         if args.dense is not None:

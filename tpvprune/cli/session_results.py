@@ -20,7 +20,7 @@ from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
-from tpvprune.passes.costs import count_nonzero_params
+from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement, evaluate, measure_latency
 from tpvprune.pipeline import PruningResult
@@ -44,7 +44,8 @@ def finished(
     """Measure a pruned model beside the dense one, save it, and show what it cost."""
     subject, eval_images = opened.subject, opened.eval_images
     speed = result.report.get("speed")
-    dense, pruned = measured(args, subject, result.model, opened.labelled, clock, speed=speed)
+    models = subject.model, result.model
+    dense, pruned = measured(args, subject, models, opened.labelled, clock, speed=speed)
     dense["agreement"] = 1.0
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
@@ -126,14 +127,18 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
 def measured(
     args: argparse.Namespace,
     subject: Subject,
-    pruned: nn.Module,
+    models: Sequence[nn.Module],
     labelled: Any,
     clock: Clock | None = None,
     *,
     speed: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model."""
-    models, clock = (subject.model, pruned), clock or Clock(None)
+    title: str = "top-1",
+) -> list[dict[str, Any]]:
+    """Return non-zero parameters, latency and accuracy of each model.
+
+    ``speed``: what is known of a dense and a pruned one where milliseconds were the budget.
+    """
+    clock = clock or Clock(None)
     with clock("latency"):
         if speed is not None and speed["runtime"] != "eager":
             timings = [_timed_before(speed, side) for side in ("dense", "pruned")]
@@ -144,12 +149,17 @@ def measured(
         for model, timed in zip(models, timings, strict=True)
     ]
     if labelled is None:
-        return facts[0], facts[1]
+        return facts
     with clock("top-1"):
         for model, fact in zip(models, facts, strict=True):
-            scored = evaluate(model, Shown(labelled, "top-1"), outputs=outputs_of(args))
+            scored = evaluate(model, Shown(labelled, title), outputs=outputs_of(args))
             fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
-    return facts[0], facts[1]
+    return facts
+
+
+def costs(model: nn.Module, subject: Subject) -> dict[str, int]:
+    """Return what a model costs on the inputs of a subject."""
+    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
 
 
 def _timed_before(speed: Mapping[str, Any], side: str) -> dict[str, Any]:

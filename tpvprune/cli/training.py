@@ -25,13 +25,13 @@ from tpvprune.cli.session_images import (
     labelled_images,
     open_data,
 )
-from tpvprune.cli.session_results import measured, shown_changes
+from tpvprune.cli.session_results import costs, measured, shown_changes
 from tpvprune.disk.digest import file_digest
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
 from tpvprune.passes.difference import Reference
-from tpvprune.passes.evaluation import Difference, count_macs, count_params, difference
+from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
 from tpvprune.repairs.distillation import distill, teacher_of
@@ -218,7 +218,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     model, facts, verdict, seen, found = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
     )
-    sides = measured(args, dataclasses.replace(subject, model=dense), model, eval_images)
+    sides = measured(args, subject, (dense, model), eval_images)
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
@@ -226,8 +226,8 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
         **verdict,
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
-        "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
-        "pruned": {**_costs(model, subject), **sides[1], **_closeness(found)},
+        "dense": {**costs(dense, subject), **sides[0], "agreement": 1.0},
+        "pruned": {**costs(model, subject), **sides[1], **_closeness(found)},
         "images": {
             "source": images.name,
             "num_images": facts["num_images"],
@@ -253,10 +253,6 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
 
 
 run_distill, run_finetune = partial(_run, labelled=False), partial(_run, labelled=True)
-
-
-def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:
-    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
 
 
 def _closeness(found: Difference) -> dict[str, float]:
