@@ -9,7 +9,7 @@ from pathlib import Path
 from rows import grouped, mean_and_sd
 from titles import NAMES, markdown
 
-from tpvprune.reports.curves import Curve, curve_chart
+from tpvprune.reports.charts import Curve, curve_chart
 from tpvprune.reports.text import cell
 
 TITLES = NAMES | {"tpv": "TPV, ranked", "tpv_curves": "TPV, curves"}

@@ -37,7 +37,7 @@ from tpvprune.benchmark.rows import COLUMNS as COMMON
 from tpvprune.benchmark.rows import RANKINGS, Row, key_of, read_rows
 from tpvprune.cli.flag_groups import (
     Parser,
-    add_device,
+    add,
     add_model,
     add_preprocessing,
     count,
@@ -186,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run_.add_argument("--threads", type=count, default=os.cpu_count(), metavar="N", help="(all)")
     run_.add_argument("--output", type=Path, metavar="F", help="CSV file (results/...)")
     run_.add_argument("--summary", type=Path, nargs="+", metavar="F", help="print, run nothing")
-    add_device(parser)
+    add(parser, "--device")
     args = parser.parse_args(argv)
     if not args.summary:
         for name in ("model", "calib_dir", "test_dir"):

@@ -24,8 +24,8 @@ from tpvprune.diagnostics.tpv import parameter_points, stability_rows
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
+from tpvprune.reports.charts import scatter_chart
 from tpvprune.reports.page import page
-from tpvprune.reports.scatter import scatter_chart
 from tpvprune.saved.models import load_model
 
 

@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_ROWS", (demo._ROWS[0], demo._ROWS[3]))
-        code, document = demo.main_demo(args, num_images=80, num_epochs=1)
+        code, document = demo.run_demo(args, num_images=80, num_epochs=1)
     return output, code, document, args
 
 
@@ -100,7 +100,7 @@ def test_terminal_table_fits_80_columns(finished, capsys, monkeypatch):
 
 
 def test_a_folder_in_use_is_refused_before_any_work(finished, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "main_demo", lambda args: pytest.fail("work was done"))
+    monkeypatch.setattr(demo, "run_demo", lambda args: pytest.fail("work was done"))
     assert main(["demo", "--output", str(finished[0])]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
 

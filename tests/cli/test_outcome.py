@@ -15,7 +15,7 @@ from torch import nn
 from tpvprune.cli import outcome, session_images, session_results
 from tpvprune.cli.benchmark import broken_rows
 from tpvprune.cli.console import show_pruned, show_trained, stages
-from tpvprune.cli.session_images import calibration, num_eval_images, num_images
+from tpvprune.cli.session_images import calibration, num_eval_images, num_images, others
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.costs import count_macs
@@ -222,7 +222,8 @@ def test_no_path_measures_agreement_on_more(root, asked, bound, num, kind):
     args = Namespace(seed=0, batch_size=8, workers=1, num_images=asked, class_map=None)
     subject = SimpleNamespace(preprocessing=how)
     images = open_images(root / "flat")
-    batches, eval_images = calibration(args, subject, images, labelled=False, held_out=bound)
+    batches = calibration(args, subject, images, labelled=False)
+    eval_images = others(args, subject, images, batches, bound)
     assert (num_images(eval_images.batches), eval_images.kind) == (num, kind)
     assert num_images(batches) == min(asked, 100)
 

@@ -9,7 +9,7 @@ from tpvprune.diagnostics import tpv
 from tpvprune.diagnostics.jacobian_norms import Estimate, jacobian_norms
 from tpvprune.groups import find_groups
 from tpvprune.passes.outputs import Outputs
-from tpvprune.reports.scatter import scatter_chart
+from tpvprune.reports.charts import scatter_chart
 from tpvprune.scores import sample_gradients as module
 from tpvprune.scores.sample_gradients import SampleGradients, sample_gradients
 

@@ -11,9 +11,10 @@ import torch
 
 from tpvprune.passes.evaluation import Evaluation
 from tpvprune.reports.card import card
-from tpvprune.reports.charts import percent, scale_of, short, significant, whole
+from tpvprune.reports.charts import scale_of
 from tpvprune.reports.comparing import render_comparison
 from tpvprune.reports.report import DAMAGE, render, report_data, write_report
+from tpvprune.reports.text import percent, short, significant, whole
 
 EVIL = '<script>alert("x")</script>&'
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpvprune.benchmark.rows import RANKINGS, STOCK_RANKING, Summary, summarise
-from tpvprune.reports.charts import percent
-from tpvprune.reports.curves import Curve, curve_chart
-from tpvprune.reports.page import page
+from tpvprune.reports.charts import Curve, curve_chart
+from tpvprune.reports.page import left_out, page, section, table, table_row
 from tpvprune.reports.style import hues
-from tpvprune.reports.tables import making, section
-from tpvprune.reports.text import cell
+from tpvprune.reports.tables import making
+from tpvprune.reports.text import cell, percent
 
 _DASHES = {"curves": "none", "per_cost": "none", "plain": "5 4", STOCK_RANKING: "1.5 4"}
 _REPAIRS = {
@@ -35,7 +34,7 @@ def render_benchmark(data: Mapping[str, Any]) -> str:
     parts = [_header(found)]
     for repair in dict.fromkeys(s.repair for s in found):
         parts.append(_chart(repair, [s for s in found if s.repair == repair], names))
-    parts += [_table(found), _left_out(data.get("left_out") or {}), making(data)]
+    parts += [_table(found), left_out(data.get("left_out") or {}), making(data)]
     return page(f"{found[0].model}: criteria compared", parts, style=_style(len(names)))
 
 
@@ -74,15 +73,12 @@ def _table(found: Sequence[Summary]) -> str:
     lines: dict[tuple[str, ...], dict[float, Summary]] = {}
     for s in found:
         lines.setdefault((s.criterion, s.labels, s.ranking, s.repair), {})[s.keep] = s
-    body = ""
+    rows = []
     for line, by_keep in lines.items():
-        cells = [f"<th>{cell(line[0])}</th>", *(f"<td>{cell(text)}</td>" for text in line[1:])]
-        cells += [f"<td>{_cell(by_keep.get(keep))}</td>" for keep in keeps]
-        body += f"<tr{' class=ours' if line[0] == 'tpv' else ''}>{''.join(cells)}</tr>"
-    head = "".join(f"<th>{text}</th>" for text in heads)
+        values = [*map(cell, line[1:]), *(_cell(by_keep.get(keep)) for keep in keeps)]
+        rows.append(table_row(cell(line[0]), values, ours=line[0] == "tpv"))
     about = "<p>Top-1 in %, by the share of MACs that stays.</p>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return section("All rows", about, f'<div class="scroll">{table}</div>')
+    return section("All rows", about, f'<div class="scroll">{table(heads, rows)}</div>')
 
 
 def _cell(summary: Summary | None) -> str:
@@ -90,16 +86,6 @@ def _cell(summary: Summary | None) -> str:
         return ""
     sd = "" if summary.sd is None else f' <span class="soft">\u00b1 {summary.sd:.2f}</span>'
     return f"{summary.top1:.2f}{sd}"
-
-
-def _left_out(reasons: Mapping[str, str]) -> str:
-    if not reasons:
-        return ""
-    items = "".join(
-        f'<li><span class="name">{cell(what)}</span>{cell(reason)}</li>'
-        for what, reason in reasons.items()
-    )
-    return section("Left out", "", f'<ul class="reasons">{items}</ul>')
 
 
 def _style(num_criteria: int) -> str:

@@ -31,17 +31,10 @@ class Target(NamedTuple):
 class Plan:
     """Which rows a benchmark has.
 
-    Attributes:
-        model: Name of the model.
-        criteria: Keys of ``SCORERS``, and of ``STOCK`` for torch-pruning as it comes.
-        keeps: Fractions of the dense MACs that stay.
-        repairs: What follows a cut, of ``REPAIRS``.
-        rankings: Of ``RANKINGS``; ``"curves"`` concerns the criterion ``"tpv"`` only. Rows of
-            ``STOCK`` are ranked by torch-pruning itself, once.
-        seeds: Each draws the images and all that is random.
-        num_images: Images that criteria and repairs see.
-        steps: Above 1, go to the last of ``keeps`` in so many steps of equal size, scored anew
-            after each on the network as it is, and measure after each.
+    Criteria are keys of ``SCORERS`` and ``STOCK``, and ``keeps`` fractions of the dense MACs. The
+    ranking ``"curves"`` concerns ``"tpv"`` only; torch-pruning ranks rows of ``STOCK`` by itself,
+    once. With ``steps`` above 1, the last of ``keeps`` is reached in so many cuts of equal size,
+    scored anew and measured after each.
     """
 
     model: str

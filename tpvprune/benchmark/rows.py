@@ -19,6 +19,7 @@ COLUMNS = (
 RANKINGS = {"curves": "curves", "per_cost": "rank", "plain": "plain"}
 """Ranking -> ``allocation`` of ``tpvprune.prune``."""
 STOCK_RANKING = "torch_pruning"
+_LINE = ("model", "criterion", "labels", "ranking", "repair", "num_images")
 
 Row = dict[str, str]
 
@@ -78,7 +79,7 @@ class Summary:
     @property
     def line(self) -> tuple[str, ...]:
         """What stays along a line of the table or the chart."""
-        return self.model, self.criterion, self.labels, self.ranking, self.repair, self.num_images
+        return tuple(getattr(self, name) for name in _LINE)
 
     @property
     def shown(self) -> str:
@@ -97,17 +98,11 @@ def summarise(rows: Iterable[Mapping[str, str]]) -> list[Summary]:
         groups[key_of(row)[:-1]].append(row)
     found = []
     for alike in groups.values():
-        first = alike[0]
         top1 = [float(row["top1"]) for row in alike]
         found.append(
             Summary(
-                model=first["model"],
-                criterion=first["criterion"],
-                labels=first["labels"],
-                ranking=first["ranking"],
-                repair=first["repair"],
-                num_images=first["num_images"],
-                keep=float(first["keep"]),
+                **{name: alike[0][name] for name in _LINE},
+                keep=float(alike[0]["keep"]),
                 macs_kept=statistics.mean(float(row["macs_kept"]) for row in alike),
                 top1=statistics.mean(top1),
                 sd=statistics.stdev(top1) if len(top1) > 1 else None,
@@ -124,7 +119,7 @@ def markdown(rows: Iterable[Mapping[str, str]]) -> str:
     What is the same in all rows is said in the caption and left out of the table.
     """
     found = summarise(rows)
-    heads = ("model", "criterion", "labels", "ranking", "repair", "images")
+    heads = (*_LINE[:-1], "images")
     lines: dict[tuple[str, ...], list[Summary]] = defaultdict(list)
     for summary in found:
         lines[summary.line].append(summary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -58,8 +58,10 @@ class Material:
     fit: list[Tensor]
     seed: int
 
-    def labelled(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the inputs with their class indices."""
+    def labelled_for(self, criterion: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the inputs with their class indices, if the criterion reads those."""
+        if not needs_labels(criterion):
+            return []
         labels = torch.cat([y for _, y in self.batches])
         labels = labels[drawn_indices(len(labels), seed=self.seed)[0]]
         return list(zip(self.fit, labels.split([len(x) for x in self.fit]), strict=True))
@@ -68,17 +70,6 @@ class Material:
     def dense_macs(self) -> int:
         """The MACs of the dense model."""
         return count_macs(self.dense, self.fit[0][:1])
-
-    def share(self, model: nn.Module) -> float:
-        """Return the MACs of a model as a fraction of the dense one's."""
-        return count_macs(model, self.fit[0][:1]) / self.dense_macs
-
-
-class Dense(NamedTuple):
-    """What the dense model does with the test set."""
-
-    top1: float
-    outputs: list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def run_benchmark(
     test: Any,
     path: Path,
     *,
-    report: Callable[[Row, int, int], None] | None = None,
+    report: Callable[[Row, int, int], None],
 ) -> tuple[list[Row], dict[str, str]]:
     """Measure the rows that are missing; each is on disk as soon as it is finished.
 
@@ -108,23 +99,25 @@ def run_benchmark(
     wanted = plan.keys()
     rows = {key_of(row): row for row in by_first(read_rows, path)}
     _check_superset(path, rows, wanted)
-    dense: Dense | None = None
     left_out: dict[str, str] = {}
-    drawn: tuple[int, Material] | None = None
+
+    @lru_cache(1)
+    def drawn(seed: int) -> Material:
+        batches = list(images(seed))
+        return Material(model, batches, hold_back(batches, seed=seed)[0], seed)
+
+    @lru_cache(1)
+    def answers() -> tuple[str, list[dict[str, Tensor]]]:
+        return f"{100 * evaluate(model, test).top1:.2f}", model_outputs(model, test)
 
     def measured(task: Task) -> Iterator[Row | LeftOut]:
-        nonlocal dense, drawn
         seed, criterion, _ = task.series
         if criterion in left_out:
             return
-        if drawn is None or drawn[0] != seed:
-            batches = list(images(seed))
-            drawn = seed, Material(model, batches, hold_back(batches, seed=seed)[0], seed)
-        dense = dense or Dense(evaluate(model, test).top1, model_outputs(model, test))
+        material, (top1, outputs) = drawn(seed), answers()
         try:
-            for found in _measured(task, drawn[1], test, dense.outputs):
-                top1 = {"dense_top1": f"{100 * dense.top1:.2f}"}
-                yield found if isinstance(found, LeftOut) else found | top1
+            for found in _measured(task, material, test, outputs):
+                yield found if isinstance(found, LeftOut) else found | {"dense_top1": top1}
         except ValueError as error:
             # Some criteria do not fit some models; the others can still be compared.
             yield LeftOut(criterion, " ".join(str(error).split()))
@@ -136,8 +129,7 @@ def run_benchmark(
             continue
         rows[key_of(found)] = found
         by_first(write_rows, path, _in_order(rows, wanted))
-        if report is not None:
-            report(found, len(rows), len(wanted))
+        report(found, len(rows), len(wanted))
     if not rows:
         raise ValueError(f"nothing could be measured: {'; '.join(left_out.values())}")
     return _in_order(rows, wanted), left_out
@@ -159,11 +151,11 @@ def _missing(
     plan: Plan, series: Series, rows: Mapping[tuple[str, ...], Row]
 ) -> dict[Target, list[str]]:
     """Return the repairs yet to be measured at each target; targets without any are left out."""
-    found = {
-        target: [r for r in plan.repairs if key_of(plan.row(series, target, r)) not in rows]
+    return {
+        target: repairs
         for target in plan.targets()
+        if (repairs := [r for r in plan.repairs if key_of(plan.row(series, target, r)) not in rows])
     }
-    return {target: repairs for target, repairs in found.items() if repairs}
 
 
 def _in_order(rows: Mapping[tuple[str, ...], Row], wanted: Sequence[tuple[str, ...]]) -> list[Row]:
@@ -203,17 +195,18 @@ def _cuts(task: Task, material: Material) -> Iterator[tuple[Target, Sequence[str
     # By one of our scorers: each time from the dense model, or step after step.
     plan, series, missing = task
     for repairs in _alike(series, plan.repairs):
-        wanted = {target: [r for r in found if r in repairs] for target, found in missing.items()}
-        wanted = {target: found for target, found in wanted.items() if found}
+        wanted = {
+            target: alike
+            for target, found in missing.items()
+            if (alike := [r for r in found if r in repairs])
+        }
         if wanted:
             cut = partial(_prune, series, material, planned_repair=repairs[0])
             if plan.steps > 1:
                 made = _iterative_cuts(plan.targets(), material, cut)
             else:
                 made = _single_cuts(wanted, material, cut)
-            yield from (
-                (target, wanted[target], found) for target, found in made if target in wanted
-            )
+            yield from ((target, wanted[target], one) for target, one in made if target in wanted)
 
 
 def _alike(series: Series, repairs: Sequence[str]) -> list[list[str]]:
@@ -240,7 +233,8 @@ def _iterative_cuts(
 ) -> Iterator[tuple[Target, Cut]]:
     pruned, groups, kept, start = material.dense, None, cast(Kept, {}), time.perf_counter()
     for target in targets:
-        found = cut(pruned, min(1.0, target.keep / material.share(pruned)), repair_factors=False)
+        share = count_macs(pruned, material.fit[0][:1]) / material.dense_macs
+        found = cut(pruned, min(1.0, target.keep / share), repair_factors=False)
         groups = groups or found.groups
         pruned, kept = found.model, compose(kept, found.kept) if kept else found.kept
         yield target, Cut(pruned, groups, kept, time.perf_counter() - start)
@@ -255,13 +249,12 @@ def _prune(
     planned_repair: str,
     repair_factors: bool | None = None,
 ) -> PruningResult:
-    labelled = material.labelled() if needs_labels(series.criterion) else ()
     return prune(
         model,
         material.batches,
         num_images=None,
         keep=keep,
-        criterion=with_labels(series.criterion, labelled),
+        criterion=with_labels(series.criterion, material.labelled_for(series.criterion)),
         allocation=cast(Allocation, RANKINGS[series.ranking]),
         repair="none",
         planned_repair=cast(Repair, planned_repair),
@@ -274,7 +267,7 @@ def _stock_cuts(task: Task, material: Material) -> Iterator[tuple[Target, Sequen
     _, (seed, criterion, _), missing = task
     example = on_device(material.fit[0][:1], material.dense)
     groups = find_groups(material.dense, example)
-    labelled = material.labelled() if needs_labels(criterion) else ()
+    labelled = material.labelled_for(criterion)
     for target in missing:
         start = time.perf_counter()
         found = stock_prune(

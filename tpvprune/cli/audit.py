@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.cli.console import percent, say, stages, table
-from tpvprune.cli.session import Subject, ignored, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_subject, provenance
 from tpvprune.cli.session_images import calibration, choose, open_data
 from tpvprune.cli.session_results import write_json
 from tpvprune.diagnostics.catalogue import MEASURES, Setting, setting_of
@@ -25,7 +25,7 @@ from tpvprune.diagnostics.fragility import (
     fragility,
 )
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
-from tpvprune.diagnostics.measures import Labelled, own_predictions
+from tpvprune.diagnostics.measures import own_predictions
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.path_checks import check_writable
@@ -41,7 +41,7 @@ _FEWEST = 16
 _NOISY_IMAGES, _DRAWS = 256, 4  # of the Monte-Carlo forms, whose cost is their product
 
 
-def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_audit(args: argparse.Namespace) -> Outcome:
     """Measure the model, change what should not matter, measure again, and show what moved."""
     criteria = args.criteria or DEFAULT_CRITERIA
     _known("--criteria", criteria, CRITERIA)
@@ -59,7 +59,10 @@ def run_audit(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"{args.model}: expected channel groups to score, found none")
     size = args.batch_size
     batches = list(x.to(subject.device).split(size))
-    eval_images = own_predictions(subject.model, batches) if y is None else _pairs(batches, y, size)
+    if y is None:
+        eval_images = own_predictions(subject.model, batches)
+    else:
+        eval_images = list(zip(batches, y.to(batches[0].device).split(size), strict=True))
     half = max(len(batches) // 2, 1)
     setting = setting_of(
         subject.model,
@@ -118,7 +121,7 @@ def _read(
     args: argparse.Namespace, subject: Subject, images: ImageSource
 ) -> tuple[Tensor, Tensor | None]:
     """Return all images and, with `--labels`, their labels."""
-    batches, _ = calibration(args, subject, images, labelled=args.labels, held_out=0)
+    batches = calibration(args, subject, images, labelled=args.labels)
     pairs = [b if isinstance(b, (tuple, list)) else (b,) for b in batches]
     x = torch.cat([pair[0] for pair in pairs])
     if len(x) < _FEWEST:
@@ -133,10 +136,6 @@ def _held_out(args: argparse.Namespace, subject: Subject) -> list[Tensor]:
     images = open_images(args.held_out_dir, split="validation", labelled=False)
     num = min(args.num_images, _NOISY_IMAGES)
     return [x.to(subject.device) for x in in_memory(choose(args, subject, images, num))]
-
-
-def _pairs(batches: Sequence[Tensor], y: Tensor, size: int) -> Labelled:
-    return list(zip(batches, y.to(batches[0].device).split(size), strict=True))
 
 
 # ---- results --------------------------------------------------------------------------------
@@ -162,14 +161,8 @@ def _first(batches: Sequence[Tensor], num: int) -> list[Tensor]:
 def _facts(found: Fragility) -> dict[str, Any]:
     return {
         "changes": [
-            {
-                "name": c.name,
-                "kind": c.kind,
-                "moved": c.moved,
-                "neutral": c.neutral,
-                "note": c.note,
-            }
-            for c in found.changes
+            {name: getattr(change, name) for name in ("name", "kind", "moved", "neutral", "note")}
+            for change in found.changes
         ],
         "measures": {
             name: {

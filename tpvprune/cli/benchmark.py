@@ -14,7 +14,7 @@ from tpvprune.benchmark.page import render_benchmark
 from tpvprune.benchmark.plan import Plan
 from tpvprune.benchmark.rows import Row, key_of, markdown
 from tpvprune.cli.console import say
-from tpvprune.cli.session import Subject, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, open_subject, provenance
 from tpvprune.cli.session_images import calibration, labelled_images, open_data
 from tpvprune.cli.session_results import write_json
 from tpvprune.disk.atomic import is_unfinished, written_file
@@ -29,7 +29,7 @@ _MISSED = 1e-3
 _BROKEN = 50.0  # % agreement: below it, most images have another class
 
 
-def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_benchmark(args: argparse.Namespace) -> Outcome:
     """Measure what is missing, and write the table and the page."""
     if args.eval_dir is None:
         raise ValueError("--eval-dir: expected labelled images to measure top-1 on, found none")
@@ -47,7 +47,7 @@ def run_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     def drawn(seed: int) -> Any:
         of_seed = argparse.Namespace(**{**vars(args), "seed": seed})
-        chosen, _ = calibration(of_seed, subject, images, labelled=plan.labelled, held_out=0)
+        chosen = calibration(of_seed, subject, images, labelled=plan.labelled)
         return chosen if plan.labelled else unlabeled(chosen, device=subject.device)
 
     rows, left_out = benchmarking.run_benchmark(

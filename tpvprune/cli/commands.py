@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tpvprune.cli.console import (
@@ -19,7 +19,7 @@ from tpvprune.cli.console import (
 )
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import outputs_of, probing_options
-from tpvprune.cli.session import Subject, ignored, open_evaluated, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (
     Shown,
     calibration,
@@ -30,21 +30,23 @@ from tpvprune.cli.session_images import (
 )
 from tpvprune.cli.session_results import (
     blocked_facts,
+    costs,
+    group_facts,
     image_facts,
-    latencies,
+    measured,
+    smallest_facts,
     write_json,
 )
 from tpvprune.depth import branch_savings, find_branches
-from tpvprune.groups import ChannelGroups, find_groups
+from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
 from tpvprune.images.loading import in_memory
-from tpvprune.passes.costs import count_nonzero_params
-from tpvprune.passes.evaluation import agreement, count_macs, count_params, evaluate
+from tpvprune.passes.evaluation import agreement
 from tpvprune.processes.shares import by_first
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
+from tpvprune.widths.latency import calibrated, measured_table
+from tpvprune.widths.latency_file import write_latency_table
 from tpvprune.widths.narrowest import narrowest
-
-Outcome = tuple[int, dict[str, Any]]
 
 
 def run_score(args: argparse.Namespace) -> Outcome:
@@ -57,7 +59,7 @@ def run_score(args: argparse.Namespace) -> Outcome:
     if args.num_images == AUTO:
         scores = scored_until_known(args, subject, images, groups)
     else:
-        batches, _ = calibration(args, subject, images, labelled=used_labels, held_out=0)
+        batches = calibration(args, subject, images, labelled=used_labels)
         score = scorer(args.criterion)
         known = inspect.signature(score).parameters
         given = {**probing_options(args), "outputs": outputs_of(args)}
@@ -97,21 +99,11 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     for group in groups:
         share = 1 - groups.macs({group.name: smallest[group.name]}) / total
         rows.append((group.name, group.unit, str(group.num_channels), percent(share)))
-        listed.append(
-            {
-                "name": group.name,
-                "unit": group.unit,
-                "num_channels": group.num_channels,
-                "macs_share": share,
-            }
-        )
+        listed.append({**group_facts(group), "macs_share": share})
     document = {
         **provenance(args, subject),
         "dense": {"macs": total, "params": groups.params()},
-        "smallest": {
-            "macs": groups.macs(smallest),
-            "params": groups.params(narrowest(groups, "params")),
-        },
+        "smallest": smallest_facts(groups),
         "groups": listed,
         "branches": _branches(subject, groups),
         "blocked": blocked_facts(groups),
@@ -158,23 +150,13 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)
     batches = in_memory(chosen, progress=bar("reading images"))
     models = [subject.model] if dense is None else [subject.model, dense]
-    timed = latencies(args, subject, models)
-    sides: list[dict[str, Any]] = [
-        {
-            "macs": count_macs(model, subject.example),
-            "params": count_params(model),
-            "nonzero_params": count_nonzero_params(model),
-            **latency,
-            "top1": None,
-            "top5": None,
-            "agreement": None,
-        }
-        for model, latency in zip(models, timed, strict=True)
+    found = measured(args, subject, models, batches if labelled else None, title="evaluating")
+    sides = [
+        {**costs(model, subject), **facts, "agreement": None}
+        for model, facts in zip(models, found, strict=True)
     ]
-    if labelled:
-        for model, side in zip(models, sides, strict=True):
-            scored = evaluate(model, Shown(batches, "evaluating"))
-            side |= {"top1": scored.top1, "top5": scored.top5}
+    for side in sides:
+        side.pop("num_images", None)  # said once, of all
     if dense is not None:
         sides[0]["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
         sides[1]["agreement"] = 1.0
@@ -188,8 +170,34 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     return 0, document
 
 
-def run_demo(args: argparse.Namespace) -> Outcome:
-    """Run the offline demonstration."""
-    demo = importlib.import_module("tpvprune.cli.demo")
-    outcome: Outcome = demo.main_demo(args)
-    return outcome
+def run_latency_table(args: argparse.Namespace) -> Outcome:
+    """Measure layers and whole networks, write the table, and say how far it can be trusted."""
+    subject = open_subject(args)
+    model, x = subject.model, subject.example[:1]
+    model = unfuse_attention(model) if fused_attention(model) else model
+    groups = find_groups(model, x)
+    batch = x.repeat_interleave(args.latency_batch_size, 0)
+    first = measured_table(
+        model, groups, batch, runtime=args.latency_runtime, num_threads=args.latency_threads
+    )
+    timed, speed = calibrated(first, model, groups, batch)
+    write_latency_table(args.output, replace(timed, model=subject.made.name))
+    say(f"{subject.made.name}: {len(timed.layers)} layers timed, {timed.device}")
+    say(
+        f"the whole network: {speed.dense_ms:.2f} ms, at half of every width "
+        f"{speed.pruned_ms:.2f} ms (quartiles of the ratio {speed.ratio_low:.3f} to "
+        f"{speed.ratio_high:.3f})"
+    )
+    say(f"saved: {args.output}")
+    document = {
+        **provenance(args, subject),
+        "device": timed.device,
+        "runtime": timed.runtime,
+        "batch_size": timed.batch_size,
+        "num_threads": timed.num_threads,
+        "num_layers": len(timed.layers),
+        "dense_ms": speed.dense_ms,
+        "half_ms": speed.pruned_ms,
+        "output": str(args.output),
+    }
+    return 0, document

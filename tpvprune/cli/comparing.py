@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvprune.cli.console import say, table
+from tpvprune.cli.session import Outcome
 from tpvprune.disk.atomic import written_file
 from tpvprune.reports.comparing import (
     Run,
@@ -23,7 +24,7 @@ from tpvprune.reports.report import DAMAGE, read_report
 _WIDTH, _SHORTEST_NAME = 80, 10
 
 
-def run_compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_compare(args: argparse.Namespace) -> Outcome:
     """Tabulate the runs, and write the page if one is asked for."""
     runs = [
         (name, _report(folder))

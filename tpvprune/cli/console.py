@@ -10,12 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from tpvprune.cli import outcome
-from tpvprune.reports.costs import cost_labels
+from tpvprune.reports.text import cost_labels
 
 _WIDTH = 80
 
@@ -29,33 +30,19 @@ def say(text: str = "", *, indent: str = "") -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def bar(
-    title: str, *, total: int | None = None, unit: str = "batch"
-) -> Callable[[Iterable[Any]], Iterable[Any]]:
+def bar(title: str, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Return a wrapper that shows the progress of an iteration where stderr is a terminal."""
+    return partial(_bar, desc=title, unit=unit)
 
-    def wrap(items: Iterable[Any]) -> Iterable[Any]:
-        shown: Iterable[Any] = tqdm(
-            items,
-            desc=title,
-            total=total,
-            unit=unit,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            leave=False,
-            dynamic_ncols=True,
-        )
-        return shown
 
-    return wrap
+def _bar(items: Iterable[Any] | None = None, **how: Any) -> Any:
+    quiet = not sys.stderr.isatty()
+    return tqdm(items, file=sys.stderr, disable=quiet, leave=False, dynamic_ncols=True, **how)
 
 
 @contextmanager
 def stages(seconds: float = 30.0) -> Iterator[Callable[[str, int, int], None]]:
-    """Show which stage is running, and how long it will take.
-
-    ``seconds``: how often a line tells that where stderr is no terminal.
-    """
+    """Show what runs and how long it will take; every so many seconds if stderr is no terminal."""
     shown, done = Stages(), threading.Event()
     terminal = sys.stderr.isatty()
     before, after = ("\r\x1b[K", "") if terminal else ("", "\n")
@@ -80,7 +67,6 @@ class Stages:
     """What runs, since when, and how much of it is done."""
 
     def __init__(self) -> None:
-        """Start before the first stage."""
         self._stage, self._done, self._total = "", 0, 0
         self._start = time.monotonic()
 
@@ -105,10 +91,7 @@ class Stages:
 @contextmanager
 def updates() -> Iterator[Callable[[str, int, int], None]]:
     """Show how far a training is and how long it will take: a bar, or a line per stage."""
-    shown = tqdm(
-        unit="update", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
-        dynamic_ncols=True,
-    )  # fmt: skip
+    shown = _bar(unit="update")
     start, stage, first, last = time.monotonic(), "", 0, (0, 0)
 
     def report() -> None:
@@ -333,20 +316,10 @@ def length_of(epochs: int | None, minutes: float | None) -> str:
 
 
 def counted(num: int, what: str) -> str:
-    """Return a number with its noun.
-
-    Example:
-        >>> counted(1, "epoch"), counted(2, "epoch")
-        ('1 epoch', '2 epochs')
-    """
+    """Return a number with its noun, as 1 epoch and 2 epochs."""
     return f"{num} {what}" + ("" if num == 1 else "s")
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as text.
-
-    Example:
-        >>> percent(0.9339)
-        '93.39 %'
-    """
+    """Return a fraction as text, as 93.39 %."""
     return f"{100 * fraction:.2f} %"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, before_after, percent, say, stages, table
-from tpvprune.cli.session import Subject, provenance
+from tpvprune.cli.session import Outcome, Subject, provenance
 from tpvprune.cli.session_results import measured
 from tpvprune.groups.removal import remove_channels
 from tpvprune.images.preprocessing import resolve_preprocessing
@@ -40,13 +40,8 @@ _ROWS: tuple[tuple[str, str, Literal["curves", "rank"]], ...] = (
 Labelled = tuple[Tensor, Tensor]
 
 
-def main_demo(
-    args: argparse.Namespace, *, num_images: int = 900, num_epochs: int = 14
-) -> tuple[int, dict[str, Any]]:
-    """Prune a small model on handwritten digits, compare criteria, and write the report.
-
-    A ValueError tells if the output folder cannot be written.
-    """
+def run_demo(args: argparse.Namespace, *, num_images: int = 900, num_epochs: int = 14) -> Outcome:
+    """Prune a small model on handwritten digits, compare criteria, and write the report."""
     (images, labels), held_out = _digits(args.seed)
     training = images[:num_images], labels[:num_images]
     say(
@@ -59,7 +54,7 @@ def main_demo(
     rows, result, note = _compared(subject.model, training, held_out, args.seed)
 
     timed = argparse.Namespace(**vars(args), latency_repeats=50)
-    dense, pruned = measured(timed, subject, result.model, [held_out])
+    dense, pruned = measured(timed, subject, (subject.model, result.model), [held_out])
     pruned["agreement"] = rows[1]["agreement"]
     document: dict[str, Any] = {
         **provenance(args, subject),
@@ -123,7 +118,7 @@ def _train(model: nn.Module, images: Tensor, labels: Tensor, *, num_epochs: int,
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
     order = torch.empty(0)
-    for step in bar("training", total=steps, unit="step")(range(steps)):
+    for step in bar("training", unit="step")(range(steps)):
         if step % num_batches == 0:
             order = torch.randperm(len(images), generator=generator)
         batch = order[step % num_batches * 64 :][:64]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import shlex
 import shutil
@@ -16,75 +15,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.first_checks import check_first
 from tpvprune.cli.flags import build_parser
 from tpvprune.cli.recipes import parsed
 
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
-_SHARED = frozenset({"prune", "score", "evaluate", "distill", "finetune", "benchmark"})
-_KEEPING_MEMORY = frozenset({"prune", "score", "distill", "finetune", "benchmark"})
-# Where the commands live that are not in `commands`.
-_HOMES = {
-    "audit": "audit",
-    "benchmark": "benchmark",
-    "compare": "comparing",
-    "distill": "training",
-    "export": "exporting",
-    "finetune": "training",
-    "latency-table": "latency",
-    "prune": "pruning",
-}
-
-_UNTOUCHED = ": nothing was written"
-_GOES_ON = ": the output is untouched; the same command goes on after the last"
-_AFTER = {
-    "benchmark": ": the same command goes on with the rows that are missing",
-    "distill": f"{_GOES_ON} finished epoch",
-    "export": _UNTOUCHED,
-    "finetune": f"{_GOES_ON} finished epoch",
-    "latency-table": _UNTOUCHED,
-    "prune": f"{_GOES_ON} finished selection or epoch",
-    "score": _UNTOUCHED,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
-    command = ""
+    after = ""
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = parsed(build_parser(), argv)
-        command = args.command
+        command = COMMANDS[args.command]
+        after = command.after
         if "keeps" in args:
             args.keep = min(args.keeps)  # what a plan goes by
         args.command_line = shlex.join(["tpvprune", *argv])
         # Nothing but the JSON document may reach stdout, whatever a library prints.
         with _processes(args) as first, contextlib.redirect_stdout(sys.stderr):
             dry = getattr(args, "dry_run", False)
-            home = "planning" if dry else _HOMES.get(args.command, "commands")
+            home = "planning" if dry else command.home
             module = importlib.import_module(f"tpvprune.cli.{home}")
             name = args.command.replace("-", "_")
             run = getattr(module, f"{'plan' if dry else 'run'}_{name}")
-            if _keeps_memory(args):
+            # Milliseconds are to be those of a plain process, as the model will run in.
+            if not command.plain and getattr(args, "of", None) != "latency":
                 importlib.import_module("tpvprune.passes.memory").keep_freed_memory()
             memory = importlib.import_module("tpvprune.cli.memory")
             code, document = memory.within_memory(run, args)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, f"interrupted{_AFTER.get(command, '')}")
+        return _fail(INTERRUPTED, f"interrupted{after}")
     except Exception as error:
         return _failed(error)
     if args.json and first:
-        print(json.dumps(_plain(document), indent=2, allow_nan=False))
+        plain = importlib.import_module("tpvprune.reports.report").plain
+        print(json.dumps(plain(document), indent=2, allow_nan=False))
     return int(code)
-
-
-def _keeps_memory(args: Any) -> bool:
-    """Tell whether memory that tensors leave behind is kept for the next.
-
-    What states milliseconds as its result does without (``--of latency``, ``latency-table``,
-    ``evaluate``, ``export``): they are to be those of a plain process, as the model will run in.
-    """
-    return args.command in _KEEPING_MEMORY and getattr(args, "of", None) != "latency"
 
 
 @contextlib.contextmanager
@@ -94,7 +63,7 @@ def _processes(args: Any) -> Iterator[bool]:
         check_first(args)  # before anything heavy is imported
         yield True
         return
-    if args.command not in _SHARED:
+    if not COMMANDS[args.command].shared:
         raise ValueError(f"{args.command} runs in one process: start it without torchrun")
     distributed = importlib.import_module("tpvprune.processes.shares")
     membership = importlib.import_module("tpvprune.processes.membership")
@@ -140,18 +109,3 @@ def _fail(code: int, message: str) -> int:
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
     print(line, file=sys.stderr)
     return code
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON knows it: no infinities, no paths, no tensors."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tpvprune.cli.console import bar, counted, percent, say, table
-from tpvprune.cli.session import Subject, open_evaluated, provenance
+from tpvprune.cli.first_checks import has_images
+from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
@@ -26,9 +24,9 @@ _WIDE = 10.0
 _NOTES = ("model", "model_kwargs", "weights", "preprocessing", "versions")
 
 
-def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run_export(args: argparse.Namespace) -> Outcome:
     """Export, compare, and say how close the file's outputs are."""
-    given = any((args.data_dir is not None, args.data_list is not None, args.dataset))
+    given = has_images(args)
     _check(args, given=given)
     name = f"model-int8.{args.format}" if args.int8 else f"model.{args.format}"
     file = args.output or Path(args.folder) / name
@@ -38,9 +36,16 @@ def run_export(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     subject, dense = open_evaluated(args)
     batches = _images(args, subject) if given else ()
     document: dict[str, Any] = provenance(args, subject)
-    write = partial(_int8, dense=dense) if args.int8 else _float
+    how = {
+        "dynamic_batch": args.dynamic_batch,
+        "overwrite": args.overwrite,
+        "metadata": {name: document[name] for name in _NOTES},
+    }
     document |= {"output": str(file), "format": args.format}
-    document |= write(args, subject, batches, file, {name: document[name] for name in _NOTES})
+    if args.int8:
+        document |= _int8(args, subject, batches, file, dense=dense, **how)
+    else:
+        document |= _float(args, subject, batches, file, **how)
     say(f"saved: {file}")
     return 0, document
 
@@ -69,17 +74,15 @@ def _images(args: argparse.Namespace, subject: Subject) -> Any:
 
 
 def _float(
-    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, notes: dict[str, Any]
+    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
     exported = export_model(
         subject.model,
         subject.example[:1].expand(_batch_size(args), -1, -1, -1),
         file,
         format=args.format,
-        dynamic_batch=args.dynamic_batch,
         batches=batches,
-        overwrite=args.overwrite,
-        metadata=notes,
+        **how,
     )
     num_bytes = exported.file.stat().st_size
     _show(exported, num_bytes)
@@ -93,27 +96,18 @@ def _float(
 
 
 def _int8(
-    args: argparse.Namespace,
-    subject: Subject,
-    batches: Any,
-    file: Path,
-    notes: dict[str, Any],
-    *,
-    dense: nn.Module | None,
+    args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
     found = export_int8(
         subject.model,
         batches,
         file,
-        dense=dense,
         ranges=args.ranges or RANGES,
         weight_bits=args.weight_bits or WEIGHT_BITS,
         batch_size=_batch_size(args),
-        dynamic_batch=args.dynamic_batch,
         latency_repeats=args.latency_repeats,
-        overwrite=args.overwrite,
-        metadata=notes,
         seed=args.seed,
+        **how,
     )
     _show_int8(found)
     return {

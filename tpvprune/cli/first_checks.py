@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpvprune.cli import sizes
+from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.disk.atomic import check_folder
 from tpvprune.disk.path_checks import (
@@ -25,9 +26,6 @@ from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
-_WRITE_A_MODEL = frozenset({"prune", "distill", "finetune", "demo"})
-_WRITE_A_FILE = frozenset({"score", "compare", "export", "latency-table"})
-_MAY_DO_WITHOUT_IMAGES = frozenset({"export"})
 
 
 def check_first(args: argparse.Namespace) -> None:
@@ -59,9 +57,7 @@ def _check_auto(args: argparse.Namespace) -> None:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    if getattr(args, "outputs", None) is None:
-        return
-    if args.command == "score" and args.criterion not in READS_OUTPUTS:
+    if args.command == "score" and args.outputs and args.criterion not in READS_OUTPUTS:
         raise ValueError(
             f"--outputs: expected a criterion that looks at outputs, found {args.criterion}: "
             "leave one of them out"
@@ -118,11 +114,6 @@ def _check_latency(args: argparse.Namespace) -> None:
         check_runtime(runtime)
 
 
-def _check_given(args: argparse.Namespace) -> None:
-    if args.data_dir is None and not args.dataset and getattr(args, "data_list", None) is None:
-        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
-
-
 def _check_runs(folders: Sequence[str]) -> None:
     if len(folders) < 2:
         raise ValueError(
@@ -134,13 +125,13 @@ def _check_runs(folders: Sequence[str]) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    output = getattr(args, "output", None)
+    writes = COMMANDS[args.command].writes
     if args.command == "prune":
         _check_sizes(args)
-    elif args.command in _WRITE_A_MODEL:
+    elif writes == "model":
         check_writable(check_folder(args.output, overwrite=args.overwrite))
-    elif args.command in _WRITE_A_FILE and output is not None:
-        check_file(output, overwrite=args.overwrite)
+    elif writes == "file" and args.output is not None:
+        check_file(args.output, overwrite=args.overwrite)
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
@@ -181,8 +172,8 @@ def _check_folder(args: argparse.Namespace, folder: str) -> None:
 
 
 def _check_images(args: argparse.Namespace) -> None:
-    if args.command not in _MAY_DO_WITHOUT_IMAGES:
-        _check_given(args)
+    if not has_images(args) and args.command != "export":
+        raise ValueError("no images given: pass --data-dir D, --data-list F or --dataset NAME")
     if args.data_list is not None:
         check_list(args.data_list)
     elif args.data_dir is not None and not args.dataset:
@@ -190,3 +181,8 @@ def _check_images(args: argparse.Namespace) -> None:
     for name in ("eval_dir", "held_out_dir"):
         if getattr(args, name, None) is not None:
             check_images(getattr(args, name))
+
+
+def has_images(args: argparse.Namespace) -> bool:
+    """Tell whether the flags name images."""
+    return args.data_dir is not None or args.data_list is not None or bool(args.dataset)

@@ -1,17 +1,19 @@
-"""The parser of the command line."""
+"""The parser of the command line, and what makes a shell complete it."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 from itertools import takewhile
 from typing import Any
 
 from tpvprune.cli.command_flags import COMMANDS
-from tpvprune.cli.completion import SHELLS, PrintCompletion
-from tpvprune.cli.flag_groups import Parser
+from tpvprune.cli.flag_groups import Parser, add
 from tpvprune.disk.versions import versions
 
+_SHELLS = ("bash", "zsh", "fish", "tcsh")
+_FILES, _FOLDERS = ("F",), ("D", "OUT", "OUT2")
 _EPILOG = (
     "exit codes: 0 done; 1 bug; 2 bad input; 3 budget not reachable (the best effort is saved); "
     "4 another process of the run was lost; 130 interrupted. Text and progress go to stderr; with "
@@ -50,22 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Command
     )
 
-    for name, add, usage, text in COMMANDS:
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=text,
-            description=text,
+            help=command.text,
+            description=command.text,
             epilog=_EPILOG,
-            usage=f"tpvprune {name} {usage}",
+            usage=f"tpvprune {name} {command.usage}",
         )
-        add(sub)
-        run = sub.section("run")
-        run.add_argument(
-            "--seed", type=int, default=0, metavar="N", help="seed of every random choice (0)"
-        )
-        run.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        command.add(sub)
+        add(sub, "--seed", "--json")
     shell = commands.add_parser("completion", help="Print what makes a shell complete the flags.")
-    shell.add_argument("shell", choices=SHELLS, action=PrintCompletion, of=parser)
+    shell.add_argument("shell", choices=_SHELLS, action=_PrintCompletion, of=parser)
     return parser
 
 
@@ -74,3 +72,32 @@ class _Version(argparse.Action):
         found = versions("tpvprune", "torch", "timm", "torch-pruning")
         print(*(f"{name} {number}" for name, number in found.items() if name != "python"), sep="\n")
         parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    """Print the script of the shell that is named, by shtab, and exit."""
+
+    def __init__(self, *args: Any, of: argparse.ArgumentParser, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.of = of
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> None:
+        try:
+            shtab = importlib.import_module("shtab")
+        except ImportError:
+            parser.error("completion: needs shtab: pip install 'tpvprune[completion]'")
+        _mark_paths(self.of, shtab)
+        print(shtab.complete(self.of, shell=shell))
+        parser.exit()
+
+
+def _mark_paths(parser: argparse.ArgumentParser, shtab: Any) -> None:
+    """Tell shtab which values are files and which are folders, by their names in the help."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                _mark_paths(sub, shtab)
+        elif action.metavar in _FILES:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif action.metavar in _FOLDERS:
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

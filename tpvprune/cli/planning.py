@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import num_apart
 from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
-from tpvprune.cli.session import Subject, ignored, open_pruned, open_subject, provenance
+from tpvprune.cli.session import Outcome, Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
-from tpvprune.cli.session_results import blocked_facts
+from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_facts
 from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
 from tpvprune.depth import find_branches
@@ -35,14 +36,13 @@ from tpvprune.scores.criterion_names import is_labelled
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 from tpvprune.weights.scores import prunable_weights
-from tpvprune.widths.narrowest import narrowest
 
 _GUESS = 1024  # images that --num-images auto may take
 # What a trial leaves out.
-_MORE = {"reconstruct": "block reconstruction (minutes), ", "distill": ""}
+_MORE = {"reconstruct": "block reconstruction (minutes), "}
 
 
-def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def plan_prune(args: argparse.Namespace) -> Outcome:
     """Say what `prune` would cut down to, with which images, and about how long it would take."""
     if asked_for(args):
         return _plan_weights(args)
@@ -79,7 +79,6 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
     expected = expected_of(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
-    more = _left_out(args)
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
         expected = replace(expected, seconds=expected.seconds + training)
@@ -103,18 +102,13 @@ def plan_prune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
         f"{counted(args.steps, 'step')}, {labels}"
     )
-    say_time(expected, more)
+    trials = "trials of depth, " if "branch" in _may_go(args) else ""
+    say_time(expected, trials + _MORE.get(args.repair, ""))
     return (0 if reached else 3), document
 
 
 def _may_go(args: argparse.Namespace) -> Sequence[str]:
     return leaving(STRUCTURES[args.granularity], args.of)
-
-
-def _left_out(args: argparse.Namespace) -> str:
-    """Return what takes time in a run but not in its trial on noise."""
-    trials = "trials of depth, " if "branch" in _may_go(args) else ""
-    return trials + _MORE.get(args.repair, "")
 
 
 def _branches(
@@ -150,10 +144,11 @@ def _say_limit(args: argparse.Namespace, apart: int) -> None:
     )
 
 
-def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _plan_weights(args: argparse.Namespace) -> Outcome:
     subject = open_subject(args)
     images = open_data(args, labelled=False)
-    weights = prunable_weights(subject.model, ignore=ignored(args, subject))
+    layers = ignored(args, subject)
+    weights = prunable_weights(subject.model, ignore=layers)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     left, undivided = args.keep * sum(sizes.values()), []
     if args.granularity != "weight":
@@ -164,12 +159,7 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     forward, backward = seconds_of(subject)
 
     def whole(batches: list[torch.Tensor]) -> None:
-        prune_weights(
-            subject.model,
-            batches,
-            **weight_options(args),
-            ignore=ignored(args, subject),
-        )
+        prune_weights(subject.model, batches, **weight_options(args), ignore=layers)
 
     expected = expected_of(subject, whole, num, 2 * (forward + backward) + 4 * forward)
     document = {
@@ -193,17 +183,8 @@ def _plan_weights(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return 0, document
 
 
-def plan_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say how `distill` would train, and about how long it would take."""
-    return _plan_training(args, labelled=False)
-
-
-def plan_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Say how `finetune` would train, and about how long it would take."""
-    return _plan_training(args, labelled=True)
-
-
-def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+def _plan_training(args: argparse.Namespace, *, labelled: bool) -> Outcome:
+    """Say how a saved model would be trained, and about how long it would take."""
     recipe = recipe_of(args)
     args.folder = local_folder(args.folder)
     config = read_config(args.folder)
@@ -225,12 +206,17 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> tuple[int, di
     teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
     length = length_of(recipe.epochs, recipe.minutes)
     say(f"{args.folder}: {length} on {num} images of {images.name}, {teacher}")
-    say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {_batch_of(args)}")
+    size = args.batch_size or 128
+    say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {size}")
     say_time(Expected(seconds))
     return 0, document
 
 
-def plan_benchmark(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+plan_distill = partial(_plan_training, labelled=False)
+plan_finetune = partial(_plan_training, labelled=True)
+
+
+def plan_benchmark(args: argparse.Namespace) -> Outcome:
     """Say which rows `benchmark` would measure, and about how long it would take."""
     subject = open_subject(args)
     plan = plan_of(args, subject)
@@ -270,7 +256,6 @@ def _document(
     *,
     num_images: int,
 ) -> dict[str, Any]:
-    limits = limits_of(args)
     return {
         **provenance(args, subject),
         "dry_run": True,
@@ -278,13 +263,8 @@ def _document(
         "max_loss": getattr(args, "max_loss", None),
         "num_images": num_images,
         "dense": {"macs": groups.macs(), "params": groups.params()},
-        "smallest": {
-            "macs": groups.macs(narrowest(groups, "macs", limits=limits)),
-            "params": groups.params(narrowest(groups, "params", limits=limits)),
-        },
-        "groups": [
-            {"name": g.name, "unit": g.unit, "num_channels": g.num_channels} for g in groups
-        ],
+        "smallest": smallest_facts(groups, limits_of(args)),
+        "groups": [group_facts(group) for group in groups],
         "blocked": blocked_facts(groups),
         "seconds": seconds,
     }
@@ -308,7 +288,3 @@ def _training(
         return 60.0 * (recipe.minutes or 0.0)
     # The gradient of the weights costs about as much as that of the activations.
     return float(recipe.epochs * num * ((2 if teacher else 1) * forward + 2 * backward))
-
-
-def _batch_of(args: argparse.Namespace) -> int:
-    return int(args.batch_size or 128)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs, write_page
-from tpvprune.cli.console import counted, say, show_pruned, stages
+from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
-from tpvprune.cli.session import Subject, ignored, open_subject
+from tpvprune.cli.session import Outcome, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
-    images_to_prune_with,
+    Opened,
+    calibration,
+    choose_apart,
+    labelled_images,
+    num_eval_images,
     open_data,
+    others,
     scored_until_known,
 )
-from tpvprune.cli.session_results import pruned_document, saved_with
+from tpvprune.cli.session_results import finished
 from tpvprune.groups import find_groups
+from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
@@ -32,20 +36,18 @@ from tpvprune.passes.loss import Losses, halves, num_measured
 from tpvprune.pipeline import PruningResult, Sizes, prune
 from tpvprune.pipeline.within import num_aside, smallest_within
 from tpvprune.processes.shares import by_first
-from tpvprune.reports.report import read_report, report_data
-from tpvprune.saved.checkpoint import save_pruned
+from tpvprune.reports.report import read_report
 from tpvprune.scores.criterion_names import is_labelled
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Ranking
 
-Outcome = tuple[int, dict[str, Any]]
 _FEWEST = 512  # images for a repair, where the scores would do with less
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
     """Prune, save, measure, and show what it cost."""
     if single_weights.asked_for(args):
-        return single_weights.run(args)
+        return single_weights.run(args, _opened(args, labelled=False))
     training.recipe_of(args)
     folders = sizes.folders(args)
     done = [folder for keep, folder in folders.items() if sizes.is_done(args, keep, folder)]
@@ -54,7 +56,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     ranking = None if ranked is None else Ranking.load(ranked)
     codes: list[int] = []
     if left:
-        opened = _Opened.by(args)
+        opened = _opened(args, labelled=is_labelled(args.criterion))
         prune_to = _pruner(args, opened, ranking, num_sizes=len(left))
         for keep, folder in left.items():
             if len(folders) > 1:
@@ -81,52 +83,44 @@ def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: in
     return (0 if reached else 3), document
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """What all sizes share: the model, and the images to prune and to measure with.
-
-    With ``--max-loss`` some decide on the size, and what measures the result has not seen them.
-    """
-
-    subject: Subject
-    layers: tuple[str, ...]
-    images: ImageSource
-    batches: Any
-    deciding: Losses | None
-    labelled: Any
-    eval_images: EvalImages
-    seconds: dict[str, float]
-
-    @classmethod
-    def by(cls, args: argparse.Namespace) -> _Opened:
-        used_labels = is_labelled(args.criterion)
-        subject = open_subject(args)
-        layers = ignored(args, subject)
-        if args.granularity == "head":
-            layers += single_weights.all_but_heads(subject, layers)
-        images = open_data(args, labelled=used_labels)
-        apart = num_apart(args, images)
-        if args.num_images == AUTO:
-            groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
-            scored = scored_until_known(args, subject, images, groups, apart=apart)
-            args.num_images = max(_FEWEST, scored.num_samples)
-        clock = Clock(None)
-        with clock("reading images"):
-            batches, labelled, eval_images = images_to_prune_with(
-                args, subject, images, labelled=used_labels, apart=apart
-            )
-        deciding = None
-        if args.max_loss is not None:
-            half, judging = halves(eval_images.batches)
-            deciding = Losses(subject.model, half, labelled=labelled is not None)
-            deciding.prepare()  # a model without classes is refused before any work
-            labelled = None if labelled is None else judging
-            eval_images = replace(eval_images, batches=judging)
-        return cls(subject, layers, images, batches, deciding, labelled, eval_images, clock.seconds)
+def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
+    subject = open_subject(args)
+    layers = ignored(args, subject)
+    if args.granularity == "head":
+        layers += single_weights.all_but_heads(subject, layers)
+    images = open_data(args, labelled=labelled)
+    apart = num_apart(args, images)
+    if args.num_images == AUTO:
+        groups = find_groups(subject.model, subject.example, ignore=layers, verify=False)
+        scored = scored_until_known(args, subject, images, groups, apart=apart)
+        args.num_images = max(_FEWEST, scored.num_samples)
+    clock = Clock(None)
+    with clock("reading images"):
+        evaluated = labelled_images(args, subject)
+        batches = calibration(args, subject, images, labelled=labelled, apart=apart)
+        if evaluated is not None:
+            eval_images = EvalImages(evaluated, "labelled")
+        elif apart:
+            measuring = in_memory(choose_apart(args, subject, images, apart))
+            eval_images = EvalImages(measuring, "held-back")
+        else:
+            eval_images = others(args, subject, images, batches, num_eval_images(subject))
+    opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds)
+    if args.max_loss is None:
+        return opened
+    half, judging = halves(eval_images.batches)
+    deciding = Losses(subject.model, half, labelled=evaluated is not None)
+    deciding.prepare()  # a model without classes is refused before any work
+    return replace(
+        opened,
+        deciding=deciding,
+        labelled=None if evaluated is None else judging,
+        eval_images=replace(eval_images, batches=judging),
+    )
 
 
 def _pruner(
-    args: argparse.Namespace, opened: _Opened, ranking: Ranking | None, *, num_sizes: int
+    args: argparse.Namespace, opened: Opened, ranking: Ranking | None, *, num_sizes: int
 ) -> Callable[..., PruningResult]:
     """Return what prunes to a size, called with ``keep``, ``state`` and ``progress``."""
     subject, batches = opened.subject, opened.batches
@@ -153,34 +147,26 @@ def num_apart(args: argparse.Namespace, images: ImageSource) -> int:
 
 
 def _pruned(
-    args: argparse.Namespace, opened: _Opened, prune_to: Callable[..., PruningResult]
+    args: argparse.Namespace, opened: Opened, prune_to: Callable[..., PruningResult]
 ) -> Outcome:
     """Prune to one size, save it, and show what it cost."""
-    subject, batches = opened.subject, opened.batches
-    clock = Clock(None)
-    clock.seconds = dict(opened.seconds)
+    clock = Clock(None, dict(opened.seconds))
     state = training.state_file(args.output, "unfinished-pruning")
     with _only_for_stops(state):
         result = _result(args, opened, prune_to, state)
     _say_unrounded(args, result)
     if args.repair == "distill":
         with clock("training"):
-            result = _distilled(args, subject, opened.images, result)
-    document, seen = pruned_document(
-        args, subject, result, images=opened.images, batches=batches,
-        eval_images=opened.eval_images, labelled=opened.labelled, clock=clock,
-    )  # fmt: skip
-    report = {**report_data(result), **document, **seen}
-    by_first(save_pruned, result, args.output, **saved_with(args, subject), report=report)
+            result = _distilled(args, opened, result)
+    outcome = finished(args, opened, result, clock)
     for unfinished in (training.state_file(args.output), state):
         by_first(unfinished.unlink, missing_ok=True)
-    show_pruned(document)
-    return (0 if result.report["reached"] else 3), document
+    return outcome
 
 
 def _result(
     args: argparse.Namespace,
-    opened: _Opened,
+    opened: Opened,
     prune_to: Callable[..., PruningResult],
     state: Path,
 ) -> PruningResult:
@@ -225,21 +211,17 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
         )
 
 
-def _distilled(
-    args: argparse.Namespace, subject: Subject, images: ImageSource, result: PruningResult
-) -> PruningResult:
+def _distilled(args: argparse.Namespace, opened: Opened, result: PruningResult) -> PruningResult:
     """Return the result with its model trained on all images of the source."""
-    small = dataclasses.replace(subject, model=result.model)
-    done = training.trained(args, small, subject.model, images, num_images=None)
-    verdict = done.verdict("distill")
+    small = replace(opened.subject, model=result.model)
+    done = training.trained(args, small, opened.subject.model, opened.images, num_images=None)
     # What was said of the cut stays true, but for how good its outcome is.
     earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
     report = {
         **result.report,
-        **verdict,
-        "repair": "distill",
+        **done.verdict,
         "repair_chosen": None,
         "training": done.facts,
-        "warnings": [*verdict["warnings"], *earlier],
+        "warnings": [*done.verdict["warnings"], *earlier],
     }
-    return dataclasses.replace(result, model=done.model, report=report)
+    return replace(result, model=done.model, report=report)

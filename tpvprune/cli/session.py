@@ -24,6 +24,9 @@ from tpvprune.saved.checkpoint import load_pruned, read_config, saved_masks
 from tpvprune.saved.downloads import local_folder
 from tpvprune.saved.models import ModelSource, is_factory, load_model
 
+Outcome = tuple[int, dict[str, Any]]
+"""What a command returns: its exit code and its document."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -87,8 +90,7 @@ def _open_prunable(args: argparse.Namespace) -> Subject:
 
 def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     """Load what `evaluate` measures, and the dense model to compare it with."""
-    both = args.folder is not None and args.model is not None
-    if (args.folder or args.model) is None or (both and not is_factory(args.model)):
+    if args.folder is not None and args.model is not None and not is_factory(args.model):
         raise ValueError(NEITHER)
     if args.folder is None:
         if args.dense is not None:

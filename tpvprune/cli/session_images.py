@@ -17,6 +17,7 @@ from tpvprune.images.loading import ImageBatches, choose_images, in_memory
 from tpvprune.images.sources import ImageSource, array_images, listed_images, open_images
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.loss import Losses
 from tpvprune.processes.shares import share, total
 from tpvprune.scores.tpv import Scores, tpv_scores
 
@@ -38,6 +39,25 @@ class EvalImages:
         return f"{num} {self.kind} image{'' if num == 1 else 's'}"
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What `prune` works with: the model, layers to leave whole, images to prune and measure with.
+
+    ``labelled``: the batches of `--eval-dir`, or None. With ``--max-loss`` some images decide on
+    the size (``deciding``), and what measures the result has not seen them. ``seconds``: what
+    reading took.
+    """
+
+    subject: Subject
+    layers: tuple[str, ...]
+    images: ImageSource
+    batches: Any
+    labelled: Any
+    eval_images: EvalImages
+    seconds: dict[str, float]
+    deciding: Losses | None = None
+
+
 class Shown:
     """Re-iterable batches whose every pass shows a progress bar."""
 
@@ -45,20 +65,19 @@ class Shown:
         self.batches, self.title = batches, title
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(bar(self.title, total=_length(self.batches))(self.batches))
+        return iter(bar(self.title)(self.batches))
 
 
 def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) -> ImageSource:
     """Open the images that the flags name."""
-    data_list = getattr(args, "data_list", None)
     is_array = not args.dataset and str(args.data_dir).endswith(".npy")
-    if labelled and (is_array or data_list is not None):
+    if labelled and (is_array or args.data_list is not None):
         raise ValueError(
-            f"{data_list or args.data_dir}: holds no labels: labelled images come in one "
+            f"{args.data_list or args.data_dir}: holds no labels: labelled images come in one "
             "subfolder per class"
         )
-    if data_list is not None:
-        return listed_images(data_list, root=args.data_dir)
+    if args.data_list is not None:
+        return listed_images(args.data_list, root=args.data_dir)
     if is_array:
         return array_images(args.data_dir)
     images = open_images(
@@ -143,14 +162,9 @@ def calibration(
     images: ImageSource,
     *,
     labelled: bool,
-    held_out: int = 0,
     apart: int = 0,
-) -> tuple[Any, EvalImages | None]:
-    """Return the images that pruning sees, and others to measure agreement on.
-
-    The latter take no part in a repair. Where the set holds hardly more than pruning asks for,
-    they are what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
-    """
+) -> Any:
+    """Return the images that pruning sees."""
     num, skip = all_but(apart, images, args.num_images)
     chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
     if labelled:
@@ -160,22 +174,27 @@ def calibration(
         raise ValueError(f"{images.name}: expected images, found none")
     if images.count is not None and images.count - apart < args.num_images:
         say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
-    if apart:
-        return batches, EvalImages(
-            in_memory(choose_apart(args, subject, images, apart)), "held-back"
-        )
-    if not held_out:
-        return batches, None
+    return batches
 
-    def others(num: int) -> Any:
+
+def others(
+    args: argparse.Namespace, subject: Subject, images: ImageSource, batches: Any, num: int
+) -> EvalImages:
+    """Return up to so many images beside those that pruning sees, to measure agreement on.
+
+    They take no part in a repair. Where the set holds hardly more than pruning asks for, they are
+    what :func:`tpvprune.passes.drawing.hold_back` keeps from it, with whatever is left.
+    """
+
+    def left(num: int) -> Any:
         return in_memory(choose(args, subject, images, num, skip=args.num_images))
 
-    left = 0 if images.count is None else images.count - args.num_images
-    if left >= _ENOUGH:
-        return batches, EvalImages(others(held_out), "other")
-    held = _first(hold_back(batches, seed=args.seed)[1], held_out)
-    room = held_out - int(total(sum(map(len, held))))
-    return batches, EvalImages([*held, *(others(room) if min(left, room) > 0 else ())], "held-back")
+    more = 0 if images.count is None else images.count - args.num_images
+    if more >= _ENOUGH:
+        return EvalImages(left(num), "other")
+    held = _first(hold_back(batches, seed=args.seed)[1], num)
+    room = num - int(total(sum(map(len, held))))
+    return EvalImages([*held, *(left(room) if min(more, room) > 0 else ())], "held-back")
 
 
 def _first(batches: Iterable[Tensor], num: int) -> list[Tensor]:
@@ -213,31 +232,11 @@ def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[in
     return (rest if num_images is None else min(num_images, rest)), 0
 
 
-def images_to_prune_with(
-    args: argparse.Namespace,
-    subject: Subject,
-    images: ImageSource,
-    *,
-    labelled: bool = False,
-    apart: int = 0,
-) -> tuple[Any, Any, EvalImages]:
-    """Return what `prune` sees, and what it is measured on."""
-    evaluated = labelled_images(args, subject)
-    held_out = num_eval_images(subject) if evaluated is None else 0
-    batches, eval_images = calibration(
-        args, subject, images, labelled=labelled, held_out=held_out, apart=apart
-    )
-    if evaluated is not None:
-        eval_images = EvalImages(evaluated, "labelled")
-    assert eval_images is not None
-    return batches, evaluated, eval_images
-
-
 def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
     if args.eval_dir is None:
         return None
-    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
+    images = _labelled_source(args)
     check_classes(images, subject.model, class_map=args.class_map)
     chosen = choose(args, subject, images, None, labelled=True)
     return in_memory(chosen, progress=bar("reading labelled images"))
@@ -247,8 +246,12 @@ def class_names(args: argparse.Namespace) -> list[str] | None:
     """Return what the class folders of `--eval-dir` are called, or None without one."""
     if args.eval_dir is None:
         return None
-    images = open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
-    return None if images.class_names is None else list(images.class_names)
+    names = _labelled_source(args).class_names
+    return None if names is None else list(names)
+
+
+def _labelled_source(args: argparse.Namespace) -> ImageSource:
+    return open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
 
 
 def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
@@ -283,10 +286,3 @@ def num_images(batches: Any) -> int | None:
     if isinstance(batches, ImageBatches):
         return batches.total
     return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None

@@ -11,40 +11,41 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.cli.console import show_pruned
 from tpvprune.cli.pruning_options import outputs_of
-from tpvprune.cli.session import Subject, provenance
-from tpvprune.cli.session_images import EvalImages, Shown, class_names, num_images
+from tpvprune.cli.session import Outcome, Subject, provenance
+from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
 from tpvprune.disk.atomic import written_file
 from tpvprune.disk.digest import file_digest
-from tpvprune.groups import ChannelGroups
+from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
-from tpvprune.passes.costs import count_nonzero_params
+from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement, evaluate, measure_latency
 from tpvprune.pipeline import PruningResult
 from tpvprune.processes.shares import by_first
+from tpvprune.reports.report import report_data
+from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.saved.models import pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
+from tpvprune.widths.limits import Limits
+from tpvprune.widths.narrowest import narrowest
 
 _LATENCY_ROUNDS = 5
 
 
-def pruned_document(
+def finished(
     args: argparse.Namespace,
-    subject: Subject,
+    opened: Opened,
     result: PruningResult | WeightPruningResult,
-    *,
-    images: ImageSource,
-    batches: Any,
-    eval_images: EvalImages,
-    labelled: Any,
     clock: Clock,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure the pruned model beside the dense one, and return all that is known of it."""
-    dense, pruned = measured(
-        args, subject, result.model, labelled, clock, speed=result.report.get("speed")
-    )
+) -> Outcome:
+    """Measure a pruned model beside the dense one, save it, and show what it cost."""
+    subject, eval_images = opened.subject, opened.eval_images
+    speed = result.report.get("speed")
+    models = subject.model, result.model
+    dense, pruned = measured(args, subject, models, opened.labelled, clock, speed=speed)
     dense["agreement"] = 1.0
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
@@ -59,14 +60,21 @@ def pruned_document(
         **result.report,
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(images, batches, eval_images),
+        "images": image_facts(opened.images, opened.batches, eval_images),
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
-    if isinstance(result, PruningResult):  # zeros among the weights make nothing faster
+    if isinstance(result, PruningResult):
         slow = said_of_speed(dense, pruned, of=args.of)
         document["warnings"] = [*document["warnings"], *slow]
-    return document, seen
+        how = {**saved_with(args, subject), "report": {**report_data(result), **document, **seen}}
+        by_first(save_pruned, result, args.output, **how)
+    else:  # zeros among the weights make nothing faster
+        how = saved_with(args, subject, granularity=args.granularity)
+        how |= {"report": {**document, **seen}, "masks": result.masks}
+        save_pruned(result.model, args.output, **how)
+    show_pruned(document)
+    return (0 if document["reached"] else 3), document
 
 
 def said_of_speed(dense: Mapping[str, Any], pruned: Mapping[str, Any], *, of: str) -> list[str]:
@@ -119,43 +127,48 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
 def measured(
     args: argparse.Namespace,
     subject: Subject,
-    pruned: nn.Module,
+    models: Sequence[nn.Module],
     labelled: Any,
     clock: Clock | None = None,
     *,
     speed: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return latency, accuracy and non-zero parameters of the dense and of the pruned model."""
-    models, clock = (subject.model, pruned), clock or Clock(None)
+    title: str = "top-1",
+) -> list[dict[str, Any]]:
+    """Return non-zero parameters, latency and accuracy of each model.
+
+    ``speed``: what is known of a dense and a pruned one where milliseconds were the budget.
+    """
+    clock = clock or Clock(None)
     with clock("latency"):
-        in_runtime = speed is not None and speed["runtime"] != "eager"
-        timings = _timed_before(speed) if in_runtime else latencies(args, subject, models)
+        if speed is not None and speed["runtime"] != "eager":
+            timings = [_timed_before(speed, side) for side in ("dense", "pruned")]
+        else:
+            timings = latencies(args, subject, models)
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
         for model, timed in zip(models, timings, strict=True)
     ]
     if labelled is None:
-        return facts[0], facts[1]
+        return facts
     with clock("top-1"):
         for model, fact in zip(models, facts, strict=True):
-            scored = evaluate(model, Shown(labelled, "top-1"), outputs=outputs_of(args))
+            scored = evaluate(model, Shown(labelled, title), outputs=outputs_of(args))
             fact |= {"top1": scored.top1, "top5": scored.top5, "num_images": scored.num_images}
-    return facts[0], facts[1]
+    return facts
 
 
-def _timed_before(speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the milliseconds of both models in the runtime that was asked for."""
-    assert speed is not None
-    return [
-        {
-            "latency_ms": speed[f"{side}_ms"],
-            "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
-            "latency_batch_size": speed["batch_size"],
-            "latency_runtime": speed["runtime"],
-            "latency_device": speed["device"],
-        }
-        for side in ("dense", "pruned")
-    ]
+def costs(model: nn.Module, subject: Subject) -> dict[str, int]:
+    """Return what a model costs on the inputs of a subject."""
+    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
+
+
+def _timed_before(speed: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """Return the milliseconds of a model in the runtime that was asked for."""
+    return {
+        "latency_ms": speed[f"{side}_ms"],
+        "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
+        **{f"latency_{name}": speed[name] for name in ("batch_size", "runtime", "device")},
+    }
 
 
 def latencies(
@@ -195,6 +208,19 @@ def shown_changes(
         outputs=outputs_of(args),
     )  # fmt: skip
     return {"disagreement": found, "class_names": class_names(args)}
+
+
+def group_facts(group: ChannelGroup) -> dict[str, Any]:
+    """Return what a group is."""
+    return {"name": group.name, "unit": group.unit, "num_channels": group.num_channels}
+
+
+def smallest_facts(groups: ChannelGroups, limits: Limits | None = None) -> dict[str, float]:
+    """Return the costs that are left where every group is as narrow as it may be."""
+    return {
+        "macs": groups.macs(narrowest(groups, "macs", limits=limits)),
+        "params": groups.params(narrowest(groups, "params", limits=limits)),
+    }
 
 
 def blocked_facts(groups: ChannelGroups) -> list[dict[str, Any]]:

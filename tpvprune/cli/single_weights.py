@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from tpvprune.cli.console import show_pruned, stages
+from tpvprune.cli.console import stages
 from tpvprune.cli.flag_groups import STRUCTURES
 from tpvprune.cli.pruning_options import weight_options
-from tpvprune.cli.session import Subject, ignored, open_subject
-from tpvprune.cli.session_images import images_to_prune_with, open_data
-from tpvprune.cli.session_results import pruned_document, saved_with
+from tpvprune.cli.session import Outcome, Subject
+from tpvprune.cli.session_images import Opened
+from tpvprune.cli.session_results import finished
 from tpvprune.groups import find_groups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.clock import Clock
 from tpvprune.pipeline.choices import Choices
 from tpvprune.processes.membership import num_processes
-from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 from tpvprune.widths.limits import Limits
@@ -44,34 +42,19 @@ def asked_for(args: argparse.Namespace) -> bool:
     return True
 
 
-def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def run(args: argparse.Namespace, opened: Opened) -> Outcome:
     """Remove single weights, save, measure, and show what it cost."""
-    subject = open_subject(args)
-    layers = ignored(args, subject)
-    images = open_data(args, labelled=False)
-    clock = Clock(None)
-    with clock("reading images"):
-        batches, labelled, eval_images = images_to_prune_with(args, subject, images)
+    subject = opened.subject
     with stages() as progress:
         result = prune_weights(
             subject.model,
-            unlabeled(batches, device=subject.device),
+            unlabeled(opened.batches, device=subject.device),
             **weight_options(args),
-            ignore=layers,
+            ignore=opened.layers,
             progress=progress,
         )
-    document, seen = pruned_document(
-        args, subject, result, images=images, batches=batches, eval_images=eval_images,
-        labelled=labelled, clock=clock,
-    )  # fmt: skip
-    save_pruned(
-        result.model,
-        args.output,
-        **saved_with(args, subject, granularity=args.granularity),
-        report={**document, **seen},
-        masks=result.masks,
-    )
-    show_pruned(document)
+    # Rows that are rounded may miss a budget by a hair: no failure.
+    _, document = finished(args, opened, result, Clock(None, opened.seconds))
     return 0, document
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, counted, length_of, say, show_trained, updates
-from tpvprune.cli.session import Subject, open_pruned, provenance
+from tpvprune.cli.session import Outcome, Subject, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
     all_but,
@@ -24,13 +25,13 @@ from tpvprune.cli.session_images import (
     labelled_images,
     open_data,
 )
-from tpvprune.cli.session_results import measured, shown_changes
+from tpvprune.cli.session_results import costs, measured, shown_changes
 from tpvprune.disk.digest import file_digest
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
 from tpvprune.passes.difference import Reference
-from tpvprune.passes.evaluation import Difference, count_macs, count_params, difference
+from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
 from tpvprune.repairs.distillation import distill, teacher_of
@@ -49,54 +50,31 @@ _KEPT = (
     "blocked", "steps", "output_variance", "variance_share", "output_second_moment", "images_used",
     "timings",
 )  # fmt: skip
-_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def run_distill(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model towards the dense one, without labels."""
-    return _run(args, labelled=False)
-
-
-def run_finetune(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """Train a saved pruned model with labels."""
-    return _run(args, labelled=True)
+# What a recipe calls as the flags do.
+_AS_FLAGS = (
+    "minutes", "lr", "opt", "sched", "weight_decay", "warmup_epochs", "clip_grad",
+    "freeze_batchnorm", "seed",
+)  # fmt: skip
 
 
 class Trained(NamedTuple):
-    """A model, the facts for the report, the images held back, and how far from the dense one.
-
-    ``found`` is measured on those images.
-    """
+    """A model, the facts and the verdict for the report, images held back, and what they found."""
 
     model: nn.Module
     facts: dict[str, Any]
+    verdict: dict[str, Any]
     held: Iterable[Any]
     found: Difference
-
-    def verdict(self, repair: str) -> dict[str, Any]:
-        """Return what a report holds of the outcome of a repair, beside the table."""
-        return {
-            "warnings": guard.warnings_of({repair: self.found}, repair, repair),
-            "held_back": guard.facts(self.found),
-        }
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the flags say to train; a ValueError tells what is out of range."""
     return Recipe(
+        **{name: getattr(args, name) for name in _AS_FLAGS},
         epochs=None if args.minutes else args.epochs or _EPOCHS,
-        minutes=args.minutes,
-        lr=args.lr,
-        opt=args.opt,
-        sched=args.sched,
-        weight_decay=args.weight_decay,
-        warmup_epochs=args.warmup_epochs,
-        clip_grad=args.clip_grad,
         ema_decay=args.model_ema_decay,
-        amp=_AMP_TYPES[args.amp_dtype] if args.amp else None,
-        freeze_batchnorm=args.freeze_batchnorm,
+        amp=getattr(torch, args.amp_dtype) if args.amp else None,
         num_views=getattr(args, "num_views", None),
-        seed=args.seed,
     )
 
 
@@ -159,7 +137,7 @@ def trained(
         if labelled:
             model = finetune(subject.model, batches, recipe=during, **how)
         else:
-            how |= {field.name: getattr(during, field.name) for field in dataclasses.fields(during)}
+            how |= dataclasses.asdict(during)
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
             model = distill(subject.model, dense, batches, **how)
     if labelled:
@@ -167,9 +145,8 @@ def trained(
         fraction = 1.0
     else:
         nearest = nearest_between(subject.model, model, reference, before)
-        model, fraction, found, after = (
-            nearest.model, nearest.fraction, nearest.found, nearest.end,
-        )  # fmt: skip
+        model, fraction = nearest.model, nearest.fraction
+        found, after = nearest.found, nearest.end
     if not math.isfinite(after.output_variance):
         by_first(state.unlink, missing_ok=True)
         raise ValueError(
@@ -197,7 +174,13 @@ def trained(
     }
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
-    return Trained(model, facts, eval_images, found)
+    repair = "finetune" if labelled else "distill"
+    verdict = {
+        "repair": repair,
+        "warnings": guard.warnings_of({repair: found}, repair, repair),
+        "held_back": guard.facts(found),
+    }
+    return Trained(model, facts, verdict, eval_images, found)
 
 
 def _between(recipe: Recipe, measuring: float, held: int) -> Recipe:
@@ -219,7 +202,8 @@ def state_file(output: Path, kind: str = "unfinished") -> Path:
     return output.with_name(f"{output.name}.{kind}.safetensors")
 
 
-def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, Any]]:
+def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
+    """Train a saved pruned model towards the dense one, or with labels."""
     recipe_of(args)
     args.folder = local_folder(args.folder)
     config, earlier = read_config(args.folder), read_report(args.folder)
@@ -231,22 +215,19 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
         check_classes(images, subject.model, class_map=args.class_map)
     eval_images = labelled_images(args, subject)
     masks = saved_masks(args.folder)
-    done = trained(
+    model, facts, verdict, seen, found = trained(
         args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
     )
-    model, facts, seen, found = done
-    repair = "finetune" if labelled else "distill"
-    sides = measured(args, dataclasses.replace(subject, model=dense), model, eval_images)
+    sides = measured(args, subject, (dense, model), eval_images)
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
         "weights": config["provenance"].get("weights"),
-        "repair": repair,
-        **done.verdict(repair),
+        **verdict,
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
-        "dense": {**_costs(dense, subject), **sides[0], "agreement": 1.0},
-        "pruned": {**_costs(model, subject), **sides[1], **_closeness(found)},
+        "dense": {**costs(dense, subject), **sides[0], "agreement": 1.0},
+        "pruned": {**costs(model, subject), **sides[1], **_closeness(found)},
         "images": {
             "source": images.name,
             "num_images": facts["num_images"],
@@ -271,8 +252,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> tuple[int, dict[str, An
     return 0, document
 
 
-def _costs(model: nn.Module, subject: Subject) -> dict[str, int]:
-    return {"macs": count_macs(model, subject.example), "params": count_params(model)}
+run_distill, run_finetune = partial(_run, labelled=False), partial(_run, labelled=True)
 
 
 def _closeness(found: Difference) -> dict[str, float]:

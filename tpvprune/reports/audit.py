@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpvprune.reports.charts import percent, significant, whole
-from tpvprune.reports.page import page
-from tpvprune.reports.scatter import scatter_chart
-from tpvprune.reports.tables import making, section
-from tpvprune.reports.text import cell
+from tpvprune.reports.charts import scatter_chart
+from tpvprune.reports.page import left_out, page, section, table, table_row, with_error
+from tpvprune.reports.tables import making
+from tpvprune.reports.text import cell, minus, percent, significant, whole
 
 _STYLE = """
 header { margin-bottom: 2.5rem; }
@@ -35,7 +34,7 @@ def render_audit(data: Mapping[str, Any]) -> str:
         _rankings(data, shown),
         _tpv(data),
         _changes(data),
-        _left_out(data),
+        left_out(data["left_out"]),
         making({key: value for key, value in data.items() if key not in {"used_labels", "keep"}}),
     ]
     return page(f"{data['model']}: audit", parts, style=_STYLE)
@@ -58,26 +57,20 @@ def _header(data: Mapping[str, Any]) -> str:
 
 
 def _measures(data: Mapping[str, Any]) -> str:
-    body = ""
+    rows = []
     for measure in data["measures"].values():
-        error = measure["stderr"]
-        value = significant(measure["value"])
-        if error is not None:
-            value += f' <span class="soft">\u00b1 {significant(error, 2)}</span>'
+        value = with_error(significant(measure["value"]), measure["stderr"])
         classes = "" if not measure["reads_classes"] else (
             "labels" if data["used_labels"] else "own classes"
         )  # fmt: skip
-        cells = (classes, measure["cost"], measure["unmoved_by_rescaling"], measure["source"])
-        body += f"<tr><th>{cell(measure['title'])}</th><td>{value}</td>" + "".join(
-            f"<td>{cell(text)}</td>" for text in cells
-        )
-        body += "</tr>"
+        texts = (classes, measure["cost"], measure["unmoved_by_rescaling"], measure["source"])
+        rows.append(table_row(cell(measure["title"]), [value, *map(cell, texts)]))
     heads = ("Measure", "Value", "Reads", "Passes", "Same after rescaling", "Source")
     about = (
         "<p>A pass is one forward over the images; a backward counts two. The column before the "
         "last says what theory expects of a ReLU network whose channels or layers are rescaled.</p>"
     )
-    return section("Measures", about, f'<div class="wrap">{_table(heads, body)}</div>')
+    return section("Measures", about, f'<div class="wrap">{_table(heads, rows)}</div>')
 
 
 def _moved(data: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
@@ -120,21 +113,14 @@ def _rankings(data: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> 
 
 def _tpv(data: Mapping[str, Any]) -> str:
     found = data["tpv"]
-    body = ""
-    for row in found["rows"]:
+    rows = []
+    for form in found["rows"]:
         values = [
-            significant(row[key])
-            + (
-                ""
-                if row[f"{key}_stderr"] is None
-                else f' <span class="soft">\u00b1 {significant(row[f"{key}_stderr"], 2)}</span>'
-            )
+            with_error(significant(form[key]), form[f"{key}_stderr"])
             for key in ("train", "held_out")
         ]
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        values = [cell(row["form"]), *values, ratio]
-        cells = "".join(f"<td>{text}</td>" for text in values)
-        body += f"<tr><th>{cell(row['perturbation'])}</th>{cells}</tr>"
+        ratio = "" if form["ratio"] is None else f"{form['ratio']:.3f}"
+        rows.append(table_row(cell(form["perturbation"]), [cell(form["form"]), *values, ratio]))
     heads = ("Perturbation", "Form", "Measured images", "Held out", "Ratio")
     points = [(name, tuple(a), tuple(b)) for name, a, b in found["parameters"]]
     chart = scatter_chart(points, "measured images", "held-out images")
@@ -144,54 +130,38 @@ def _tpv(data: Mapping[str, Any]) -> str:
         f"{cell(data['images']['held_out'])}. The picture: every parameter\u2019s share of the "
         "trace.</p>"
     )
-    return section("TPV, measured and held out", about, _table(heads, body) + chart)
+    return section("TPV, measured and held out", about, _table(heads, rows) + chart)
 
 
 def _changes(data: Mapping[str, Any]) -> str:
-    body = ""
+    rows = []
     for change in data["changes"]:
-        moved = f"{100 * change['moved']:+.2f}".replace("-", "\u2212")
+        moved = minus(f"{100 * change['moved']:+.2f}")
         text = "" if change["neutral"] else " (left out above)"
-        body += (
-            f"<tr><th>{cell(change['name'])}</th><td>{moved}{text}</td>"
-            f"<td>{cell(change['note'])}</td></tr>"
-        )
+        rows.append(table_row(cell(change["name"]), [f"{moved}{text}", cell(change["note"])]))
     what = "accuracy" if data["used_labels"] else "agreement with itself"
     about = f"<p>What was changed, and by how many points {what} moved.</p>"
-    changes = _table(("Change", "Points", "Note"), body)
+    changes = _table(("Change", "Points", "Note"), rows)
     return section("Changes", about, f'<div class="wrap">{changes}</div>')
-
-
-def _left_out(data: Mapping[str, Any]) -> str:
-    if not data["left_out"]:
-        return ""
-    items = "".join(
-        f'<li><span class="name">{cell(what)}</span>{cell(reason)}</li>'
-        for what, reason in data["left_out"].items()
-    )
-    return section("Left out", "", f'<ul class="reasons">{items}</ul>')
 
 
 def _heat(
     changes: Sequence[Mapping[str, Any]],
     rows: Sequence[tuple[str, Sequence[tuple[str, float]]]],
 ) -> str:
-    body = ""
-    for name, cells in rows:
-        body += f"<tr><th>{cell(name)}</th>" + "".join(
-            f'<td style="--level:{100 * level:.0f}%">{text}</td>' for text, level in cells
+    body = [
+        table_row(
+            cell(name),
+            (f'<td style="--level:{100 * level:.0f}%">{text}</td>' for text, level in levels),
         )
-        body += "</tr>"
+        for name, levels in rows
+    ]
     heads = ("", *(change["name"] for change in changes))
     return f'<div class="heat">{_table(heads, body)}</div>'
 
 
-def _table(heads: Sequence[str], body: str) -> str:
-    head = "".join(f"<th>{cell(text)}</th>" for text in heads)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    return f'<div class="scroll">{table(map(cell, heads), rows)}</div>'
 
 
 def _log_ratio(moved: float) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.reports.charts import percent, significant, whole
-from tpvprune.reports.costs import cost_labels
+from tpvprune.reports.text import cost_labels, percent, side_by_side, significant, whole
 
 _ROWS = (
     ("top1", "top-1", lambda x: percent(x, 2)),
@@ -54,13 +53,10 @@ def _caveats(report: Mapping[str, Any]) -> str:
 
 def _numbers(report: Mapping[str, Any]) -> str:
     dense, pruned = report.get("dense") or {}, report.get("pruned") or {}
-    lines = []
     labels = {**cost_labels(dense, pruned), "macs": "MACs of one input"}
     costs = [(key, label, whole) for key, label in labels.items()]
-    for key, label, write in (*costs, *_ROWS):
-        cells = [write(side[key]) if side.get(key) is not None else "" for side in (dense, pruned)]
-        if any(cells):
-            lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    found = side_by_side((*costs, *_ROWS), dense, pruned)
+    lines = [f"| {label} | {' | '.join(texts)} |" for label, texts in found.items()]
     if not lines:
         return ""
     seen = (report.get("images") or {}).get("agreement_on")

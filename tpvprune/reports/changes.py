@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpvprune.reports.charts import percent, value_rows, whole
-from tpvprune.reports.tables import section
-from tpvprune.reports.text import cell
+from tpvprune.reports.charts import value_rows
+from tpvprune.reports.page import section
+from tpvprune.reports.text import cell, percent, whole
 
 _MOST_CLASSES = 24
 _FEWEST_IMAGES = 5

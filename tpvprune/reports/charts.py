@@ -1,4 +1,4 @@
-"""Small charts as inline SVG and HTML, and the numbers beside them.
+"""Small charts as inline SVG and HTML.
 
 Horizontal positions are percentages and vertical ones pixels, so that a chart takes the
 width it is given while its text keeps its size.
@@ -7,49 +7,16 @@ width it is given while its text keeps its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from tpvprune.reports.text import cell
+from tpvprune.reports.text import cell, percent, power_of_ten, significant
 
+_TOP = 18.0
+_SIDE, _LEFT, _ABOVE = 320.0, 56.0, 10.0  # of a scatter chart
 MAX_DOTS = 48
 MAX_SPREAD = 8
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage."""
-    return f"{100 * fraction:.{digits}f}\u202f%".replace("-", "\u2212")
-
-
-def whole(number: float) -> str:
-    """Write a count in full, thousands set apart."""
-    return f"{number:,.0f}".replace(",", "\u202f")
-
-
-def short(number: float) -> str:
-    """Write a count with three or four digits and a unit prefix."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            digits = 4 if number / size >= 100 else 3
-            return f"{number / size:#.{digits}g}\u202f{prefix}"
-    return f"{number:.4g}"
-
-
-def significant(number: float, digits: int = 3) -> str:
-    """Write any number with a stated number of significant digits."""
-    if number == 0 or not math.isfinite(number):
-        return f"{number:g}"
-    exponent = math.floor(math.log10(abs(number)))
-    if -4 <= exponent < 6:
-        text = f"{number:,.{max(0, digits - 1 - exponent)}f}".replace(",", "\u202f")
-    else:
-        text = f"{number / 10.0**exponent:.{digits - 1}f}·{power_of_ten(exponent)}"
-    return text.replace("-", "\u2212")
-
-
-def power_of_ten(exponent: int) -> str:
-    """Write a power of ten with raised digits."""
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def width_rows(groups: Sequence[tuple[str, int, int]], *, shares: bool = False) -> str:
@@ -92,38 +59,82 @@ def value_rows(rows: Sequence[tuple[str, float, str]], chosen: str | None = None
     return f'<ul class="rows plain">{items}</ul>'
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y, error up and down or None) in [0, 1], drawn with a style class."""
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float, float | None]]
+
+
+def curve_chart(curves: Sequence[Curve], about: str) -> str:
+    """Draw fractions against the fraction of MACs, with error bars."""
+    points = [point for curve in curves for point in curve.points]
+    lowest = max(0.0, min(y - (error or 0.0) for _, y, error in points))
+    parts, across, down = _plane([p[0] for p in points], lowest, 300, ticks=8, sides=(8, 88))
+    for curve in curves:
+        numbers = ", ".join(f"{percent(y)} at {percent(x, 0)}" for x, y, _ in curve.points)
+        parts.append(f'<g class="{curve.style}">')
+        parts.append(f"<title>{cell(curve.label)}: {numbers}</title>")
+        at = [(across(x), down(y)) for x, y, _ in curve.points]
+        parts += _lines("curve", at)
+        for (x, y), (_, value, error) in zip(at, curve.points, strict=True):
+            if error:
+                ends = f'y1="{down(value - error)}" y2="{down(value + error)}"'
+                parts.append(f'<line class="error" x1="{x}" x2="{x}" {ends}/>')
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3"/>')
+        parts.append("</g>")
+    head = f'<svg height="{_TOP + 326}" role="img" aria-label="{cell(about)}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
 def step_chart(series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
-    """Draw fractions against the fraction of MACs, falling from left to right."""
+    """Draw fractions (label, colour, points) against the fraction of MACs, the last in words."""
     points = [point for _, _, line in series for point in line]
-    left, right = max(x for x, _ in points), min(x for x, _ in points)
-    low, step = nice_floor(min(y for _, y in points))
-    top, bottom = 18.0, 208.0
-
-    def across(x: float) -> float:
-        return 12 + 74 * (left - x) / max(left - right, 1e-9)
-
-    def down(y: float) -> float:
-        return top + (bottom - top) * (1 - y) / (1 - low)
-
-    parts = []
-    for tick in range(round((1 - low) / step) + 1):
-        value, y = percent(1 - tick * step, 0), down(1 - tick * step)
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="0" y="{y - 4:.1f}">{value}</text>')
-    for x in spaced(sorted({x for x, _ in points}, reverse=True), (left - right) / 6):
-        place = f'x="{across(x):.2f}%" y="{bottom + 18}" text-anchor="middle"'
-        parts.append(f"<text {place}>{percent(x, 0)}</text>")
+    lowest = min(y for _, y in points)
+    parts, across, down = _plane([p[0] for p in points], lowest, 190, ticks=6, sides=(12, 74))
     for label, colour, line in series:
-        at = [(f"{across(x):.2f}%", f"{down(y):.1f}") for x, y in line]
-        for (x1, y1), (x2, y2) in pairwise(at):
-            place = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
-            parts.append(f'<line class="{colour}-line" {place}/>')
+        at = [(across(x), down(y)) for x, y in line]
+        parts += _lines(f"{colour}-line", at)
         parts += [f'<circle class="{colour}-dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in at]
         place = f'x="{at[-1][0]}" y="{at[-1][1]}" dx="10" dy="4"'
         text = f"{percent(line[-1][1])}<title>{cell(label)}</title>"
         parts.append(f'<text class="value" {place}>{text}</text>')
     about = 'role="img" aria-label="Fractions of images against MACs"'
-    return f'<svg height="{bottom + 26}" {about}>{"".join(parts)}</svg>'
+    return f'<svg height="{_TOP + 216}" {about}>{"".join(parts)}</svg>'
+
+
+def _plane(
+    xs: Iterable[float], lowest: float, height: int, *, ticks: int, sides: tuple[int, int]
+) -> tuple[list[str], Callable[[float], str], Callable[[float], str]]:
+    """Return a grid, and what places fractions x, falling from left to right, and y on it."""
+    shares = sorted(set(xs), reverse=True)
+    span = shares[0] - shares[-1]
+    low, step = nice_floor(lowest)
+
+    def across(x: float) -> str:
+        return f"{sides[0] + sides[1] * (shares[0] - x) / max(span, 1e-9):.2f}%"
+
+    def down(y: float) -> str:
+        return f"{_TOP + height * (1 - min(max(y, low), 1.0)) / (1 - low):.1f}"
+
+    parts = []
+    for tick in range(round((1 - low) / step) + 1):
+        level = down(1 - tick * step)
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{level}" y2="{level}"/>')
+        parts.append(f'<text x="0" y="{float(level) - 4:.1f}">{percent(1 - tick * step, 0)}</text>')
+    for x in spaced(shares, span / ticks):
+        place = f'x="{across(x)}" y="{_TOP + height + 18}" text-anchor="middle"'
+        parts.append(f"<text {place}>{percent(x, 0)}</text>")
+    return parts, across, down
+
+
+def _lines(style: str, at: Sequence[tuple[str, str]]) -> list[str]:
+    return [
+        f'<line class="{style}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+        for (x1, y1), (x2, y2) in pairwise(at)
+    ]
 
 
 def score_panel(
@@ -137,17 +148,15 @@ def score_panel(
     At most 48 channels are drawn, evenly spaced over the ranks. Scores below the scale lie on
     its lower end.
     """
-    low, high = scale
     top, bottom = 3.0, 81.0
 
     def down(value: float) -> float:
-        exponent = math.log10(value) if value > 0 else low
-        return bottom - (bottom - top) * (min(max(exponent, low), high) - low) / (high - low)
+        return bottom - _log_place(value, scale, bottom - top)
 
     order = sorted(range(len(values)), key=lambda channel: values[channel])
     num = min(len(order), MAX_DOTS)
     shown = [order[round(i * (len(order) - 1) / max(num - 1, 1))] for i in range(num)]
-    lines = (down(10.0**exponent) for exponent in range(math.ceil(low), math.floor(high) + 1))
+    lines = (down(10.0**exponent) for exponent in _decades(scale))
     parts = [f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>' for y in lines]
     dots = []
     for rank, channel in enumerate(shown):
@@ -161,6 +170,64 @@ def score_panel(
             )
         dots.append(f'<circle class="{colour}-dot" cx="{x}" cy="{down(value):.1f}" r="1.6"/>')
     return f'<svg height="84" aria-hidden="true">{"".join(parts + dots)}</svg>'
+
+
+def scatter_chart(
+    points: Sequence[tuple[str, tuple[float, float], tuple[float, float]]], across: str, up: str
+) -> str:
+    """Draw points with their standard errors and the diagonal, on log scales.
+
+    Points with a value that is not positive have no place there and are left out.
+    """
+    shown = [p for p in points if p[1][0] > 0 and p[2][0] > 0]
+    if not shown:
+        raise ValueError("scatter: expected a point with two positive values, found none")
+    logs = [math.log10(value) for _, x, y in shown for value in (x[0], y[0])]
+    scale = min(logs) - 0.1, max(logs) + 0.1
+
+    def place(value: float) -> float:
+        return _log_place(value, scale, _SIDE)
+
+    right, bottom = _LEFT + _SIDE, _ABOVE + _SIDE
+    parts = [f'<line class="grid" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{_ABOVE}"/>']
+    for exponent in _decades(scale):
+        at = place(10.0**exponent)
+        x, y, text = _LEFT + at, bottom - at, power_of_ten(exponent)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_ABOVE}" y2="{bottom}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for name, (x_value, x_error), (y_value, y_error) in shown:
+        x, y = _LEFT + place(x_value), bottom - place(y_value)
+        ends = [_LEFT + place(x_value - x_error), _LEFT + place(x_value + x_error)]
+        ends += [bottom - place(y_value - y_error), bottom - place(y_value + y_error)]
+        a, b, c, d = (f"{end:.1f}" for end in ends)
+        parts.append(f'<line class="kept-bar" x1="{a}" x2="{b}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="kept-bar" x1="{x:.1f}" x2="{x:.1f}" y1="{c}" y2="{d}"/>')
+        label = f"{name}: {significant(x_value)} {across}, {significant(y_value)} {up}"
+        parts.append(
+            f'<circle class="kept-dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
+            f"<title>{cell(label)}</title></circle>"
+        )
+    middle = _LEFT + _SIDE / 2
+    parts.append(f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">{cell(across)}</text>')
+    parts.append(
+        f'<text transform="rotate(-90)" x="{-(_ABOVE + _SIDE / 2)}" y="14" '
+        f'text-anchor="middle">{cell(up)}</text>'
+    )
+    size = f'width="{right + 10:.0f}" height="{bottom + 46:.0f}"'
+    about = f'role="img" aria-label="{cell(up)} against {cell(across)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>'
+
+
+def _log_place(value: float, scale: tuple[float, float], length: float) -> float:
+    low, high = scale
+    exponent = math.log10(value) if value > 0 else low
+    return length * (min(max(exponent, low), high) - low) / (high - low)
+
+
+def _decades(scale: tuple[float, float]) -> range:
+    return range(math.ceil(scale[0]), math.floor(scale[1]) + 1)
 
 
 def scale_of(values: Sequence[float]) -> tuple[float, float] | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tpvprune.reports.charts import percent, short, significant, whole
-from tpvprune.reports.costs import cost_labels
-from tpvprune.reports.curves import Curve, curve_chart
-from tpvprune.reports.page import page
+from tpvprune.reports.charts import Curve, curve_chart
+from tpvprune.reports.page import dots, page, section, table, table_row
 from tpvprune.reports.style import hues
-from tpvprune.reports.tables import both, command_lines, section
-from tpvprune.reports.text import cell
+from tpvprune.reports.tables import both, command_lines, share_of
+from tpvprune.reports.text import cell, cost_labels, minus, percent, short, significant, whole
 
 Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""
@@ -63,20 +61,14 @@ td.best { color: var(--kept); font-weight: 600; }
 def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the numbers of one run that runs are compared by."""
     dense, pruned = both(report)
-
-    def share(key: str) -> float | None:
-        if not dense.get(key) or pruned.get(key) is None:
-            return None
-        return float(pruned[key] / dense[key])
-
+    shown = cost_labels(dense, pruned)
     top1, before = pruned.get("top1"), dense.get("top1")
     return {
-        "macs": share("macs"),
-        "params": share("params"),
-        "nonzero_params": share("nonzero_params")
-        if "nonzero_params" in cost_labels(dense, pruned)
-        else None,
-        "latency": share("latency_ms"),
+        **{
+            key: share_of(pruned, dense, key) if key in shown else None
+            for key in ("macs", "params", "nonzero_params")
+        },
+        "latency": share_of(pruned, dense, "latency_ms"),
         "top1": top1,
         "top1_change": None if top1 is None or before is None else top1 - before,
         "agreement": pruned.get("agreement"),
@@ -131,21 +123,22 @@ def _numbers(runs: Sequence[Run]) -> str:
         ("nonzero_params", "Non-zero parameters", percent, False),
         ("latency", "Latency", percent, False),
         ("top1", "Top-1", lambda x: percent(x, 2), True),
-        ("top1_change", "Change", lambda x: f"{100 * x:+.2f}".replace("-", "\u2212"), True),
+        ("top1_change", "Change", lambda x: minus(f"{100 * x:+.2f}"), True),
         ("agreement", "Agreement", lambda x: percent(x, 2), True),
     )
     found = figures_of_all(runs)
     images = [measured_on(report) for _, report in runs]
     shown = [c for c in columns if any(row[c[0]] is not None for row in found)]
     best = {key: _best(key, found, images, more=more) for key, _, _, more in shown}
-    body = ""
-    for i, ((name, _), row, on) in enumerate(zip(runs, found, images, strict=True)):
-        cells = "".join(
+    rows = []
+    names = dots(enumerate(name for name, _ in runs))
+    for name, row, on in zip(names, found, images, strict=True):
+        values = "".join(
             _number(label, row[key], write, "" if key == "top1_change" else on.get(key), best[key])
             for key, label, write, _ in shown
         )
-        body += f'<tr><th class="dot c{i}">{cell(name)}</th>{cells}</tr>'
-    head = "".join(f"<th>{label}</th>" for _, label, _, _ in shown)
+        rows.append(f"<tr>{name}{values}</tr>")
+    heads = ("Run", *(label for _, label, _, _ in shown))
     about = "<p>The best of each column stands out"
     unlike = [label for key, label, _, _ in shown if _is_unlike(key, found, images)]
     if unlike:
@@ -155,8 +148,8 @@ def _numbers(runs: Sequence[Run]) -> str:
         )
     if broken := broken_runs(runs):
         about += f".</p><p>Broken, by the images held back: {cell(', '.join(broken))}"
-    table = f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return section("Numbers", f"{about}.</p>", f'<div class="runs">{table}</div>', style="across")
+    body = f'<div class="runs">{table(heads, rows)}</div>'
+    return section("Numbers", f"{about}.</p>", body, style="across")
 
 
 def _number(
@@ -239,16 +232,11 @@ def _settings(runs: Sequence[Run]) -> str:
     if not shown:
         same = "<p>Model, images and settings are the same in all runs.</p>"
         return section("What differs", same, "") if len(runs) > 1 else ""
-    head = "".join(f'<th class="dot c{i}">{cell(name)}</th>' for i, (name, _) in enumerate(runs))
-    body = "".join(
-        f"<tr><th>{cell(label)}</th>"
-        + "".join(f"<td>{cell(_text(value))}</td>" for value in values)
-        + "</tr>"
-        for label, values in shown
-    )
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    heads = ["", *dots(enumerate(name for name, _ in runs))]
+    lines = [table_row(cell(label), (cell(_text(v)) for v in values)) for label, values in shown]
     about = "<p>Settings and versions that are not the same in all runs.</p>"
-    return section("What differs", about, f'<div class="scroll wraps">{table}</div>')
+    body = f'<div class="scroll wraps">{table(heads, lines)}</div>'
+    return section("What differs", about, body)
 
 
 def _widths(runs: Sequence[Run]) -> str:
@@ -261,26 +249,27 @@ def _widths(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for groups in kept.values() for name in groups))
     if not names:
         return ""
-    head = "".join(f'<th class="dot c{i}">{cell(runs[i][0])}</th>' for i in kept)
-    body = ""
-    for name in names:
-        cells = "".join(_width(groups.get(name), i) for i, groups in kept.items())
-        body += f'<tr><th><span class="name">{cell(name)}</span></th>{cells}</tr>'
-    table = (
-        f'<table class="cells"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    heads = ["", *dots((i, runs[i][0]) for i in kept)]
+    rows = [
+        table_row(
+            f'<span class="name">{cell(name)}</span>',
+            (_width(groups.get(name), i) for i, groups in kept.items()),
+        )
+        for name in names
+    ]
     about = "<p>Channels that stay, of those that the dense model has.</p>"
-    return section("Kept width", about, f'<div class="scroll wraps">{table}</div>')
+    body = f'<div class="scroll wraps">{table(heads, rows, style="cells")}</div>'
+    return section("Kept width", about, body)
 
 
 def _width(group: Mapping[str, Any] | None, i: int) -> str:
     if group is None:
-        return "<td></td>"
+        return ""
     kept, dense = int(group["kept"]), int(group["num_channels"])
     share = f"{100 * kept / max(dense, 1):.1f}"
     return (
-        f'<td>{kept}<span class="soft">\u202f/\u202f{dense}</span>'
-        f'<span class="share c{i}"><span style="width:{share}%"></span></span></td>'
+        f'{kept}<span class="soft">\u202f/\u202f{dense}</span>'
+        f'<span class="share c{i}"><span style="width:{share}%"></span></span>'
     )
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpvprune.reports.charts import (
     MAX_SPREAD,
-    percent,
-    power_of_ten,
     scale_of,
     score_panel,
-    significant,
     step_chart,
     value_rows,
-    whole,
     width_rows,
 )
-from tpvprune.reports.tables import both, section
-from tpvprune.reports.text import cell
+from tpvprune.reports.page import reasons, section
+from tpvprune.reports.tables import both
+from tpvprune.reports.text import cell, percent, power_of_ten, significant, whole
 
 
 def widths(data: Mapping[str, Any]) -> str:
@@ -29,13 +26,12 @@ def widths(data: Mapping[str, Any]) -> str:
     groups = data.get("groups")
     if not groups:
         return ""
-    rows = [(str(g["name"]), int(g["num_channels"]), int(g["kept"])) for g in groups]
-    total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows, stay = _kept(groups, "num_channels")
     dense = [row[1] for row in rows]
     scale = " Bars show shares." if max(dense) > MAX_SPREAD * min(dense) else ""
     units = sorted({cell(g.get("unit") or "channel") for g in groups})
     about = (
-        f"<p>{whole(kept)} of {whole(total)} {' and '.join(f'{unit}s' for unit in units)} stay, in "
+        f"<p>{stay} {' and '.join(f'{unit}s' for unit in units)} stay, in "
         f"{len(rows)} groups, named after the first layer that writes them.{scale}</p>"
         '<p><span class="key">kept</span><span class="key outline">dense</span></p>'
     )
@@ -47,14 +43,18 @@ def weights(data: Mapping[str, Any]) -> str:
     layers = data.get("layers")
     if not layers:
         return ""
-    rows = [(str(x["name"]), int(x["num_weights"]), int(x["kept"])) for x in layers]
-    total, kept = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows, stay = _kept(layers, "num_weights")
     about = (
-        f"<p>{whole(kept)} of {whole(total)} weights stay, in {len(rows)} layers; the others are "
+        f"<p>{stay} weights stay, in {len(rows)} layers; the others are "
         "zero. Bars show shares of each layer.</p>"
         '<p><span class="key">stays</span><span class="key outline">zero</span></p>'
     )
     return section("Weights that stay", about, width_rows(rows, shares=True))
+
+
+def _kept(parts: Sequence[Mapping[str, Any]], of: str) -> tuple[list[tuple[str, int, int]], str]:
+    rows = [(str(part["name"]), int(part[of]), int(part["kept"])) for part in parts]
+    return rows, f"{whole(sum(row[2] for row in rows))} of {whole(sum(row[1] for row in rows))}"
 
 
 def steps(data: Mapping[str, Any]) -> str:
@@ -135,20 +135,21 @@ def blocked(data: Mapping[str, Any]) -> str:
     by_reason: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for group in left:
         by_reason[str(group.get("reason") or "no reason given")].append(group)
-    items = ""
-    for reason, groups in by_reason.items():
-        names = ", ".join(
-            f"{cell(g['name'])} ({cell(g['num_channels'])})"
-            if g.get("num_channels")
-            else cell(g["name"])
-            for g in groups
+    named = [
+        (
+            ", ".join(
+                f"{g['name']} ({g['num_channels']})" if g.get("num_channels") else str(g["name"])
+                for g in groups
+            ),
+            reason,
         )
-        items += f'<li><span class="name">{names}</span>{cell(reason)}</li>'
+        for reason, groups in by_reason.items()
+    ]
     group, unit = ("layer", "weights") if data.get("of") == "weights" else ("group", "channels")
     about = f"<p>{len(left)} {group}s keep all their {unit}.</p>"
     if len(left) == 1:
         about = f"<p>One {group} keeps all its {unit}.</p>"
-    return section("Layers left whole", about, f'<ul class="reasons">{items}</ul>')
+    return section("Layers left whole", about, reasons(named))
 
 
 def _error_words(scores: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
-"""The report's sizes that were tried under a limit of loss, and what was promised and measured."""
+"""The report's account of what followed the cut: sizes under a limit of loss, and training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.reports.charts import percent, short, whole
-from tpvprune.reports.tables import section
-from tpvprune.reports.text import cell
+from tpvprune.reports.page import section, table, table_row
+from tpvprune.reports.text import cell, minus, percent, short, significant, whole
 
 
 def sizes_tried(data: Mapping[str, Any]) -> str:
@@ -15,9 +14,8 @@ def sizes_tried(data: Mapping[str, Any]) -> str:
     quality = data.get("quality")
     if not quality:
         return ""
-    names = ("Kept", "MACs", "Parameters", "Points lost", "Interval")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
-    body = "".join(_row(size, data.get("keep")) for size in quality["sizes"])
+    heads = ("Kept", "MACs", "Parameters", "Points lost", "Interval")
+    rows = [_row(size, data.get("keep")) for size in quality["sizes"]]
     of = cell(quality["of"])
     about = (
         f"<p>The smallest size that loses at most {float(quality['max_loss']):g} points of {of}, "
@@ -28,19 +26,16 @@ def sizes_tried(data: Mapping[str, Any]) -> str:
     )
     if quality["of"] == "top-1":
         about += "<p>Labels chose between these sizes alone: no score, width or repair saw one.</p>"
-    return section(
-        "Sizes tried", about, f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-    )
+    return section("Sizes tried", about, table(heads, rows))
 
 
 def _row(size: Mapping[str, Any], keep: Any) -> str:
     loss = size["loss"]
-    cells = (
+    values = (
         percent(size["share"]), short(size["macs"]), short(size["params"]), _points(loss["points"]),
         f"{_points(loss['low'])} to {_points(loss['high'])}",
     )  # fmt: skip
-    mark = " class=ours" if size["keep"] == keep else ""
-    return f"<tr{mark}>{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
+    return table_row(None, values, ours=size["keep"] == keep)
 
 
 def _loss(loss: Mapping[str, Any]) -> str:
@@ -51,4 +46,41 @@ def _loss(loss: Mapping[str, Any]) -> str:
 
 
 def _points(number: float) -> str:
-    return f"{number:.2f}".replace("-", "\u2212")
+    return minus(f"{number:.2f}")
+
+
+def training(data: Mapping[str, Any]) -> str:
+    """State how the model was trained, and how much closer to the dense one that brought it."""
+    facts = data.get("training")
+    if not facts:
+        return ""
+    rows = [
+        ("Epochs", whole(facts["epochs"]))
+        if facts["epochs"] is not None
+        else ("Minutes", f"{facts['minutes']:g}"),
+        ("Peak learning rate", significant(facts["lr"])),
+        ("Images", whole(facts["num_images"]) if facts.get("num_images") else "a stream"),
+        ("Images per batch", whole(facts["batch_size"])),
+    ]
+    if facts.get("seconds") is not None:
+        rows.append(("Time", f"{significant(facts['seconds'])}\u202fs"))
+    before, after = facts["before"], facts["after"]
+    for key, label, write in (
+        ("output_variance", "Output variance E\u2016\u0394f\u2016\u00b2", significant),
+        ("agreement", "Agreement with dense", lambda x: percent(x, 2)),
+    ):
+        cells = ("" if side.get(key) is None else write(side[key]) for side in (before, after))
+        rows.append((label, " \u2192 ".join(cells)))
+    if facts.get("fraction", 1.0) < 1:
+        rows.append(("Of the way to the last weights", f"{facts['fraction']:g}"))
+    body = "".join(table_row(label, [value]) for label, value in rows)
+    teacher = (
+        "With labels and cross-entropy."
+        if facts.get("used_labels")
+        else "Towards the dense model\u2019s outputs on the same augmented images, without labels."
+    )
+    about = (
+        f"<p>{teacher} Output variance and agreement on {whole(facts['num_held_back'])} images "
+        "held back from training.</p>"
+    )
+    return section("Training", about, f"<table><tbody>{body}</tbody></table>")

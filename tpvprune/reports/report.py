@@ -14,9 +14,8 @@ from torch import Tensor
 from tpvprune.reports.changes import classes, samples
 from tpvprune.reports.page import page
 from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
-from tpvprune.reports.quality import sizes_tried
+from tpvprune.reports.quality import sizes_tried, training
 from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
-from tpvprune.reports.training import training
 
 DAMAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What comes of a page that is made of data of the wrong kind."""
@@ -51,11 +50,11 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Pat
     ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``,
     ``disagreement`` (of ``disagreement.disagreement``) and ``class_names``.
     """
-    plain = _plain(data)
+    data = plain(data)
     folder = Path(folder)
     files = folder / "report.json", folder / "report.html"
-    files[0].write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    files[1].write_text(render(plain), encoding="utf-8")
+    files[0].write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files[1].write_text(render(data), encoding="utf-8")
     return files
 
 
@@ -80,18 +79,16 @@ def render(data: Mapping[str, Any]) -> str:
     return page(title_of(data), parts)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value as JSON holds it: tensors as lists, what is not finite as null."""
-    if isinstance(value, Tensor):
-        return _plain(value.detach().cpu().tolist())
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(
-            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        )
+        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

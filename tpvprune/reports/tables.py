@@ -6,9 +6,17 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tpvprune.reports.charts import percent, short, significant, whole
-from tpvprune.reports.costs import cost_labels
-from tpvprune.reports.text import cell
+from tpvprune.reports.page import section, table, table_row
+from tpvprune.reports.text import (
+    cell,
+    cost_labels,
+    minus,
+    percent,
+    short,
+    side_by_side,
+    significant,
+    whole,
+)
 
 _COLUMNS = {
     "criterion": "Criterion",
@@ -59,7 +67,7 @@ def header(data: Mapping[str, Any]) -> str:
             '<p class="warn"><strong>The limit of loss was not kept</strong> by any size.</p>'
         )
     elif data.get("reached") is False:
-        share = _ratio(pruned, dense, str(data.get("of") or "macs"))
+        share = share_of(pruned, dense, str(data.get("of") or "macs"))
         found = f": it stopped at {percent(share)}" if share is not None else ""
         warnings += (
             f'<p class="warn"><strong>The budget was not reached</strong>{found}. '
@@ -73,7 +81,7 @@ def figures(data: Mapping[str, Any]) -> str:
     dense, pruned = both(data)
     found = []
     for key, label in cost_labels(dense, pruned).items():
-        share = _ratio(pruned, dense, key)
+        share = share_of(pruned, dense, key)
         if share is not None:
             found.append(
                 (capitalised(label), percent(share), f"{short(pruned[key])} of {short(dense[key])}")
@@ -81,7 +89,7 @@ def figures(data: Mapping[str, Any]) -> str:
     if pruned.get("top1") is not None:
         sub = ""
         if dense.get("top1") is not None:
-            change = f"{100 * (pruned['top1'] - dense['top1']):+.1f}".replace("-", "\u2212")
+            change = minus(f"{100 * (pruned['top1'] - dense['top1']):+.1f}")
             sub = f"{percent(dense['top1'])} dense ({change})"
         found.append(("Top-1", percent(pruned["top1"]), sub))
     if pruned.get("agreement") is not None:
@@ -131,12 +139,9 @@ def before_after(data: Mapping[str, Any]) -> str:
             lambda x: f"{significant(x[0])} \u2013 {significant(x[1])}\u202fms",
         ),
     }
-    body = ""
-    for key, (label, write) in writers.items():
-        cells = [write(side[key]) if side.get(key) is not None else "" for side in (dense, pruned)]
-        if any(cells):
-            body += f"<tr><th>{label}</th><td>{cells[0]}</td><td>{cells[1]}</td></tr>"
-    if not body:
+    named = [(key, *writer) for key, writer in writers.items()]
+    rows = [table_row(*line) for line in side_by_side(named, dense, pruned).items()]
+    if not rows:
         return ""
     count = next((s["num_images"] for s in (pruned, dense) if s.get("num_images")), None)
     about = f"<p>Accuracy on {whole(count)} labelled images.</p>" if count else ""
@@ -144,9 +149,7 @@ def before_after(data: Mapping[str, Any]) -> str:
     where = f", {cell(pruned['latency_device'])}" if pruned.get("latency_device") else ""
     about += f"<p>Latency of one call with a batch of {cell(batch)}{where}.</p>" if batch else ""
     about += _held_back(data.get("held_back") or {})
-    head = "<tr><th></th><th>Dense</th><th>Pruned</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-    return section("Before and after", about, table)
+    return section("Before and after", about, table(("", "Dense", "Pruned"), rows))
 
 
 def _held_back(facts: Mapping[str, Any]) -> str:
@@ -172,21 +175,19 @@ def comparison(data: Mapping[str, Any]) -> str:
     others = dict.fromkeys(key for row in rows for key in row)
     keys += [key for key in others if key not in (*_COLUMNS, "saved")]
     dense_macs = both(data)[0].get("macs")
-    head = "".join(f"<th>{cell(_COLUMNS.get(key, key))}</th>" for key in keys)
-    body = ""
-    for row in rows:
-        ours = row.get("saved") is True
-        cells = "".join(f"<td>{_cell(key, row.get(key), dense_macs)}</td>" for key in keys)
-        body += f"<tr{' class=ours' if ours else ''}>{cells}</tr>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    heads = [cell(_COLUMNS.get(key, key)) for key in keys]
+    lines = [
+        table_row(
+            None,
+            (_cell(key, row.get(key), dense_macs) for key in keys),
+            ours=row.get("saved") is True,
+        )
+        for row in rows
+    ]
     about = "<p>Same budget, same repair, same images. The saved model stands out.</p>"
     if data.get("comparison_note"):
         about += f"<p>{cell(data['comparison_note'])}</p>"
-    return section(
-        "Criteria compared",
-        about,
-        f'<div class="scroll">{table}</div>',
-    )
+    return section("Criteria compared", about, f'<div class="scroll">{table(heads, lines)}</div>')
 
 
 def making(data: Mapping[str, Any]) -> str:
@@ -237,13 +238,6 @@ def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if pruned.get("agreement") is None and data.get("agreement") is not None:
         pruned["agreement"] = data["agreement"]
     return dense, pruned
-
-
-def section(title: str, about: str, body: str, *, style: str = "") -> str:
-    """Set a heading and a few words beside a table or picture."""
-    text = f'<div class="about"><h2>{title}</h2>{about}</div>'
-    mark = f' class="{style}"' if style else ""
-    return f"<section{mark}>{text}<div>{body}</div></section>"
 
 
 def capitalised(label: str) -> str:
@@ -303,7 +297,8 @@ def _fact(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _ratio(pruned: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
+def share_of(pruned: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
+    """Return a cost as a share of the dense model's, if both are known."""
     if not dense.get(key) or pruned.get(key) is None:
         return None
     return float(pruned[key] / dense[key])
