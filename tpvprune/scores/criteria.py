@@ -50,7 +50,14 @@ SCORERS: dict[str, Scorer] = {
     "obdc_torch_pruning": partial(hessian_scores, variant="obdc_torch_pruning"),
     "jacobian": jacobian_scores,
 }
-"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``."""
+"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``.
+
+``batches`` are re-iterable: pairs of inputs [B, ...] and class indices [B] for criteria in
+``NEEDS_LABELS``, inputs else, whose labels are dropped; criteria of the weights ignore them. Only
+``random``, ``tpv`` and ``lfh`` draw from ``seed``. Those that read what the network returns take
+``outputs``: of ``tpv`` and ``lfh`` the outputs that count (:func:`tpvprune.tpv_scores`), of the
+others that whose first is the class logits. Each gives float64 [C] for every group.
+"""
 
 _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
 

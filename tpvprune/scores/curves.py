@@ -31,8 +31,8 @@ from tpvprune.scores.cuts import Cut, Size, collected, parts_of, size_of
 from tpvprune.scores.leaving import leaving_order
 from tpvprune.scores.residuals import (
     Covariances,
-    Inputs,
     folded_covariances,
+    inputs_of,
     is_held,
     merged,
     ridge_inverse,
@@ -204,7 +204,7 @@ def _wide_curves(
     if not groups:
         return
     stood_in = {
-        r.call: Inputs.of(fit[r.call][:2], held.get(r.call, fit[r.call])[:2])
+        r.call: inputs_of(r.call, fit, held)
         for g in groups.values()
         for r in g.readers
         if r.call in widths
