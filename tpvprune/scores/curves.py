@@ -160,13 +160,14 @@ def variance_curves(
                 progress("elimination", len(curves), len(sizes))
 
         wide = [g for g in groups if g.name not in narrow]
-        gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=_means(fit))
+        fitted = {call: mean for call, (mean, _, _) in fit.items()}
+        gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=fitted)
         for names in list(parts_of(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
             cuts = collected(
                 model, part, source, probing,
                 num_inputs=num, means=means, precisions=precisions, sizes=narrow,
-                gradients=gradients if wide and not gradients.is_full else None,
+                gradients=gradients,
             )  # fmt: skip
             for g in part:
                 found(g.name, _eliminate(g, cuts.pop(g.name), savings[g.name].float()))
@@ -181,10 +182,6 @@ def variance_curves(
 
 
 # ---- wide groups ----------------------------------------------------------------------------
-
-
-def _means(covariances: Covariances) -> dict[int, Tensor]:
-    return {call: mean for call, (mean, _, _) in covariances.items()}
 
 
 def _wide_curves(
@@ -224,7 +221,7 @@ def _wide_curves(
     for names in parts_of(sizes, max_bytes_held):
         part = [groups[name] for name in names]
         measured = measured_variance(
-            model, part, judges, again, leaving=found, parts=parts, means=_means(fit)
+            model, part, judges, again, leaving=found, parts=parts, means=gradients.means
         )
         for g in part:
             leaving, counts = found[g.name], measured_at(g.num_channels)

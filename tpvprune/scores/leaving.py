@@ -29,16 +29,16 @@ class Part:
 class _Left:
     """What is left of one reader with a map: P and G of the inputs that have not left."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, num_channels: int) -> None:
         assert part.inputs is not None
-        self._part, self._inputs = part, part.inputs
+        self._part, self._inputs, self._num = part, part.inputs, num_channels
         self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
         self._index, self._channel = (t.cpu() for t in (part.reader.index, part.reader.channel))
         self.shrinkage = part.inputs.shrinkage
 
-    def costs(self, num_channels: int) -> Tensor:
+    def costs(self) -> Tensor:
         """Return tr(G_cc P_cc^-1) of every unit [C]."""
-        costs = torch.zeros(num_channels, dtype=torch.float64, device=self._g.device)
+        costs = torch.zeros(self._num, dtype=torch.float64, device=self._g.device)
         for unit, own in _by_unit(self._channel):
             g = self._g[own[:, :, None], own[:, None, :]]
             at = self._index[own]
@@ -103,9 +103,9 @@ class _Static:
         zero = part.moments.new_zeros(num_channels)
         self._costs = zero.index_add_(0, part.reader.channel.to(zero.device), part.moments)
 
-    def costs(self, num_channels: int) -> Tensor:
+    def costs(self) -> Tensor:
         """Return the cost of every unit [C]."""
-        return self._costs[:num_channels]
+        return self._costs
 
     def remove(self, gone: Tensor) -> float:
         """Return what the output loses by these units [C]."""
@@ -151,14 +151,14 @@ def leaving_order(
     the shrinkage is chosen anew for those that stay. NotFiniteError if what is lost is not finite.
     """
     # The numbers stay on their device; which channels are left, and leave, the host decides.
-    left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
+    left = [(_Left if p.inputs else _Static)(p, num_channels) for p in parts]
     block = -(-num_channels // _MAX_STEPS)
     stays = torch.ones(num_channels, dtype=torch.bool)
     order: list[Tensor] = []
     shape = [0.0]
 
     def each() -> Tensor:
-        (costs,) = fetched(sum((p.costs(num_channels) for p in left), torch.zeros(())))
+        (costs,) = fetched(sum((p.costs() for p in left), torch.zeros(())))
         return costs
 
     first = each()

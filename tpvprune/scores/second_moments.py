@@ -64,7 +64,7 @@ class GradientMoments:
         self._device = next(model.parameters()).device
         self.groups, self.plan = groups, reader_plan(groups, self._device)
         self._modules = dict(model.named_modules())
-        self._mapped, self._means = mapped, means
+        self._mapped, self.means = mapped, means
         self._sums = {
             (g.name, r.call): torch.zeros(
                 [len(r.index)] * (2 if r.call in mapped else 1),
@@ -78,8 +78,8 @@ class GradientMoments:
 
     @property
     def is_full(self) -> bool:
-        """Whether more images would change little."""
-        return self._next >= _MAX_IMAGES
+        """Whether there is nothing to measure, or more images would change little."""
+        return not self.groups or self._next >= _MAX_IMAGES
 
     def begin(self, at: Tensor, mask: Tensor) -> None:
         """Announce a pass over images at these places of the whole set [B]; ``mask`` [B] count."""
@@ -103,15 +103,12 @@ class GradientMoments:
                 else:
                     found = exact * len(self._at)
             else:
-                u = _changes(reader, a, grad, self._num, self._means.get(call))
+                u = _changes(reader, a, grad, self._num, self.means.get(call))
                 found = u[self._chosen].square().sum(0)
             self._sums[group.name, call] += found.double()
 
     def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
-        """Return the parts of every group's readers.
-
-        Returns group name -> parts. NotFiniteError if a gradient is not finite.
-        """
+        """Return the parts of every group's readers; NotFiniteError if a gradient is not finite."""
         pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
         count = max(1.0, total(self._count * self._num_probes))
         parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
