@@ -41,6 +41,10 @@ class Cut:
         start, self._filled = self._filled, self._filled + len(rows)
         self.s[:, start : self._filled] = rows.transpose(0, 1)
 
+    def complete(self) -> None:
+        """Note that what no gradient has reached changes nothing that counts."""
+        self.s[:, self._filled :] = 0
+
     def changes(self, num_channels: int) -> Tensor:
         """Return u [C, rows]: what each channel's leaving now would change."""
         rows = self.s.shape[1]
@@ -192,6 +196,7 @@ def collected(
             break
     found: dict[str, list[Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():
+        cut.complete()
         if not bool(cut.s.isfinite().all()):
             raise NotFiniteError(
                 f"group {name!r}: expected finite output changes, found NaN or infinity: check "
