@@ -12,14 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.passes.operations import function_name
 
-_ARGUMENTS = (
-    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+_OF_TORCH = (
+    "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps",
+    "cudnn_enabled",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchNormCall:
-    """The arguments of one call, by name."""
+    """The arguments of one call, by name: those of ``torch.nn.functional.batch_norm``."""
 
     input: Tensor
     running_mean: Tensor | None
@@ -32,8 +33,11 @@ class BatchNormCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BatchNormCall:
-        """Return what ``torch.nn.functional.batch_norm`` is called with."""
-        return cls(**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs)
+        """Return what a function of that name is called with: torch's own has one more."""
+        if len(args) + len(kwargs) < len(_OF_TORCH):
+            return cls(*args, **kwargs)
+        named = {**dict(zip(_OF_TORCH, args, strict=False)), **kwargs}
+        return cls(**{name: named[name] for name in _OF_TORCH[:-1]})
 
     @property
     def is_affine(self) -> bool:

@@ -24,6 +24,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.operations import function_name
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.patches import window_of
@@ -36,12 +37,9 @@ _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "batch_norm": (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-    ),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function_name(func)
         out = func(*args, **kwargs)
-        if name not in _ARGUMENTS:
+        if name == "batch_norm":
+            v = vars(BatchNormCall.of(args, kwargs))
+        elif name in _ARGUMENTS:
+            v = {**dict(zip(_ARGUMENTS[name], args, strict=False)), **kwargs}
+        else:
             return out
-        v = {**dict(zip(_ARGUMENTS[name], args, strict=False)), **kwargs}
         owned = {role: self._names.get(id(v.get(role))) for role in ("weight", "bias")}
         if not any(owned.values()) or len(out) % self._num:
             return out
@@ -231,7 +232,7 @@ def _joined(t: Tensor, num: int) -> Tensor:
 
 def _batch_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
     shape = (-1, *[1] * (delta.ndim - 2))
-    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
+    scale = (v["running_var"] + v["eps"]).rsqrt()
     normed = (v["input"] - v["running_mean"].reshape(shape)) * scale.reshape(shape)
     return _undivided(_by_channel_sum(delta * normed, num))
 
