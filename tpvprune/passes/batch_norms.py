@@ -40,10 +40,15 @@ class BatchNormCall:
         return cls(**{name: named[name] for name in _OF_TORCH[:-1]})
 
     @property
+    def given(self) -> list[Tensor]:
+        """Statistics and parameters, those that there are."""
+        given = (self.running_mean, self.running_var, self.weight, self.bias)
+        return [t for t in given if t is not None]
+
+    @property
     def is_affine(self) -> bool:
         """Whether it normalises by statistics that are given, of the type of its input."""
-        given = (self.running_mean, self.running_var, self.weight, self.bias)
-        alike = all(t.dtype == self.input.dtype for t in given if t is not None)
+        alike = all(t.dtype == self.input.dtype for t in self.given)
         return not self.training and self.running_mean is not None and alike
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,7 @@ def recomputed(
 ) -> Iterator[None]:
     """Let the segments keep only their own inputs, and run again in the backward pass.
 
-    ``again``: called where a segment starts; what watches it when it is computed again.
-    ``entering``: gives the inputs of a segment that it can be computed again from.
+    ``again``: makes what watches it then. ``entering``: gives the inputs to run again from.
     """
     replaced: list[tuple[nn.Module, Any]] = []
 
