@@ -63,10 +63,9 @@ _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the othe
 
 
 def scorer(criterion: str) -> Scorer:
-    """Return a criterion for processes that each have a share of the images.
+    """Return a scorer for processes that each have a share; ValueError if there is no such.
 
-    ``criterion``: a key of ``SCORERS``. Returns the scorer. Criteria other than ``"tpv"`` see the
-    images of all processes, in each of them. ValueError if there is no such criterion.
+    Criteria other than ``"tpv"`` see the images of all processes, in each of them.
     """
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")

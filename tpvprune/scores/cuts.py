@@ -98,6 +98,11 @@ class Size(NamedTuple):
     num_bytes: int
 
 
+def numbers_of(group: ChannelGroup, widths: Mapping[int, int]) -> int:
+    """Return how many numbers a row of S, or a map, of all readers has."""
+    return sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+
+
 def size_of(
     group: ChannelGroup,
     widths: Mapping[int, int],
@@ -106,7 +111,7 @@ def size_of(
     rows_per_channel: float,
 ) -> Size | None:
     """Return the rows of a group; None where they are too few for its channels."""
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    numbers = numbers_of(group, widths)
     rows = min(most_rows, max_bytes // (4 * max(numbers, 1)))
     if rows < max(1.0, rows_per_channel * group.num_channels):
         return None

@@ -14,7 +14,7 @@ from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.scores.residuals import Inputs
 
-_MAX_STEPS = 96  # channels leave in so many blocks
+_MAX_STEPS = 96  # channels of wide groups leave in so many blocks
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,20 @@ class Leaving:
     shrinkages: tuple[tuple[float, ...], ...]
 
 
+def block_size(num_channels: int) -> int:
+    """Return how many channels leave at a time."""
+    return -(-num_channels // _MAX_STEPS)
+
+
+def ranked(left: Tensor, costs: Tensor, savings: Tensor) -> Tensor:
+    """Return the channels that are ``left``, those first that cost least for what they save.
+
+    No others are ranked: so every step makes progress, whatever the numbers.
+    """
+    candidates = left.nonzero().squeeze(1)
+    return candidates[(costs / savings.clamp_min(1e-12))[candidates].argsort(stable=True)]
+
+
 def leaving_order(
     parts: Sequence[Part], num_channels: int, savings: Tensor, counts: Sequence[int] = ()
 ) -> Leaving:
@@ -152,7 +166,7 @@ def leaving_order(
     """
     # The numbers stay on their device; which channels are left, and leave, the host decides.
     left = [(_Left if p.inputs else _Static)(p, num_channels) for p in parts]
-    block = -(-num_channels // _MAX_STEPS)
+    block = block_size(num_channels)
     stays = torch.ones(num_channels, dtype=torch.bool)
     order: list[Tensor] = []
     shape = [0.0]
@@ -165,12 +179,9 @@ def leaving_order(
     shrinkages: list[tuple[float, ...]] = []
     while (num_left := int(stays.sum())) > 1:
         costs = each() if order else first
-        # Ranked are those that are left, and no others: every step makes progress.
-        candidates = stays.nonzero().squeeze(1)
-        ranks = (costs / savings.clamp_min(1e-12))[candidates]
         until = min((c for c in counts if c > num_channels - num_left), default=num_channels - 1)
         num_leaving = min(block, until - num_channels + num_left)
-        chosen = candidates[ranks.argsort(stable=True)[:num_leaving]]
+        chosen = ranked(stays, costs, savings)[:num_leaving]
         gone = torch.zeros(num_channels, dtype=torch.bool)
         gone[chosen] = True
         lost = sum(p.remove(gone) for p in left)

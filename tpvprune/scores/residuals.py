@@ -153,10 +153,9 @@ class Inputs:
         return torch.full_like(own, torch.nan) if found is None else found
 
     def residual_map(self, gone: Tensor, shrinkage: float) -> Tensor:
-        """Return M with (a - mean) M what the inputs that stay cannot predict of some, ``gone``.
+        """Return M [n, |R|] with (a - mean) M what the inputs that stay cannot predict of ``gone``.
 
-        Returns [n, |R|]: the identity where inputs leave, elsewhere minus their predictors; NaN if
-        there are none.
+        The identity where inputs leave, elsewhere minus their predictors; NaN if there are none.
         """
         m = self.fit[1].new_zeros(len(self.fit[0]), len(gone))
         m[gone] = torch.eye(len(gone), dtype=m.dtype, device=m.device)
@@ -212,11 +211,10 @@ def _shrunk_factor(covariance: Tensor, variance: Tensor, rho: float) -> Tensor |
 
 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return M with (a - mean) M the part of each unit that the other inputs cannot predict.
+    """Return M [n, n] with (a - mean) M the part of each unit that the others cannot predict.
 
-    ``precision``: inverse covariance [n, n] of the inputs. ``readers``: the ``index`` and
-    ``channel`` of each :class:`tpvprune.groups.Reader`. Returns [n, n]; columns that nobody reads
-    are zero.
+    ``precision``: inverse covariance [n, n]. ``readers``: the ``index`` and ``channel`` of each;
+    columns that nobody reads are zero.
     """
     matrix = torch.zeros_like(precision)
     for index, channel in readers:
@@ -233,11 +231,10 @@ def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
-    """Return (covariance + ridge * mean variance * I)^-1.
+    """Return (covariance + ridge * mean variance * I)^-1; NaN if the covariance is not finite.
 
-    ``covariance``: symmetric [n, n], float64. Returns the inverse [n, n]; NaN if the covariance is
-    not finite. Of a matrix that is singular to rounding the small eigenvalues are raised first, and
-    a warning says so.
+    Of a matrix that is singular to rounding the small eigenvalues are raised first, and a warning
+    says so.
     """
     if not bool(covariance.isfinite().all()):  # which the scores report
         return torch.full_like(covariance, torch.nan)
@@ -256,10 +253,10 @@ def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
 
 
 def is_held(first: int, num: int) -> Tensor:
-    """Return which of some inputs of here take no part in a fit, but judge it.
+    """Return which of some inputs of here take no part in a fit, but judge it: BoolTensor [num].
 
-    Returns BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four
-    processes draw the same directions for it as one.
+    A quarter of the whole set, in runs of four, so that two or four processes draw the same
+    directions for it as one.
     """
     return global_indices(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
 
@@ -319,10 +316,7 @@ def folded_covariances(
 
 
 def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return mean and covariance of both parts together.
-
-    Returns reader call -> (mean, covariance).
-    """
+    """Return mean and covariance of both parts together, by reader call."""
     both = {}
     for call, (mean, covariance, num) in fit.items():
         if call not in held:

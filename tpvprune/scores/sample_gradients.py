@@ -175,7 +175,6 @@ class _Watch(TorchFunctionMode):
     def _on_gradient(
         self, name: str, v: Mapping[str, Any], owned: Mapping[str, str | None], delta: Tensor
     ) -> None:
-        layer = name if name.endswith("norm") else "contraction"
         weight = v.get("weight")
         taps = 1 if weight is None else math.prod(weight.shape[2:])
         step = max(1, self._num * _CHUNK // (v["input"].numel() * taps))
@@ -186,10 +185,13 @@ class _Watch(TorchFunctionMode):
             part = {**v, "input": v["input"].detach()[rows]}
             num = samples.stop - samples.start
             if owned["weight"] is not None:
-                found = _WEIGHTS[layer](part, delta[rows], num)
+                if name.endswith("norm"):
+                    found = _summed(name, v["weight"].shape, delta[rows] * _normed(name, part), num)
+                else:
+                    found = _contraction_gradients(part, delta[rows], num)
                 self._collect(owned["weight"], samples, found)
             if owned["bias"] is not None:
-                found = _bias_gradients(name, v["bias"], delta[rows], num)
+                found = _summed(name, v["bias"].shape, delta[rows], num)
                 self._collect(owned["bias"], samples, found)
 
 
@@ -230,39 +232,22 @@ def _joined(t: Tensor, num: int) -> Tensor:
     return t.reshape(num, -1, *t.shape[1:]).movedim(1, 3).flatten(3)
 
 
-def _batch_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    shape = (-1, *[1] * (delta.ndim - 2))
+def _normed(name: str, v: Mapping[str, Any]) -> Tensor:
+    """Return the input of a norm, normalised."""
+    if name == "layer_norm":
+        return F.layer_norm(v["input"], v["normalized_shape"], eps=v.get("eps", 1e-5))
+    if name == "group_norm":
+        return F.group_norm(v["input"], v["num_groups"], eps=v.get("eps", 1e-5))
+    shape = (-1, *[1] * (v["input"].ndim - 2))
     scale = (v["running_var"] + v["eps"]).rsqrt()
-    normed = (v["input"] - v["running_mean"].reshape(shape)) * scale.reshape(shape)
-    return _undivided(_by_channel_sum(delta * normed, num))
+    return (v["input"] - v["running_mean"].reshape(shape)) * scale.reshape(shape)
 
 
-def _layer_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    normed = F.layer_norm(v["input"], v["normalized_shape"], eps=v.get("eps", 1e-5))
-    return _undivided((delta * normed).reshape(num, -1, *v["weight"].shape).sum(1))
-
-
-def _group_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    normed = F.group_norm(v["input"], v["num_groups"], eps=v.get("eps", 1e-5))
-    return _undivided(_by_channel_sum(delta * normed, num))
-
-
-_WEIGHTS = {
-    "contraction": _contraction_gradients,
-    "batch_norm": _batch_norm_gradients,
-    "layer_norm": _layer_norm_gradients,
-    "group_norm": _group_norm_gradients,
-}
-
-
-def _bias_gradients(name: str, bias: Tensor, delta: Tensor, num: int) -> SampleGradients:
+def _summed(name: str, shape: torch.Size, terms: Tensor, num: int) -> SampleGradients:
+    """Return what a norm's weight, or a bias, of this shape gets from the outputs of a layer."""
     if name in {"linear", "layer_norm"}:
-        return _undivided(delta.reshape(num, -1, *bias.shape).sum(1))
-    return _undivided(_by_channel_sum(delta, num))
-
-
-def _by_channel_sum(t: Tensor, num: int) -> Tensor:
-    return t.reshape(num, len(t) // num, t.shape[1], -1).sum((1, 3))
+        return _undivided(terms.reshape(num, -1, *shape).sum(1))
+    return _undivided(terms.reshape(num, len(terms) // num, terms.shape[1], -1).sum((1, 3)))
 
 
 def _undivided(dense: Tensor) -> SampleGradients:

@@ -87,10 +87,9 @@ def passes(
 def probe_directions(
     outputs: Tensor, metric: Metric, num_probes: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Draw directions v with E[v v^T] = I, or those that a metric sets.
+    """Draw directions v [B, K] with E[v v^T] = I, or those that a metric sets for outputs [B, K].
 
-    ``outputs``: of the model, [B, K]. Returns directions v [B, K]. ValueError if the metric is
-    unknown.
+    ValueError if the metric is unknown.
     """
     outputs = outputs.detach()
     # Sample by sample, so that the directions depend neither on how the inputs are batched nor on
