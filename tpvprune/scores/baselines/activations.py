@@ -13,6 +13,7 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.moments import Moments
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.running import evaluating, on_device
+from tpvprune.scores.baselines.gradients import channel_sums
 from tpvprune.scores.tpv import Scores
 
 
@@ -47,12 +48,6 @@ def activation_variance_scores(
             with Observer(set(channel_dims), add):
                 model(on_device(inputs, model))
 
-    values = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for reader in group.readers:
-            found = moments[reader.call]
-            variance = (found.spread / found.count).cpu()
-            total.index_add_(0, reader.channel.cpu(), variance[reader.index.cpu()])
-        values[group.name] = total
+    variances = {call: found.spread / found.count for call, found in moments.items()}
+    values = {g.name: channel_sums(g, ((r, variances[r.call]) for r in g.readers)) for g in groups}
     return Scores(values, num_samples=num_samples, criterion="activation_variance")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice
+from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, Reader
 from tpvprune.passes.outputs import Chosen, Outputs, logits_of
 from tpvprune.passes.running import on_device
 
@@ -134,10 +134,16 @@ def per_channel(
 
     ``parts``: the slices that count. ``values``: by parameter, of its shape.
     """
+    return channel_sums(group, ((p, per_position(values[p.param], p.dim)) for p in parts))
+
+
+def channel_sums(
+    group: ChannelGroup, pieces: Iterable[tuple[ParamSlice | Reader, Tensor]]
+) -> Tensor:
+    """Sum a number per position of slices or readers over those of each channel: float64 [C]."""
     total = torch.zeros(group.num_channels, dtype=torch.float64)
-    for part in parts:
-        owned = per_position(values[part.param], part.dim).cpu()[part.index.cpu()]
-        total.index_add_(0, part.channel.cpu(), owned)
+    for piece, values in pieces:
+        total.index_add_(0, piece.channel.cpu(), values.cpu()[piece.index.cpu()])
     return total
 
 

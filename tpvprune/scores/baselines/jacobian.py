@@ -14,11 +14,13 @@ from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.baselines.gradients import (
     NORMS,
     add_to,
+    channel_sums,
     class_scores,
     labelled_pairs,
     loss_gradients,
     per_position,
     scored_by_torch_pruning,
+    slices_where,
 )
 from tpvprune.scores.tpv import Scores
 
@@ -101,15 +103,14 @@ def _batch_squares(
 ) -> tuple[dict[str, Tensor], int]:
     """Return Σ_m Σ_b (Σ w·∂L_b/∂w)² per group, float64 [C], and the number of images."""
     scored = scored_by_torch_pruning(model, NORMS)
-    parts = [p for group in groups for p in group.slices if p.param in scored]
+    parts, names = slices_where(groups, lambda part: part.param in scored)
     parameters = dict(model.named_parameters())
-    biases = {_bias(part) for part in parts} & parameters.keys()
-    names = {part.param for part in parts} | biases
-    sides = {(part.param, part.dim, part.side): part for part in parts}
+    sides = {(p.param, p.dim, p.side): p for owned in parts.values() for p in owned}
+    biases = {_bias(part) for part in sides.values()} & parameters.keys()
     squares: dict[tuple[str, int, str], Tensor] = {}
     num_samples = 0
     for inputs, targets in pairs:
-        gradients = loss_gradients(model, names, inputs, targets, outputs=outputs)
+        gradients = loss_gradients(model, names | biases, inputs, targets, outputs=outputs)
         products = {n: parameters[n].detach().double() * g for n, g in gradients.items()}
         for key, part in sides.items():
             change = per_position(products[part.param], part.dim)
@@ -118,15 +119,13 @@ def _batch_squares(
             add_to(squares, {key: change.square()})
         num_samples += len(inputs)
 
-    values = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in group.slices if num_samples else ():
-            if part.param in scored:
-                square = squares[part.param, part.dim, part.side].cpu()
-                total.index_add_(0, part.channel.cpu(), square[part.index.cpu()])
-        values[group.name] = total
-    return values, num_samples
+    return {
+        group.name: channel_sums(
+            group,
+            ((p, squares[p.param, p.dim, p.side]) for p in parts[group.name] if num_samples),
+        )
+        for group in groups
+    }, num_samples
 
 
 def _bias(part: ParamSlice) -> str:
