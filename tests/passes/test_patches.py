@@ -19,6 +19,7 @@ NUM = 3
         {"padding": (2, 0), "stride": (1, 2)},
         {"padding": "same", "dilation": 2},
         {"stride": 3, "padding": 1},
+        {"stride": (2,), "padding": (1,), "dilation": (2,)},
     ],
 )
 @pytest.mark.parametrize("order", [None, [2, 0, 1]])

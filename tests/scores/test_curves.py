@@ -6,7 +6,7 @@ from cases import NUM_CLASSES, Chain, batches, build, duplicate_channel, images,
 from oracles import output_changes, reader_rows, unpredictable
 from torch import nn
 
-from tpvprune import find_groups, tpv_scores, variance_curves
+from tpvprune import find_groups, tpv_scores, variance_curves, with_forward
 from tpvprune.groups.budget import unit_costs
 
 SINGLE = {"rtol": 2e-3, "atol": 1e-9}  # the matrices S are kept in float32
@@ -148,6 +148,33 @@ def test_curves_do_not_depend_on_batch_split():
     for name in a:
         assert torch.equal(a[name].order, b[name].order)
         torch.testing.assert_close(a[name].variance, b[name].variance, **SINGLE)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        return {"a": self.a(h), "b": self.b(h)}
+
+
+@pytest.mark.parametrize("stand_in", ["map", "mean", "zero"])
+def test_what_reaches_no_output_that_counts_changes_nothing(stand_in, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kw: empty(*args, **kw).fill_(1e10))
+    model, x = build(TwoHeads), torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    alone = with_forward(model, lambda model, x: model.a(model.stem(x).relu()))
+    one, both = (
+        variance_curves(
+            m, find_groups(m, x[:2]), [x], stand_in=stand_in, rows_per_channel=0, outputs=counted
+        )["stem"]
+        for m, counted in ((alone, None), (model, ["a"]))
+    )
+    assert torch.equal(both.order, one.order)
+    torch.testing.assert_close(both.variance, one.variance, **SINGLE)
+    torch.testing.assert_close(both.alone, one.alone, **SINGLE)
 
 
 def test_wide_groups_leave_in_blocks():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.groups.records import ChannelGroups, with_blocked
-from tpvprune.passes.batch_axis import BatchAxis
 from tpvprune.passes.observer import Observer
+from tpvprune.passes.positions import BatchAxis
 from tpvprune.passes.running import evaluating
 
 _SMALL = 1e-4  # of the largest change: rounding, not what the image says

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tpvprune.groups.axes import Axis
 from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
-from tpvprune.passes.batch_axis import BatchAxis
-from tpvprune.passes.positions import by_channel
+from tpvprune.passes.positions import BatchAxis, by_channel
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from tpvprune.passes.operations import function_name
 
-_ARGUMENTS = (
-    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+_OF_TORCH = (
+    "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps",
+    "cudnn_enabled",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchNormCall:
-    """The arguments of one call, by name."""
+    """The arguments of one call, by name: those of ``torch.nn.functional.batch_norm``."""
 
     input: Tensor
     running_mean: Tensor | None
@@ -32,14 +33,22 @@ class BatchNormCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BatchNormCall:
-        """Return what ``torch.nn.functional.batch_norm`` is called with."""
-        return cls(**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs)
+        """Return what a function of that name is called with: torch's own has one more."""
+        if len(args) + len(kwargs) < len(_OF_TORCH):
+            return cls(*args, **kwargs)
+        named = {**dict(zip(_OF_TORCH, args, strict=False)), **kwargs}
+        return cls(**{name: named[name] for name in _OF_TORCH[:-1]})
+
+    @property
+    def given(self) -> list[Tensor]:
+        """Statistics and parameters, those that there are."""
+        given = (self.running_mean, self.running_var, self.weight, self.bias)
+        return [t for t in given if t is not None]
 
     @property
     def is_affine(self) -> bool:
         """Whether it normalises by statistics that are given, of the type of its input."""
-        given = (self.running_mean, self.running_var, self.weight, self.bias)
-        alike = all(t.dtype == self.input.dtype for t in given if t is not None)
+        alike = all(t.dtype == self.input.dtype for t in self.given)
         return not self.training and self.running_mean is not None and alike
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,11 @@ class UnlabeledBatches:
         )
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Check and move one batch after the other.
-
-        Yields input tensor [B, ...].
-        """
+        """Check and move one batch after the other, [B, ...]."""
         count = 0
         for batch in private_randomness(self._batches, seed=self._seed):
-            inputs = _checked(_inputs(batch), count)
+            with_labels = isinstance(batch, (tuple, list)) and batch
+            inputs = _checked(batch[0] if with_labels else batch, count)
             count += 1
             device = inputs.device if self._device is None else torch.device(self._device)
             yield sent(inputs, device, self._dtype)
@@ -71,20 +70,10 @@ def unlabeled(
     private random state, so a shuffling loader yields the same order each time and
     the caller's random state is left alone.
 
-    Args:
-        batches: Re-iterable of batches, such as a list or a DataLoader.
-        device: Where to move each input; None leaves it.
-        dtype: Floating-point type of each input; None leaves it.
-        seed: Of the private random state.
-
-    Returns:
-        A re-iterable of tensors [B, ...]. Each pass raises ValueError for an
-        empty source, a batch without a floating-point tensor, or values that are
-        not finite.
-
-    Raises:
-        ValueError: If `batches` is one tensor, a mapping, not iterable, or can be
-            iterated only once.
+    ``batches``: re-iterable, such as a list or a DataLoader; ValueError for others. ``device``,
+    ``dtype``: what each input is moved to; None leaves it. Returns a re-iterable of tensors
+    [B, ...], each pass over which raises ValueError for an empty source, a batch without a
+    floating-point tensor, or values that are not finite.
     """
     if isinstance(batches, UnlabeledBatches):
         if (device, dtype, seed) == (None, None, batches._seed):
@@ -107,12 +96,6 @@ def unlabeled(
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
     return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
-
-
-def _inputs(batch: Any) -> Any:
-    if isinstance(batch, (tuple, list)) and batch:
-        return batch[0]
-    return batch
 
 
 def _checked(inputs: Any, position: int) -> Tensor:
@@ -139,23 +122,23 @@ def _checked(inputs: Any, position: int) -> Tensor:
     return inputs
 
 
+class Again:
+    """Re-iterable of what a function yields, which is called for every pass."""
+
+    def __init__(self, call: Callable[..., Iterator[Any]], *args: Any) -> None:
+        self._call = partial(call, *args)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._call()
+
+
 def private_randomness(batches: Iterable[Any], *, seed: int = 0) -> Iterator[Any]:
     """Iterate with an own random state, swapped in only while a batch is made.
 
     DataLoader draws a seed from the global generator on every pass, even without
     shuffling, so plain iteration would change the caller's random state.
-
-    Args:
-        batches: What to iterate over.
-        seed: Of the private state.
-
-    Yields:
-        The batches as they are.
     """
-    state = (
-        torch.Generator().manual_seed(seed).get_state(),
-        random.Random(seed).getstate(),
-    )
+    state = (torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate())
     iterator: Iterator[Any] | None = None
     while True:
         outside = (torch.get_rng_state(), random.getstate())

@@ -21,10 +21,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str, done: int = 1, total: int = 1) -> Iterator[None]:
-        """Time one round of a stage.
-
-        ``done``: number of the round, from 1.
-        """
+        """Time round number ``done``, from 1, of a stage."""
         if self.progress is not None:
             self.progress(stage, done - 1, total)
         start = time.perf_counter()

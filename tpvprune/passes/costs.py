@@ -69,13 +69,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_nonzero_params(model: nn.Module) -> int:
-    """Count the parameters but for the zeros in weights of two or more axes.
-
-    Those are what weight removal leaves; vectors (biases, scales) count in full, as zero is where
-    they start.
-
-    Returns number of elements, at most that of :func:`count_params`.
-    """
+    """Count the parameters but for the zeros in weights of two or more axes (removed weights)."""
     return count_params(model) - sum(
         parameter.numel() - int(parameter.count_nonzero())
         for parameter in model.parameters()
@@ -145,12 +139,9 @@ def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
 
 def _one_input(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
     arguments = call_arguments(model, example_inputs)
-    batch_size = _batch_size(arguments)
+    size = _batch_size(arguments)
     return tuple(
-        argument[:1]
-        if isinstance(argument, Tensor) and argument.ndim and len(argument) == batch_size
-        else argument
-        for argument in arguments
+        a[:1] if isinstance(a, Tensor) and a.ndim and len(a) == size else a for a in arguments
     )
 
 
@@ -170,12 +161,8 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
-def _matrix_vector_flops(matrix: Any, vector: Any, **_: Any) -> int:
-    return 2 * int(torch.Size(matrix).numel())
-
-
-def _added_matrix_vector_flops(_bias: Any, matrix: Any, vector: Any, **_: Any) -> int:
-    return 2 * int(torch.Size(matrix).numel())
+def _matrix_vector_flops(*shapes: Any, **_: Any) -> int:
+    return 2 * int(torch.Size(shapes[-2]).numel())  # of the matrix; behind a bias, if there is one
 
 
 def _recurrent_flops(inputs: Any, weight_input: Any, weight_hidden: Any, *_: Any, **__: Any) -> int:
@@ -188,6 +175,6 @@ def _recurrent_flops(inputs: Any, weight_input: Any, weight_hidden: Any, *_: Any
 _UNCOUNTED = {
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.dot: _matrix_vector_flops,
-    torch.ops.aten.addmv: _added_matrix_vector_flops,
+    torch.ops.aten.addmv: _matrix_vector_flops,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
 }

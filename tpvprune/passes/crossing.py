@@ -29,10 +29,7 @@ def sent(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
 
 
 def fetched(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors of one type and device on the CPU: one transfer, and one wait, for all.
-
-    Returns as many; the arguments themselves if they are there.
-    """
+    """Return tensors of one type and device on the CPU: one transfer, and one wait, for all."""
     if all(t.device.type == "cpu" for t in tensors):
         return tensors
     parts = torch.cat([t.reshape(-1) for t in tensors]).cpu().split([t.numel() for t in tensors])
@@ -58,10 +55,7 @@ def random_signs(shape: tuple[int, ...], generator: torch.Generator, like: Tenso
 
 
 def signs_of(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draw the signs of each sample from a seed of its own, on a device.
-
-    Returns [seeds, *shape], int8.
-    """
+    """Draw the signs of each sample from a seed of its own, on a device: [seeds, *shape], int8."""
     there = torch.Generator(device)
     signs = torch.empty(len(seeds), *shape, dtype=torch.int8, device=device)
     for row, seed in zip(signs, seeds, strict=True):

@@ -19,42 +19,30 @@ from torch.nn import functional as F
 _CELLS = 21  # of a feature map along the side of a box: torchvision's levels give a box 14 to 28
 
 Forward = Callable[[nn.Module, Any], Any]
+"""``forward(model, x)`` returns the outputs that count; inside, ``model(x)`` is the model's own."""
 
 
 def detector_forward(model: nn.Module) -> Forward | None:
-    """Return the forward without post-processing of a detector of torchvision or ultralytics.
+    """Return the forward of a detector of torchvision or ultralytics without post-processing.
 
     Returns :func:`dense_detections`, :func:`region_detections`, :func:`head_detections`, or None
     for other models.
     """
-    for library, find in _LIBRARIES.items():
-        if library in sys.modules:  # else the model is none of its classes
-            forward = find(model)
-            if forward is not None:
-                return forward
+    # Where a library has not been imported the model is none of its classes.
+    if "torchvision.models.detection" in sys.modules:
+        from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+        from torchvision.models.detection.ssd import SSD
+
+        if isinstance(model, (RetinaNet, FCOS, SSD)):
+            return dense_detections
+        if isinstance(model, FasterRCNN):
+            return region_detections
+    if "ultralytics.nn.tasks" in sys.modules:
+        from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel
+
+        if isinstance(model, DetectionModel) and not isinstance(model, RTDETRDetectionModel):
+            return head_detections
     return None
-
-
-def _of_torchvision(model: nn.Module) -> Forward | None:
-    from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-    from torchvision.models.detection.ssd import SSD
-
-    if isinstance(model, (RetinaNet, FCOS, SSD)):
-        return dense_detections
-    return region_detections if isinstance(model, FasterRCNN) else None
-
-
-def _of_ultralytics(model: nn.Module) -> Forward | None:
-    from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel
-
-    is_yolo = isinstance(model, DetectionModel) and not isinstance(model, RTDETRDetectionModel)
-    return head_detections if is_yolo else None
-
-
-_LIBRARIES: dict[str, Callable[[nn.Module], Forward | None]] = {
-    "torchvision.models.detection": _of_torchvision,
-    "ultralytics.nn.tasks": _of_ultralytics,
-}
 
 
 def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
@@ -90,12 +78,10 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
     for kind in ("mask", "keypoint"):
         if getattr(heads, f"has_{kind}")():
             pooled = _grid(features, getattr(heads, f"{kind}_roi_pool"))
-            rows = getattr(heads, f"{kind}_head")(pooled)
-            parts[f"{kind}_logits"] = getattr(heads, f"{kind}_predictor")(rows)
-    return {
-        **found,
-        **{name: part.reshape(len(x), -1, *part.shape[1:]) for name, part in parts.items()},
-    }
+            seen = getattr(heads, f"{kind}_head")(pooled)
+            parts[f"{kind}_logits"] = getattr(heads, f"{kind}_predictor")(seen)
+    rows = {name: part.reshape(len(x), -1, *part.shape[1:]) for name, part in parts.items()}
+    return found | rows
 
 
 def head_detections(model: nn.Module, x: Tensor) -> Any:

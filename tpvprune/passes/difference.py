@@ -43,13 +43,7 @@ def output_variance(
     *,
     outputs: Outputs | Chosen | None = None,
 ) -> float:
-    """Compute E_x‖f(x) − f_dense(x)‖², in squared output units.
-
-    Outputs of unequal shape, or no batch at all, are a ValueError.
-
-    ``batches``: inputs [B, ...]; labels are dropped. Returns the mean over inputs, >= 0; not finite
-    if an output is not.
-    """
+    """Compute E_x‖f(x) − f_dense(x)‖², in squared output units: see :func:`difference`."""
     return difference(model, dense, batches, outputs=outputs).output_variance
 
 
@@ -64,7 +58,7 @@ class Difference:
         output_variance: E‖f − f_dense‖², in squared output units.
         share: The same as a share of the variance of the dense outputs themselves, a common shift
             of all logits aside, which moves no class; 1 is as far as another image's outputs
-            are from the mean.
+            are from the mean; infinite where the dense outputs do not vary but these do.
         by_output: The share of each output by itself. Of several outputs agreement is that of the
             first, and output variance the sum over all, each in units of its second moment.
         divergence: KL(softmax(f_dense) || softmax(f)) of the first output, in nats, the mean over
@@ -81,10 +75,8 @@ class Difference:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the model is no longer the same function: most classes, or all variance, lost.
-
-        Of one image there is no variance to lose.
-        """
+        """Whether the model is no longer the same function: most classes, or all variance, lost."""
+        # Of one image there is no variance to lose.
         shares = (self.share, *self.by_output.values()) if self.num_images > 1 else ()
         return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
 
@@ -99,8 +91,8 @@ def difference(
     """Compare two models on unlabeled images.
 
     ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what they return;
-    None: all, each in units of its second moment. Returns the difference; ``share`` is infinite
-    where the dense outputs do not vary but these do.
+    None: all, each in units of its second moment. Outputs of unequal shape, or no batch at all, are
+    a ValueError.
     """
     return Reference(dense, batches, outputs, max_bytes=0).difference(model)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import heapq
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,8 +47,7 @@ def disagreement(
     classes].
     """
     counts: Tensor | None = None
-    shown: list[tuple[float, int, dict[str, Any]]] = []
-    seen = 0
+    samples: list[dict[str, Any]] = []
     with evaluating(model, dense):
         for inputs in unlabeled(batches):
             ours, theirs = (
@@ -67,19 +65,18 @@ def disagreement(
             changed = (before != after) | ~finite  # what is not finite never agrees
             counts[0] += before.bincount(minlength=theirs.shape[1])
             counts[1] += before[~changed].bincount(minlength=theirs.shape[1])
-            for i in (changed & finite).nonzero().flatten().tolist():
-                sample: dict[str, Any] = {
+            samples += [
+                {
                     "dense": int(before[i]),
                     "pruned": int(after[i]),
                     "dense_share": float(chosen[0].values[i]),
                     "pruned_share": float(chosen[1].values[i]),
                     "input": inputs[i],
                 }
-                # The running number decides between equals, and dicts are never compared.
-                heapq.heappush(shown, (float(sample["dense_share"]), -(seen + i), sample))
-                if len(shown) > num_samples:
-                    heapq.heappop(shown)
-            seen += len(inputs)
+                for i in (changed & finite).nonzero().flatten().tolist()
+            ]
+            # Of equals the first stays.
+            samples = sorted(samples, key=lambda sample: -sample["dense_share"])[:num_samples]
     # A process may have no image at all, and learns here how many classes there are.
     width = 0 if counts is None else counts.shape[1]
     widths, counting = summed(*torch.tensor([width, width > 0], dtype=torch.float64))
@@ -88,7 +85,6 @@ def disagreement(
     if counts is None:
         counts = torch.zeros(2, round(float(widths / counting)), dtype=torch.float64)
     counts = summed(counts)[0]
-    samples = [sample for _, _, sample in sorted(shown, key=lambda entry: (-entry[0], -entry[1]))]
     for sample in samples:
         sample["image"] = _picture(sample.pop("input"), mean, std)
     num, same = counts.sum(1).tolist()

@@ -70,10 +70,7 @@ def hold_back(
 def drawn_indices(
     num: int, *, num_images: int | None = None, seed: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Return which images of a set :func:`hold_back` draws: the places of (fit, held), in order.
-
-    Returns places from 0 to num - 1.
-    """
+    """Return which images of a set :func:`hold_back` draws: the places of (fit, held), in order."""
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(num)]
     order = sorted(range(num), key=keys.__getitem__)[:num_images]
@@ -87,11 +84,10 @@ def num_held(num: int) -> int:
 
 
 def num_set_aside(num: int, *, num_images: int | None, wanted: int) -> int:
-    """Return how many images of a set neither scores nor repairs may see.
+    """Return how many images of a set are kept from scores and repairs, which ask for num_images.
 
-    ``num_images``: what scores and repairs ask for; None: all. Returns all that measuring asks for
-    where the set has them beside the others; else a quarter of the set, or what the others leave if
-    that is more.
+    All that are ``wanted`` where the set has them beside the others; else a quarter of the set, or
+    what the others leave if that is more.
     """
     left = 0 if num_images is None else num - num_images
     return min(wanted, max(left, num // 4))

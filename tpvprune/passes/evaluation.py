@@ -207,10 +207,7 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Check that labels are classes of these outputs.
-
-    ``labels``: class indices [B]. ``outputs``: logits [B, K].
-    """
+    """Return labels [B] where the logits [B, K] are, if they are classes of theirs: ValueError."""
     if outputs.ndim != 2:
         raise ValueError(
             f"expected logits [batch, classes], found outputs of shape {tuple(outputs.shape)}: "

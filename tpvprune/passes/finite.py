@@ -26,7 +26,6 @@ def check_outputs(
 ) -> None:
     """Check that a model's outputs are finite; if not, run it again to see where that began.
 
-    ``inputs``: what it was given [B, ...], finite. ``outputs``: what it returned [B, ...].
     ``batch``: which batch this is, for the message; None for inputs that are no images.
     """
     if bool(outputs.isfinite().all()):
@@ -52,9 +51,7 @@ def _first(model: nn.Module, inputs: Tensor) -> tuple[str, str, int]:
         found.append((layer, "NaN" if bool(output.isnan().any()) else "infinity", image))
 
     hooks = [
-        module.register_forward_hook(
-            lambda _module, _arguments, output, name=name: look(name, output)
-        )
+        module.register_forward_hook(lambda *given, name=name: look(name, given[-1]))
         for name, module in model.named_modules()
     ]
     try:
@@ -70,11 +67,8 @@ def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) 
     """Compute with a model; if its float16 numbers overflow, with a float32 copy of it.
 
     Several processes compute with the copy from the start: an image of one may overflow, and what
-    they add up must be of the same kind.
-
-    ``compute``: what to compute; NotFiniteError says that a number is not finite. Returns what it
-    returns. A warning says if it was the copy. NotFiniteError if there is no such copy, or its
-    numbers are not finite either.
+    they add up must be of the same kind. One warns of it. NotFiniteError, by which ``compute`` says
+    that a number is not finite, if there is no such copy, or its numbers are not finite either.
     """
     is_half = any(p.dtype == torch.float16 for p in model.parameters())
     if is_half and num_processes() > 1:

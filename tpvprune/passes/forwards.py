@@ -10,16 +10,12 @@ there is cut and fitted in the model itself.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from tpvprune.passes.detection import detector_forward
-
-Forward = Callable[[nn.Module, Any], Any]
-"""``forward(model, x)`` returns the outputs that count; inside, ``model(x)`` is the model's own."""
+from tpvprune.passes.detection import Forward, detector_forward
 
 _NAME = "_tpvprune_forward"
 
@@ -58,25 +54,18 @@ def own_forward(model: nn.Module) -> nn.Module:
 
 def called_as(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return a model under the forward that another was given, or its own if that has its own."""
-    given: Forward | None = like.__dict__.get(_NAME)
+    given = like.__dict__.get(_NAME)
     return own_forward(model) if given is None else with_forward(model, given)
 
 
 def forward_of(model: nn.Module) -> Forward | None:
-    """Return the forward that counts for a model, or None where that is its own.
-
-    ``model``: any module; detectors of torchvision and ultralytics have one
-    (:mod:`tpvprune.passes.detection`), unless another was given.
-    """
+    """Return the forward that was given, or that a detector needs; None for a model's own."""
     given: Forward | None = model.__dict__.get(_NAME)
     return given or detector_forward(model)
 
 
 def load_forward(name: str) -> Forward:
-    """Import a forward.
-
-    ``name``: ``package.module:function``; runs the module's code. ValueError if there is none.
-    """
+    """Import a forward, ``package.module:function``; ValueError if there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function) if function else None
@@ -86,8 +75,7 @@ def load_forward(name: str) -> Forward:
         raise ValueError(
             f"forward: expected package.module:function, called as function(model, x), found {name}"
         )
-    forward: Forward = found
-    return forward
+    return cast(Forward, found)
 
 
 def said_of_forward(forward: Forward | None) -> list[str]:
@@ -107,5 +95,4 @@ def _shared(model: nn.Module) -> nn.Module:
 
 
 def _call(shared: nn.Module, *args: Any) -> Any:
-    forward: Forward = shared.__dict__[_NAME]
-    return forward(own_forward(shared), *args)
+    return shared.__dict__[_NAME](own_forward(shared), *args)

@@ -35,10 +35,7 @@ class Lockstep(Generic[Result]):
         self._own = threading.local()
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
-        """Call ``work(i)`` in every thread, and return the results in order.
-
-        RuntimeError if the threads come to different meetings.
-        """
+        """Return the results of ``work(i)``; RuntimeError if the threads come to other meetings."""
         threads = [
             threading.Thread(target=self._thread, args=(i, work), daemon=True)
             for i in range(len(self._turns))
@@ -64,10 +61,7 @@ class Lockstep(Generic[Result]):
                 thread.join()
 
     def meet(self, key: Hashable) -> None:
-        """Wait, in a thread, until all have come here and the meeting was held.
-
-        _StoppedError if another thread failed.
-        """
+        """Wait, in a thread, until all have come here and the meeting was held."""
         i = self._own.number
         self._keys[i] = key
         self._back.release()
@@ -76,10 +70,7 @@ class Lockstep(Generic[Result]):
             raise _StoppedError
 
     def _turn(self, i: int) -> Hashable | None:
-        """Let a thread run.
-
-        Returns the key of the meeting that it comes to; None when it is done.
-        """
+        """Let a thread run to a meeting, and return its key; None when it is done."""
         self._keys[i] = None
         self._turns[i].release()
         self._back.acquire()

@@ -7,7 +7,7 @@ different classes, of labelled ones a point of top-1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.passes.batches import private_randomness, unlabeled
+from tpvprune.passes.batches import Again, private_randomness, unlabeled
 from tpvprune.passes.evaluation import class_indices
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
@@ -80,10 +80,9 @@ class Loss:
 
 
 def images_needed(points: float, width: float) -> int:
-    """Return on how many images the interval of a loss of agreement is no wider than this.
+    """Return on how few images the interval of so large a loss of agreement is no wider than this.
 
-    ``points``: the loss, in points from 0 to 100. ``width``: of the interval, in points above 0.
-    Returns the smallest such number: that of Wilson's interval, solved for it.
+    All in points; Wilson's interval, solved for the number.
     """
     share, width, z2 = points / 100, width / 100, _Z * _Z
     spread = share * (1 - share)
@@ -92,10 +91,9 @@ def images_needed(points: float, width: float) -> int:
 
 
 def num_measured(max_loss: float) -> int:
-    """Return how many images tell such a loss apart: half of them to decide, half to judge.
+    """Return how many images tell such a loss apart, in points: half to decide, half to judge.
 
-    ``max_loss``: in points. Of both the interval is then no wider than this. Returns images, at
-    most 10,000.
+    Of both the interval is then no wider than the loss, but for the limit of 10,000.
     """
     return min(_MOST_MEASURED, 2 * images_needed(max_loss, max_loss))
 
@@ -171,17 +169,9 @@ class Losses:
         return found
 
 
-class _Half:
-    def __init__(self, batches: Iterable[Any], number: int) -> None:
-        self._batches, self._number = batches, number
-
-    def __iter__(self) -> Iterator[Any]:
-        return every(self._batches, self._number, 2)
-
-
 def halves(batches: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
     """Split images into two halves without a common one: every other image, whatever the batches.
 
     ``batches``: re-iterable of tensors [B, ...], or of tuples of such.
     """
-    return _Half(batches, 0), _Half(batches, 1)
+    return Again(every, batches, 0, 2), Again(every, batches, 1, 2)

@@ -27,10 +27,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Return how much memory may be filled to save time: a quarter of what is free, 1 GiB at least.
-
-    Returns bytes; where the system does not tell what is free, 1 GiB.
-    """
+    """Return how many bytes may be filled to save time: a quarter of what is free, or 1 GiB."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

@@ -31,20 +31,15 @@ class Observer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function_name(func) in CONTRACTIONS:
+        kwargs, name = kwargs or {}, function_name(func)
+        if name in CONTRACTIONS:
             call, self.count = self.count, self.count + 1
             if call in self._calls:
                 replaced = self._see(call, args[0])
                 if replaced is not None:
                     args = (replaced, *args[1:])
-        elif function_name(func) == "batch_norm" and torch.is_grad_enabled():
-            return _normalize(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    norm = BatchNormCall.of(args, kwargs)
-    fixed = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    learnt = any(t.requires_grad for t in fixed if t is not None)
-    # As an affine map its backward needs no input.
-    return norm.as_affine() if norm.is_affine and not learnt else func(*args, **kwargs)
+        elif name == "batch_norm" and torch.is_grad_enabled():
+            norm = BatchNormCall.of(args, kwargs)
+            if norm.is_affine and not any(t.requires_grad for t in norm.given):
+                return norm.as_affine()  # its backward needs no input
+        return func(*args, **kwargs)

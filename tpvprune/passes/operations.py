@@ -16,14 +16,15 @@ CONTRACTIONS = RECURRENT | words(
     "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d"
 )
 NORMS = frozenset({"layer_norm", "rms_norm"})
+MATMULS = words("matmul bmm mm einsum")
+_SUMMARIES = words(
+    "mean sum amax amin max min var std var_mean std_mean logsumexp norm vector_norm "
+    "linalg_vector_norm linalg_norm"
+)
+REDUCTIONS = _SUMMARIES | {"prod"}
 # What mixes channels without weights of its own: over labelled channels it becomes the same
 # over those that stay. The matrix products are here because they contract.
-MIXERS = words(
-    "group_norm mean sum amax amin max min var std var_mean std_mean norm vector_norm "
-    "linalg_vector_norm linalg_norm normalize softmax log_softmax logsumexp matmul bmm mm "
-    "einsum batch_norm"
-)
-MATMULS = frozenset({"matmul", "bmm", "mm", "einsum"})
+MIXERS = _SUMMARIES | MATMULS | words("group_norm normalize softmax log_softmax batch_norm")
 # Functions of one number, with the same parameters for all channels.
 ACTIVATIONS = words(
     "relu relu6 gelu silu sigmoid logsigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu "
@@ -44,20 +45,14 @@ POOLS = words(
     "interpolate upsample grid_sample max_pool2d_with_indices boolean_dispatch _max_pool2d "
     "_max_pool1d"
 )
-REDUCTIONS = words(
-    "mean sum amax amin max min var std var_mean std_mean logsumexp norm prod vector_norm "
-    "linalg_vector_norm linalg_norm"
-)
 NEW = words(
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones "
     "new_empty new_full new_tensor bernoulli is_floating_point size dim numel stride "
     "is_contiguous"
 )
-
-
-JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
-SPLITS = frozenset({"split", "split_with_sizes", "chunk", "tensor_split"})
-SHAPED = frozenset({"view", "reshape", "expand", "unflatten"})
+JOINS = words("cat concat concatenate stack")
+SPLITS = words("split split_with_sizes chunk tensor_split")
+SHAPED = words("view reshape expand unflatten")
 MOVES = words(
     "view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t "
     "squeeze unsqueeze expand expand_as repeat tile repeat_interleave chunk split "

@@ -62,14 +62,8 @@ class Outputs:
             wanted = dict.fromkeys(found, 1.0) if chosen is None else _weights(chosen, found)
             if len(wanted) == 1:
                 return cls(dict.fromkeys(wanted, 1.0), left_out)
-            squares = dict.fromkeys(wanted, 0.0)
-            num = 0
-            for x in inputs:
-                returned = dict(named_outputs(model(on_device(x, model))))
-                for name in squares:
-                    squares[name] += float(returned[name].double().square().sum())
-                num += len(x)
-        return cls(_scales(wanted, squares, num), left_out)
+            returned = (dict(named_outputs(model(on_device(x, model)))) for x in inputs)
+            return cls(_scales(wanted, returned), left_out)
 
     @classmethod
     def of_sizes(
@@ -84,13 +78,7 @@ class Outputs:
             return chosen
         names = list(returned[0]) if returned else []
         wanted = dict.fromkeys(names, 1.0) if chosen is None else _weights(chosen, names)
-        if len(wanted) <= 1:
-            return cls(dict.fromkeys(wanted, 1.0))
-        squares = {
-            name: sum(float(each[name].double().square().sum()) for each in returned)
-            for name in wanted
-        }
-        return cls(_scales(wanted, squares, sum(len(each[names[0]]) for each in returned)))
+        return cls(dict.fromkeys(wanted, 1.0) if len(wanted) <= 1 else _scales(wanted, returned))
 
     @classmethod
     def among(cls, returned: Any, num: int) -> Outputs:
@@ -104,11 +92,9 @@ class Outputs:
         return Outputs(dict.fromkeys(list(self.scales)[:1], 1.0))
 
     def of(self, returned: Any) -> dict[str, Tensor]:
-        """Return what counts of what the model returned, unscaled.
+        """Return what counts of what the model returned, unscaled; ValueError if it is not there.
 
         If only one does, a model may call it something else: then it is its first.
-
-        ValueError if an output is not there.
         """
         found = dict(named_outputs(returned))
         if len(self.scales) == 1 and not self.scales.keys() & found.keys():
@@ -137,10 +123,7 @@ class Outputs:
         return lines
 
     def joined(self, returned: Any, num: int) -> Tensor:
-        """Return what counts as one row for each image, scaled.
-
-        Returns [num, K].
-        """
+        """Return what counts as one row for each image, scaled: [num, K]."""
         rows = [by_image(output, num) for output in self.of(returned).values()]
         if len(rows) == 1:
             return rows[0]
@@ -183,9 +166,14 @@ def _of_each_image(model: nn.Module, inputs: Iterable[Tensor]) -> tuple[list[str
 
 
 def _scales(
-    wanted: Mapping[str, float], squares: Mapping[str, float], num: int
+    wanted: Mapping[str, float], returned: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    """Return the scales of outputs from their summed squares on ``num`` images of this process."""
+    """Return the scales of outputs, name -> [B, ...] for each batch of this process."""
+    squares, num = dict.fromkeys(wanted, 0.0), 0
+    for each in returned:
+        for name in squares:
+            squares[name] += float(each[name].double().square().sum())
+        num += len(each[next(iter(wanted))])
     sums = summed(torch.tensor(list(squares.values()), dtype=torch.float64))[0] / total(num)
     return {
         name: (weight / float(size)) ** 0.5 if float(size) else 0.0

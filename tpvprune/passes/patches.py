@@ -68,25 +68,20 @@ def window_of(args: Any, kwargs: Any) -> Window | None:
     v = {"stride": 1, "padding": 0, "dilation": 1, **dict(zip(names, args, strict=False)), **kwargs}
     if v["weight"].ndim == 2:
         return None
-    kernel = _pair(tuple(v["weight"].shape[2:]), 1)
-    stride, dilation = _pair(v["stride"], 1), _pair(v["dilation"], 1)
-    if v["weight"].ndim == 3:
-        stride, dilation = (1, stride[1]), (1, dilation[1])
+
+    def pair(value: Any, first: int) -> tuple[int, int]:
+        sizes = [value] if isinstance(value, int) else value  # one number holds for both directions
+        return (first if v["weight"].ndim == 3 else sizes[0], sizes[-1])
+
+    kernel, stride, dilation = (
+        pair(value, 1) for value in (v["weight"].shape[2:], v["stride"], v["dilation"])
+    )
     if v["padding"] == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        before = (totals[0] // 2, totals[1] // 2)
-        return Window(
-            kernel, stride, dilation, before, (totals[0] - before[0], totals[1] - before[1])
-        )
-    padding = _pair(0 if v["padding"] == "valid" else v["padding"], 0)
-    padding = (0, padding[1]) if v["weight"].ndim == 3 else padding
+        high, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        before = (high // 2, wide // 2)
+        return Window(kernel, stride, dilation, before, (high - before[0], wide - before[1]))
+    padding = pair(0 if v["padding"] == "valid" else v["padding"], 0)
     return Window(kernel, stride, dilation, padding, padding)
-
-
-def _pair(value: Any, first: int) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (first, value[0]) if len(value) == 1 else (value[0], value[1])
 
 
 def count_positions(x: Tensor, window: Window | None, num_inputs: int) -> int:

@@ -1,14 +1,63 @@
-"""Sums over the positions or tokens of one layer's input, without a copy of it."""
+"""Where images, channels and positions lie in one layer's input, and sums over the positions."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tpvprune.passes.batch_axis import BatchAxis
 from tpvprune.passes.moments import in_single
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill the unit interval evenly
+
+
+@dataclass(frozen=True)
+class BatchAxis:
+    """The dimension that holds the images, possibly folded with others: [outer, batch, inner].
+
+    [B, C] is ``BatchAxis(0)``, [T, B, C] is ``BatchAxis(1)``; frames folded behind their clip
+    [B * T, ...] are ``BatchAxis(0, T)``; two halves concatenated along the batch [2 * B, ...] are
+    ``BatchAxis(0)`` with twice as many entries as images.
+    """
+
+    dim: int
+    inner: int = 1
+
+    def leading(self, t: Tensor, num: int) -> Tensor:
+        """Return an activation of ``num`` images with these first, [num, ...].
+
+        The other dimensions follow in their order, what was folded with the images in the place of
+        their dimension. A view wherever the strides allow it.
+        """
+        parts = t.unflatten(self.dim, (-1, num, self.inner)).movedim(self.dim + 1, 0)
+        return parts.flatten(self.dim + 1, self.dim + 2)
+
+    def is_usual(self, size: int, num: int) -> bool:
+        """Tell whether the images lie one after the other along dimension 0."""
+        return self.dim == 0 and self.inner * num == size
+
+    @classmethod
+    def of(
+        cls, first: Sequence[Tensor], second: Sequence[Tensor], channel_dim: int
+    ) -> BatchAxis | None:
+        """Find the axis from what changes in an activation of two images with each of them.
+
+        ``first``: for each dimension, which of its entries change with the first image; BoolTensor.
+        Returns the axis, of several possible ones the outermost; None if no dimension tells the
+        images apart.
+        """
+        for dim, (one, other) in enumerate(zip(first, second, strict=True)):
+            if dim == channel_dim % len(first):
+                continue
+            # How many entries of an image may lie side by side where two images have this size.
+            half = len(one) // 2
+            for inner in (i for i in range(half, 0, -1) if len(one) % (2 * i) == 0):
+                is_second = (torch.arange(len(one)) // inner) % 2 == 1
+                if not bool((one & is_second).any() or (other & ~is_second).any()):
+                    return cls(dim, inner)
+        return None
 
 
 def by_channel(t: Tensor, dim: int, num_samples: int, batch: BatchAxis | None = None) -> Tensor:

@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tpvprune.passes.observer import Observer
 
-
-class Recallable(Protocol):
-    """What holds the inputs of the reader calls (:class:`tpvprune.scores.taps.InputTap`)."""
-
-    calls: set[int]
-
-    def recall(self, call: int, a: Tensor) -> Tensor:
-        """Return what a reader gets when its segment is computed again, and keep it."""
-
-    def entering(
-        self, segment: nn.Module, args: tuple[Any, ...]
-    ) -> AbstractContextManager[tuple[Any, ...]]:
-        """Let a segment run on inputs that it can be computed again from."""
+Entering = Callable[[nn.Module, tuple[Any, ...]], AbstractContextManager[tuple[Any, ...]]]
 
 
 def segments_of(model: nn.Module) -> list[nn.Module]:
@@ -48,20 +36,23 @@ def segments_of(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(
-    segments: Iterable[nn.Module], observer: Observer, inputs: Recallable
+    segments: Iterable[nn.Module], again: Callable[[], Observer], entering: Entering
 ) -> Iterator[None]:
-    """Let the segments keep only their own inputs, and run again in the backward pass."""
+    """Let the segments keep only their own inputs, and run again in the backward pass.
+
+    ``again``: makes what watches it then. ``entering``: gives the inputs to run again from.
+    """
     replaced: list[tuple[nn.Module, Any]] = []
 
     def through(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        again = Observer(inputs.calls, inputs.recall, start=observer.count)
-        with inputs.entering(module, args) as entered:
+        observer = again()
+        with entering(module, args) as entered:
             return checkpoint(
                 forward,
                 *entered,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), again),
+                context_fn=lambda: (nullcontext(), observer),
                 **kwargs,
             )
 

@@ -49,10 +49,7 @@ def check_not_compiled(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Put models into eval mode and put every module's own mode back at the end.
-
-    ``*models``: models, or ``None`` for "no model here".
-    """
+    """Put models (where not None) into eval mode, and every module's own mode back at the end."""
     modules = [module for model in models if model is not None for module in model.modules()]
     modes = [module.training for module in modules]
     for module in modules:
@@ -65,10 +62,7 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's modules, with the same parameters and buffers.
-
-    Returns the copy; what changes in its structure leaves the model as it is.
-    """
+    """Return a copy of a model's modules, with the same parameters and buffers."""
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
@@ -108,8 +102,6 @@ def fast_layout(x: Tensor, model: nn.Module) -> Tensor:
     """Return images [B, C, H, W] in channels-last memory if the model can be run so.
 
     Convolutions are 1.4 to 3 times as fast so, on CPUs as on GPUs with tensor cores.
-
-    ``x``: inputs on the device of the model; others than images stay as they are.
     """
     fast = x.ndim == 4 and len(x) and takes_channels_last(model, x)
     return x.contiguous(memory_format=torch.channels_last) if fast else x
@@ -120,8 +112,6 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
 
     One that views its feature maps as vectors does not. One image tells, once per model: do not
     ask while something counts or notes the calls of the model.
-
-    ``x``: images [B, C, H, W] on its device, B >= 1.
     """
     if model not in _TAKES_CHANNELS_LAST:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -136,8 +126,7 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
 def first_output(outputs: Any) -> Tensor:
     """Take the first tensor of real numbers of what a model returns.
 
-    ``outputs``: a tensor, or a tuple, list, mapping or dataclass that holds one, however deep;
-    whole numbers, such as classes or indices, are passed over. ValueError if there is none.
+    Whole numbers, such as classes or indices, are passed over. ValueError if there is none.
     """
     for tensor in tensors_of(outputs):
         if tensor.is_floating_point():
@@ -149,10 +138,9 @@ def first_output(outputs: Any) -> Tensor:
 
 
 def relative_gap(found: Any, wanted: Any) -> Tensor:
-    """Return how far two returned values are apart, each output by its own scale.
+    """Return the largest difference over the largest value of any output of real numbers.
 
-    Returns the largest difference over the largest value of any output of real numbers; NaN where
-    one is not a number.
+    NaN where one is not a number.
     """
     pairs = zip(tensors_of(found), tensors_of(wanted), strict=True)
     gaps = [
@@ -164,10 +152,9 @@ def relative_gap(found: Any, wanted: Any) -> Tensor:
 
 
 def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of what a model returns, in order, with its name.
+    """Yield every tensor of what a model returns, however deep, in order, with its name.
 
-    ``returned``: a tensor, or a tuple, list, mapping or dataclass that holds some, however deep.
-    Yields (keys, places or fields on the way to the tensor, joined by dots; the tensor).
+    Names are the keys, places or fields on the way to the tensor, joined by dots.
     """
     parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(returned, Tensor):
@@ -188,9 +175,9 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
 
 
 def by_image(outputs: Tensor, num: int) -> Tensor:
-    """Return a model's outputs [B, ...] as one row for every image.
+    """Return a model's outputs [B, ...] as one row for every image, [num, K].
 
-    Returns [num, K]. ValueError if the first dimension is not that of the images, or the only one.
+    ValueError if the first dimension is not that of the images, or the only one.
     """
     if outputs.ndim < 2 or len(outputs) != num:
         raise ValueError(

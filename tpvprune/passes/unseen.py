@@ -29,19 +29,13 @@ class Unseen:
 
 
 def unseen_forward(module: nn.Module) -> Unseen | None:
-    """Return the forward of a module that runs unseen.
-
-    Returns it; None where the module does not.
-    """
+    """Return the forward of a module that runs unseen, None where the module does not."""
     found = vars(module).get("forward")
     return found if isinstance(found, Unseen) else None
 
 
 def with_unseen(model: nn.Module, blocks: Collection[str], modules: Collection[str]) -> nn.Module:
-    """Return a copy, of the same parameters, some of whose modules run unseen.
-
-    ``blocks``: names of modules whose output goes on where their first argument would.
-    """
+    """Return a copy, of the same parameters, some of whose blocks and modules run unseen."""
     copied = sharing_copy(model)
     for names, is_block in ((blocks, True), (modules, False)):
         for name in names:

@@ -13,8 +13,8 @@ from torch import nn
 
 from tpvprune.groups.budget import LatencyTable, check_budget
 from tpvprune.passes.clock import Progress
+from tpvprune.passes.detection import Forward
 from tpvprune.passes.drawing import NUM_IMAGES
-from tpvprune.passes.forwards import Forward
 from tpvprune.passes.outputs import Chosen
 from tpvprune.runtimes.names import Runtime, check_runtime
 from tpvprune.scores.criteria import Scorer

@@ -50,16 +50,22 @@ SCORERS: dict[str, Scorer] = {
     "obdc_torch_pruning": partial(hessian_scores, variant="obdc_torch_pruning"),
     "jacobian": jacobian_scores,
 }
-"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``."""
+"""Criterion -> scorer, called as ``scorer(model, groups, batches, seed=0)``.
+
+``batches`` are re-iterable: pairs of inputs [B, ...] and class indices [B] for criteria in
+``NEEDS_LABELS``, inputs else, whose labels are dropped; criteria of the weights ignore them. Only
+``random``, ``tpv`` and ``lfh`` draw from ``seed``. Those that read what the network returns take
+``outputs``: of ``tpv`` and ``lfh`` the outputs that count (:func:`tpvprune.tpv_scores`), of the
+others that whose first is the class logits. Each gives float64 [C] for every group.
+"""
 
 _SHARED = frozenset({"tpv"})  # these add up over processes; batches of the others hang together
 
 
 def scorer(criterion: str) -> Scorer:
-    """Return a criterion for processes that each have a share of the images.
+    """Return a scorer for processes that each have a share; ValueError if there is no such.
 
-    ``criterion``: a key of ``SCORERS``. Returns the scorer. Criteria other than ``"tpv"`` see the
-    images of all processes, in each of them. ValueError if there is no such criterion.
+    Criteria other than ``"tpv"`` see the images of all processes, in each of them.
     """
     if criterion not in SCORERS:
         raise ValueError(f"criterion: expected one of {', '.join(SCORERS)}, found {criterion!r}.")

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import difflib
 
-NEEDS_LABELS: frozenset[str] = frozenset(
-    {
-        "taylor",
-        "taylor_torch_pruning",
-        "hessian",
-        "hessian_torch_pruning",
-        "obdc_torch_pruning",
-        "jacobian",
-    }
+_LABELLED = (
+    *("taylor", "taylor_torch_pruning", "hessian", "hessian_torch_pruning"),
+    *("obdc_torch_pruning", "jacobian"),
 )
+NEEDS_LABELS: frozenset[str] = frozenset(_LABELLED)
 """Criteria whose batches are pairs of inputs and class indices; the others read inputs only."""
 
 READS_CLASSES: frozenset[str] = NEEDS_LABELS | {"jbr"}
@@ -34,17 +29,13 @@ NAMES: tuple[str, ...] = (
     "whc",
     "random",
     "activation_variance",
-    *("taylor", "taylor_torch_pruning", "hessian", "hessian_torch_pruning"),
-    *("obdc_torch_pruning", "jacobian"),
+    *_LABELLED,
 )
 """The keys of ``tpvprune.scores.criteria.SCORERS``, in their order."""
 
 
 def is_labelled(name: str) -> bool:
-    """Tell whether a criterion reads labels.
-
-    ValueError if there is no such criterion, with close matches.
-    """
+    """Tell whether a criterion reads labels; ValueError, with close matches, if there is none."""
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(NAMES)}"

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.groups.budget import Budget, unit_costs
-from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.batches import Again, unlabeled
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError, retried_in_single
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.shares import summed, total
-from tpvprune.scores.cuts import Cut, Size, collected, parts_of, size_of
-from tpvprune.scores.leaving import leaving_order
+from tpvprune.scores.cuts import Cut, Size, collected, numbers_of, parts_of, size_of
+from tpvprune.scores.leaving import block_size, leaving_order, ranked
 from tpvprune.scores.residuals import (
     Covariances,
-    Inputs,
     folded_covariances,
+    inputs_of,
     is_held,
     merged,
     ridge_inverse,
@@ -48,8 +48,6 @@ from tpvprune.scores.taps import Metric, Probing
 from tpvprune.scores.tpv import standard_error
 
 StandIn = Literal["map", "mean", "zero"]
-
-_MAX_STEPS = 96  # wide groups leave several channels at a time
 
 
 @dataclass(frozen=True)
@@ -160,13 +158,14 @@ def variance_curves(
                 progress("elimination", len(curves), len(sizes))
 
         wide = [g for g in groups if g.name not in narrow]
-        gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=_means(fit))
+        fitted = {call: mean for call, (mean, _, _) in fit.items()}
+        gradients = GradientMoments(model, wide, probing, mapped=widths.keys(), means=fitted)
         for names in list(parts_of(narrow, max_bytes_held)) or [[]]:
             part = [groups[name] for name in names]
             cuts = collected(
                 model, part, source, probing,
                 num_inputs=num, means=means, precisions=precisions, sizes=narrow,
-                gradients=gradients if wide and not gradients.is_full else None,
+                gradients=gradients,
             )  # fmt: skip
             for g in part:
                 found(g.name, _eliminate(g, cuts.pop(g.name), savings[g.name].float()))
@@ -181,10 +180,6 @@ def variance_curves(
 
 
 # ---- wide groups ----------------------------------------------------------------------------
-
-
-def _means(covariances: Covariances) -> dict[int, Tensor]:
-    return {call: mean for call, (mean, _, _) in covariances.items()}
 
 
 def _wide_curves(
@@ -204,7 +199,7 @@ def _wide_curves(
     if not groups:
         return
     stood_in = {
-        r.call: Inputs.of(fit[r.call][:2], held.get(r.call, fit[r.call])[:2])
+        r.call: inputs_of(r.call, fit, held)
         for g in groups.values()
         for r in g.readers
         if r.call in widths
@@ -218,13 +213,14 @@ def _wide_curves(
     }
     # Other directions on inputs that took no part, where there are any.
     again = replace(probing, seed=probing.seed + 1)
-    judges: Iterable[Tensor] = _Held(inputs)
+    judges: Iterable[Tensor] = Again(_held, inputs)
     judges = judges if total(sum(map(len, judges))) else inputs
-    sizes = {name: _map_bytes(g, widths) for name, g in groups.items()}
+    # What the maps take while the variance is measured.
+    sizes = {n: Size(0, 4 * len(MEASURED) * numbers_of(g, widths)) for n, g in groups.items()}
     for names in parts_of(sizes, max_bytes_held):
         part = [groups[name] for name in names]
         measured = measured_variance(
-            model, part, judges, again, leaving=found, parts=parts, means=_means(fit)
+            model, part, judges, again, leaving=found, parts=parts, means=gradients.means
         )
         for g in part:
             leaving, counts = found[g.name], measured_at(g.num_channels)
@@ -236,25 +232,14 @@ def _wide_curves(
             yield g.name, Curve(leaving.order, curve, leaving.alone * unit)
 
 
-class _Held:
-    """Re-iterable inputs that took no part in a fit."""
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        self._inputs = inputs
-
-    def __iter__(self) -> Iterator[Tensor]:
-        seen = 0
-        for x in self._inputs:
-            mask = is_held(seen, len(x))
-            seen += len(x)
-            if bool(mask.any()):
-                yield x[mask]
-
-
-def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> Size:
-    """Return what the maps of a wide group take while its variance is measured."""
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
-    return Size(0, 4 * len(MEASURED) * numbers)
+def _held(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the inputs that took no part in a fit."""
+    seen = 0
+    for x in inputs:
+        mask = is_held(seen, len(x))
+        seen += len(x)
+        if bool(mask.any()):
+            yield x[mask]
 
 
 # ---- elimination ----------------------------------------------------------------------------
@@ -262,7 +247,7 @@ def _map_bytes(group: ChannelGroup, widths: Mapping[int, int]) -> Size:
 
 def _eliminate(group: ChannelGroup, cuts: list[Cut], savings: Tensor) -> Curve:
     num = group.num_channels
-    block = -(-num // _MAX_STEPS)
+    block = block_size(num)
     left = torch.ones(num, dtype=torch.bool)
     joint = cuts[0].s.new_zeros(cuts[0].s.shape[1])
     num_rows = total(len(joint))
@@ -282,12 +267,8 @@ def _eliminate(group: ChannelGroup, cuts: list[Cut], savings: Tensor) -> Curve:
     variance = [0.0]
     while (num_left := int(left.sum())) > 1:
         (power,) = fetched(mean_power(joint + (each() if order else first)))
-        growth = power - now
-        # Where units save the same this is the order of the variances themselves. Ranked are those
-        # that are left, and no others: then every step makes progress, whatever the numbers.
-        candidates = left.nonzero().squeeze(1)
-        growth = (growth / savings.clamp_min(1e-12))[candidates]
-        chosen = candidates[growth.argsort(stable=True)[: min(block, num_left - 1)]]
+        # Where units save the same this is the order of the variances themselves.
+        chosen = ranked(left, power - now, savings)[: min(block, num_left - 1)]
         joint = joint + sum((cut.remove(chosen) for cut in cuts), torch.zeros(()))
         now = float(mean_power(joint))
         if not math.isfinite(now):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class Cut:
         """Take the next rows [rows, own, n]."""
         start, self._filled = self._filled, self._filled + len(rows)
         self.s[:, start : self._filled] = rows.transpose(0, 1)
+
+    def complete(self) -> None:
+        """Note that what no gradient has reached changes nothing that counts."""
+        self.s[:, self._filled :] = 0
 
     def changes(self, num_channels: int) -> Tensor:
         """Return u [C, rows]: what each channel's leaving now would change."""
@@ -94,6 +98,11 @@ class Size(NamedTuple):
     num_bytes: int
 
 
+def numbers_of(group: ChannelGroup, widths: Mapping[int, int]) -> int:
+    """Return how many numbers a row of S, or a map, of all readers has."""
+    return sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+
+
 def size_of(
     group: ChannelGroup,
     widths: Mapping[int, int],
@@ -102,7 +111,7 @@ def size_of(
     rows_per_channel: float,
 ) -> Size | None:
     """Return the rows of a group; None where they are too few for its channels."""
-    numbers = sum(widths.get(r.call, 1) * len(r.index) for r in group.readers)
+    numbers = numbers_of(group, widths)
     rows = min(most_rows, max_bytes // (4 * max(numbers, 1)))
     if rows < max(1.0, rows_per_channel * group.num_channels):
         return None
@@ -134,9 +143,9 @@ def collected(
     means: Mapping[int, Tensor],
     precisions: Mapping[int, Tensor],
     sizes: Mapping[str, Size],
-    gradients: GradientMoments | None = None,
+    gradients: GradientMoments,
 ) -> dict[str, list[Cut]]:
-    """Measure the cuts of groups, and second moments of others in the same pass."""
+    """Measure the cuts of groups, and in the same pass what ``gradients`` still wants."""
     device = next(model.parameters()).device
     plan = reader_plan(groups)
     cuts: dict[tuple[str, int], Cut] = {}
@@ -149,13 +158,13 @@ def collected(
             num_rows = wanted[group.name] * probes
             cuts[group.name, r.call] = Cut(r, precision, num_rows, device)
     seen, most = 0, max(wanted.values(), default=0)
-    if not groups and gradients is None:
+    if not groups and gradients.is_full:
         return {}
-    read = [*groups, *(gradients.groups if gradients is not None else ())]
+    read = [*groups, *(() if gradients.is_full else gradients.groups)]
     for x, directions, tap in passes(model, read, inputs, probing):
-        also = None if gradients is None or gradients.is_full else gradients
-        if also is not None:
-            also.begin(global_indices(seen, len(x)), ~is_held(seen, len(x)))
+        summed_too = () if gradients.is_full else gradients.plan
+        if summed_too:
+            gradients.begin(global_indices(seen, len(x)), ~is_held(seen, len(x)))
 
         def collect(
             call: int,
@@ -165,17 +174,17 @@ def collected(
             v: Tensor,
             num: int = len(x),
             seen: int = seen,
-            also: GradientMoments | None = also,
+            summed_too: Container[int] = summed_too,
         ) -> None:
-            if also is not None and call in also.plan:
-                also.add(call, a, grad, v)
+            if call in summed_too:
+                gradients.add(call, a, grad, v)
             if call not in plan or seen >= most:
                 return
-            inputs, gradients = (_by_sample(plan[call][0][1], t, num) for t in (a, grad))
+            a, grad = (_by_sample(plan[call][0][1], t, num) for t in (a, grad))
             for group, _ in plan[call]:
                 take = max(0, wanted[group.name] - seen)
-                rows, cut = in_single(inputs[:take]), cuts[group.name, call]
-                own = in_single(gradients[:take, :, cut.columns])
+                rows, cut = in_single(a[:take]), cuts[group.name, call]
+                own = in_single(grad[:take, :, cut.columns])
                 if cut.precision is not None:
                     s = own.transpose(1, 2) @ (rows - means[call].to(rows))  # [B, own, n]
                 else:
@@ -188,10 +197,11 @@ def collected(
         for v in directions:
             tap.backward(v, partial(collect, v=v))
         seen += len(x)
-        if seen >= most and (gradients is None or gradients.is_full):
+        if seen >= most and gradients.is_full:
             break
     found: dict[str, list[Cut]] = {g.name: [] for g in groups}
     for (name, _), cut in cuts.items():
+        cut.complete()
         if not bool(cut.s.isfinite().all()):
             raise NotFiniteError(
                 f"group {name!r}: expected finite output changes, found NaN or infinity: check "

@@ -54,9 +54,11 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
         self, scores: Mapping[str, Tensor], groups: ChannelGroups, *, heads: bool = False
     ) -> None:
         self._scores: list[Tensor] = []
-        self._owners: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._owners: dict[tuple[str, int], Tensor] = {}  # group [size] and channel [size]
         self._params = frozenset(groups.param_sizes)
-        sizes = {(p, d): axis.size for p, axes in groups.param_axes.items() for d, axis in axes}
+        self._sizes = {
+            (p, d): axis.size for p, axes in groups.param_axes.items() for d, axis in axes
+        }
         units = {"channel", "head"} if heads else {"channel"}
         for group in groups:
             if group.name not in scores or group.unit not in units:
@@ -68,15 +70,11 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
                     f"{tuple(score.shape)}: pass the groups that were scored"
                 )
             for part in group.slices:
-                size = sizes[part.param, part.dim]
-                missing = torch.full((2, size), -1)
-                owner, channel = self._owners.setdefault(
-                    (part.param, part.dim), (missing[0], missing[1])
-                )
-                owner[part.index] = len(self._scores)
-                channel[part.index] = part.channel
+                axis = part.param, part.dim
+                owners = self._owners.setdefault(axis, torch.full((2, self._sizes[axis]), -1))
+                owners[0, part.index] = len(self._scores)
+                owners[1, part.index] = part.channel
             self._scores.append(score)
-        self._sizes = sizes
 
     @torch.no_grad()
     def __call__(self, group: Any, **_: Any) -> Tensor | None:
@@ -102,7 +100,7 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
             if owned is None:
                 return None
             roots = torch.as_tensor([position.get(root, -1) for root in item.root_idxs])
-            found.append(torch.stack([roots, *owned])[:, roots >= 0])
+            found.append(torch.cat([roots[None], owned])[:, roots >= 0])
         return self._summed(torch.cat(found, 1), len(position))
 
     def _check_size(self, axis: tuple[str, int], module: nn.Module) -> None:
@@ -115,14 +113,12 @@ class TPVImportance(Importance):  # type: ignore[misc]  # torch-pruning is untyp
                 f"found {weight.shape[axis[1]]}: the model was pruned since, score it again"
             )
 
-    def _owned(self, axis: tuple[str, int], idxs: list[int]) -> tuple[Tensor, Tensor] | None:
-        """Return whose the positions are: (group [n], channel [n]); None if one has no score."""
+    def _owned(self, axis: tuple[str, int], idxs: list[int]) -> Tensor | None:
+        """Return whose the positions are, group and channel [2, n]; None if one has no score."""
         if axis not in self._owners:
             return None
-        positions = torch.as_tensor(idxs, dtype=torch.long)
-        owner, channel = self._owners[axis]
-        owner, channel = owner[positions], channel[positions]
-        return None if bool((owner < 0).any()) else (owner, channel)
+        owned = self._owners[axis][:, torch.as_tensor(idxs, dtype=torch.long)]
+        return None if bool((owned < 0).any()) else owned
 
     def _summed(self, found: Tensor, num_roots: int) -> Tensor:
         # A channel counts once per root, in however many layers both appear.
@@ -138,8 +134,7 @@ def cut_axis(dep: Any) -> tuple[str, int] | None:
     module, handler = dep.target.module, dep.handler.__name__
     if not isinstance(module, _LAYERS) or dep.target._name is None:
         return None
-    if "in_channels" in handler and getattr(module, "groups", 1) > 1:
-        return None  # its weight has no dimension for all inputs
-    transposed = getattr(module, "transposed", False)
     reads = "in_channels" in handler
-    return f"{dep.target._name}.weight", int(reads != transposed)
+    if reads and getattr(module, "groups", 1) > 1:
+        return None  # its weight has no dimension for all inputs
+    return f"{dep.target._name}.weight", int(reads != getattr(module, "transposed", False))

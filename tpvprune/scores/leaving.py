@@ -14,7 +14,7 @@ from tpvprune.passes.crossing import fetched
 from tpvprune.passes.finite import NotFiniteError
 from tpvprune.scores.residuals import Inputs
 
-_MAX_STEPS = 96  # channels leave in so many blocks
+_MAX_STEPS = 96  # channels of wide groups leave in so many blocks
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Part:
 class _Left:
     """What is left of one reader with a map: P and G of the inputs that have not left."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, num_channels: int) -> None:
         assert part.inputs is not None
-        self._part, self._inputs = part, part.inputs
+        self._part, self._inputs, self._num = part, part.inputs, num_channels
         self._p, self._g = part.inputs.precision.clone(), part.moments.clone()
         self._index, self._channel = (t.cpu() for t in (part.reader.index, part.reader.channel))
         self.shrinkage = part.inputs.shrinkage
 
-    def costs(self, num_channels: int) -> Tensor:
+    def costs(self) -> Tensor:
         """Return tr(G_cc P_cc^-1) of every unit [C]."""
-        costs = torch.zeros(num_channels, dtype=torch.float64, device=self._g.device)
+        costs = torch.zeros(self._num, dtype=torch.float64, device=self._g.device)
         for unit, own in _by_unit(self._channel):
             g = self._g[own[:, :, None], own[:, None, :]]
             at = self._index[own]
@@ -103,9 +103,9 @@ class _Static:
         zero = part.moments.new_zeros(num_channels)
         self._costs = zero.index_add_(0, part.reader.channel.to(zero.device), part.moments)
 
-    def costs(self, num_channels: int) -> Tensor:
+    def costs(self) -> Tensor:
         """Return the cost of every unit [C]."""
-        return self._costs[:num_channels]
+        return self._costs
 
     def remove(self, gone: Tensor) -> float:
         """Return what the output loses by these units [C]."""
@@ -142,6 +142,20 @@ class Leaving:
     shrinkages: tuple[tuple[float, ...], ...]
 
 
+def block_size(num_channels: int) -> int:
+    """Return how many channels leave at a time."""
+    return -(-num_channels // _MAX_STEPS)
+
+
+def ranked(left: Tensor, costs: Tensor, savings: Tensor) -> Tensor:
+    """Return the channels that are ``left``, those first that cost least for what they save.
+
+    No others are ranked: so every step makes progress, whatever the numbers.
+    """
+    candidates = left.nonzero().squeeze(1)
+    return candidates[(costs / savings.clamp_min(1e-12))[candidates].argsort(stable=True)]
+
+
 def leaving_order(
     parts: Sequence[Part], num_channels: int, savings: Tensor, counts: Sequence[int] = ()
 ) -> Leaving:
@@ -151,26 +165,23 @@ def leaving_order(
     the shrinkage is chosen anew for those that stay. NotFiniteError if what is lost is not finite.
     """
     # The numbers stay on their device; which channels are left, and leave, the host decides.
-    left = [_Left(p) if p.inputs is not None else _Static(p, num_channels) for p in parts]
-    block = -(-num_channels // _MAX_STEPS)
+    left = [(_Left if p.inputs else _Static)(p, num_channels) for p in parts]
+    block = block_size(num_channels)
     stays = torch.ones(num_channels, dtype=torch.bool)
     order: list[Tensor] = []
     shape = [0.0]
 
     def each() -> Tensor:
-        (costs,) = fetched(sum((p.costs(num_channels) for p in left), torch.zeros(())))
+        (costs,) = fetched(sum((p.costs() for p in left), torch.zeros(())))
         return costs
 
     first = each()
     shrinkages: list[tuple[float, ...]] = []
     while (num_left := int(stays.sum())) > 1:
         costs = each() if order else first
-        # Ranked are those that are left, and no others: every step makes progress.
-        candidates = stays.nonzero().squeeze(1)
-        ranks = (costs / savings.clamp_min(1e-12))[candidates]
         until = min((c for c in counts if c > num_channels - num_left), default=num_channels - 1)
         num_leaving = min(block, until - num_channels + num_left)
-        chosen = candidates[ranks.argsort(stable=True)[:num_leaving]]
+        chosen = ranked(stays, costs, savings)[:num_leaving]
         gone = torch.zeros(num_channels, dtype=torch.bool)
         gone[chosen] = True
         lost = sum(p.remove(gone) for p in left)

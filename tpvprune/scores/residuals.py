@@ -23,6 +23,8 @@ _FLOOR = 1e-10
 _HELD_EVERY = 4
 SHRINKAGES = (1e-3, 0.01, 0.04, 0.1, 0.25, 0.5, 0.8)
 _LARGEST_DOUBLE = 1024  # inputs up to which shrinkages are compared in float64
+_MAX_INPUTS = 4096  # of a reader: calls with more (a flattened feature map) are left out
+_MAX_POSITIONS = 64  # of a sample, spread evenly
 
 
 def residual_maps(
@@ -31,7 +33,7 @@ def residual_maps(
     inputs: Iterable[Tensor],
     *,
     ridge: float,
-    max_samples: int | None = None,
+    max_samples: int,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Fit what the other inputs of a reader cannot predict linearly: r = (a - mean) M.
 
@@ -39,9 +41,9 @@ def residual_maps(
     channels (a head) leave together, so M there is P[:, R] P_RR^-1.
 
     ``inputs``: batches [B, ...]. ``ridge``: see :func:`ridge_inverse`; of readers with more inputs
-    than there are samples the covariance is shrunk instead (:func:`shrunk_precision`).
-    ``max_samples``: only so many samples, the first, are read; None for all. Returns reader call ->
-    (mean [n], M [n, n]), in the dtype of the model's parameters, float32 at least.
+    than there are samples the covariance is shrunk instead (:class:`Inputs`). ``max_samples``: only
+    so many samples, the first, are read. Returns reader call -> (mean [n], M [n, n]), in the dtype
+    of the model's parameters, float32 at least.
     """
     plan = reader_plan(groups)
     dtype = in_single(next(model.parameters())[:0]).dtype
@@ -54,7 +56,7 @@ def residual_maps(
         if len(mean) <= num:
             precision = ridge_inverse(covariance, ridge)
         else:
-            precision = shrunk_precision(fit[call][:2], held.get(call, fit[call])[:2])
+            precision = inputs_of(call, fit, held).precision
         matrix = residual_map(precision, readers)
         maps[call] = (mean.to(dtype), matrix.to(dtype))
     return maps
@@ -63,16 +65,26 @@ def residual_maps(
 Fit = tuple[Tensor, Tensor]
 """Mean [n] and covariance [n, n], float64, of the inputs of one reader."""
 
+Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
+"""Reader call -> (mean [n], covariance [n, n], number of rows that they are of)."""
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the inputs of one reader vary.
+    r"""How the inputs of one reader vary.
+
+    .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
+
+    with the rho of :data:`SHRINKAGES` with which each input is predicted best from the others on
+    rows that took no part: of few rows the sample covariance promises predictions that hold on
+    these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+    matrices, J. Multivariate Analysis 2004).
 
     Attributes:
         fit: Of the images that maps are fitted to.
         held: Of others, by which shrinkages are chosen.
-        precision: Inverse covariance [n, n], shrunk by ``shrinkage``.
-        shrinkage: With which each input is predicted best from all others.
+        precision: P [n, n]; NaN if a covariance is not finite.
+        shrinkage: rho.
     """
 
     fit: Fit
@@ -82,9 +94,28 @@ class Inputs:
 
     @classmethod
     def of(cls, fit: Fit, held: Fit) -> Inputs:
-        """Choose the shrinkage: see :func:`shrunk_precision`."""
-        rho, precision = _shrunk(fit, held)
-        return cls(fit, held, precision, rho)
+        """Choose the shrinkage."""
+        mean, covariance = fit
+        moved = held[0] - mean
+        spread = held[1] + torch.outer(moved, moved)
+        variance = _positive(covariance.diagonal())
+        wide = len(covariance) > _LARGEST_DOUBLE
+        parts = [t.float() if wide else t for t in (covariance, spread, variance)]
+        chosen, least, best = None, float("inf"), torch.full_like(covariance, torch.nan)
+        for rho in SHRINKAGES:
+            precision = _shrunk_inverse(parts[0], parts[2], rho)
+            if precision is None:
+                continue
+            alone = precision / precision.diagonal()
+            errors = (alone * (parts[1] @ alone)).sum(0) / parts[2]
+            loss = float(errors.mean())
+            if not loss < least:
+                break  # the error falls, then rises
+            chosen, least, best = rho, loss, precision
+        if chosen is None:
+            return cls(fit, held, best)
+        again = _shrunk_inverse(covariance, variance, chosen) if wide else None
+        return cls(fit, held, best.double() if again is None else again, chosen)
 
     def less_shrunk(self, gone: Tensor, gradients: Tensor, shrinkage: float) -> float:
         """Return the shrinkage, at most ``shrinkage``, to predict some inputs by those that stay.
@@ -122,10 +153,9 @@ class Inputs:
         return torch.full_like(own, torch.nan) if found is None else found
 
     def residual_map(self, gone: Tensor, shrinkage: float) -> Tensor:
-        """Return M with (a - mean) M what the inputs that stay cannot predict of some, ``gone``.
+        """Return M [n, |R|] with (a - mean) M what the inputs that stay cannot predict of ``gone``.
 
-        Returns [n, |R|]: the identity where inputs leave, elsewhere minus their predictors; NaN if
-        there are none.
+        The identity where inputs leave, elsewhere minus their predictors; NaN if there are none.
         """
         m = self.fit[1].new_zeros(len(self.fit[0]), len(gone))
         m[gone] = torch.eye(len(gone), dtype=m.dtype, device=m.device)
@@ -155,46 +185,9 @@ def _predictors(own: Tensor, across: Tensor, shrinkage: float) -> Tensor:
     return torch.cholesky_solve((1 - shrinkage) * across, factor)
 
 
-def shrunk_precision(fit: Fit, held: Fit) -> Tensor:
-    r"""Return the inverse of a covariance, shrunk towards its diagonal.
-
-    .. math:: P = \big((1 - \rho) \Sigma + \rho \, \mathrm{diag}\, \Sigma\big)^{-1}
-
-    with the rho of :data:`SHRINKAGES` with which each input is predicted best from the others on
-    rows that took no part: of few rows the sample covariance promises predictions that hold on
-    these rows alone (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
-    matrices, J. Multivariate Analysis 2004).
-
-    Returns [n, n]; NaN if a covariance is not finite.
-    """
-    return _shrunk(fit, held)[1]
-
-
-def _shrunk(fit: Fit, held: Fit) -> tuple[float, Tensor]:
-    """Return rho and P of :func:`shrunk_precision`."""
-    mean, covariance = fit
-    moved = held[0] - mean
-    spread = held[1] + torch.outer(moved, moved)
-    variance = _positive(covariance.diagonal())
-    wide = len(covariance) > _LARGEST_DOUBLE
-    parts = [t.float() if wide else t for t in (covariance, spread, variance)]
-    chosen, least = None, float("inf")
-    for rho in SHRINKAGES:
-        precision = _shrunk_inverse(parts[0], parts[2], rho)
-        if precision is None:
-            continue
-        alone = precision / precision.diagonal()
-        errors = (alone * (parts[1] @ alone)).sum(0) / parts[2]
-        loss = float(errors.mean())
-        if not loss < least:
-            break  # the error falls, then rises
-        chosen, least, best = rho, loss, precision
-    if chosen is None:
-        return SHRINKAGES[0], torch.full_like(covariance, torch.nan)
-    if not wide:
-        return chosen, best
-    precision = _shrunk_inverse(covariance, variance, chosen)
-    return chosen, best.double() if precision is None else precision
+def inputs_of(call: int, fit: Covariances, held: Covariances) -> Inputs:
+    """Return how a reader's inputs vary, judged by those of the fit where none are held back."""
+    return Inputs.of(fit[call][:2], held.get(call, fit[call])[:2])
 
 
 def _positive(variance: Tensor) -> Tensor:
@@ -218,11 +211,10 @@ def _shrunk_factor(covariance: Tensor, variance: Tensor, rho: float) -> Tensor |
 
 
 def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return M with (a - mean) M the part of each unit that the other inputs cannot predict.
+    """Return M [n, n] with (a - mean) M the part of each unit that the others cannot predict.
 
-    ``precision``: inverse covariance [n, n] of the inputs. ``readers``: the ``index`` and
-    ``channel`` of each :class:`tpvprune.groups.Reader`. Returns [n, n]; columns that nobody reads
-    are zero.
+    ``precision``: inverse covariance [n, n]. ``readers``: the ``index`` and ``channel`` of each;
+    columns that nobody reads are zero.
     """
     matrix = torch.zeros_like(precision)
     for index, channel in readers:
@@ -239,11 +231,10 @@ def residual_map(precision: Tensor, readers: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
-    """Return (covariance + ridge * mean variance * I)^-1.
+    """Return (covariance + ridge * mean variance * I)^-1; NaN if the covariance is not finite.
 
-    ``covariance``: symmetric [n, n], float64. Returns the inverse [n, n]; NaN if the covariance is
-    not finite. Of a matrix that is singular to rounding the small eigenvalues are raised first, and
-    a warning says so.
+    Of a matrix that is singular to rounding the small eigenvalues are raised first, and a warning
+    says so.
     """
     if not bool(covariance.isfinite().all()):  # which the scores report
         return torch.full_like(covariance, torch.nan)
@@ -261,26 +252,13 @@ def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
     return vectors / values.clamp_min(_FLOOR * scale) @ vectors.T
 
 
-Covariances = Mapping[int, tuple[Tensor, Tensor, float]]
-"""Reader call -> (mean [n], covariance [n, n], number of rows that they are of)."""
-
-
 def is_held(first: int, num: int) -> Tensor:
-    """Return which of some inputs of here take no part in a fit, but judge it.
+    """Return which of some inputs of here take no part in a fit, but judge it: BoolTensor [num].
 
-    Returns BoolTensor [num]: a quarter of the whole set, in runs of four, so that two or four
-    processes draw the same directions for it as one.
+    A quarter of the whole set, in runs of four, so that two or four processes draw the same
+    directions for it as one.
     """
     return global_indices(first, num) % (4 * _HELD_EVERY) >= 4 * (_HELD_EVERY - 1)
-
-
-def fold_indices(first: int, num: int) -> tuple[Tensor, Tensor]:
-    """Return which of some inputs of here take part in a fit, and which judge it, as numbers.
-
-    Returns indices below ``num``, together all of them.
-    """
-    held = is_held(first, num)
-    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
 
 
 def folded_covariances(
@@ -288,18 +266,14 @@ def folded_covariances(
     groups: ChannelGroups,
     inputs: Iterable[Tensor],
     *,
-    max_inputs: int = 4096,
-    max_positions: int = 64,
     max_samples: int | None = None,
 ) -> tuple[int, Covariances, Covariances]:
     """Measure the covariances of three quarters of the samples, and of the last quarter.
 
-    ``inputs``: batches [B, ...]. ``max_inputs``: calls with more inputs (a flattened feature map)
-    are left out. ``max_positions``: at most so many positions of a sample are read, spread evenly.
-    ``max_samples``: only so many samples, the first, are read; None for all. Returns how many
-    samples of here were read; the covariances of those that :func:`is_held` leaves, and of those
-    that it holds back, if there are any. Products are formed in float32 at least, whatever the
-    model computes in (:mod:`tpvprune.passes.moments`).
+    ``inputs``: batches [B, ...]. ``max_samples``: only so many samples, the first, are read; None
+    for all. Returns how many samples of here were read; the covariances of those that
+    :func:`is_held` leaves, and of those that it holds back, if there are any. Products are formed
+    in float32 at least, whatever the model computes in (:mod:`tpvprune.passes.moments`).
     """
     plan = reader_plan(groups)
     moments: dict[int, tuple[Moments, Moments]] = {}
@@ -310,9 +284,9 @@ def folded_covariances(
     def observe(call: int, a: Tensor) -> None:
         reader = plan[call][0][1]
         width = a.shape[reader.channel_dim]
-        if width > max_inputs:
+        if width > _MAX_INPUTS:
             return
-        rows = sampled_rows(reader.by_channel(a, num), at, max_positions).view(num, -1, width)
+        rows = sampled_rows(reader.by_channel(a, num), at, _MAX_POSITIONS).view(num, -1, width)
         if call not in moments:
             fit, held = (Moments(width, joint=True, device=a.device) for _ in range(2))
             moments[call] = fit, held
@@ -327,7 +301,8 @@ def folded_covariances(
                 break
             moved = fast_layout(on_device(x, model), model)
             at = global_indices(seen, num, moved.device)
-            folds = [sent(fold, moved.device) for fold in fold_indices(seen, num)]
+            held = is_held(seen, num)
+            folds = [sent(part.nonzero().squeeze(1), moved.device) for part in (~held, held)]
             with Observer(set(plan), observe):
                 model(moved)
             seen += num
@@ -341,10 +316,7 @@ def folded_covariances(
 
 
 def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return mean and covariance of both parts together.
-
-    Returns reader call -> (mean, covariance).
-    """
+    """Return mean and covariance of both parts together, by reader call."""
     both = {}
     for call, (mean, covariance, num) in fit.items():
         if call not in held:
@@ -356,10 +328,3 @@ def merged(fit: Covariances, held: Covariances) -> dict[int, tuple[Tensor, Tenso
         joined.addr_(moved, moved, alpha=part * (1 - part))
         both[call] = mean + part * moved, joined
     return both
-
-
-def residual(a: Tensor, dim: int, mean: Tensor, matrix: Tensor) -> Tensor:
-    """Return (a - mean) M along ``dim``."""
-    mean, matrix = mean.to(a), matrix.to(a)
-    flat = (a.movedim(dim, -1) - mean) @ matrix
-    return flat.movedim(-1, dim)

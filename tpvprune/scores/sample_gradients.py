@@ -24,6 +24,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.passes.batch_norms import BatchNormCall
 from tpvprune.passes.operations import function_name
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.patches import window_of
@@ -36,12 +37,9 @@ _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "batch_norm": (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-    ),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -117,74 +115,66 @@ def sample_gradients(
             x = on_device(batch.detach(), model)
             if by_layer is None:
                 by_layer = _known(model, wanted, x, counted)
-            tap = WeightTap(model, x, {id(wanted[name]): name for name in by_layer}, counted)
-            directions = probe_directions(tap.outputs, metric, num_probes, generator)
+            watch = _Watch({id(wanted[name]): name for name in by_layer}, len(x))
+            with watch:
+                joined = counted.joined(model(x), len(x))
+            directions = probe_directions(joined, metric, num_probes, generator)
             rest = {name: p.detach() for name, p in wanted.items() if name not in by_layer}
             for probe, v in enumerate(directions):
-                tap.backward(v, partial(_numbered, collect, probe), last=v is directions[-1])
+                watch.backward(joined, v, partial(_numbered, collect, probe), directions[-1] is v)
                 for name, dense in _by_autograd(model, rest, x, v, counted).items():
                     collect(name, probe, slice(0, len(x)), _undivided(dense))
-            tap.close()
+            del joined, watch  # and the graph with them, before the next one is made
             yield len(x)
 
 
-class WeightTap:
-    """One forward that remembers what every layer read, for backwards that follow."""
-
-    def __init__(
-        self, model: nn.Module, x: Tensor, names: Mapping[int, str], counted: Outputs
-    ) -> None:
-        """Run a model whose parameters require no gradients; names: parameters by identity."""
-        self._watch = _Watch(names, len(x))
-        with self._watch:
-            self.outputs = counted.joined(model(x), len(x))
-
-    def backward(
-        self, v: Tensor, collect: Callable[[str, slice, SampleGradients], None], *, last: bool
-    ) -> None:
-        """Call ``collect(parameter, samples, gradients of v^T f)`` for every parameter."""
-        self._watch.collect = collect
-        if self.outputs.requires_grad:
-            torch.autograd.grad(
-                self.outputs, self._watch.anchor, v, retain_graph=not last, allow_unused=True
-            )
-
-    def close(self) -> None:
-        """Let go of the graph."""
-        self.outputs = self.outputs.detach()
-        del self._watch
-
-
 class _Watch(TorchFunctionMode):
-    """Notes the inputs of layers, and listens for the gradients of their outputs."""
+    """Notes the inputs of layers, and listens for the gradients of their outputs.
+
+    ``names``: of the parameters, which require no gradients, by identity.
+    """
 
     def __init__(self, names: Mapping[int, str], num_samples: int) -> None:
         super().__init__()
         self._names, self._num = names, num_samples
-        self.collect: Callable[[str, slice, SampleGradients], None]
-        self.anchor = torch.empty(0)
+        self._collect: Callable[[str, slice, SampleGradients], None]
+        self._anchor = torch.empty(0)
+
+    def backward(
+        self,
+        outputs: Tensor,
+        v: Tensor,
+        collect: Callable[[str, slice, SampleGradients], None],
+        last: bool,
+    ) -> None:
+        """Call ``collect(parameter, samples, gradients of v^T outputs)`` for every parameter."""
+        self._collect = collect
+        if outputs.requires_grad:
+            torch.autograd.grad(outputs, self._anchor, v, retain_graph=not last, allow_unused=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function_name(func)
         out = func(*args, **kwargs)
-        if name not in _ARGUMENTS:
+        if name == "batch_norm":
+            v = vars(BatchNormCall.of(args, kwargs))
+        elif name in _ARGUMENTS:
+            v = {**dict(zip(_ARGUMENTS[name], args, strict=False)), **kwargs}
+        else:
             return out
-        v = {**dict(zip(_ARGUMENTS[name], args, strict=False)), **kwargs}
         owned = {role: self._names.get(id(v.get(role))) for role in ("weight", "bias")}
         if not any(owned.values()) or len(out) % self._num:
             return out
         if not out.requires_grad:
             # The first layer: nothing before it needs a gradient, but its own output does.
-            if not self.anchor.numel():
-                self.anchor = out.new_zeros((1,)).requires_grad_()
-            out = out + self.anchor
+            if not self._anchor.numel():
+                self._anchor = out.new_zeros((1,)).requires_grad_()
+            out = out + self._anchor
         out.register_hook(partial(self._on_gradient, name, v, owned))
         return out
 
     def _on_gradient(
         self, name: str, v: Mapping[str, Any], owned: Mapping[str, str | None], delta: Tensor
     ) -> None:
-        layer = name if name.endswith("norm") else "contraction"
         weight = v.get("weight")
         taps = 1 if weight is None else math.prod(weight.shape[2:])
         step = max(1, self._num * _CHUNK // (v["input"].numel() * taps))
@@ -194,12 +184,15 @@ class _Watch(TorchFunctionMode):
             rows = slice(samples.start * per_sample, samples.stop * per_sample)
             part = {**v, "input": v["input"].detach()[rows]}
             num = samples.stop - samples.start
-            if owned["weight"] is not None and weight is not None:
-                found = _WEIGHTS[layer](part, delta[rows], num)
-                self.collect(owned["weight"], samples, found)
+            if owned["weight"] is not None:
+                if name.endswith("norm"):
+                    found = _summed(name, v["weight"].shape, delta[rows] * _normed(name, part), num)
+                else:
+                    found = _contraction_gradients(part, delta[rows], num)
+                self._collect(owned["weight"], samples, found)
             if owned["bias"] is not None:
-                found = _bias_gradients(name, v["bias"], delta[rows], num)
-                self.collect(owned["bias"], samples, found)
+                found = _summed(name, v["bias"].shape, delta[rows], num)
+                self._collect(owned["bias"], samples, found)
 
 
 def _contraction_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
@@ -239,39 +232,22 @@ def _joined(t: Tensor, num: int) -> Tensor:
     return t.reshape(num, -1, *t.shape[1:]).movedim(1, 3).flatten(3)
 
 
-def _batch_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    shape = (-1, *[1] * (delta.ndim - 2))
-    scale = (v["running_var"] + v.get("eps", 1e-5)).rsqrt()
-    normed = (v["input"] - v["running_mean"].reshape(shape)) * scale.reshape(shape)
-    return _undivided(_by_channel_sum(delta * normed, num))
+def _normed(name: str, v: Mapping[str, Any]) -> Tensor:
+    """Return the input of a norm, normalised."""
+    if name == "layer_norm":
+        return F.layer_norm(v["input"], v["normalized_shape"], eps=v.get("eps", 1e-5))
+    if name == "group_norm":
+        return F.group_norm(v["input"], v["num_groups"], eps=v.get("eps", 1e-5))
+    shape = (-1, *[1] * (v["input"].ndim - 2))
+    scale = (v["running_var"] + v["eps"]).rsqrt()
+    return (v["input"] - v["running_mean"].reshape(shape)) * scale.reshape(shape)
 
 
-def _layer_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    normed = F.layer_norm(v["input"], v["normalized_shape"], eps=v.get("eps", 1e-5))
-    return _undivided((delta * normed).reshape(num, -1, *v["weight"].shape).sum(1))
-
-
-def _group_norm_gradients(v: Mapping[str, Any], delta: Tensor, num: int) -> SampleGradients:
-    normed = F.group_norm(v["input"], v["num_groups"], eps=v.get("eps", 1e-5))
-    return _undivided(_by_channel_sum(delta * normed, num))
-
-
-_WEIGHTS = {
-    "contraction": _contraction_gradients,
-    "batch_norm": _batch_norm_gradients,
-    "layer_norm": _layer_norm_gradients,
-    "group_norm": _group_norm_gradients,
-}
-
-
-def _bias_gradients(name: str, bias: Tensor, delta: Tensor, num: int) -> SampleGradients:
+def _summed(name: str, shape: torch.Size, terms: Tensor, num: int) -> SampleGradients:
+    """Return what a norm's weight, or a bias, of this shape gets from the outputs of a layer."""
     if name in {"linear", "layer_norm"}:
-        return _undivided(delta.reshape(num, -1, *bias.shape).sum(1))
-    return _undivided(_by_channel_sum(delta, num))
-
-
-def _by_channel_sum(t: Tensor, num: int) -> Tensor:
-    return t.reshape(num, len(t) // num, t.shape[1], -1).sum((1, 3))
+        return _undivided(terms.reshape(num, -1, *shape).sum(1))
+    return _undivided(terms.reshape(num, len(terms) // num, terms.shape[1], -1).sum((1, 3)))
 
 
 def _undivided(dense: Tensor) -> SampleGradients:
@@ -297,9 +273,11 @@ def _known(model: nn.Module, wanted: Mapping[str, Tensor], x: Tensor, counted: O
     def note(name: str, samples: slice, gradients: SampleGradients) -> None:
         found.setdefault(name, []).append(gradients.dense()[: 1 if samples.start == 0 else 0])
 
-    tap = WeightTap(model, two, {id(p): name for name, p in wanted.items()}, counted)
-    v = probe_directions(tap.outputs, "logits", 1, torch.Generator().manual_seed(0))[0]
-    tap.backward(v, note, last=True)
+    watch = _Watch({id(p): name for name, p in wanted.items()}, len(two))
+    with watch:
+        joined = counted.joined(model(two), len(two))
+    v = probe_directions(joined, "logits", 1, torch.Generator().manual_seed(0))[0]
+    watch.backward(joined, v, note, last=True)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in wanted.items()}
     outputs = counted.joined(functional_call(model, leaves, (two[:1],)), 1)
     exact = torch.autograd.grad(outputs, list(leaves.values()), v[:1], allow_unused=True)

@@ -1,30 +1,18 @@
-r"""Curves of wide groups: the order from second moments, the variance from other images.
+"""Curves of wide groups: the order from second moments, the variance from other images.
 
 With fewer rows (images times directions) than channels, joint output changes say little: signs that
 cancel on these rows are found among so many channels whether they cancel elsewhere or not. Second
-moments are sums over all positions, one pass and C^2 numbers, however many images there are:
-
-- P, the inverse covariance of a reader's inputs, shrunk towards its diagonal by as much as
-  predicts best on images held back;
-- G = E sum_p d d^T, the gradients there.
-
-In sequence, what the inputs that stay cannot predict of a channel has variance 1 / P_cc, and the
-output feels it by G_cc, its own gradient and what it carries for those that left before:
-
-.. math:: E[u_R^2] \approx \sum_{\text{steps}} \mathrm{tr}(G_{BB} P_{BB}^{-1}), \quad
-    P \leftarrow P - P_{:B} P_{BB}^{-1} P_{B:}, \quad
-    G \leftarrow (I + \beta)^T G (I + \beta), \quad \beta = -P_{BB}^{-1} P_{B:},
-
-for a block B that leaves at each step. The fewer stay, the less do their maps need shrinking: at
-the widths that are measured the shrinkage is chosen anew, and P and G with it. That sum takes
-residuals and gradients for independent, of each other and between positions, so it gives the order
-and the shape alone: how much it is at a few widths is measured, on images that neither the maps nor
-the order were fitted to.
+moments take all positions in one pass: P, the inverse covariance of a reader's inputs, shrunk
+(:class:`tpvprune.scores.residuals.Inputs`), and G = E sum_p d d^T, the gradients there. What they
+give (docs/method.md, "Curves of wide groups") takes residuals and gradients for independent, so it
+is the order and the shape alone: how much it is at a few widths is measured, on images that neither
+the maps nor the order were fitted to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +52,7 @@ class GradientMoments:
         self._device = next(model.parameters()).device
         self.groups, self.plan = groups, reader_plan(groups, self._device)
         self._modules = dict(model.named_modules())
-        self._mapped, self._means = mapped, means
+        self._mapped, self.means = mapped, means
         self._sums = {
             (g.name, r.call): torch.zeros(
                 [len(r.index)] * (2 if r.call in mapped else 1),
@@ -78,8 +66,8 @@ class GradientMoments:
 
     @property
     def is_full(self) -> bool:
-        """Whether more images would change little."""
-        return self._next >= _MAX_IMAGES
+        """Whether there is nothing to measure, or more images would change little."""
+        return not self.groups or self._next >= _MAX_IMAGES
 
     def begin(self, at: Tensor, mask: Tensor) -> None:
         """Announce a pass over images at these places of the whole set [B]; ``mask`` [B] count."""
@@ -103,15 +91,12 @@ class GradientMoments:
                 else:
                     found = exact * len(self._at)
             else:
-                u = _changes(reader, a, grad, self._num, self._means.get(call))
+                u = _changes(reader, a, grad, self._num, self.means.get(call))
                 found = u[self._chosen].square().sum(0)
             self._sums[group.name, call] += found.double()
 
     def parts(self, inputs: Mapping[int, Inputs]) -> dict[str, list[Part]]:
-        """Return the parts of every group's readers.
-
-        Returns group name -> parts. NotFiniteError if a gradient is not finite.
-        """
+        """Return the parts of every group's readers; NotFiniteError if a gradient is not finite."""
         pooled = dict(zip(self._sums, summed(*self._sums.values()), strict=True))
         count = max(1.0, total(self._count * self._num_probes))
         parts: dict[str, list[Part]] = {g.name: [] for g in self.groups}
@@ -190,13 +175,15 @@ def measured_variance(
 ) -> dict[str, Tensor]:
     """Measure E[u_R^2] where some of the channels of a group have left in the given order.
 
-    ``leaving``: group name -> the order, with the shrinkage of maps at :func:`measured_at`.
-    ``parts``: group name -> what its readers' inputs predict of each other. Returns group name ->
-    the variance at :func:`measured_at`, float64, on the CPU.
+    All by group name: the order and the shrinkages of maps, what readers' inputs predict of each
+    other, and the variances at :func:`measured_at`, float64, on the CPU.
     """
     device = next(model.parameters()).device
     plan = reader_plan(groups, device)
-    gone = {g.name: _gone(leaving[g.name].order, measured_at(g.num_channels)) for g in groups}
+    gone = {  # which channels have left [counts, C]
+        g.name: leaving[g.name].order.argsort() < torch.tensor(measured_at(g.num_channels))[:, None]
+        for g in groups
+    }
     maps = {
         (name, part.reader.call): _maps(part, gone[name], shrinkages)
         for name in gone
@@ -206,27 +193,22 @@ def measured_variance(
     sums = {
         name: torch.zeros(len(g), dtype=torch.float64, device=device) for name, g in gone.items()
     }
+
+    def add(call: int, a: Tensor, grad: Tensor, *, num: int, changes: dict[str, Tensor]) -> None:
+        for group, reader in plan[call]:
+            m = maps[group.name, call]
+            if m is None:
+                u = _changes(reader, a, grad, num, means.get(call))
+                found = gone[group.name][:, reader.channel].to(u) @ u.T
+            else:
+                found = _joint(reader, a, grad, num, mean=means[call], maps=m)
+            changes[group.name] += found
+
     seen = 0
     for x, directions, tap in passes(model, groups, batches, probing):
         for i, v in enumerate(directions, 1):
             changes = {n: torch.zeros(len(g), len(x), device=device) for n, g in gone.items()}
-
-            def collect(
-                call: int,
-                a: Tensor,
-                grad: Tensor,
-                num: int = len(x),
-                changes: dict[str, Tensor] = changes,
-            ) -> None:
-                for group, reader in plan[call]:
-                    m = maps[group.name, call]
-                    if m is None:
-                        u = _changes(reader, a, grad, num, means.get(call))
-                        found = gone[group.name][:, reader.channel].to(u) @ u.T
-                    else:
-                        found = _joint(reader, a, grad, num, mean=means[call], maps=m)
-                    changes[group.name] += found
-
+            collect = partial(add, num=len(x), changes=changes)
             tap.backward(v, collect, last=i == len(directions))
             for name, u in changes.items():
                 sums[name] += u.double().square().sum(1)
@@ -234,12 +216,6 @@ def measured_variance(
     count = max(1.0, total(seen)) * probing.num_probes
     pooled = fetched(*summed(*sums.values()))
     return {name: value / count for name, value in zip(sums, pooled, strict=True)}
-
-
-def _gone(order: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return which channels have left [counts, C]."""
-    rank = order.argsort()
-    return rank < torch.tensor(counts)[:, None]
 
 
 def _maps(part: Part, gone: Tensor, shrinkages: Sequence[float]) -> Tensor | None:

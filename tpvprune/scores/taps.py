@@ -87,10 +87,9 @@ def passes(
 def probe_directions(
     outputs: Tensor, metric: Metric, num_probes: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Draw directions v with E[v v^T] = I, or those that a metric sets.
+    """Draw directions v [B, K] with E[v v^T] = I, or those that a metric sets for outputs [B, K].
 
-    ``outputs``: of the model, [B, K]. Returns directions v [B, K]. ValueError if the metric is
-    unknown.
+    ValueError if the metric is unknown.
     """
     outputs = outputs.detach()
     # Sample by sample, so that the directions depend neither on how the inputs are batched nor on
@@ -122,25 +121,28 @@ class InputTap:
         model: nn.Module,
         x: Tensor,
         calls: set[int],
-        cloned: set[int | nn.Module] | None = None,
+        cloned: set[int | nn.Module],
         *,
         outputs: Outputs,
-        amp: torch.dtype | None = None,
-        segments: Sequence[nn.Module] = (),
+        amp: torch.dtype | None,
+        segments: Sequence[nn.Module],
     ) -> None:
         """Run the model; ``cloned`` (which learns) has the calls and segments that need clones."""
-        self._model, self._x, self._calls, self._amp = model, x, calls, amp
-        self._counted = outputs
-        self._cloned = set() if cloned is None else cloned
-        self._segments = segments
+        self._model, self._x, self._calls, self._cloned = model, x, calls, cloned
+        self._counted, self._amp, self._segments = outputs, amp, segments
         self._forward()
 
     def _forward(self) -> None:
         # The hooks know the inputs alone: a graph that knew itself would never be freed.
-        self._inputs = _Inputs(self._calls, self._cloned, widen=self._amp is not None)
+        self._inputs = inputs = _Inputs(self._cloned, widen=self._amp is not None)
         mixed = torch.autocast(self._x.device.type, self._amp, enabled=self._amp is not None)
-        observer = Observer(self._calls, self._inputs.copy)
-        with mixed, observer, recomputed(self._segments, observer, self._inputs):
+        calls = self._calls
+        observer = Observer(calls, inputs.copy)
+
+        def again() -> Observer:
+            return Observer(calls, inputs.recall, start=observer.count)
+
+        with mixed, observer, recomputed(self._segments, again, inputs.entering):
             outputs = self._counted.joined(self._model(self._x), len(self._x))
         self.outputs = outputs if self._amp is None else outputs.float()
 
@@ -173,10 +175,8 @@ class InputTap:
 class _Inputs:
     """The inputs of the reader calls of one forward; with recomputation those of one segment."""
 
-    def __init__(
-        self, calls: set[int], cloned: set[int | nn.Module], *, widen: bool = False
-    ) -> None:
-        self.calls, self._cloned, self._widen = calls, cloned, widen
+    def __init__(self, cloned: set[int | nn.Module], *, widen: bool) -> None:
+        self._cloned, self._widen = cloned, widen
         self.sources: list[Tensor] = []  # what backward runs down to
         self._recomputing = False
         self._held: dict[int, Tensor] = {}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,60 +116,41 @@ def tpv_scores(
     if until is not None and not 0 < until < float("inf"):
         raise ValueError(f"until: expected a number above 0, found {until}.")
     inputs = unlabeled(batches)
-    mean, squares, num_samples = retried_in_single(
-        model,
-        lambda model: _moments(
-            model, groups, inputs, probing, compensated=compensated, ridge=ridge, until=until
-        ),
-    )
-    stderr = {n: standard_error(mean[n], squares[n], num_samples) for n in mean}
-    return Scores(mean, stderr, num_samples, "tpv", used_labels=False)
 
+    def measured(model: nn.Module) -> Scores:
+        maps = {}
+        if compensated:
+            maps = residual_maps(model, groups, inputs, ridge=ridge, max_samples=_MAP_SAMPLES)
+        # Sums over the samples of u^2, averaged over the directions, and of its square.
+        device = next(model.parameters()).device
+        first, second = (
+            {g.name: torch.zeros(g.num_channels, dtype=torch.float64).to(device) for g in groups}
+            for _ in range(2)
+        )
+        num_samples = 0
+        changed = output_changes(model, groups, inputs, probing, maps=maps)
+        with closing(changed):
+            for batch in changed if until is None else in_step(changed):
+                if batch is not None:
+                    changes, num = batch
+                    num_samples += num
+                    for name, u in changes.items():  # [probes, B, C]
+                        per_sample = u.double().square().mean(0)
+                        first[name] += per_sample.sum(0)
+                        second[name] += per_sample.square().sum(0)
+                if until is not None and _uncertainty(first, second, num_samples) <= until:
+                    break
+        mean, squares, num_samples = _means(first, second, num_samples)
+        for name, value in mean.items():
+            if not bool(value.isfinite().all()):
+                raise NotFiniteError(
+                    f"group {name!r}: expected finite scores, found NaN or infinity; "
+                    "check the inputs and the weights for non-finite values."
+                )
+        stderr = {n: standard_error(mean[n], squares[n], num_samples) for n in mean}
+        return Scores(mean, stderr, num_samples, "tpv")
 
-def _moments(
-    model: nn.Module,
-    groups: ChannelGroups,
-    inputs: Iterable[Tensor],
-    probing: Probing,
-    *,
-    compensated: bool,
-    ridge: float,
-    until: float | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Measure the scores and their squares.
-
-    Returns per group E[u^2] and E[u^4] over samples, u^2 averaged over the directions, and the
-    number of samples. NotFiniteError if a score is not finite.
-    """
-    maps = {}
-    if compensated:
-        maps = residual_maps(model, groups, inputs, ridge=ridge, max_samples=_MAP_SAMPLES)
-    device = next(model.parameters()).device
-    first, second = (
-        {g.name: torch.zeros(g.num_channels, dtype=torch.float64, device=device) for g in groups}
-        for _ in range(2)
-    )
-    num_samples = 0
-    measured = output_changes(model, groups, inputs, probing, maps=maps)
-    with closing(measured):
-        for batch in measured if until is None else in_step(measured):
-            if batch is not None:
-                changes, num = batch
-                num_samples += num
-                for name, u in changes.items():  # [probes, B, C]
-                    per_sample = u.double().square().mean(0)
-                    first[name] += per_sample.sum(0)
-                    second[name] += per_sample.square().sum(0)
-            if until is not None and _uncertainty(first, second, num_samples) <= until:
-                break
-    mean, squares, num_samples = _means(first, second, num_samples)
-    for name, value in mean.items():
-        if not bool(value.isfinite().all()):
-            raise NotFiniteError(
-                f"group {name!r}: expected finite scores, found NaN or infinity; "
-                "check the inputs and the weights for non-finite values."
-            )
-    return mean, squares, num_samples
+    return retried_in_single(model, measured)
 
 
 def _means(
@@ -218,19 +200,19 @@ def output_changes(
     device = next(model.parameters()).device
     plan = reader_plan(groups, device)
     maps = {call: (mean.to(device), m.to(device)) for call, (mean, m) in (maps or {}).items()}
+
+    def collected(call: int, a: Tensor, grad: Tensor, *, num: int, part: dict[str, Tensor]) -> None:
+        a, grad = (plan[call][0][1].by_channel(t, num) for t in (a, grad))
+        per_channel = contract(a, grad, num, maps.get(call))
+        for group, reader in plan[call]:
+            u = part.setdefault(group.name, per_channel.new_zeros(num, group.num_channels))
+            u.index_add_(1, reader.channel, per_channel[:, reader.index])
+
     for x, directions, tap in passes(model, groups, inputs, probing):
         num = len(x)
-        parts: list[dict[str, Tensor]] = []
-
-        def collect(call: int, a: Tensor, grad: Tensor, num: int = num, parts: Any = parts) -> None:
-            a, grad = (plan[call][0][1].by_channel(t, num) for t in (a, grad))
-            per_channel = contract(a, grad, num, maps.get(call))
-            for group, reader in plan[call]:
-                u = parts[-1].setdefault(group.name, per_channel.new_zeros(num, group.num_channels))
-                u.index_add_(1, reader.channel, per_channel[:, reader.index])
-
+        parts: list[dict[str, Tensor]] = [{} for _ in directions]
         for i, v in enumerate(directions, 1):
-            parts.append({})
+            collect = partial(collected, num=num, part=parts[i - 1])
             tap.backward(v, collect, last=i == len(directions))
         # What does not reach an output that counts changes nothing.
         none = {g.name: x.new_zeros(num, g.num_channels) for g in groups if g.name not in parts[0]}

@@ -13,30 +13,19 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.moments import Moments
 from tpvprune.passes.observer import Observer
 from tpvprune.passes.running import evaluating, on_device
+from tpvprune.scores.baselines.gradients import channel_sums
 from tpvprune.scores.tpv import Scores
 
 
 @torch.no_grad()
 def activation_variance_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Any],
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Any], *, seed: int = 0
 ) -> Scores:
     """Score channels by how much their activation varies.
 
     S_c = Σ_m Var_{x,p}(a_{m,c}(x, p)), with a_m the input of reader m and p its positions
-    or tokens. A reader that takes several features of one channel adds their variances.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Inputs; labels are dropped.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores in squared activation units, float64 [C] per group.
+    or tokens, in squared activation units. A reader that takes several features of one channel adds
+    their variances.
 
     Reference:
         Berisha et al. 2025, "Variance-based pruning", https://arxiv.org/abs/2507.12988
@@ -59,17 +48,6 @@ def activation_variance_scores(
             with Observer(set(channel_dims), add):
                 model(on_device(inputs, model))
 
-    values = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for reader in group.readers:
-            found = moments[reader.call]
-            variance = (found.spread / found.count).cpu()
-            total.index_add_(0, reader.channel.cpu(), variance[reader.index.cpu()])
-        values[group.name] = total
-    return Scores(
-        values,
-        num_samples=num_samples,
-        criterion="activation_variance",
-        used_labels=False,
-    )
+    variances = {call: found.spread / found.count for call, found in moments.items()}
+    values = {g.name: channel_sums(g, ((r, variances[r.call]) for r in g.readers)) for g in groups}
+    return Scores(values, num_samples=num_samples, criterion="activation_variance")

@@ -14,11 +14,7 @@ from tpvprune.scores.tpv import Scores
 
 @torch.no_grad()
 def fpgm_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Tensor] = (), *, seed: int = 0
 ) -> Scores:
     """Score channels by the distance of their filter to the layer's other filters.
 
@@ -26,15 +22,6 @@ def fpgm_scores(
     near the geometric median of its layer is the one that the others can replace.
     Differs from torch-pruning, which measures distances of *squared* weights and adds
     the input side.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores, float64 [C] per group.
 
     Reference:
         He et al. 2019, "Filter pruning via geometric median", equation 6,
@@ -54,25 +41,12 @@ def fpgm_scores(
 
 @torch.no_grad()
 def whc_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Tensor] = (), *, seed: int = 0
 ) -> Scores:
     """Score channels by the weighted hybrid criterion: large filters unlike the others.
 
     S_c = Σ_layers ‖w_c‖ Σ_{j≠c} ‖w_j‖ (1 − |cos(w_c, w_j)|), over the layers that write the
     channels (the producer side).
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores, float64 [C] per group.
 
     Reference:
         Chen et al. 2023, "WHC: weighted hybrid criterion for filter pruning on convolutional

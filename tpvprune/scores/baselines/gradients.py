@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tpvprune.groups import ChannelGroups, ParamSlice
+from tpvprune.groups import ChannelGroup, ChannelGroups, ParamSlice, Reader
 from tpvprune.passes.outputs import Chosen, Outputs, logits_of
 from tpvprune.passes.running import on_device
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
 def weight_gradients(
@@ -21,19 +23,10 @@ def weight_gradients(
     inputs: Tensor,
     objective: Callable[[Any], Tensor],
 ) -> dict[str, Tensor]:
-    """Compute the gradient of a number by each of the named parameters.
+    """Return the gradient of ``objective(what the model returns)`` by each named parameter.
 
     The parameters are swapped for leaves that share their storage, so that frozen
     parameters work and neither `requires_grad` nor `.grad` of the caller's is touched.
-
-    Args:
-        model: Any model, on the device of the inputs.
-        names: Qualified names of parameters.
-        inputs: One batch [B, ...].
-        objective: From what the model returns to the number.
-
-    Returns:
-        Parameter name -> gradient, of the parameter's shape.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = {
@@ -58,17 +51,9 @@ def loss_gradients(
     *,
     outputs: Outputs | Chosen | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the gradient of the mean cross-entropy by each of the named parameters.
+    """Return the gradient of the mean cross-entropy by each of the named parameters.
 
-    Args:
-        model: Classifier with outputs [B, K].
-        names: Qualified names of parameters.
-        inputs: One batch [B, ...].
-        targets: Class indices [B].
-        outputs: What counts, of which the first are the class scores; None: the first.
-
-    Returns:
-        Parameter name -> gradient, of the parameter's shape.
+    ``targets``: class indices [B]. ``outputs``: what counts, see :func:`class_scores`.
     """
 
     def loss(returned: Any) -> Tensor:
@@ -83,18 +68,7 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 def class_scores(returned: Any, outputs: Outputs | Chosen | None = None) -> Tensor:
-    """Return the class scores of what a classifier returned: the first output that counts.
-
-    Args:
-        returned: What a model returned.
-        outputs: What counts; None: the first tensor of real numbers.
-
-    Returns:
-        Class scores [B, K].
-
-    Raises:
-        ValueError: If they are anything else.
-    """
+    """Return the class scores [B, K]: the first output that counts. ValueError for other shapes."""
     scores = logits_of(returned, outputs)
     if scores.ndim != 2:
         raise ValueError(
@@ -107,18 +81,9 @@ def class_scores(returned: Any, outputs: Outputs | Chosen | None = None) -> Tens
 def labelled_pairs(
     criterion: str, model: nn.Module, batches: Iterable[Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over labelled batches, on the model's device.
+    """Yield inputs [B, ...] and class indices [B] of labelled batches, on the model's device.
 
-    Args:
-        criterion: Who asks, for the message.
-        model: Says where the tensors go.
-        batches: Pairs of inputs and class indices [B].
-
-    Yields:
-        Inputs [B, ...], class indices [B].
-
-    Raises:
-        ValueError: If the batches carry no labels, or there are none.
+    ``criterion``: who asks, for the message. ValueError if there are no batches, or no labels.
     """
     found = False
     for batch in batches:
@@ -133,16 +98,17 @@ def labelled_pairs(
         raise ValueError(f"{criterion} needs at least one labelled batch, found none")
 
 
+def add_to(sums: dict[Any, Tensor], terms: Mapping[Any, Tensor]) -> None:
+    """Add tensors to the sums of the same keys."""
+    for key, term in terms.items():
+        sums[key] = sums[key] + term if key in sums else term
+
+
 def scored_by_torch_pruning(model: nn.Module, norms: tuple[type[nn.Module], ...]) -> set[str]:
     """Return the names of the weights that torch-pruning's criteria look at.
 
-    Args:
-        model: Any model.
-        norms: The normalisation layers among them.
-
-    Returns:
-        Names of weights of convolutions, linear layers and `norms`; depthwise
-        convolutions are left out, which torch-pruning cuts but does not score.
+    They are those of convolutions, linear layers and ``norms``; depthwise convolutions are left
+    out, which torch-pruning cuts but does not score.
     """
     mixing = (nn.modules.conv._ConvNd, nn.Linear)
     names = set()
@@ -153,39 +119,34 @@ def scored_by_torch_pruning(model: nn.Module, norms: tuple[type[nn.Module], ...]
     return names
 
 
+def slices_where(
+    groups: ChannelGroups, counts: Callable[[ParamSlice], bool]
+) -> tuple[dict[str, list[ParamSlice]], set[str]]:
+    """Return the slices of every group that count, and the names of their parameters."""
+    parts = {group.name: [part for part in group.slices if counts(part)] for group in groups}
+    return parts, {part.param for owned in parts.values() for part in owned}
+
+
 def per_channel(
-    groups: ChannelGroups,
-    parts: Mapping[str, Sequence[ParamSlice]],
-    values: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Sum a number per weight over the weights of each channel.
+    group: ChannelGroup, parts: Iterable[ParamSlice], values: Mapping[str, Tensor]
+) -> Tensor:
+    """Sum a number per weight over the weights of each channel: float64 [C].
 
-    Args:
-        groups: Channel groups.
-        parts: Group name -> the slices that count.
-        values: Parameter name -> number per weight, of the parameter's shape.
-
-    Returns:
-        Group name -> sums, float64 [C].
+    ``parts``: the slices that count. ``values``: by parameter, of its shape.
     """
-    sums = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in parts[group.name]:
-            owned = per_position(values[part.param], part.dim).cpu()[part.index.cpu()]
-            total.index_add_(0, part.channel.cpu(), owned)
-        sums[group.name] = total
-    return sums
+    return channel_sums(group, ((p, per_position(values[p.param], p.dim)) for p in parts))
+
+
+def channel_sums(
+    group: ChannelGroup, pieces: Iterable[tuple[ParamSlice | Reader, Tensor]]
+) -> Tensor:
+    """Sum a number per position of slices or readers over those of each channel: float64 [C]."""
+    total = torch.zeros(group.num_channels, dtype=torch.float64)
+    for piece, values in pieces:
+        total.index_add_(0, piece.channel.cpu(), values.cpu()[piece.index.cpu()])
+    return total
 
 
 def per_position(values: Tensor, dim: int) -> Tensor:
-    """Sum over everything but one dimension.
-
-    Args:
-        values: A number per weight.
-        dim: The dimension that stays.
-
-    Returns:
-        Float64 [size of dim].
-    """
+    """Sum over everything but one dimension, in float64."""
     return values.double().movedim(dim, 0).reshape(values.shape[dim], -1).sum(1)

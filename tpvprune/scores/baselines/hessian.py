@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.groups import ChannelGroups, ParamSlice
+from tpvprune.groups import ChannelGroups
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.baselines.gradients import (
+    NORMS,
+    add_to,
     labelled_pairs,
     loss_gradients,
     per_channel,
-    per_position,
     scored_by_torch_pruning,
+    slices_where,
     weight_gradients,
 )
 from tpvprune.scores.tpv import Scores
@@ -56,45 +58,38 @@ def hessian_scores(
     its own set-up fails on groups without attention, and its scoring at layers with a bias,
     which are scored here without it.
 
-    Images pass one by one. Batches without labels, or none at all, are a ValueError.
-
-    Args:
-        model: Classifier with outputs [N, K].
-        groups: Channel groups to score.
-        batches: Labelled batches: pairs of inputs and class indices [N].
-        variant: Which formula.
-        seed: Ignored; the criterion is deterministic.
-        outputs: Names of the outputs that count: the first of them is read; None: the first.
-
-    Returns:
-        Scores, float64 [C] per group, in squared units of the loss.
+    In squared units of the loss. Images pass one by one. Batches without labels, or none at all,
+    are a ValueError.
 
     Reference:
         LeCun et al. 1989, "Optimal brain damage"; Theis et al. 2018, "Faster gaze prediction
         with dense networks and Fisher pruning", https://arxiv.org/abs/1801.05787; Wang et al.
         2019, "EigenDamage" (OBD-C), https://arxiv.org/abs/1905.05934
     """
-    parts = _counted(model, groups, variant)
-    names = {part.param for owned in parts.values() for part in owned}
+    is_obdc, last_only = variant == "obdc_torch_pruning", variant == "torch_pruning"
+    scored = scored_by_torch_pruning(model, () if is_obdc else NORMS)
+    parts, names = slices_where(
+        groups, lambda p: p.param in scored and not (is_obdc and p.side == "consumer")
+    )
     squares: dict[str, Tensor] = {}
     num_samples = num_batches = 0
     with evaluating(model):
         for inputs, targets in labelled_pairs(_NAMES[variant], model, batches):
-            first = len(inputs) - 1 if variant == "torch_pruning" else 0
+            squares = {} if last_only else squares
+            first = len(inputs) - 1 if last_only else 0
             for x, y in zip(inputs[first:].split(1), targets[first:].split(1), strict=True):
-                gradients = loss_gradients(model, names, x, y, outputs=outputs)
-                _add_squares(squares, gradients, anew=variant == "torch_pruning")
+                add_to(squares, _squared(loss_gradients(model, names, x, y, outputs=outputs)))
             num_samples += len(inputs)
             num_batches += 1
     divisor = {"fixed": num_samples, "torch_pruning": 1, "obdc_torch_pruning": num_batches}
-    floor = _OBDC_FLOOR if variant == "obdc_torch_pruning" else 0.0
+    floor = _OBDC_FLOOR if is_obdc else 0.0
     parameters = dict(model.named_parameters())
     changes = {
         name: parameters[name].detach().double().square() * (s / divisor[variant] + floor)
         for name, s in squares.items()
     }
     return Scores(
-        per_channel(groups, parts, changes),
+        {g.name: per_channel(g, parts[g.name], changes) for g in groups},
         num_samples=num_samples,
         criterion=_NAMES[variant],
         used_labels=True,
@@ -121,20 +116,8 @@ def lfh_scores(
     prunes chains only and so has one layer m a channel, and draws up to 100 probes for each of
     32 images. Images pass one by one.
 
-    Args:
-        model: Any model.
-        groups: Channel groups to score.
-        batches: Inputs; labels are dropped.
-        num_probes: Directions per image, >= 1; each costs a forward and a backward.
-        seed: Of the directions.
-        outputs: Of a model with several outputs those that count, or how much each counts, in units
-            of its own second moment; None: all, alike.
-
-    Returns:
-        Scores in squared output units (of several outputs without unit), float64 [C] per group.
-
-    Raises:
-        ValueError: If num_probes is below 1.
+    ``num_probes``: directions per image, each of which costs a forward and a backward; below 1 is a
+    ValueError. In squared output units (of several outputs without unit).
 
     Reference:
         Model Compression Toolkit, structured pruning, importance metric LFH,
@@ -144,19 +127,22 @@ def lfh_scores(
     if num_probes < 1:
         raise ValueError(f"num_probes: expected at least 1, found {num_probes}.")
     scored = scored_by_torch_pruning(model, ())
-    parts = {
-        g.name: [p for p in g.slices if p.side == "producer" and p.param in scored] for g in groups
-    }
-    names = {part.param for owned in parts.values() for part in owned}
+    parts, names = slices_where(groups, lambda p: p.side == "producer" and p.param in scored)
     generator = torch.Generator().manual_seed(seed)
     counted = Outputs.measured(model, unlabeled(batches), outputs)
     squares: dict[str, Tensor] = {}
     num_samples = 0
+
+    def along_signs(returned: Any) -> Tensor:
+        (f,) = counted.joined(returned, 1)
+        signs = torch.randint(0, 2, (len(f),), generator=generator) * 2 - 1
+        return f @ signs.to(f)
+
     with evaluating(model):
         for batch in unlabeled(batches):
             for x in on_device(batch, model).split(1):
-                for gradients in _probed(model, names, x, num_probes, generator, counted=counted):
-                    _add_squares(squares, gradients)
+                for _ in range(num_probes):
+                    add_to(squares, _squared(weight_gradients(model, names, x, along_signs)))
             num_samples += len(batch)
     parameters = dict(model.named_parameters())
     values = {}
@@ -165,51 +151,14 @@ def lfh_scores(
         for part in parts[group.name]:
             weight = parameters[part.param].detach()
             trace = squares[part.param] / (num_samples * num_probes)
-            counts = torch.ones_like(weight)
             norm, traced, count = (
-                torch.zeros_like(total).index_add_(
-                    0, part.channel.cpu(), per_position(t, part.dim).cpu()[part.index.cpu()]
-                )
-                for t in (weight.double().square(), trace, counts)
+                per_channel(group, [part], {part.param: t})
+                for t in (weight.double().square(), trace, torch.ones_like(weight))
             )
             total += norm * traced / count.clamp_min(1)
         values[group.name] = total
-    return Scores(values, num_samples=num_samples, criterion="lfh", used_labels=False)
+    return Scores(values, num_samples=num_samples, criterion="lfh")
 
 
-def _counted(
-    model: nn.Module, groups: ChannelGroups, variant: HessianVariant
-) -> dict[str, list[ParamSlice]]:
-    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-    producers = variant == "obdc_torch_pruning"
-    scored = scored_by_torch_pruning(model, () if producers else norms)
-    sides = {"producer"} if producers else {"producer", "consumer"}
-    return {g.name: [p for p in g.slices if p.param in scored and p.side in sides] for g in groups}
-
-
-def _probed(
-    model: nn.Module,
-    names: Collection[str],
-    x: Tensor,
-    num: int,
-    generator: torch.Generator,
-    *,
-    counted: Outputs,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the gradients of vᵀf(x) for random signs v, drawn image by image."""
-
-    def along_signs(returned: Any) -> Tensor:
-        (f,) = counted.joined(returned, 1)
-        signs = torch.randint(0, 2, (len(f),), generator=generator) * 2 - 1
-        return f @ signs.to(f)
-
-    for _ in range(num):
-        yield weight_gradients(model, names, x, along_signs)
-
-
-def _add_squares(
-    sums: dict[str, Tensor], gradients: dict[str, Tensor], *, anew: bool = False
-) -> None:
-    for name, gradient in gradients.items():
-        square = gradient.double().square()
-        sums[name] = square if anew or name not in sums else sums[name] + square
+def _squared(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradient.double().square() for name, gradient in gradients.items()}

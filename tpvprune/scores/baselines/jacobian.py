@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,11 +12,15 @@ from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating, on_device
 from tpvprune.scores.baselines.gradients import (
+    NORMS,
+    add_to,
+    channel_sums,
     class_scores,
     labelled_pairs,
     loss_gradients,
     per_position,
     scored_by_torch_pruning,
+    slices_where,
 )
 from tpvprune.scores.tpv import Scores
 
@@ -40,17 +43,7 @@ def jacobian_scores(
     square is taken per position of the layer, and the batch size matters. This differs from
     it in one point: grouped convolutions are scored, where it stops with an IndexError.
 
-    Batches without labels, or none at all, are a ValueError.
-
-    Args:
-        model: Classifier with outputs [N, K].
-        groups: Channel groups to score.
-        batches: Labelled batches: pairs of inputs and class indices [N].
-        seed: Ignored; the criterion is deterministic.
-        outputs: Names of the outputs that count: the first of them is read; None: the first.
-
-    Returns:
-        Scores, float64 [C] per group, in squared units of the loss.
+    In squared units of the loss. Batches without labels, or none at all, are a ValueError.
 
     Reference:
         Chen et al. 2025, "Optimal Brain Connection", https://arxiv.org/abs/2508.05521, and
@@ -81,20 +74,9 @@ def jbr_scores(
     reference in: 1. batches are refilled with confident images in the order given, not
     shuffled; 2. grouped convolutions are scored.
 
-    Args:
-        model: Classifier with outputs [N, K].
-        groups: Channel groups to score.
-        batches: Unlabeled inputs; the size of the first is the size of every L_b.
-        confidence: Softmax that an image must exceed, in [0, 1).
-        dense: Model whose predictions are the pseudo-labels; by default `model`.
-        seed: Ignored; the criterion is deterministic.
-        outputs: Names of the outputs that count: the first of them is read; None: the first.
-
-    Returns:
-        Scores, float64 [C] per group; `num_samples` counts the confident images.
-
-    Raises:
-        ValueError: If no image is predicted with enough confidence.
+    ``batches``: the size of the first is the size of every L_b. ``confidence``: softmax that an
+    image must exceed, in [0, 1). ``dense``: model whose predictions are the pseudo-labels; by
+    default ``model``. `num_samples` counts the confident images; without any it is a ValueError.
 
     Reference:
         Arpit 2026, "Test prediction variance", https://arxiv.org/abs/2512.11089, and
@@ -110,7 +92,7 @@ def jbr_scores(
             f"jbr needs images that the model predicts with confidence > {confidence}, "
             "found none: lower the confidence, give more images or train the model"
         )
-    return Scores(values, num_samples=num_samples, criterion="jbr", used_labels=False)
+    return Scores(values, num_samples=num_samples, criterion="jbr")
 
 
 def _batch_squares(
@@ -120,36 +102,30 @@ def _batch_squares(
     outputs: Outputs | Chosen | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Return Σ_m Σ_b (Σ w·∂L_b/∂w)² per group, float64 [C], and the number of images."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-    scored = scored_by_torch_pruning(model, norms)
-    parts = [p for group in groups for p in group.slices if p.param in scored]
+    scored = scored_by_torch_pruning(model, NORMS)
+    parts, names = slices_where(groups, lambda part: part.param in scored)
     parameters = dict(model.named_parameters())
-    biases = {_bias(part) for part in parts} & parameters.keys()
-    names = {part.param for part in parts} | biases
-    sides = {(part.param, part.dim, part.side): part for part in parts}
-    squares: dict[tuple[str, int, str], Tensor] = defaultdict(
-        lambda: torch.zeros((), dtype=torch.float64)
-    )
+    sides = {(p.param, p.dim, p.side): p for owned in parts.values() for p in owned}
+    biases = {_bias(part) for part in sides.values()} & parameters.keys()
+    squares: dict[tuple[str, int, str], Tensor] = {}
     num_samples = 0
     for inputs, targets in pairs:
-        gradients = loss_gradients(model, names, inputs, targets, outputs=outputs)
+        gradients = loss_gradients(model, names | biases, inputs, targets, outputs=outputs)
         products = {n: parameters[n].detach().double() * g for n, g in gradients.items()}
         for key, part in sides.items():
             change = per_position(products[part.param], part.dim)
             if part.side == "producer" and _bias(part) in biases:
                 change = change + products[_bias(part)]
-            squares[key] = squares[key] + change.square()
+            add_to(squares, {key: change.square()})
         num_samples += len(inputs)
 
-    values = {}
-    for group in groups:
-        total = torch.zeros(group.num_channels, dtype=torch.float64)
-        for part in group.slices if num_samples else ():
-            if part.param in scored:
-                square = squares[part.param, part.dim, part.side].cpu()
-                total.index_add_(0, part.channel.cpu(), square[part.index.cpu()])
-        values[group.name] = total
-    return values, num_samples
+    return {
+        group.name: channel_sums(
+            group,
+            ((p, squares[p.param, p.dim, p.side]) for p in parts[group.name] if num_samples),
+        )
+        for group in groups
+    }, num_samples
 
 
 def _bias(part: ParamSlice) -> str:

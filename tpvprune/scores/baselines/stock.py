@@ -16,7 +16,7 @@ from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.running import evaluating
-from tpvprune.scores.baselines.gradients import labelled_pairs, loss_gradients
+from tpvprune.scores.baselines.gradients import add_to, labelled_pairs, loss_gradients
 from tpvprune.scores.importance import cut_axis
 
 STOCK: dict[str, Callable[[], Any]] = {
@@ -77,20 +77,10 @@ def stock_prune(
     refined by bisection. Out of its reach are the outputs of the network, whatever else tpvprune
     leaves whole, and the layers that write into zero-padded shortcuts, which it cannot follow.
 
-    Args:
-        model: Any model; untouched.
-        groups: Its channel groups.
-        example: Inputs [B, ...] to trace with, on the model's device.
-        criterion: A key of ``STOCK``.
-        labelled_batches: Pairs of inputs and class indices, for criteria that need them.
-        keep: Fraction of the dense MACs that stays, in (0, 1].
-        seed: Of the random importance.
-
-    Returns:
-        The pruned model, and what of each group was kept.
-
-    Raises:
-        ValueError: If torch-pruning cannot prune the model, or not as far.
+    ``example``: inputs [B, ...] to trace with, on the model's device. ``criterion``: a key of
+    ``STOCK``. ``labelled_batches``: pairs of inputs and class indices, for criteria that need them.
+    ``keep``: fraction of the dense MACs that stays, in (0, 1]. ``seed``: of the random importance.
+    ValueError if torch-pruning cannot prune the model, or not as far.
     """
     gradients = _gradients(model, criterion, labelled_batches)
     task = _Task(model, groups, example, criterion, gradients, _spared(groups), seed)
@@ -120,9 +110,8 @@ def _gradients(model: nn.Module, criterion: str, batches: Iterable[Any]) -> dict
             if criterion == "tp:hessian":
                 # It keeps the last image's squares only; see `hessian_scores`.
                 sums = loss_gradients(model, names, inputs[-1:], targets[-1:])
-                continue
-            gradients = loss_gradients(model, names, inputs, targets)
-            sums = {name: sums[name] + g if name in sums else g for name, g in gradients.items()}
+            else:
+                add_to(sums, loss_gradients(model, names, inputs, targets))
     return sums
 
 
@@ -206,7 +195,4 @@ def _expressible(model: nn.Module, groups: ChannelGroups, found: StockCut) -> bo
         return False
     ours = remove_channels(model, groups, found.kept).state_dict()
     theirs = found.model.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])
-        for name in ours
-    )
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)

@@ -11,10 +11,12 @@ from tpvprune.groups import ChannelGroups
 from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.passes.running import evaluating
 from tpvprune.scores.baselines.gradients import (
+    add_to,
     labelled_pairs,
     loss_gradients,
     per_channel,
     scored_by_torch_pruning,
+    slices_where,
 )
 from tpvprune.scores.tpv import Scores
 
@@ -28,7 +30,7 @@ def taylor_scores(
     seed: int = 0,
     outputs: Outputs | Chosen | None = None,
 ) -> Scores:
-    """Score channels by the first-order change of the labelled loss. Needs labels.
+    """Score channels by the first-order change of the labelled loss, in its units. Needs labels.
 
     `fixed`: S_c = |Σ w·∂L/∂w| over the weights that read channel c, L the mean
     cross-entropy over all images. This is |∂L/∂gate_c|, each channel counted once.
@@ -41,49 +43,29 @@ def taylor_scores(
 
     Batches without labels, or none at all, are a ValueError.
 
-    Args:
-        model: Classifier with outputs [N, K].
-        groups: Channel groups to score.
-        batches: Labelled batches: pairs of inputs and class indices [N].
-        variant: Which formula.
-        seed: Ignored; the criterion is deterministic.
-        outputs: Names of the outputs that count: the first of them is read; None: the first.
-
-    Returns:
-        Scores, float64 [C] per group, in units of the loss.
-
     Reference:
         Molchanov et al. 2019, "Importance estimation for neural network pruning",
         https://arxiv.org/abs/1906.10771
     """
     fixed = variant == "fixed"
     scored = scored_by_torch_pruning(model, (nn.LayerNorm,))
-    parts = {
-        group.name: [
-            part
-            for part in group.slices
-            if (part.side == "consumer" if fixed else part.param in scored)
-        ]
-        for group in groups
-    }
-    names = {part.param for owned in parts.values() for part in owned}
+    parts, names = slices_where(
+        groups, lambda part: part.side == "consumer" if fixed else part.param in scored
+    )
     gradients: dict[str, Tensor] = {}
     num_samples = 0
     with evaluating(model):
         for inputs, targets in labelled_pairs("taylor", model, batches):
             weight = len(inputs) if fixed else 1
             found = loss_gradients(model, names, inputs, targets, outputs=outputs)
-            for name, gradient in found.items():
-                step = gradient.double() * weight
-                gradients[name] = gradients[name] + step if name in gradients else step
+            add_to(gradients, {name: g.double() * weight for name, g in found.items()})
             num_samples += len(inputs)
 
     parameters = dict(model.named_parameters())
     changes = {name: parameters[name].detach() * g for name, g in gradients.items()}
     changes = {name: c / num_samples if fixed else c.abs() for name, c in changes.items()}
-    sums = per_channel(groups, parts, changes)
     return Scores(
-        {name: total.abs() for name, total in sums.items()},
+        {g.name: per_channel(g, parts[g.name], changes).abs() for g in groups},
         num_samples=num_samples,
         criterion="taylor" if fixed else "taylor_torch_pruning",
         used_labels=True,

@@ -25,19 +25,8 @@ def magnitude_scores(
     S_c = Σ |w|^p over the weights of channel c on both sides of the group: filters,
     normalisation scales, and the columns of the layers that read it; no biases.
 
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        p: Power of the magnitude, 1 or 2. No root is taken, so that p = 2 has the
-            units of an output variance under equal noise on every weight.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores, float64 [C] per group.
-
-    Raises:
-        ValueError: If p is neither 1 nor 2.
+    ``p``: power of the magnitude, 1 or 2 (others are a ValueError). No root is taken, so that
+    p = 2 has the units of an output variance under equal noise on every weight.
 
     Reference:
         Li et al. 2017, "Pruning filters for efficient ConvNets" (p = 1, filters);
@@ -52,27 +41,14 @@ def magnitude_scores(
 
 @torch.no_grad()
 def lamp_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Tensor] = (), *, seed: int = 0
 ) -> Scores:
     """Score channels by layer-adaptive magnitude, in its group form.
 
     S_c = s_c / Σ_{j: s_j ≥ s_c} s_j with s the squared magnitude of the whole group, both
     sides of the cut (:func:`magnitude_scores`): what a channel weighs among those that would be
-    left. The largest of every group scores 1; of equals the later counts as the larger. This is
-    `LAMPImportance` of torch-pruning, which however leaves depthwise convolutions out of s.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores in [0, 1], float64 [C] per group.
+    left, in [0, 1]. The largest of every group scores 1; of equals the later counts as the larger.
+    This is `LAMPImportance` of torch-pruning, which however leaves depthwise convolutions out of s.
 
     Reference:
         Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning",
@@ -90,28 +66,12 @@ def lamp_scores(
 
 @torch.no_grad()
 def bn_scale_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Tensor] = (), *, seed: int = 0
 ) -> Scores:
     """Score channels by the scale of their BatchNorm.
 
-    S_c = Σ |γ_c| over the BatchNorm layers of the group.
-
-    Args:
-        model: Model that the groups were found in.
-        groups: Channel groups to score.
-        batches: Ignored; the criterion reads weights only.
-        seed: Ignored; the criterion is deterministic.
-
-    Returns:
-        Scores, float64 [C] per group.
-
-    Raises:
-        ValueError: If a group has no BatchNorm with a scale: its scores could not be
-            compared with the others'.
+    S_c = Σ |γ_c| over the BatchNorm layers of the group. ValueError if a group has none with a
+    scale: its scores could not be compared with the others'.
 
     Reference:
         Liu et al. 2017, "Learning efficient convolutional networks through network
@@ -122,7 +82,6 @@ def bn_scale_scores(
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
     }
-
     for group in groups:
         if not any(part.param in scales for part in group.slices):
             raise ValueError(
@@ -133,31 +92,15 @@ def bn_scale_scores(
 
 
 def random_scores(
-    model: nn.Module,
-    groups: ChannelGroups,
-    batches: Iterable[Tensor] = (),
-    *,
-    seed: int = 0,
+    model: nn.Module, groups: ChannelGroups, batches: Iterable[Tensor] = (), *, seed: int = 0
 ) -> Scores:
-    """Score channels at random: the floor that every criterion must beat.
-
-    S_c ~ U(0, 1), independent.
-
-    Args:
-        model: Ignored; only the sizes of the groups count.
-        groups: Channel groups to score.
-        batches: Ignored.
-        seed: Seed of the draw.
-
-    Returns:
-        Scores, float64 [C] per group.
-    """
+    """Score channels at random, S_c ~ U(0, 1), independent: what every criterion must beat."""
     generator = torch.Generator().manual_seed(seed)
-    return data_free(
-        groups,
-        "random",
-        lambda group: torch.rand(group.num_channels, generator=generator, dtype=torch.float64),
-    )
+
+    def drawn(group: ChannelGroup) -> Tensor:
+        return torch.rand(group.num_channels, generator=generator, dtype=torch.float64)
+
+    return data_free(groups, "random", drawn)
 
 
 def _sizes(group: ChannelGroup, weights: Mapping[str, Tensor], p: int) -> Tensor:
@@ -174,12 +117,7 @@ def data_free(
     groups: ChannelGroups, criterion: str, score: Callable[[ChannelGroup], Tensor]
 ) -> Scores:
     """Return the scores of a criterion that sees neither images nor labels."""
-    return Scores(
-        {group.name: score(group) for group in groups},
-        num_samples=0,
-        criterion=criterion,
-        used_labels=False,
-    )
+    return Scores({group.name: score(group) for group in groups}, criterion=criterion)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
