@@ -302,29 +302,40 @@ def test_the_first_scores_of_a_model_are_those_of_the_second_call():
     assert branch_scores(model, branches, [X]) == first
 
 
-class Patches(Net):
-    """Each position by itself through a branch, the patches of an image as if they were images."""
+class Tokens(Net):
+    """Each position by itself through a branch, which sees them as ``arranged`` says."""
 
-    def __init__(self, num_patches):
+    def __init__(self, arranged=lambda x: x, back=lambda x, _: x):
         super().__init__(num=1)
-        self.num_patches = num_patches
+        self.arranged, self.back = arranged, back
         self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
 
     def forward(self, x):
         x = self.blocks(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
-        patches = x.reshape(len(x) * self.num_patches, -1, 6)
-        patches = patches + self.down(torch.relu(self.up(patches)))
-        return self.head(patches.reshape(x.shape).mean(1))
+        seen = self.arranged(x)
+        seen = seen + self.down(torch.relu(self.up(seen)))
+        return self.head(self.back(seen, x.shape).mean(1))
 
 
-def test_scores_are_by_image_where_a_branch_sees_patches():
-    models = [Patches(num).double().eval() for num in (1, 4)]
+@pytest.mark.parametrize(
+    ("arranged", "compensated"),
+    [
+        ((lambda x: x.reshape(len(x) * 4, -1, 6), lambda x, shape: x.reshape(shape)), False),
+        ((lambda x: x.transpose(0, 1), lambda x, _: x.transpose(0, 1)), False),
+        ((lambda x: x.transpose(0, 1), lambda x, _: x.transpose(0, 1)), True),
+    ],
+    ids=["patches", "positions first", "positions first, with maps"],
+)
+def test_scores_are_by_image_however_a_branch_sees_them(arranged, compensated):
+    models = [Tokens().double().eval(), Tokens(*arranged).double().eval()]
     models[1].load_state_dict(models[0].state_dict())
-    whole, parts = (
-        branch_scores(model, find_branches(model, X), [X], compensated=False) for model in models
+    images = torch.cat([X, X.flip(0) * 2])
+    usual, other = (
+        branch_scores(model, find_branches(model, X), [images], compensated=compensated)
+        for model in models
     )
-    assert len(whole) == 2
-    assert parts == pytest.approx(whole)
+    assert len(usual) == 2
+    assert other == pytest.approx(usual)
 
 
 def test_an_embedding_added_to_a_batch_of_one_changes_no_score():

@@ -50,7 +50,8 @@ def branch_scores(
     """
     inputs, branches = unlabeled(batches), sorted(branches, key=lambda b: b.end)
     counted = Outputs.measured(model, inputs, outputs)
-    maps = _stand_ins(model, branches, inputs, gone, seed) if compensated else {}
+    dims = _batch_dims(model, branches, inputs, gone)
+    maps = _stand_ins(model, branches, inputs, gone, dims=dims, seed=seed) if compensated else {}
     generator = torch.Generator().manual_seed(seed)
     squares = torch.zeros(2 if maps else 1, len(branches), dtype=torch.float64)
     with evaluating(model), frozen(model), torch.enable_grad():
@@ -60,7 +61,7 @@ def branch_scores(
             with BranchMode(model, [*branches, *gone], watched.see):
                 returned = counted.joined(model(x), len(x))
             directions = probe_directions(returned, "logits", num_probes, generator)
-            changes = [watched.changes(returned, v) for v in directions]
+            changes = [watched.changes(returned, v, dims) for v in directions]
             squares += torch.stack(changes).square().mean(0).sum(2).cpu()
     means = summed(squares)[0].amin(0) / total(sum(map(len, inputs)))
     return {b.name: float(mean) for b, mean in zip(branches, means, strict=True)}
@@ -74,8 +75,8 @@ class _Watched:
 
     def __init__(self, gone: Collection[str], maps: Mapping[str, Map]) -> None:
         self._gone, self._maps = gone, maps
-        self._added: list[Tensor] = []
-        self._lost: list[list[Tensor]] = []
+        self._added: dict[str, Tensor] = {}
+        self._lost: dict[str, list[Tensor]] = {}
 
     def see(self, branch: Branch, x: Tensor, added: Tensor) -> Tensor:
         if branch.name in self._gone:
@@ -87,23 +88,53 @@ class _Watched:
             rows = x.detach().movedim(branch.channel_dim, -1)
             predicted = rows @ change.to(rows) + shift.to(rows)
             lost.append(added.detach() - predicted.movedim(-1, branch.channel_dim))
-        self._added.append(added)
-        self._lost.append(lost)
+        self._added[branch.name], self._lost[branch.name] = added, lost
         return x + added
 
-    def changes(self, returned: Tensor, v: Tensor) -> Tensor:
+    def changes(self, returned: Tensor, v: Tensor, dims: Mapping[str, int]) -> Tensor:
         """Return how the outputs [B, K] change along v without each branch.
 
-        ``v``: directions [B, K]. Returns [1 or 2, branches, B]: without it, and with what stands
-        in.
+        ``v``: directions [B, K]. ``dims``: see :func:`_batch_dims`. Returns [1 or 2, branches, B]:
+        without it, and with what stands in.
         """
-        grads = torch.autograd.grad(returned, self._added, v, retain_graph=True)
+        grads = torch.autograd.grad(returned, list(self._added.values()), v, retain_graph=True)
         num = len(returned)  # of images: those of a branch may be patches, [B * P, ...]
+
+        def by_image(products: Tensor, name: str) -> Tensor:
+            rows = products.movedim(dims[name], 0).reshape(num, -1)
+            return rows.sum(1, dtype=torch.float64)
+
         changes = [
-            torch.stack([(g * r).reshape(num, -1).sum(1, dtype=torch.float64) for r in lost])
-            for g, lost in zip(grads, self._lost, strict=True)
+            torch.stack([by_image(g * r, name) for r in self._lost[name]])
+            for name, g in zip(self._added, grads, strict=True)
         ]
         return torch.stack(changes, 1)
+
+
+@torch.no_grad()
+def _batch_dims(
+    model: nn.Module, branches: Sequence[Branch], inputs: Iterable[Tensor], gone: Sequence[Branch]
+) -> dict[str, int]:
+    """Return which dimension of what a branch adds grows with the number of images."""
+    shapes: dict[str, list[torch.Size]] = {b.name: [] for b in branches}
+
+    def see(branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
+        if branch.name not in shapes:
+            return x.clone()
+        shapes[branch.name].append(added.shape)
+        return None
+
+    first = on_device(next(iter(inputs))[:1], model)
+    with evaluating(model):
+        for num in (1, 2):
+            with BranchMode(model, [*branches, *gone], see):
+                model(first.repeat_interleave(num, 0))
+    return {
+        name: next(
+            (dim for dim, sizes in enumerate(zip(*found, strict=True)) if len(set(sizes)) > 1), 0
+        )
+        for name, found in shapes.items()
+    }
 
 
 def _stand_ins(
@@ -111,6 +142,8 @@ def _stand_ins(
     branches: Sequence[Branch],
     inputs: Iterable[Tensor],
     gone: Sequence[Branch],
+    *,
+    dims: Mapping[str, int],
     seed: int,
 ) -> dict[str, Map]:
     """Fit F(x) by a linear map of the channels of x, at some positions of every input.
@@ -123,7 +156,8 @@ def _stand_ins(
     def see(branch: Branch, x: Tensor, added: Tensor) -> Tensor | None:
         if branch.name not in problems:
             return x.clone()
-        x, added = (t.movedim(branch.channel_dim, -1) for t in (x, added))
+        where = (dims[branch.name], branch.channel_dim)
+        x, added = (t.movedim(where, (0, -1)) for t in (x, added))
         x, added = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, added))
         held = torch.arange(len(x)) % _HELD == _HELD - 1
         picked = torch.randperm(x.shape[1], generator=generator)[:_ROWS_PER_IMAGE].to(x.device)
