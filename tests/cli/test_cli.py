@@ -445,6 +445,12 @@ class TestOtherCommands:
         assert json.loads(out)["agreement"] is None
         assert "only costs were measured" in err
 
+    @pytest.mark.parametrize(("folder", "is_same"), [("flat", True), ("classes", False)])
+    def test_evaluate_says_if_images_are_those_of_the_pruning(self, run, plain, folder, is_same):
+        argv = ["evaluate", plain[0], "--data-dir", folder, "--latency-repeats", "0"]
+        _, _, err = run(*argv, "--dense", "weights.pt")
+        assert ("of a set of that name" in " ".join(err.split())) == is_same
+
     def test_subfolders_that_are_no_classes_are_not_taken_for_labels(self, run):
         code, out, err = run(
             "evaluate", "--model", "test_resnet", "--checkpoint", "weights.pt",

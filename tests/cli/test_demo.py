@@ -12,6 +12,8 @@ from tpvprune.cli.entry import main
 from tpvprune.passes.evaluation import evaluate
 from tpvprune.saved.checkpoint import load_pruned
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -25,7 +27,6 @@ def finished(tmp_path_factory):
     return output, code, document, args
 
 
-@pytest.mark.long
 def test_every_row_meets_the_budget_and_only_taylor_used_labels(finished):
     _, code, document, _ = finished
     dense, *rows = document["comparison"]

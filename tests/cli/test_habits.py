@@ -148,6 +148,24 @@ def test_dry_run_of_prune_plans_and_leaves_nothing(run, root):
     assert "cannot be reached" in " ".join(err.split())
 
 
+def test_a_dry_run_of_several_sizes_is_one_of_each(run, tmp_path, monkeypatch):
+    tried = []
+
+    def noted(_model, _batches, *, keep, ranking, **_):
+        tried.append((keep, ranking))
+        return SimpleNamespace(ranking="the first one's")
+
+    monkeypatch.setattr(planning, "prune", noted)
+    write_images(tmp_path / "many", 48)
+    argv = ["prune", "--model", "test_resnet", "--data-dir", tmp_path / "many", *SIZE, "--json"]
+    code, out, err = run(*argv, "--output", "new", "--dry-run", "--keep", "0.8", "0.5", "0.001")
+    assert [keep for keep, _ in tried] == json.loads(out)["keep"] == [0.8, 0.5, 0.001]
+    assert [ranking for _, ranking in tried] == [None, "the first one's", "the first one's"]
+    text = " ".join(err.split())
+    assert "budget: 80.00 %, 50.00 %, 0.10 % of macs" in text
+    assert code == 3 and "0.10 % cannot be reached" in text
+
+
 def test_estimates_come_from_a_trial_of_the_whole_run(run, tmp_path, monkeypatch):
     tried = []
 
@@ -228,6 +246,7 @@ def test_evaluate_shows_both_models_side_by_side(run):
     assert document["macs"] < document["dense"]["macs"]
     assert (document["dense"]["agreement"], document["dense"]["top1"] is None) == (1, False)
     assert {"dense", "pruned", "ratio"} <= set(err.split())
+    assert f"measured on {document['images']['num_images']} images of classes" in err
     assert json.loads(run(*argv, "--json")[1])["dense"] is None
 
 

@@ -156,6 +156,7 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, extra, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_branches_go_within_a_limit(run, tmp_path, seen):
     argv = flags(tmp_path / "out", "--max-loss", "40", "--granularity", "branch", "--json")
     code, out, err = run(*argv, "--max-depth-removed", "1")

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from argparse import Namespace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from image_cases import write_classes, write_images
 from torch import nn
 
-from tpvprune.cli import outcome, session_images, session_results
+from tpvprune.cli import console, outcome, session_images, session_results
 from tpvprune.cli.benchmark import broken_rows
-from tpvprune.cli.console import show_pruned, show_trained, stages
+from tpvprune.cli.console import Stages, show_pruned, show_trained, stages
 from tpvprune.cli.session_images import calibration, num_eval_images, num_images, others
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
@@ -272,3 +273,19 @@ def test_short_work_says_nothing_to_a_pipe(capsys):
     with stages() as progress:
         progress("curves", 1, 4)
     assert capsys.readouterr().err == ""
+
+
+def test_what_runs_after_the_last_part_has_no_count():
+    """It would look as if that part took for ever."""
+    shown = Stages()
+    shown.update("curves", 3, 4)
+    assert shown.line().startswith("curves 3/4 ... ")
+    shown.update("curves", 4, 4)
+    assert re.fullmatch(r"curves \.\.\. \d+ s", shown.line())
+
+
+def test_work_without_parts_is_named_to_a_pipe(capsys, monkeypatch):
+    monkeypatch.setattr(console, "stages", partial(stages, seconds=0.02))
+    with console.running("exporting"):
+        time.sleep(0.15)
+    assert set(capsys.readouterr().err.splitlines()) == {"exporting ... 0 s"}

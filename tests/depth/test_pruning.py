@@ -138,8 +138,15 @@ def test_the_layer_before_a_gap_aims_behind_it():
     torch.testing.assert_close(aimed.sums[4], whole.sums[6])
 
 
-@pytest.mark.parametrize("granularity", [("branch",), ("channel", "branch")])
-@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize(
+    ("granularity", "of"),
+    [
+        (("branch",), "macs"),
+        (("channel", "branch"), "params"),
+        pytest.param(("branch",), "params", marks=pytest.mark.long),
+        pytest.param(("channel", "branch"), "macs", marks=pytest.mark.long),
+    ],
+)
 def test_the_budget_is_met_and_the_model_saved(granularity, of, tmp_path):
     model = timm.create_model("test_vit", num_classes=5).eval()
     x = torch.randn(24, 3, 160, 160)
@@ -254,6 +261,7 @@ def test_a_stopped_run_without_branches_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(again.kept[name], mask) for name, mask in first.kept.items())
 
 
+@pytest.mark.long
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", 24)

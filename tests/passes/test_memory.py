@@ -58,8 +58,8 @@ def test_tensors_take_the_memory_that_others_left(thread, share):
             keep_freed_memory()
 
         def touch():
-            for _ in range(100):
-                torch.ones(1 << 24)
+            for _ in range(60):
+                torch.ones((1 << 23) + 4096)  # more than 32 MiB, which no heap of glibc holds
 
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -293,6 +293,18 @@ def test_everything_kept_changes_nothing():
 # ---- the whole ------------------------------------------------------------------------------
 
 
+def test_rows_that_are_rounded_meet_a_budget_and_rows_that_keep_one_weight_do_not():
+    x = batches(24)
+    odd = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(4)).double()
+    odd(x[0])  # 13.5 of 27 weights a row: 14 stay
+    result = prune_weights(odd, x, keep=0.5, criterion="wanda", ignore=["2"])
+    assert result.report["pruned"]["weights"] == 8 * 14
+    assert result.report["reached"]
+    fewer = prune_weights(odd, x, keep=0.01, criterion="wanda", ignore=["2"])
+    assert fewer.report["pruned"]["weights"] == 8
+    assert not fewer.report["reached"]
+
+
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("criterion", ["tpv", "magnitude", "wanda"])
 def test_prune_weights_meets_the_budget(criterion, pattern, untouched):

@@ -6,12 +6,15 @@ import argparse
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tpvprune.cli.console import (
     bar,
     blocked_lines,
+    counted,
     percent,
+    running,
     say,
     short,
     show_evaluated,
@@ -42,6 +45,7 @@ from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_
 from tpvprune.images.loading import in_memory
 from tpvprune.passes.evaluation import agreement
 from tpvprune.processes.shares import by_first
+from tpvprune.reports.report import read_report
 from tpvprune.scores.criteria import scorer
 from tpvprune.scores.criterion_names import is_labelled
 from tpvprune.widths.latency import calibrated, measured_table
@@ -91,7 +95,9 @@ def run_groups(args: argparse.Namespace) -> Outcome:
     """Show what can be pruned, what not and why."""
     args.device, args.dense = "cpu", None
     subject, _ = open_evaluated(args)
-    groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
+    with running("finding and verifying groups"):
+        groups = find_groups(subject.model, subject.example, ignore=ignored(args, subject))
+        branches = _branches(subject, groups)
     total = groups.macs()
     smallest = narrowest(groups)
     rows = [("group", "unit", "channels", "saves up to")]
@@ -105,7 +111,7 @@ def run_groups(args: argparse.Namespace) -> Outcome:
         "dense": {"macs": total, "params": groups.params()},
         "smallest": smallest_facts(groups),
         "groups": listed,
-        "branches": _branches(subject, groups),
+        "branches": branches,
         "blocked": blocked_facts(groups),
     }
     table(rows)
@@ -167,7 +173,20 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         "images": image_facts(images, batches),
     }
     show_evaluated(document)
+    if document["top1"] is not None or document["agreement"] is not None:
+        _say_images(subject, document["images"])
     return 0, document
+
+
+def _say_images(subject: Subject, images: Mapping[str, Any]) -> None:
+    """Say on how many images a model was measured, and if it may have been fitted to some."""
+    say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
+    fitted = read_report(subject.folder).get("images", {}) if subject.folder is not None else {}
+    if Path(str(fitted.get("source"))).name == Path(images["source"]).name:
+        say(
+            f"note: it was pruned with {counted(fitted['num_images'], 'image')} of a set of that "
+            "name: on images that it was fitted to it is closer to the dense model than on others"
+        )
 
 
 def run_latency_table(args: argparse.Namespace) -> Outcome:

@@ -63,6 +63,14 @@ def stages(seconds: float = 30.0) -> Iterator[Callable[[str, int, int], None]]:
         print(before, end="", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """Show for how long something has run whose parts are not counted."""
+    with stages() as progress:
+        progress(what, 0, 1)
+        yield
+
+
 class Stages:
     """What runs, since when, and how much of it is done."""
 
@@ -81,8 +89,10 @@ class Stages:
         if not self._stage:
             return ""
         took = time.monotonic() - self._start
-        label = self._stage if self._total <= 1 else f"{self._stage} {self._done}/{self._total}"
-        if not 0 < self._done < self._total:
+        # When all parts are done, what makes one of them may still run.
+        counts = self._done < self._total > 1
+        label = f"{self._stage} {self._done}/{self._total}" if counts else self._stage
+        if not counts or not self._done:
             return f"{label} ... {took:.0f} s"
         left = took * (self._total - self._done) / self._done
         return f"{label} ... {took:.0f} s, about {left:.0f} s left"

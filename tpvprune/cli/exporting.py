@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tpvprune.cli.console import bar, counted, percent, say, table
+from tpvprune.cli.console import bar, counted, percent, running, say, table
 from tpvprune.cli.first_checks import has_images
 from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
@@ -76,14 +76,9 @@ def _images(args: argparse.Namespace, subject: Subject) -> Any:
 def _float(
     args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
-    exported = export_model(
-        subject.model,
-        subject.example[:1].expand(_batch_size(args), -1, -1, -1),
-        file,
-        format=args.format,
-        batches=batches,
-        **how,
-    )
+    x = subject.example[:1].expand(_batch_size(args), -1, -1, -1)
+    with running("exporting"):
+        exported = export_model(subject.model, x, file, format=args.format, batches=batches, **how)
     num_bytes = exported.file.stat().st_size
     _show(exported, num_bytes)
     return {
@@ -98,17 +93,18 @@ def _float(
 def _int8(
     args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
-    found = export_int8(
-        subject.model,
-        batches,
-        file,
-        ranges=args.ranges or RANGES,
-        weight_bits=args.weight_bits or WEIGHT_BITS,
-        batch_size=_batch_size(args),
-        latency_repeats=args.latency_repeats,
-        seed=args.seed,
-        **how,
-    )
+    with running("exporting, rounding and measuring"):
+        found = export_int8(
+            subject.model,
+            batches,
+            file,
+            ranges=args.ranges or RANGES,
+            weight_bits=args.weight_bits or WEIGHT_BITS,
+            batch_size=_batch_size(args),
+            latency_repeats=args.latency_repeats,
+            seed=args.seed,
+            **how,
+        )
     _show_int8(found)
     return {
         "bytes": found.runs["int8"].num_bytes,
@@ -151,8 +147,8 @@ def _show_int8(found: Quantized) -> None:
     )
     shares = "; ".join(f"{way}: {entry.share:.2g}" for way, entry in found.tried_weights.items())
     say(
-        f"weights of {found.weights}, the closest on this processor (share of the variance: "
-        f"{shares})"
+        f"weights of {found.weights}, on this processor the closest on those {found.num_choosing} "
+        f"(share of the variance: {shares})"
     )
     if len({way.bits for way in found.tried_weights}) > 1:
         say("for another processor choose the bits: --weight-bits 8 with VNNI, 7 without")

@@ -64,39 +64,26 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     if args.repair == "reconstruct":
         quicker["repair"] = "compensate"
 
-    num_sizes = 1 if args.max_loss is None else NUM_SIZES
+    sizes = args.keeps if args.max_loss is None else [args.keep] * NUM_SIZES
 
     def whole(batches: list[torch.Tensor]) -> None:
         labelled, ranking = [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches], None
-        for _ in range(num_sizes):
-            ranking = prune(
-                subject.model,
-                batches,
-                **{**pruning_options(args, labelled, ignore=layers), **quicker},
-                ranking=ranking,
-            ).ranking
+        for keep in sizes:
+            options = pruning_options(args, labelled, ignore=layers) | quicker | {"keep": keep}
+            ranking = prune(subject.model, batches, **options, ranking=ranking).ranking
 
     # Scores and curves each take both passes; repair and measuring about four forward ones.
     passes = 2 * (forward + backward) if args.criterion == "tpv" else forward + backward
-    expected = expected_of(subject, whole, num, args.steps * passes + num_sizes * 4 * forward)
+    expected = expected_of(subject, whole, num, args.steps * passes + len(sizes) * 4 * forward)
     if args.repair == "distill":
         training = _training(args, images.count or 0, forward, backward)
-        expected = replace(expected, seconds=expected.seconds + training)
+        expected = replace(expected, seconds=expected.seconds + len(sizes) * training)
     document = _document(args, subject, groups, expected.seconds, num_images=num)
+    if args.max_loss is None and len(sizes) > 1:
+        document["keep"] = sizes
     _say_groups(document, groups)
-    reached = True  # of milliseconds, and of what is lost, only the run knows
     document |= _branches(args, subject, groups, document["smallest"])
-    if args.max_loss is not None:
-        _say_limit(args, apart)
-    elif args.of == "latency":
-        say(f"budget: {percent(args.keep)} of the latency that is then measured")
-    else:
-        share = document["smallest"][args.of] / document["dense"][args.of]
-        reached = share <= args.keep
-        say(
-            f"budget: {percent(args.keep)} of {args.of}, smallest possible {percent(share)}"
-            + ("" if reached else ": it cannot be reached")
-        )
+    reached = _say_budget(args, document, sizes, apart)
     labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
     say(
         f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
@@ -105,6 +92,30 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     trials = "trials of depth, " if "branch" in _may_go(args) else ""
     say_time(expected, trials + _MORE.get(args.repair, ""))
     return (0 if reached else 3), document
+
+
+def _say_budget(
+    args: argparse.Namespace, document: Mapping[str, Any], sizes: Sequence[float], apart: int
+) -> bool:
+    """Say what is asked for; return False if it cannot be had, as far as that is known before."""
+    if args.max_loss is not None:
+        _say_limit(args, apart)
+        return True
+    if args.of == "latency":
+        say(f"budget: {_listed(sizes)} of the latency that is then measured")
+        return True
+    share = document["smallest"][args.of] / document["dense"][args.of]
+    out_of_reach = [keep for keep in sizes if keep < share]
+    which = "it" if len(sizes) == 1 else _listed(out_of_reach)
+    say(
+        f"budget: {_listed(sizes)} of {args.of}, smallest possible {percent(share)}"
+        + (f": {which} cannot be reached" if out_of_reach else "")
+    )
+    return not out_of_reach
+
+
+def _listed(shares: Sequence[float]) -> str:
+    return ", ".join(map(percent, shares))
 
 
 def _may_go(args: argparse.Namespace) -> Sequence[str]:

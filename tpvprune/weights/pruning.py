@@ -147,7 +147,7 @@ def prune_weights(
         "seed": seed,
         "num_images": sum(map(len, fit)),
         "num_held_back": sum(map(len, held)),
-        "reached": pattern is not None or density(masks) <= keep + 1 / _total(masks),
+        "reached": pattern is not None or _is_reached(masks, keep, scope),
         "warnings": [
             *warnings_of({name: measured[repair]}, name, name, keep=more),
             *counted.said(),
@@ -188,6 +188,13 @@ def _costs(
         return {"macs": macs, "params": params, "nonzero_params": nonzero, "weights": weights}
 
     return {"dense": costs(model, _total(masks)), "pruned": costs(pruned, left)}
+
+
+def _is_reached(masks: Mapping[str, Tensor], keep: float, scope: str) -> bool:
+    """Tell whether no more stay than asked for: of each part that is ranked, to the next weight."""
+    parts = {"row": sum(map(len, masks.values())), "layer": len(masks)}.get(scope, 2)
+    kept = sum(int(m.sum()) for m in masks.values())
+    return kept <= keep * _total(masks) + parts / 2
 
 
 def _total(masks: Mapping[str, Tensor]) -> int:
