@@ -361,6 +361,14 @@ def test_widths_that_are_not_rounded_are_named(run, tmp_path):
     assert code == 2
     assert "round_to: expected at most" in err
     assert not (tmp_path / "new").exists()
+    code, _, err = run("prune", *model, "--round-to", "auto", "--output", tmp_path / "new")
+    assert code == 0
+    assert "--round-to" not in err
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["provenance"]["recipe"]["round_to"] == "auto"
+    shapes = {shape[0] for name, shape in config["shapes"].items() if name.endswith("conv1.weight")}
+    assert all(n % 2 == 0 for n in shapes)
+    assert "or auto, found 'x'" in run("prune", *model, "--round-to", "x", "--output", "o")[2]
 
 
 # ---- wrong flags, and what the exit code means -------------------------------------------------

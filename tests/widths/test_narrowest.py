@@ -56,7 +56,12 @@ def test_it_can_be_cut_and_costs_what_is_said(case):
 
 def test_limits_hold_and_what_they_ask_for_is_cheap():
     groups = padded_stream()[1]
-    for limits in (Limits(min_channels=3), Limits(max_removed=0.5), Limits(round_to=4)):
+    for limits in (
+        Limits(min_channels=3),
+        Limits(max_removed=0.5),
+        Limits(round_to=4),
+        Limits(round_to="auto"),
+    ):
         kept = narrowest(groups, limits=limits)
         for group in groups:
             assert kept[group.name].sum() == limits.least(group)

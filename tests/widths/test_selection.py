@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import CASES, build, images
+from torch import nn
 
 from tpvprune import find_groups, select_channels
 from tpvprune.groups.budget import cost, reaches, unit_costs
@@ -182,6 +183,24 @@ def test_kept_widths_are_whole_or_rounded(keep):
         width = int(kept[group.name].sum())
         assert width == group.num_channels or width % 4 == 0 or group.unit == "head"
         assert width > 0
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.2])
+def test_widths_are_rounded_by_the_width_of_their_group(keep):
+    steps = {100: 16, 96: 16, 95: 8, 48: 8, 24: 4, 12: 2, 11: 1}
+    layers, before = [], 3
+    for width in steps:
+        layers += [nn.Conv2d(before, width, 1), nn.ReLU()]
+        before = width
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 3))
+    groups = find_groups(model, torch.randn(2, 3, 1, 1))
+    limits = Limits(round_to="auto")
+    assert {g.num_channels: limits.step(g) for g in groups} == steps
+    kept = select_channels(groups, random_scores(groups), keep=keep, limits=limits)
+    for group in groups:
+        width = int(kept[group.name].sum())
+        assert width == group.num_channels or width % steps[group.num_channels] == 0
+    assert any(not mask.all() for mask in kept.values())
 
 
 @pytest.mark.parametrize(

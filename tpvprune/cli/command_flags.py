@@ -21,6 +21,7 @@ from tpvprune.cli.flag_groups import (
     add_preprocessing,
     add_training,
     count,
+    count_or_auto,
     flag,
     fraction,
     granularity,
@@ -85,7 +86,10 @@ def _add_prune(sub: Parser) -> None:
         how, "--allocation", None, choices=("curves", "rank", "plain"),
         text="widths by joint variance curves (tpv), by score per cost, or by score alone",
     )  # fmt: skip
-    flag(how, "--round-to", "N", "width multiples (1)", type=count, default=1)
+    flag(
+        how, "--round-to", "N", type=count_or_auto, default=1,
+        text="width multiples, or auto: 16 in wide groups, 8 to 1 in narrow ones (1)",
+    )  # fmt: skip
     flag(how, "--min-channels", "N", "narrowest width allowed (1)", type=count, default=1)
     flag(
         how, "--max-removed", "X", "largest fraction of one group that may go (1)",

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from tpvprune.runtimes.names import RUNTIMES, TABLE
 
-AUTO = "auto"  # for --num-images: as many as the scores need
+AUTO = "auto"  # --num-images: as many as the scores need; --round-to: by the width of a group
 
 
 class _UsageError(ValueError):
@@ -124,7 +124,7 @@ def add_data(
     flag(group, "--input-key", "K", "image column of the dataset")
     flag(group, "--target-key", "K", "label column of the dataset")
     flag(
-        group, "--num-images", "N", type=_count_or_auto if auto else count, default=num_images,
+        group, "--num-images", "N", type=count_or_auto if auto else count, default=num_images,
         text=f"images used, drawn by the seed ({shown or num_images or 'all'})"
         + ("; auto: until half of the scores are known to 10 %%" if auto else ""),
     )  # fmt: skip
@@ -271,7 +271,7 @@ points = _checked(float, lambda x: 0 < x < 100, "points above 0 and below 100")
 # Tensors of 32 bits hold no numbers above 3e38.
 positive = _checked(float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30")
 count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
-_count_or_auto = _checked(
+count_or_auto = _checked(
     lambda text: text if text == AUTO else int(text),
     lambda n: n == AUTO or n >= 1,
     "a whole number of at least 1, or auto",

@@ -204,7 +204,7 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
         for g in result.groups
         if g.unit == "channel" and g.num_channels > 1 and Limits(args.round_to).step(g) == 1
     ]
-    if args.round_to > 1 and narrow:
+    if args.round_to not in (1, AUTO) and narrow:
         say(
             f"note: --round-to {args.round_to} leaves {counted(len(narrow), 'group')} of at most "
             f"{args.round_to} channels unrounded (first: {narrow[0]})"

@@ -183,7 +183,7 @@ def set_up(
         batch = example.repeat_interleave(told.latency_batch_size, 0)
         budget = _budget(told, model, groups, batch)
     _check_rounding(limits, groups)
-    if limits.round_to == 1 and isinstance(budget, LatencyTable):
+    if limits.round_to in (1, "auto") and isinstance(budget, LatencyTable):
         limits = replace(limits, round_to=budget.step)  # widths that run fast
     return Setup(
         told, model, model, model, groups, fit, held, batch, counted, budget,
@@ -268,7 +268,7 @@ def _prunable(groups: ChannelGroups) -> ChannelGroups:
 def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:
     """Check what widths are to be multiples of."""
     widest = max((g.num_channels for g in groups if g.unit == "channel"), default=1)
-    if limits.round_to > max(1, widest):
+    if limits.round_to != "auto" and limits.round_to > max(1, widest):
         raise ValueError(
             f"round_to: expected at most {widest}, the width of the widest group, found "
             f"{limits.round_to}"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tpvprune.groups import ChannelGroup
+
+_AUTO_STEPS = (16, 8, 4, 2)
+_LEAST_PARTS = 6  # of a group whose widths are rounded by themselves: a step is a sixth at most
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,8 @@ class Limits:
 
     Attributes:
         round_to: Kept widths are multiples of this, in groups of more than that many single
-            channels, >= 1.
+            channels, >= 1. ``"auto"``: of 16 in groups of at least 96 single channels, of 8, 4
+            and 2 in those of at least 48, 24 and 12. Processors compute 8 or 16 channels at once.
         min_channels: Units that every group keeps, >= 1.
         max_removed: Largest fraction of a group's units that may go, in [0, 1].
         ignore: Modules whose outputs stay whole.
@@ -22,15 +27,15 @@ class Limits:
         ValueError: If a number is out of range.
     """
 
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
     min_channels: int = 1
     max_removed: float = 1.0
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.round_to < 1 or self.min_channels < 1:
+        if (self.round_to != "auto" and self.round_to < 1) or self.min_channels < 1:
             raise ValueError(
-                "round_to, min_channels: expected at least 1, found "
+                "round_to, min_channels: expected at least 1 (round_to: or 'auto'), found "
                 f"{self.round_to}, {self.min_channels}."
             )
         if not 0 <= self.max_removed <= 1:
@@ -40,8 +45,12 @@ class Limits:
 
     def step(self, group: ChannelGroup) -> int:
         """Return the multiple that a group's width is rounded to; heads are never rounded."""
-        is_rounded = group.unit == "channel" and group.num_channels > self.round_to
-        return self.round_to if is_rounded else 1
+        if group.unit != "channel":
+            return 1
+        if self.round_to == "auto":
+            fitting = (n for n in _AUTO_STEPS if n * _LEAST_PARTS <= group.num_channels)
+            return next(fitting, 1)
+        return self.round_to if group.num_channels > self.round_to else 1
 
     def least(self, group: ChannelGroup, needed: int = 1) -> int:
         """Return the smallest width of a group, of which the network needs so many units."""
