@@ -11,9 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from tpvprune.reports.changes import classes, samples
 from tpvprune.reports.page import page
-from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
+from tpvprune.reports.pictures import (
+    blocked,
+    classes,
+    repairs,
+    samples,
+    scores,
+    steps,
+    weights,
+    widths,
+)
 from tpvprune.reports.quality import sizes_tried, training
 from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
 
