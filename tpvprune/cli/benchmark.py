@@ -17,7 +17,7 @@ from tpvprune.cli.console import say
 from tpvprune.cli.session import Outcome, Subject, open_subject, provenance
 from tpvprune.cli.session_images import calibration, labelled_images, open_data
 from tpvprune.cli.session_results import write_json
-from tpvprune.disk.atomic import is_unfinished, written_file
+from tpvprune.disk.atomic import is_unfinished, write_text
 from tpvprune.disk.path_checks import check_writable
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
@@ -165,6 +165,5 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
     say()
     print(table, file=sys.stderr)
     say()
-    for name, text in ((_TABLE, table + "\n"), (_PAGE, render_benchmark(document))):
-        with written_file(folder / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+    write_text(folder / _TABLE, table + "\n")
+    write_text(folder / _PAGE, render_benchmark(document))

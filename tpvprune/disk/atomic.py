@@ -85,6 +85,12 @@ def written_file(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with written_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def _beside(place: Path, kind: str) -> Iterator[Path]:
     """Give a name to write to beside a place, where nothing is left at the end."""
