@@ -27,7 +27,7 @@ from tpvprune.diagnostics.fragility import (
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import own_predictions
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
-from tpvprune.disk.atomic import write_text
+from tpvprune.disk.atomic import present_in, write_text
 from tpvprune.disk.path_checks import check_writable
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import in_memory
@@ -275,9 +275,7 @@ def _known(flag: str, names: Sequence[str], known: Collection[str]) -> None:
 
 def _check_output(args: argparse.Namespace) -> None:
     folder = args.output
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
-    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    present = present_in(folder)
     if present - {_JSON, _PAGE}:
         raise ValueError(
             f"{folder}: expected an audit to replace, found other files "

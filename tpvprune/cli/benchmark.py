@@ -17,7 +17,7 @@ from tpvprune.cli.console import say
 from tpvprune.cli.session import Outcome, Subject, open_subject, provenance
 from tpvprune.cli.session_images import calibration, labelled_images, open_data
 from tpvprune.cli.session_results import write_json
-from tpvprune.disk.atomic import is_unfinished, write_text
+from tpvprune.disk.atomic import present_in, write_text
 from tpvprune.disk.path_checks import check_writable
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
@@ -105,10 +105,7 @@ def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -
 
 def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Find out whether the folder is new, or an unfinished run of the same settings."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
-    found = folder.iterdir() if folder.is_dir() else ()
-    present = {entry.name for entry in found if not is_unfinished(entry)}
+    present = present_in(folder)
     if present and _SETTINGS not in present:
         raise ValueError(
             f"{folder}: expected a benchmark to go on with, found other files "

@@ -124,6 +124,14 @@ def is_unfinished(path: Path) -> bool:
     return _UNFINISHED.fullmatch(path.name) is not None
 
 
+def present_in(folder: Path) -> set[str]:
+    """Return what a folder, if there is one, holds beside what killed processes left."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return {entry.name for entry in entries if not is_unfinished(entry)}
+
+
 def _clear(place: Path) -> None:
     """Remove what a killed process left beside a place, or put it back if it is all there is."""
     for path in place.parent.iterdir():
