@@ -90,11 +90,9 @@ def plan_of(args: argparse.Namespace, subject: Subject) -> Plan:
 
 def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -> dict[str, Any]:
     """Return what decides the rows besides what they say themselves."""
+    known = provenance(args, subject)
     settings = {
-        "model": subject.made.name,
-        "model_kwargs": subject.made.kwargs,
-        "weights": subject.made.weights,
-        "preprocessing": subject.preprocessing.config,
+        **{name: known[name] for name in ("model", "model_kwargs", "weights", "preprocessing")},
         "images": images.name,
         "eval_dir": str(args.eval_dir),
         "class_map": args.class_map,

@@ -35,9 +35,9 @@ def title_of(data: Mapping[str, Any]) -> str:
     keep = data.get("keep")
     if keep is None:
         return f"{model}, pruned"
-    return (
-        f"{model}, pruned to {percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)} of its {_of(data)}"
-    )
+    of = str(data.get("of") or "MACs")
+    share = percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)
+    return f"{model}, pruned to {share} of its {_WHAT.get(of, of)}"
 
 
 def header(data: Mapping[str, Any]) -> str:
@@ -229,10 +229,6 @@ def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def capitalised(label: str) -> str:
     """Return a label as a heading: its first letter large, the others as they are."""
     return label[:1].upper() + label[1:]
-
-
-def _of(data: Mapping[str, Any]) -> str:
-    return _WHAT.get(str(data.get("of")), str(data.get("of") or "MACs"))
 
 
 def _small_unit(text: str) -> str:
