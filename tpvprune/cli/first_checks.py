@@ -26,6 +26,7 @@ from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
 _UNTIMED = {"latency_runtime": "eager", "latency_table": None, "latency_threads": None}
+_OF_MODELS = {"checkpoint": None, "pretrained": False, "num_classes": None}
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
 
 
@@ -151,12 +152,8 @@ def _check_subject(args: argparse.Namespace) -> None:
 
 
 def _check_folder(args: argparse.Namespace, folder: str) -> None:
-    for name in ("checkpoint", "pretrained", "num_classes"):
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected with --model, found with the folder "
-                f"{folder}, which has weights of its own: leave one of them out"
-            )
+    found = f"found with the folder {folder}, which has weights of its own: leave one of them out"
+    check_unset(args, _OF_MODELS, f"expected with --model, {found}")
     if not folder.startswith(_ON_THE_HUB):
         check_saved(folder)
 
