@@ -10,13 +10,12 @@ from typing import Any
 from tpvprune.cli.console import say
 from tpvprune.passes.memory import is_lack_of_memory, release_memory
 
-Outcome = tuple[int, dict[str, Any]]
 _TRAINING = ("distill", "finetune")
 
 
 def within_memory(
-    run: Callable[[argparse.Namespace], Outcome], args: argparse.Namespace
-) -> Outcome:
+    run: Callable[[argparse.Namespace], tuple[int, Any]], args: argparse.Namespace
+) -> tuple[int, Any]:
     """Run a command; when memory runs out, again with batches half as large, down to one image.
 
     A command starts anew; finished rows of a benchmark are on the disk. How images are split into
