@@ -1,12 +1,14 @@
 """`tpvprune audit`: the table, the page, the JSON, and what it refuses."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import timm
 import torch
 from image_cases import write_classes, write_images
 
+from tpvprune.cli import audit
 from tpvprune.cli.entry import main
 
 CLASSES = 4
@@ -95,3 +97,11 @@ def test_bad_input_is_told_in_one_line(run, extra, message):
     assert message in err
     assert not out
     assert err.count("\n") <= 2
+
+
+def test_what_a_killed_audit_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / f".audit.json.{'0' * 32}.tmp").touch()
+    audit._check_output(Namespace(output=tmp_path, overwrite=False))
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"found other files \('mine.txt'\)"):
+        audit._check_output(Namespace(output=tmp_path, overwrite=True))

@@ -522,7 +522,7 @@ class TestStart:
     ):
         kept = []
         monkeypatch.setattr("tpvprune.passes.memory.keep_freed_memory", lambda: kept.append(1))
-        monkeypatch.setattr("tpvprune.cli.memory.within_memory", lambda run, args: (0, {}))
+        monkeypatch.setattr("tpvprune.cli.entry._within_memory", lambda run, args: (0, {}))
         monkeypatch.setattr("tpvprune.cli.entry.check_first", lambda args: None)
         model = [] if argv[0] == "distill" else ["--model", "test_resnet"]
         assert run(*argv, *model, "--data-dir", "flat")[0] == 0

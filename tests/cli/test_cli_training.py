@@ -318,6 +318,7 @@ BAD_INPUT = {
         ["prune", "small", "--checkpoint", "weights.pt"],
         "--checkpoint: expected with --model, found with the folder small",
     ),
+    "classes twice": (["prune", "small", "--num-classes", "0"], "--num-classes: expected with --m"),
     "models twice": (["prune", "small", "--model", "test_resnet"], "leave out --model test_resnet"),
     "no model": (["prune"], "expected either the folder of a pruned model or --model M"),
     "no epochs": (["distill", "small", "--epochs", "0"], "--epochs: expected a whole number"),

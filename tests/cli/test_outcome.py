@@ -176,7 +176,7 @@ def test_no_second_of_measuring_is_hidden(run, tmp_path, monkeypatch):
 
         return slowly
 
-    for name in ("latencies", "evaluate", "shown_changes"):
+    for name in ("_timed", "evaluate", "shown_changes"):
         monkeypatch.setattr(session_results, name, slow(getattr(session_results, name)))
     out = tmp_path / "out"
     _, text, _ = run(

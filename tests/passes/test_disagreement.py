@@ -11,7 +11,7 @@ from torch import nn
 
 from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement
-from tpvprune.reports.changes import classes, samples
+from tpvprune.reports.pictures import classes, samples
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

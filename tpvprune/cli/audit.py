@@ -27,7 +27,7 @@ from tpvprune.diagnostics.fragility import (
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import own_predictions
 from tpvprune.diagnostics.tpv import parameter_points, stability_rows
-from tpvprune.disk.atomic import written_file
+from tpvprune.disk.atomic import present_in, write_text
 from tpvprune.disk.path_checks import check_writable
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import in_memory
@@ -108,8 +108,7 @@ def run_audit(args: argparse.Namespace) -> Outcome:
         "output": str(args.output),
     }
     write_json(args.output / _JSON, document)
-    with written_file(args.output / _PAGE) as page:
-        page.write_text(render_audit(document), encoding="utf-8")
+    write_text(args.output / _PAGE, render_audit(document))
     _show(document)
     return 0, document
 
@@ -197,19 +196,16 @@ def _show(document: Mapping[str, Any]) -> None:
     kinds = _kinds(document)
     say()
     say("How far each measure moves, at most, while the model stays as good as it was:")
-    heads = ("measure", "value", "± error", *kinds)
-    rows = [heads]
-    for measure in document["measures"].values():
-        error = measure["stderr"]
-        rows.append(
-            (
-                measure["title"] + (" *" if measure["reads_classes"] else ""),
-                f"{measure['value']:.4g}",
-                "" if error is None else f"{error:.2g}",
-                *(_largest(measure["moved"], names) for names in kinds.values()),
-            )
+    rows = [
+        (
+            measure["title"] + (" *" if measure["reads_classes"] else ""),
+            f"{measure['value']:.4g}",
+            "" if measure["stderr"] is None else f"{measure['stderr']:.2g}",
+            *(_largest(measure["moved"], names) for names in kinds.values()),
         )
-    table(rows)
+        for measure in document["measures"].values()
+    ]
+    table([("measure", "value", "± error", *kinds), *rows])
     classes = "labels were read" if document["used_labels"] else "the model's own classes, no label"
     say(f"* cross-entropy or errors against {classes}", indent="  ")
     say()
@@ -217,18 +213,21 @@ def _show(document: Mapping[str, Any]) -> None:
         f"Kendall's tau of each criterion's ranking, and how much of the cut to "
         f"{percent(document['keep'])} of MACs stays the same, at least:"
     )
-    rows = [("criterion", *kinds)]
-    for name, criterion in document["criteria"].items():
-        rows.append((name, *(_smallest(criterion, names) for names in kinds.values())))
-    table(rows)
+    rows = [
+        (name, *(_smallest(criterion, names) for names in kinds.values()))
+        for name, criterion in document["criteria"].items()
+    ]
+    table([("criterion", *kinds), *rows])
     say()
     say("TPV on the measured images and on held-out ones:")
-    rows = [("perturbation", "form", "measured", "held out", "ratio")]
-    for row in document["tpv"]["rows"]:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        values = (f"{row['train']:.4g}", f"{row['held_out']:.4g}", ratio)
-        rows.append((row["perturbation"], row["form"], *values))
-    table(rows)
+    rows = [
+        (
+            *(row["perturbation"], row["form"], f"{row['train']:.4g}", f"{row['held_out']:.4g}"),
+            "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+        )
+        for row in document["tpv"]["rows"]
+    ]
+    table([("perturbation", "form", "measured", "held out", "ratio"), *rows])
     for change in document["changes"]:
         if not change["neutral"]:
             say(
@@ -276,9 +275,7 @@ def _known(flag: str, names: Sequence[str], known: Collection[str]) -> None:
 
 def _check_output(args: argparse.Namespace) -> None:
     folder = args.output
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
-    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    present = present_in(folder)
     if present - {_JSON, _PAGE}:
         raise ValueError(
             f"{folder}: expected an audit to replace, found other files "

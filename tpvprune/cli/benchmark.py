@@ -17,7 +17,7 @@ from tpvprune.cli.console import say
 from tpvprune.cli.session import Outcome, Subject, open_subject, provenance
 from tpvprune.cli.session_images import calibration, labelled_images, open_data
 from tpvprune.cli.session_results import write_json
-from tpvprune.disk.atomic import is_unfinished, written_file
+from tpvprune.disk.atomic import present_in, write_text
 from tpvprune.disk.path_checks import check_writable
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
@@ -90,11 +90,9 @@ def plan_of(args: argparse.Namespace, subject: Subject) -> Plan:
 
 def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -> dict[str, Any]:
     """Return what decides the rows besides what they say themselves."""
+    known = provenance(args, subject)
     settings = {
-        "model": subject.made.name,
-        "model_kwargs": subject.made.kwargs,
-        "weights": subject.made.weights,
-        "preprocessing": subject.preprocessing.config,
+        **{name: known[name] for name in ("model", "model_kwargs", "weights", "preprocessing")},
         "images": images.name,
         "eval_dir": str(args.eval_dir),
         "class_map": args.class_map,
@@ -105,10 +103,7 @@ def _settings(args: argparse.Namespace, subject: Subject, images: ImageSource) -
 
 def _check_output(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Find out whether the folder is new, or an unfinished run of the same settings."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
-    found = folder.iterdir() if folder.is_dir() else ()
-    present = {entry.name for entry in found if not is_unfinished(entry)}
+    present = present_in(folder)
     if present and _SETTINGS not in present:
         raise ValueError(
             f"{folder}: expected a benchmark to go on with, found other files "
@@ -165,6 +160,5 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
     say()
     print(table, file=sys.stderr)
     say()
-    for name, text in ((_TABLE, table + "\n"), (_PAGE, render_benchmark(document))):
-        with written_file(folder / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+    write_text(folder / _TABLE, table + "\n")
+    write_text(folder / _PAGE, render_benchmark(document))

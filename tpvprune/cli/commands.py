@@ -210,10 +210,7 @@ def run_latency_table(args: argparse.Namespace) -> Outcome:
     say(f"saved: {args.output}")
     document = {
         **provenance(args, subject),
-        "device": timed.device,
-        "runtime": timed.runtime,
-        "batch_size": timed.batch_size,
-        "num_threads": timed.num_threads,
+        **{key: getattr(timed, key) for key in ("device", "runtime", "batch_size", "num_threads")},
         "num_layers": len(timed.layers),
         "dense_ms": speed.dense_ms,
         "half_ms": speed.pruned_ms,

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpvprune.cli.console import say, table
 from tpvprune.cli.session import Outcome
-from tpvprune.disk.atomic import written_file
+from tpvprune.disk.atomic import write_text
 from tpvprune.reports.comparing import (
     Run,
     broken_runs,
@@ -32,7 +32,7 @@ def run_compare(args: argparse.Namespace) -> Outcome:
     ]
     show_runs(runs)
     if args.output is not None:
-        write_page(runs, args.output)
+        write_text(args.output, render_comparison(runs))
         say(f"saved: {args.output}")
     kept = ("model", "dense", "pruned", "criterion", "repair", "used_labels", "keep", "of", "seed")
     document = {
@@ -49,12 +49,6 @@ def run_compare(args: argparse.Namespace) -> Outcome:
         "output": None if args.output is None else str(args.output),
     }
     return 0, document
-
-
-def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Write the HTML page that compares them."""
-    with written_file(path) as unfinished:
-        unfinished.write_text(render_comparison(runs), encoding="utf-8")
 
 
 def _report(folder: str) -> dict[str, Any]:

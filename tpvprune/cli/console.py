@@ -140,25 +140,30 @@ def table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip(), file=sys.stderr)
 
 
-def before_after(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> None:
-    """Print costs and quality of two models side by side; what is None is left out."""
-    rows = [("", "dense", "pruned", "ratio")]
-    for key, name in cost_labels(dense, pruned).items():
-        before, after = dense[key], pruned[key]
-        rows.append((name, short(before), short(after), f"{after / before:.3f}"))
-    if pruned.get("latency_ms") is not None:
-        ratio = pruned["latency_ms"] / dense["latency_ms"]
-        before, after = (f"{side['latency_ms']:.2f} ms" for side in (dense, pruned))
-        rows.append((_latency_label(pruned), before, after, f"{ratio:.3f}"))
-    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+def before_after(dense: Mapping[str, Any] | None, pruned: Mapping[str, Any]) -> None:
+    """Print costs and quality of two models side by side, or of one; what is None is left out."""
+    sides = [pruned] if dense is None else [dense, pruned]
+    lines: list[tuple[str, str, Callable[[Any], str], Callable[[Any, Any], str]]] = [
+        *((key, name, short, _ratio) for key, name in cost_labels(*sides).items()),
+        ("latency_ms", _latency_label(pruned), "{:.2f} ms".format, _ratio),
+        *((key, name, percent, _points) for key, name in (("top1", "top-1"), ("top5", "top-5"))),
+        ("agreement", "agreement", percent, lambda *_: ""),
+    ]
+    rows: list[Sequence[str]] = [] if dense is None else [("", "dense", "pruned", "ratio")]
+    for key, name, write, compared in lines:
         if pruned.get(key) is not None:
-            before, after = dense[key], pruned[key]
-            change = f"{100 * (after - before):+.2f} points"
-            rows.append((name, percent(before), percent(after), change))
-    if pruned.get("agreement") is not None:
-        rows.append(("agreement", percent(1.0), percent(pruned["agreement"]), ""))
+            values = [side[key] for side in sides]
+            rows.append((name, *map(write, values), *([compared(*values)] if values[1:] else [])))
     table(rows)
     _say_spread(pruned, dense=dense)
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{after / before:.3f}"
+
+
+def _points(before: float, after: float) -> str:
+    return f"{100 * (after - before):+.2f} points"
 
 
 def _latency_label(side: Mapping[str, Any]) -> str:
@@ -286,18 +291,8 @@ def trained_line(training: Mapping[str, Any]) -> None:
 
 def show_evaluated(document: Mapping[str, Any]) -> None:
     """Print the costs and the quality of one model, beside those of the dense one if known."""
-    if document["dense"] is not None:
-        before_after(document["dense"], document)
-        return
-    rows = [(name, short(document[key])) for key, name in cost_labels(document).items()]
-    if document["latency_ms"] is not None:
-        rows.append(("latency, 1 image", f"{document['latency_ms']:.2f} ms"))
-    for name, key in (("top-1", "top1"), ("top-5", "top5")):
-        if document[key] is not None:
-            rows.append((name, percent(document[key])))
-    table(rows)
-    _say_spread(document)
-    if document["top1"] is None:
+    before_after(document["dense"], document)
+    if document["dense"] is None and document["top1"] is None:
         say(
             "only costs were measured: top-1 needs one subfolder per class of the model, "
             "agreement needs --dense F, the weights that a saved pruned model came from"

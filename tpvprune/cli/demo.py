@@ -238,17 +238,9 @@ def _show(document: dict[str, Any]) -> None:
     heads = ("criterion", "labels", "MACs", "cut only", "repaired", "agreement", "variance")
     lines = [heads, ("dense", "", percent(1.0), "", percent(dense["top1"]), "", "")]
     for row in document["comparison"][1:]:
-        lines.append(
-            (
-                row["criterion"],
-                "yes" if row["labels"] else "no",
-                percent(row["macs"] / dense["macs"]),
-                percent(row["top1_cut_only"]),
-                percent(row["top1"]),
-                percent(row["agreement"]),
-                f"{row['output_variance']:.2f}",
-            )
-        )
+        labels, kept = "yes" if row["labels"] else "no", percent(row["macs"] / dense["macs"])
+        shares = (percent(row[key]) for key in ("top1_cut_only", "top1", "agreement"))
+        lines.append((row["criterion"], labels, kept, *shares, f"{row['output_variance']:.2f}"))
     num = document["images"]["num_held_out"]
     say()
     table(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -11,7 +12,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tpvprune.cli.first_checks import check_first
 from tpvprune.cli.flags import build_parser
 from tpvprune.cli.recipes import parsed
 
+_TRAINING = ("distill", "finetune")
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -44,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Milliseconds are to be those of a plain process, as the model will run in.
             if not command.plain and getattr(args, "of", None) != "latency":
                 importlib.import_module("tpvprune.passes.memory").keep_freed_memory()
-            memory = importlib.import_module("tpvprune.cli.memory")
-            code, document = memory.within_memory(run, args)
+            code, document = _within_memory(run, args)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, f"interrupted{after}")
     except Exception as error:
@@ -54,6 +55,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain = importlib.import_module("tpvprune.reports.report").plain
         print(json.dumps(plain(document), indent=2, allow_nan=False))
     return int(code)
+
+
+def _within_memory(
+    run: Callable[[argparse.Namespace], tuple[int, Any]], args: argparse.Namespace
+) -> tuple[int, Any]:
+    """Run a command; when memory runs out, again with batches half as large, down to one image.
+
+    A command starts anew; finished rows of a benchmark are on the disk. How images are split into
+    batches decides the result of training, and a little that of BatchNorm recalibration.
+    """
+    memory = importlib.import_module("tpvprune.passes.memory")
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    while True:
+        attempt = argparse.Namespace(**vars(args))
+        try:
+            return run(attempt)
+        except Exception as error:
+            size = _images_per_batch(attempt)
+            lacking = memory.is_lack_of_memory(error)
+            if not lacking or size == 1 or shared or "batch_size" not in args:
+                raise
+        # Outside of the handler, where the error no longer holds what filled the memory.
+        args = argparse.Namespace(**{**vars(args), "batch_size": size // 2})
+        differs = " (which trains differently)" if args.command in _TRAINING else ""
+        importlib.import_module("tpvprune.cli.console").say(
+            f"note: out of memory: going on with {size // 2} images per batch{differs}"
+        )
+        memory.release_memory()
+
+
+def _images_per_batch(args: argparse.Namespace) -> int:
+    """Return how many images a batch has, as the flags say or the command decided."""
+    default = 128 if args.command in _TRAINING else getattr(args, "images_per_batch", 64)
+    return int(getattr(args, "batch_size", None) or default)
 
 
 @contextlib.contextmanager

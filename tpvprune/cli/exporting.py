@@ -9,6 +9,7 @@ from typing import Any
 
 from tpvprune.cli.console import bar, counted, percent, running, say, table
 from tpvprune.cli.first_checks import has_images
+from tpvprune.cli.flag_groups import check_unset
 from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
@@ -57,9 +58,10 @@ def _check(args: argparse.Namespace, *, given: bool) -> None:
         raise ValueError(f"--int8: expected --format onnx, found {args.format}")
     if args.int8 and not given:
         raise ValueError("--int8: expected images to calibrate with: pass --data-dir D")
-    for flag in ("dense", "ranges", "weight_bits"):
-        if getattr(args, flag) is not None and not args.int8:
-            raise ValueError(f"--{flag.replace('_', '-')}: expected only with --int8")
+    if not args.int8:
+        check_unset(
+            args, dict.fromkeys(("dense", "ranges", "weight_bits")), "expected only with --int8"
+        )
     check_bits(args.weight_bits or WEIGHT_BITS)
     check_ranges(args.ranges or RANGES)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpvprune.cli import sizes
 from tpvprune.cli.command_flags import COMMANDS
-from tpvprune.cli.flag_groups import AUTO, STRUCTURES
+from tpvprune.cli.flag_groups import AUTO, STRUCTURES, check_unset
 from tpvprune.disk.atomic import check_folder
 from tpvprune.disk.path_checks import (
     check_checkpoint,
@@ -25,6 +25,8 @@ from tpvprune.runtimes.names import TABLE, check_runtime
 from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
 NEITHER = "expected either the folder of a pruned model or --model M"
+_UNTIMED = {"latency_runtime": "eager", "latency_table": None, "latency_threads": None}
+_OF_MODELS = {"checkpoint": None, "pretrained": False, "num_classes": None}
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
 
 
@@ -67,12 +69,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _check_training(args: argparse.Namespace) -> None:
     if args.command != "prune" or args.repair == "distill":
         return
-    for name, default in args.untrained.items():
-        if getattr(args, name) != default:
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected only with --repair distill, found --repair "
-                f"{args.repair}: leave one of them out"
-            )
+    found = f"found --repair {args.repair}: leave one of them out"
+    check_unset(args, args.untrained, f"expected only with --repair distill, {found}")
 
 
 def _check_max_loss(args: argparse.Namespace) -> None:
@@ -94,16 +92,9 @@ def _check_latency(args: argparse.Namespace) -> None:
     if "latency_runtime" not in args:
         return
     runtime, table = args.latency_runtime, getattr(args, "latency_table", None)
-    for flag, given in (
-        ("runtime", runtime != "eager"),
-        ("table", table is not None),
-        ("threads", args.latency_threads is not None),
-    ):
-        if given and getattr(args, "of", "latency") != "latency":
-            raise ValueError(
-                f"--latency-{flag}: expected only with --of latency, found --of {args.of}: leave "
-                "one of them out"
-            )
+    if getattr(args, "of", "latency") != "latency":
+        found = f"found --of {args.of}: leave one of them out"
+        check_unset(args, _UNTIMED, f"expected only with --of latency, {found}")
     if (runtime == TABLE) != (table is not None):
         raise ValueError(
             "expected --latency-runtime table and --latency-table F together, found one of them"
@@ -161,12 +152,8 @@ def _check_subject(args: argparse.Namespace) -> None:
 
 
 def _check_folder(args: argparse.Namespace, folder: str) -> None:
-    for name in ("checkpoint", "pretrained", "num_classes"):
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected with --model, found with the folder "
-                f"{folder}, which has weights of its own: leave one of them out"
-            )
+    found = f"found with the folder {folder}, which has weights of its own: leave one of them out"
+    check_unset(args, _OF_MODELS, f"expected with --model, {found}")
     if not folder.startswith(_ON_THE_HUB):
         check_saved(folder)
 

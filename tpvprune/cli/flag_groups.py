@@ -6,7 +6,7 @@ import argparse
 import ast
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -248,6 +248,13 @@ def add_file(group: Any, text: str) -> None:
     """Add a file to write, where one is asked for."""
     flag(group, "--output", "F", text, type=Path)
     switch(group, "--overwrite", "replace a file that is there")
+
+
+def check_unset(args: argparse.Namespace, defaults: Mapping[str, Any], why: str) -> None:
+    """Check that no flag, of those that the command has, differs from its default."""
+    for name, default in defaults.items():
+        if getattr(args, name, default) != default:
+            raise ValueError(f"--{name.replace('_', '-')}: {why}")
 
 
 # ---- what a flag's text may be --------------------------------------------------------------

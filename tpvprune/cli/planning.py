@@ -99,7 +99,12 @@ def _say_budget(
 ) -> bool:
     """Say what is asked for; return False if it cannot be had, as far as that is known before."""
     if args.max_loss is not None:
-        _say_limit(args, apart)
+        what = "agreement" if args.eval_dir is None else "top-1"
+        where = f"{apart} images more" if apart else f"the images of {args.eval_dir}"
+        say(
+            f"budget: at most {args.max_loss:g} points of {what} lost: up to {NUM_SIZES} sizes of "
+            f"one ranking; {where} decide and judge"
+        )
         return True
     if args.of == "latency":
         say(f"budget: {_listed(sizes)} of the latency that is then measured")
@@ -143,16 +148,6 @@ def _branches(
     if "channel" in may_go:
         smallest = {of: min(smallest[of], narrowest[of]) for of in smallest}
     return {"branches": [b.name for b in found], "smallest": smallest}
-
-
-def _say_limit(args: argparse.Namespace, apart: int) -> None:
-    """Say what may be lost, and on which images that is measured."""
-    of = "agreement" if args.eval_dir is None else "top-1"
-    where = f"{apart} images more" if apart else f"the images of {args.eval_dir}"
-    say(
-        f"budget: at most {args.max_loss:g} points of {of} lost: up to {NUM_SIZES} sizes of one "
-        f"ranking; {where} decide and judge"
-    )
 
 
 def _plan_weights(args: argparse.Namespace) -> Outcome:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tpvprune.cli import single_weights, sizes, training
-from tpvprune.cli.comparing import show_runs, write_page
+from tpvprune.cli.comparing import show_runs
 from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
@@ -27,6 +26,7 @@ from tpvprune.cli.session_images import (
     scored_until_known,
 )
 from tpvprune.cli.session_results import finished
+from tpvprune.disk.atomic import write_text
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
@@ -36,6 +36,7 @@ from tpvprune.passes.loss import Losses, halves, num_measured
 from tpvprune.pipeline import PruningResult, Sizes, prune
 from tpvprune.pipeline.within import num_aside, smallest_within
 from tpvprune.processes.shares import by_first
+from tpvprune.reports.comparing import render_comparison
 from tpvprune.reports.report import read_report
 from tpvprune.scores.criterion_names import is_labelled
 from tpvprune.widths.limits import Limits
@@ -76,7 +77,7 @@ def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: in
     runs = [(folder.name, read_report(folder)) for folder in folders.values()]
     show_runs(runs)
     page = Path(args.output) / sizes.COMPARISON
-    by_first(write_page, runs, page)
+    by_first(write_text, page, render_comparison(runs))
     say(f"saved: {page}")
     reached = all(report.get("reached") for _, report in runs)
     document = {"runs": [report for _, report in runs], "output": str(args.output)}
@@ -152,8 +153,11 @@ def _pruned(
     """Prune to one size, save it, and show what it cost."""
     clock = Clock(None, dict(opened.seconds))
     state = training.state_file(args.output, "unfinished-pruning")
-    with _only_for_stops(state):
+    try:
         result = _result(args, opened, prune_to, state)
+    except Exception:  # the state outlasts a stop, but no error: that would come again
+        state.unlink(missing_ok=True)
+        raise
     _say_unrounded(args, result)
     if args.repair == "distill":
         with clock("training"):
@@ -186,16 +190,6 @@ def _result(
         prune_once, opened.deciding, judging, max_loss=args.max_loss, is_given=bool(args.ranking),
         notice=say,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _only_for_stops(state: Path) -> Iterator[None]:
-    """Let the state of an unfinished run outlast a stop, but no error: that would come again."""
-    try:
-        yield
-    except Exception:
-        state.unlink(missing_ok=True)
-        raise
 
 
 def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:

@@ -24,6 +24,10 @@ from tpvprune.saved.checkpoint import load_pruned, read_config, saved_masks
 from tpvprune.saved.downloads import local_folder
 from tpvprune.saved.models import ModelSource, is_factory, load_model
 
+# What flags are called as arguments are.
+_LOADING = ("pretrained", "checkpoint", "num_classes", "seed")
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+
 Outcome = tuple[int, dict[str, Any]]
 """What a command returns: its exit code and its document."""
 
@@ -59,12 +63,9 @@ def open_subject(args: argparse.Namespace) -> Subject:
     input_size = _input_size(args)
     model, made = load_model(
         args.model,
-        pretrained=args.pretrained,
-        checkpoint=args.checkpoint,
-        num_classes=args.num_classes,
+        **{name: getattr(args, name) for name in _LOADING},
         input_size=input_size,
         model_kwargs=dict(args.model_kwargs),
-        seed=args.seed,
         allow_import=True,
     )
     if made.weights == "random" and args.command != "groups":
@@ -141,10 +142,7 @@ def _checked_subject(
     preprocessing = resolve_preprocessing(
         model,
         input_size=_input_size(args),
-        mean=args.mean,
-        std=args.std,
-        crop_pct=args.crop_pct,
-        interpolation=args.interpolation,
+        **{name: getattr(args, name) for name in _PREPROCESSING},
     )
     check_same("weights", model)
     model, notes = _called_as_asked(args, model)

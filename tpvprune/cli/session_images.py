@@ -82,11 +82,8 @@ def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) 
         return array_images(args.data_dir)
     images = open_images(
         args.data_dir,
-        dataset=args.dataset,
-        split=args.split,
+        **{name: getattr(args, name) for name in ("dataset", "split", "input_key", "target_key")},
         class_map=args.class_map if labelled else None,
-        input_key=args.input_key,
-        target_key=args.target_key,
         labelled=labelled,
         download=args.dataset_download,
     )

@@ -15,7 +15,7 @@ from tpvprune.cli.console import show_pruned
 from tpvprune.cli.pruning_options import outputs_of
 from tpvprune.cli.session import Outcome, Subject, provenance
 from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
-from tpvprune.disk.atomic import written_file
+from tpvprune.disk.atomic import write_text
 from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.images.sources import ImageSource
@@ -143,7 +143,8 @@ def measured(
         if speed is not None and speed["runtime"] != "eager":
             timings = [_timed_before(speed, side) for side in ("dense", "pruned")]
         else:
-            timings = latencies(args, subject, models)
+            # By one process: they would slow each other.
+            timings = by_first(_timed, args, subject, models)
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
         for model, timed in zip(models, timings, strict=True)
@@ -171,19 +172,12 @@ def _timed_before(speed: Mapping[str, Any], side: str) -> dict[str, Any]:
     }
 
 
-def latencies(
+def _timed(
     args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
 ) -> list[dict[str, Any]]:
     """Time several models by turns on one image."""
     if args.latency_repeats <= 0:
         return [{"latency_ms": None, "latency_range_ms": None} for _ in models]
-    # By one process: they would slow each other.
-    return by_first(_timed, args, subject, models)
-
-
-def _timed(
-    args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
-) -> list[dict[str, Any]]:
     repeats = max(2, args.latency_repeats // _LATENCY_ROUNDS)
     # By turns: whatever else the machine does then slows all of them alike.
     rounds = [
@@ -243,5 +237,4 @@ def image_facts(
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    with written_file(path) as unfinished:
-        unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=2) + "\n")

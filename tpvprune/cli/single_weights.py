@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tpvprune.cli.console import stages
-from tpvprune.cli.flag_groups import STRUCTURES
+from tpvprune.cli.flag_groups import STRUCTURES, check_unset
 from tpvprune.cli.pruning_options import weight_options
 from tpvprune.cli.session import Outcome, Subject
 from tpvprune.cli.session_images import Opened
@@ -33,10 +33,7 @@ def asked_for(args: argparse.Namespace) -> bool:
         n, m = pattern_of(args.granularity)
         if args.keep not in {0.5, n / m}:
             raise ValueError(f"--keep: {n} of {m} weights stay with --granularity {n}:{m}")
-    for flag, default in _OTHERS_ONLY.items():
-        if getattr(args, flag) != default:
-            name = flag.replace("_", "-")
-            raise ValueError(f"--{name}: does not apply to --granularity {args.granularity}")
+    check_unset(args, _OTHERS_ONLY, f"does not apply to --granularity {args.granularity}")
     if num_processes() > 1:
         raise ValueError("--granularity weight and 2:4 run in one process: leave torchrun out")
     return True

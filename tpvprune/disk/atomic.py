@@ -85,6 +85,12 @@ def written_file(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with written_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def _beside(place: Path, kind: str) -> Iterator[Path]:
     """Give a name to write to beside a place, where nothing is left at the end."""
@@ -116,6 +122,14 @@ def _reason(error: Exception) -> str:
 def is_unfinished(path: Path) -> bool:
     """Tell whether a file or folder is what a killed process left of one that it wrote."""
     return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def present_in(folder: Path) -> set[str]:
+    """Return what a folder, if there is one, holds beside what killed processes left."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file: choose another name")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return {entry.name for entry in entries if not is_unfinished(entry)}
 
 
 def _clear(place: Path) -> None:

@@ -9,23 +9,24 @@ from tpvprune.reports.charts import Curve, curve_chart
 from tpvprune.reports.page import dots, page, section, table, table_row
 from tpvprune.reports.style import hues
 from tpvprune.reports.tables import both, command_lines, share_of
-from tpvprune.reports.text import cell, cost_labels, minus, percent, short, significant, whole
+from tpvprune.reports.text import (
+    cell,
+    cost_labels,
+    head_of,
+    minus,
+    percent,
+    short,
+    significant,
+    whole,
+)
 
 Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""
 
 _SETTINGS = (
-    ("model", "Model"),
-    ("weights", "Weights"),
-    ("keep", "Keep"),
-    ("of", "Of"),
-    ("criterion", "Criterion"),
-    ("allocation", "Allocation"),
-    ("repair", "Repair"),
-    ("num_images", "Images"),
-    ("used_labels", "Labels used"),
-    ("seed", "Seed"),
-)
+    "model", "weights", "keep", "of", "criterion", "allocation", "repair", "num_images",
+    "used_labels", "seed",
+)  # fmt: skip
 _STYLE = """
 header { margin-bottom: 3rem; }
 .legend { list-style: none; margin: 0; padding: 0; font-size: .8125rem; }
@@ -220,12 +221,12 @@ def _larger(
 
 
 def _kind(report: Mapping[str, Any]) -> list[Any]:
-    return [report.get(name) for name, _ in _SETTINGS if name != "keep"]
+    return [report.get(name) for name in _SETTINGS if name != "keep"]
 
 
 def _settings(runs: Sequence[Run]) -> str:
     reports = [report for _, report in runs]
-    rows = [(label, [report.get(key) for report in reports]) for key, label in _SETTINGS]
+    rows = [(head_of(key), [report.get(key) for report in reports]) for key in _SETTINGS]
     packages = sorted({name for report in reports for name in report.get("versions") or {}})
     rows += [(name, [(r.get("versions") or {}).get(name) for r in reports]) for name in packages]
     shown = [(label, values) for label, values in rows if len(set(map(str, values))) > 1]

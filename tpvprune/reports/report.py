@@ -11,9 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from tpvprune.reports.changes import classes, samples
 from tpvprune.reports.page import page
-from tpvprune.reports.pictures import blocked, repairs, scores, steps, weights, widths
+from tpvprune.reports.pictures import (
+    blocked,
+    classes,
+    repairs,
+    samples,
+    scores,
+    steps,
+    weights,
+    widths,
+)
 from tpvprune.reports.quality import sizes_tried, training
 from tpvprune.reports.tables import before_after, comparison, figures, header, making, title_of
 
@@ -45,10 +53,7 @@ def report_data(result: Any) -> dict[str, Any]:
 def write_report(data: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``, a page without any outside resource.
 
-    Every part may be missing; its section is then left out. Known keys are those of
-    ``PruningResult.report``, and ``model``, ``command``, ``versions``, ``preprocessing``,
-    ``dense`` and ``pruned`` (evaluations), ``scores``, ``comparison`` (rows), ``timings``,
-    ``disagreement`` (of ``disagreement.disagreement``) and ``class_names``.
+    Every part may be missing; its section is then left out.
     """
     data = plain(data)
     folder = Path(folder)

@@ -10,6 +10,7 @@ from tpvprune.reports.page import section, table, table_row
 from tpvprune.reports.text import (
     cell,
     cost_labels,
+    head_of,
     minus,
     percent,
     short,
@@ -18,16 +19,12 @@ from tpvprune.reports.text import (
     whole,
 )
 
-_COLUMNS = {
-    "criterion": "Criterion",
-    "repair": "Repair",
-    "labels": "Labels",
-    "macs": "MACs",
-    "params": "Parameters",
-    "output_variance": "Output variance",
-    "agreement": "Agreement",
-    "top1": "Top-1",
-}
+_COLUMNS = (
+    "criterion", "repair", "labels", "macs", "params", "output_variance", "agreement", "top1",
+)  # fmt: skip
+_SETTINGS = (
+    "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back", "seed",
+)  # fmt: skip
 _USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
 _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
@@ -38,9 +35,9 @@ def title_of(data: Mapping[str, Any]) -> str:
     keep = data.get("keep")
     if keep is None:
         return f"{model}, pruned"
-    return (
-        f"{model}, pruned to {percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)} of its {_of(data)}"
-    )
+    of = str(data.get("of") or "MACs")
+    share = percent(keep, 0 if keep * 100 % 1 < 1e-9 else 1)
+    return f"{model}, pruned to {share} of its {_WHAT.get(of, of)}"
 
 
 def header(data: Mapping[str, Any]) -> str:
@@ -175,7 +172,7 @@ def comparison(data: Mapping[str, Any]) -> str:
     others = dict.fromkeys(key for row in rows for key in row)
     keys += [key for key in others if key not in (*_COLUMNS, "saved")]
     dense_macs = both(data)[0].get("macs")
-    heads = [cell(_COLUMNS.get(key, key)) for key in keys]
+    heads = [cell(head_of(key) if key in _COLUMNS else key) for key in keys]
     lines = [
         table_row(
             None,
@@ -194,18 +191,7 @@ def making(data: Mapping[str, Any]) -> str:
     """State command, settings, times and versions."""
     command = command_lines(data.get("command"))
     body = f"<pre>{cell(command)}</pre>" if command else ""
-    settings = {
-        label: data.get(key)
-        for key, label in (
-            ("weights", "Weights"),
-            ("criterion", "Criterion"),
-            ("repair", "Repair"),
-            ("repair_chosen", "Repair chosen"),
-            ("num_images", "Images"),
-            ("num_held_back", "Images held back"),
-            ("seed", "Seed"),
-        )
-    }
+    settings = {head_of(key): data.get(key) for key in _SETTINGS}
     used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
     timings = {k: f"{significant(v)}\u202fs" for k, v in (data.get("timings") or {}).items() if v}
     lists = (
@@ -243,10 +229,6 @@ def both(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def capitalised(label: str) -> str:
     """Return a label as a heading: its first letter large, the others as they are."""
     return label[:1].upper() + label[1:]
-
-
-def _of(data: Mapping[str, Any]) -> str:
-    return _WHAT.get(str(data.get("of")), str(data.get("of") or "MACs"))
 
 
 def _small_unit(text: str) -> str:

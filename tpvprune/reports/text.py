@@ -13,6 +13,16 @@ _LABELS = {
     "nonzero_params": "non-zero parameters",
 }
 
+_HEADS = {
+    "macs": "MACs", "params": "Parameters", "top1": "Top-1", "num_images": "Images",
+    "num_held_back": "Images held back", "used_labels": "Labels used",
+}  # fmt: skip
+
+
+def head_of(key: str) -> str:
+    """Return what people call a key of a report, as a heading."""
+    return _HEADS.get(key, key.replace("_", " ").capitalize())
+
 
 def cell(value: Any) -> str:
     """Write whatever a report holds in a place as text: nothing of it is taken for HTML.

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tpvprune.disk.atomic import written_file
+from tpvprune.disk.atomic import write_text
 from tpvprune.groups.budget import LatencyTable, LayerTime
 from tpvprune.runtimes.names import TABLE
 
@@ -24,9 +24,7 @@ _TEXTS = ("device", "runtime", "shapes", "model")
 
 def write_latency_table(path: Path, table: LatencyTable) -> None:
     """Write a table, whole or not at all."""
-    with written_file(path) as unfinished:
-        text = json.dumps({"format": FORMAT, **asdict(table)}, indent=1)
-        unfinished.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"format": FORMAT, **asdict(table)}, indent=1) + "\n")
 
 
 def read_latency_table(path: str | Path) -> LatencyTable:
