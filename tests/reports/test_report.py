@@ -277,6 +277,8 @@ def test_budget_that_was_not_reached_is_said(tmp_path):
     page = write_report({**full_data(), "reached": False}, tmp_path)[1].read_text()
     assert "The budget was not reached" in page
     assert "stopped at 49.9" in page
+    late = {"reached": False, "of": "latency", "speed": {"ratio": 0.712}}
+    assert "stopped at 71.2" in write_report({**full_data(), **late}, tmp_path)[1].read_text()
 
 
 def test_use_of_labels_is_said(tmp_path):

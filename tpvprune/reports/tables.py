@@ -64,7 +64,8 @@ def header(data: Mapping[str, Any]) -> str:
             '<p class="warn"><strong>The limit of loss was not kept</strong> by any size.</p>'
         )
     elif data.get("reached") is False:
-        share = share_of(pruned, dense, str(data.get("of") or "macs"))
+        of, speed = str(data.get("of") or "macs"), data.get("speed") or {}
+        share = speed.get("ratio") if of == "latency" else share_of(pruned, dense, of)
         found = f": it stopped at {percent(share)}" if share is not None else ""
         warnings += (
             f'<p class="warn"><strong>The budget was not reached</strong>{found}. '
