@@ -36,6 +36,15 @@ class Odd(nn.Module):
         return self.fc(x.mean((2, 3)) * self.table(self.grid).sum(0))
 
 
+class BatchStatistics(nn.Sequential):
+    """A BatchNorm that normalises by what it sees, in eval mode as well."""
+
+    def __init__(self):
+        norm = nn.BatchNorm2d(4, track_running_stats=False)
+        pool = nn.AdaptiveAvgPool2d(1)
+        super().__init__(nn.Conv2d(3, 4, 3), norm, nn.SiLU(), pool, nn.Flatten(), nn.Linear(4, 3))
+
+
 ALL = {**CASES, "odd": Odd}
 
 
@@ -86,6 +95,19 @@ def test_what_layers_do_not_know_is_found_out():
     assert unknown == {
         "position", "twice.weight", "twice.bias", "standard.weight", "table.weight", "table.bias"
     }  # fmt: skip
+
+
+def test_a_norm_without_running_statistics_sees_each_image_alone():
+    torch.manual_seed(0)
+    model, x = BatchStatistics().eval().double(), images(5)
+    parts = [jacobian(model, one) for one in x.split(1)]
+    alone = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    signs = torch.randint(0, 2, (5, 1, 3), generator=torch.Generator().manual_seed(3)) * 2.0 - 1
+    (found,) = gradients(model, [x[:3], x[3:]], seed=3)
+    assert set(found) == set(alone)
+    for name, jac in alone.items():
+        truth = torch.einsum("bk,bk...->b...", signs[:, 0].double(), jac)
+        assert torch.allclose(found[name], truth, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("positions", [2, 50])

@@ -157,6 +157,8 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == "batch_norm":
             v = vars(BatchNormCall.of(args, kwargs))
+            if v["training"]:  # by the images beside it: each is differentiated alone
+                return out
         elif name in _ARGUMENTS:
             v = {**dict(zip(_ARGUMENTS[name], args, strict=False)), **kwargs}
         else:
