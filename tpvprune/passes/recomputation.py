@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,10 +16,9 @@ Entering = Callable[[nn.Module, tuple[Any, ...]], AbstractContextManager[tuple[A
 
 
 def segments_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks whose inside can be computed again in the backward pass.
+    """Return residual and transformer blocks, whose inside can be computed again.
 
-    These are the innermost members of lists and sequences of modules that hold at least two
-    convolutions or linear layers: residual blocks, transformer blocks.
+    The innermost members of lists of modules that hold two convolutions or linear layers.
     """
 
     def is_large(module: nn.Module) -> bool:
@@ -35,16 +34,31 @@ def segments_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def called_through(run: Callable[..., Any], modules: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Let calls of modules be ``run(value, forward, *args, **kwargs)``, each with its own value."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    for module, value in modules.items():
+        module.forward = partial(run, value, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
 def recomputed(
     segments: Iterable[nn.Module], again: Callable[[], Observer], entering: Entering
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let the segments keep only their own inputs, and run again in the backward pass.
 
     ``again``: makes what watches it then. ``entering``: gives the inputs to run again from.
     """
-    replaced: list[tuple[nn.Module, Any]] = []
 
-    def through(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def through(
+        module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         observer = again()
         with entering(module, args) as entered:
             return checkpoint(
@@ -56,14 +70,4 @@ def recomputed(
                 **kwargs,
             )
 
-    try:
-        for module in segments:
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = partial(through, module, module.forward)
-        yield
-    finally:
-        for module, before in replaced:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+    return called_through(through, {module: module for module in segments})

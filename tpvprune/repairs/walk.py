@@ -7,10 +7,9 @@ them, and runs the block that it was in again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tpvprune.groups.tracing.fields import flatten
 from tpvprune.passes.clock import Progress
 from tpvprune.passes.lockstep import Lockstep
 from tpvprune.passes.memory import return_free_memory
-from tpvprune.passes.recomputation import segments_of
+from tpvprune.passes.recomputation import called_through, segments_of
 from tpvprune.passes.running import evaluating, fast_layout, on_device
 from tpvprune.repairs.blocks import BlockCall, Samples, copied
 from tpvprune.repairs.branches import layers_by_weight
@@ -208,10 +207,9 @@ class Walk:
         follower.go_back(state)
         self._meet(block.name)
 
-    @contextmanager
     def _replaced(
         self, parts: Collection[str], around: Collection[str], last_read: Mapping[str, int]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Let each block of the network be what is run again, or fitted.
 
         ``parts``: the blocks; ``around``: what holds them.
@@ -224,16 +222,7 @@ class Walk:
             return self._enter(name, held, forward, args, kwargs)
 
         modules = {self._model.get_submodule(name): name for name in (*parts, *around)}
-        before = {module: module.__dict__.get("forward") for module in modules}
-        for module, name in modules.items():
-            module.forward = partial(run, name, module.forward)
-        try:
-            yield
-        finally:
-            for module, forward in before.items():
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+        return called_through(run, modules)
 
 
 def _ancestors(name: str) -> list[str]:
