@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,40 +32,31 @@ def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
     written: dict[int, tuple[str, Any]] = {}  # with the outputs: no identity is given out twice
     pairs: dict[str, str] = {}
 
-    def wrote(name: str, output: Any) -> None:
+    def wrote(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         order[name] = None
         written[id(output)] = name, output
 
-    def reads(name: str, args: tuple[Any, ...]) -> None:
+    def reads(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in written:
             pairs[written[id(args[0])][0]] = name
 
     with ExitStack() as hooks, evaluating(model):
         for name, module in model.named_modules():
             if isinstance(module, Contraction):
-                hook = module.register_forward_hook(
-                    lambda _, __, output, name=name: wrote(name, output)
-                )
-                hooks.callback(hook.remove)
+                hooks.callback(module.register_forward_hook(partial(wrote, name)).remove)
             elif _is_fixed_norm(module):
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, name=name: reads(name, args)
-                )
-                hooks.callback(hook.remove)
+                hooks.callback(module.register_forward_pre_hook(partial(reads, name)).remove)
         model(on_device(example_inputs, model))
     return tuple(Layer(name, pairs.get(name)) for name in order)
 
 
 @torch.no_grad()
 def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a float64 copy in eval mode whose BatchNorms are folded into the layers before them.
+    """Return a float64 copy whose BatchNorms are folded into the layers before, and these in order.
 
-    A measure of the weights means something only where nothing behind a layer undoes its scale:
-    W' = W gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps). A BatchNorm
-    that no layer writes for keeps its place; its statistics go into its weight and bias.
-
-    Returns the copy, and the names of its layers in the order of execution. ValueError if it gives
-    other outputs for ``example_inputs``, as with standardised weights.
+    A measure of the weights means something only where nothing behind a layer undoes its scale. A
+    BatchNorm that no layer writes for keeps its place; its statistics go into its weight and bias.
+    ValueError if the copy gives other outputs, as with standardised weights.
     """
     layers = layers_of(model, example_inputs)
     # On the CPU: not every accelerator computes in float64.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +44,7 @@ def _first(model: nn.Module, inputs: Tensor) -> tuple[str, str, int]:
     """Return the first layer whose output is not finite, NaN or infinity, and the image."""
     found: list[tuple[str, str, int]] = []
 
-    def look(name: str, output: Any) -> None:
+    def look(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
             return
         samples = output.flatten(1) if output.ndim > 1 and len(output) == len(inputs) else None
@@ -50,27 +52,17 @@ def _first(model: nn.Module, inputs: Tensor) -> tuple[str, str, int]:
         layer = f"layer {name!r}" if name else "the outputs"
         found.append((layer, "NaN" if bool(output.isnan().any()) else "infinity", image))
 
-    hooks = [
-        module.register_forward_hook(lambda *given, name=name: look(name, given[-1]))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with evaluating(model):
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_hook(partial(look, name)).remove)
+        model(inputs)
     return found[0] if found else ("the outputs", "NaN or infinity", 0)
 
 
 def retried_in_single(model: nn.Module, compute: Callable[[nn.Module], Result]) -> Result:
-    """Compute with a model; if its float16 numbers overflow, with a float32 copy of it.
-
-    Several processes compute with the copy from the start: an image of one may overflow, and what
-    they add up must be of the same kind. One warns of it. NotFiniteError, by which ``compute`` says
-    that a number is not finite, if there is no such copy, or its numbers are not finite either.
-    """
+    """Compute with a model; if float16 overflows (NotFiniteError), with a float32 copy of it."""
     is_half = any(p.dtype == torch.float16 for p in model.parameters())
+    # An image of one process may overflow, and what they add up must be of the same kind.
     if is_half and num_processes() > 1:
         return compute(copy.deepcopy(model).float())
     try:
