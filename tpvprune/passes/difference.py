@@ -131,10 +131,6 @@ class Reference:
                 tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
         return tally.difference(self._outputs)
 
-    def output_variance(self, model: nn.Module) -> float:
-        """Return E||f(x) - f_dense(x)||^2, in squared output units."""
-        return self.difference(model).output_variance
-
     @torch.no_grad()
     def second_moment(self) -> float:
         """Return E||f_dense||^2, the yardstick of every output variance."""

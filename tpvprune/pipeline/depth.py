@@ -74,7 +74,7 @@ def shallower(
             kept, over = _narrowed(there, ranking, keep, by_channel=by_channel)
             if over > 1e-9:
                 return over, float("inf")
-            return 0.0, dense.output_variance(_repaired_roughly(there, kept, fit))
+            return 0.0, dense.difference(_repaired_roughly(there, kept, fit)).output_variance
 
     num = best_depth(damage, len(order))
     return found.final(order[:num], by_channel=by_channel)

@@ -81,7 +81,7 @@ def repair_factors(
             smaller, model, fit, groups=groups, kept=cut, ridge=None, seed=seed, wanted=wanted,
             **ROUGHLY,
         )  # fmt: skip
-        found = dense.output_variance(repaired)
+        found = dense.difference(repaired).output_variance
         predicted, measured = predicted + expected, measured + found
         segment_of |= {g.name: found / expected for g in segment}
         if progress is not None:
