@@ -63,17 +63,11 @@ def unlabeled(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> UnlabeledBatches:
-    """Return the input tensors of `batches` and nothing else.
+    """Return the inputs [B, ...] of re-iterable batches; what follows them in a tuple is unread.
 
-    A batch is an input tensor, or a tuple or list whose first entry is one: the
-    other entries (labels) are dropped unread. Every pass starts from the same
-    private random state, so a shuffling loader yields the same order each time and
-    the caller's random state is left alone.
-
-    ``batches``: re-iterable, such as a list or a DataLoader; ValueError for others. ``device``,
-    ``dtype``: what each input is moved to; None leaves it. Returns a re-iterable of tensors
-    [B, ...], each pass over which raises ValueError for an empty source, a batch without a
-    floating-point tensor, or values that are not finite.
+    Every pass starts from the same private random state: a shuffling loader yields the same order
+    each time. A pass raises ValueError for an empty source, a batch without a floating-point
+    tensor, or values that are not finite.
     """
     if isinstance(batches, UnlabeledBatches):
         if (device, dtype, seed) == (None, None, batches._seed):
@@ -135,8 +129,7 @@ class Again:
 def private_randomness(batches: Iterable[Any], *, seed: int = 0) -> Iterator[Any]:
     """Iterate with an own random state, swapped in only while a batch is made.
 
-    DataLoader draws a seed from the global generator on every pass, even without
-    shuffling, so plain iteration would change the caller's random state.
+    A DataLoader draws a seed from the global generator on every pass, even without shuffling.
     """
     state = (torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate())
     iterator: Iterator[Any] | None = None

@@ -20,8 +20,7 @@ _MANY = 1 << 16  # signs of one row from which they are drawn on the device that
 def sent(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on a device: to a GPU through pinned memory, and without waiting for it.
 
-    ``t``: any tensor; what is pinned already must not be overwritten before it has arrived.
-    ``dtype``: what it becomes, there; None: as it is.
+    What is pinned already must not be overwritten before it has arrived.
     """
     if device.type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory().to(device, non_blocking=True)
@@ -37,14 +36,10 @@ def fetched(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def random_signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Draw +1 or -1, each as likely, for samples that several processes may share.
+    """Draw +1 or -1 [B, ...] for B samples of this process, the same however they are batched.
 
-    On the CPU, and moved: the same signs whatever the device. Only where a sample has 65,536 of
-    them or more and ``like`` is elsewhere are they drawn there, each sample's from a seed that
-    ``generator`` draws: other signs than on the CPU, but again the same however the samples are
-    batched or shared.
-
-    ``shape``: [B, ...], B samples of this process.
+    The same whatever the device, too, but for samples of 65,536 signs or more: those are drawn
+    where ``like`` is, each from a seed of its own.
     """
     num, rest = shape[0] * num_processes(), shape[1:]
     if like.device.type != "cpu" and math.prod(rest) >= _MANY:

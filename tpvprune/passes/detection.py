@@ -1,9 +1,7 @@
-"""What a detector computes before its post-processing: one entry per image and anchor.
+"""What detectors of torchvision and ultralytics compute before their post-processing.
 
-Of torchvision's detectors, and of ultralytics' YOLOs.
-
-Anchors are matched, boxes clipped, sorted and suppressed without weights; how many are left depends
-on the image. In front of that every detector has dense outputs, which these functions return.
+Boxes are clipped, sorted and suppressed without weights; how many are left depends on the image. In
+front of that every detector has dense outputs, one entry per image and anchor.
 """
 
 from __future__ import annotations
@@ -23,11 +21,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def detector_forward(model: nn.Module) -> Forward | None:
-    """Return the forward of a detector of torchvision or ultralytics without post-processing.
-
-    Returns :func:`dense_detections`, :func:`region_detections`, :func:`head_detections`, or None
-    for other models.
-    """
+    """Return the forward of a detector without its post-processing; None for other models."""
     # Where a library has not been imported the model is none of its classes.
     if "torchvision.models.detection" in sys.modules:
         from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -46,11 +40,7 @@ def detector_forward(model: nn.Module) -> Forward | None:
 
 
 def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of the heads of a RetinaNet, FCOS or SSD, as ``model.head`` names them.
-
-    ``x``: images [B, C, H, W] as it takes them, all of one size. Returns class logits [B, anchors,
-    K], box regressions [B, anchors, 4] and the like.
-    """
+    """Return the outputs of the heads of a RetinaNet, FCOS or SSD: [B, anchors, ...] each."""
     outputs: dict[str, Tensor] = model.head(_features(model, x))
     return outputs
 
@@ -58,13 +48,9 @@ def dense_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
 def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the outputs of the region proposal network, and of the heads on a fixed grid of boxes.
 
-    The model itself lets the heads look at those boxes that it proposes: these depend on the image.
-    Here boxes of 21 x 21 cells tile every level of the feature pyramid, and the heads see each
-    pooled to the size that they expect.
-
-    ``x``: images [B, C, H, W] as it takes them, all of one size. Returns ``objectness`` [B,
-    anchors] and ``anchor_regression`` [B, 4 anchors] over all levels; ``class_logits`` [B, boxes,
-    K], ``box_regression`` [B, boxes, 4 K], and those of masks and keypoints [B, boxes, ...].
+    The boxes that the model proposes depend on the image: here boxes of 21 x 21 cells tile every
+    level of the feature pyramid. Returns [B, anchors] and [B, 4 anchors] over all levels, and of
+    the heads [B, boxes, ...].
     """
     features, heads = _features(model, x), model.roi_heads
     objectness, deltas = model.rpn.head(features)
@@ -87,10 +73,7 @@ def region_detections(model: Any, x: Tensor) -> dict[str, Tensor]:
 def head_detections(model: nn.Module, x: Tensor) -> Any:
     """Return the outputs of the head of a YOLO of ultralytics, as it names them.
 
-    ``model``: a DetectionModel, or one of segmentation, poses or oriented boxes, which are
-    subclasses of it. ``x``: images [B, C, H, W]. Returns box distributions [B, 4 * bins, anchors],
-    class logits [B, K, anchors], and coefficients of masks, keypoints or angles where it has them;
-    of heads that come without suppression both kinds of assignment.
+    [B, ..., anchors] each; of heads that come without suppression both kinds of assignment.
     """
     returned = model(x)
     return _without_maps(returned if isinstance(returned, Mapping) else returned[1])

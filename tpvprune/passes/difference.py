@@ -88,11 +88,9 @@ def difference(
     *,
     outputs: Outputs | Chosen | None = None,
 ) -> Difference:
-    """Compare two models on unlabeled images.
+    """Compare two models on unlabeled images; outputs of unequal shape, or no batch: ValueError.
 
-    ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what they return;
-    None: all, each in units of its second moment. Outputs of unequal shape, or no batch at all, are
-    a ValueError.
+    ``outputs``: what counts of what they return; None: all, each in units of its second moment.
     """
     return Reference(dense, batches, outputs, max_bytes=0).difference(model)
 
@@ -100,8 +98,7 @@ def difference(
 class Reference:
     """The dense network on some images, which several models are compared with.
 
-    Its outputs are held in memory if they take no more than ``max_bytes``, and computed anew for
-    every model else. The other arguments are those of :func:`difference`.
+    Its outputs are held if they take no more than ``max_bytes``, else computed for every model.
     """
 
     def __init__(

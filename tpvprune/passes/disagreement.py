@@ -33,18 +33,12 @@ def disagreement(
 ) -> dict[str, Any] | None:
     """Count agreement by the class that the dense model chooses, and show images that changed.
 
-    Of the images whose class changed, those are shown of which the dense model was most certain.
-    No label is read. Among several processes the counts are those of all, the images those of
-    the first.
+    Shown are those of which the dense model was most certain; outputs that are not finite count as
+    changed. Among several processes the counts are those of all, the images those of the first.
 
-    ``batches``: inputs [B, C, H, W], C of 1 or 3; labels are dropped. ``mean``: of the
-    preprocessing, per channel, in [0, 1]. ``outputs``: of a model with several outputs those that
-    count: the classes are those of the first of them; None: the first. Returns ``classes``: for
-    every class that the dense model chooses, its index, ``num_images`` and ``agreement``;
-    ``num_images``, ``num_changed`` (outputs that are not finite are counted as changed, but not
-    shown); ``samples``: ``image`` (a data address), ``dense``, ``pruned`` (class indices),
-    ``dense_share``, ``pruned_share`` (softmax of the chosen class). None if any outputs are not [B,
-    classes].
+    ``mean``, ``std``: of the preprocessing, per channel, in [0, 1]. ``outputs``: the classes are
+    those of the first that counts. Returns plain data: images as data addresses, shares as softmax
+    of the chosen class; None if any outputs are not [B, classes].
     """
     counts: Tensor | None = None
     samples: list[dict[str, Any]] = []

@@ -42,14 +42,11 @@ def hold_back(
     seed: int = 0,
     held: Callable[[int], int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return (fit, held): a random tenth of the drawn inputs, 1 to 128, is held back to measure.
+    """Return batches (fit, held): a random tenth of the drawn inputs, 1 to 128, is held back.
 
-    ``batches``: re-iterable of inputs [B, ...]; labels are dropped. Iterated once, and never held
-    whole: of a DataLoader over a larger dataset only what is drawn is loaded. ``num_images``: so
-    many inputs are drawn; None, or fewer than that: all. ``held``: how many of so many drawn inputs
-    are held back, if not :func:`num_held`. Returns two lists of batches of the size of the loader's
-    first; inputs of other shapes are not mixed. ValueError if there are fewer than two inputs, or
-    fewer are asked for.
+    ``batches`` are iterated once, and never held whole: of a DataLoader over a larger dataset only
+    what is drawn is loaded. ``num_images``: so many are drawn; None: all. ``held``: how many of so
+    many are held back, if not :func:`num_held`. Inputs of other shapes are not mixed in a batch.
     """
     if num_images is not None and num_images < 2:
         raise ValueError(f"num_images: expected at least 2, found {num_images}")

@@ -154,11 +154,7 @@ def evaluate(
 def model_outputs(
     model: nn.Module, batches: Iterable[Any], *, outputs: Outputs | Chosen | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return what a model says to each batch, for :func:`evaluate`.
-
-    ``batches``: inputs [B, ...]; labels are dropped. ``outputs``: what counts of what it returns;
-    None: all. Returns for each batch, name of an output -> float64 [B, ...].
-    """
+    """Return what a model says to each batch, for :func:`evaluate`: name -> float64 [B, ...]."""
     inputs = unlabeled(batches)
     counted = Outputs.measured(model, inputs, outputs)
     with evaluating(model):

@@ -1,10 +1,7 @@
 """A model under another forward: what is scored, verified and repaired may be a part of its call.
 
-A detector returns boxes that survived a suppression: how many there are depends on the image, and
-no derivative of theirs says what a channel is worth. Its class scores and box regressions, before
-that, have one entry per image and anchor. ``with_forward(model, forward)`` is the same network,
-called as ``forward(model, x)``; layers, weights and names are shared, so what is cut or fitted
-there is cut and fitted in the model itself.
+``with_forward(model, forward)`` is the same network, called as ``forward(model, x)``; layers,
+weights and names are shared, so what is cut or fitted there is cut and fitted in the model itself.
 """
 
 from __future__ import annotations

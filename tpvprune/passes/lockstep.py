@@ -1,8 +1,7 @@
 """Run one function on many chunks of inputs at the same pace, so that they can pool what they know.
 
-Fitting a layer takes sums over all inputs, made from what each of them is when it comes to that
-layer. Where the inputs are too many for one batch, every chunk of them runs in a thread of its own;
-the threads take turns, never two at a time, and wait for each other at agreed points.
+Every chunk runs in a thread of its own; the threads take turns, never two at a time, and wait for
+each other at agreed points.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Loss:
     def of_agreement(cls, lost: float, num: int) -> Loss:
         """Return the loss of agreement, with the interval of Wilson (1927).
 
-        ``lost``: images on which the classes differ. Of a model that chooses one at each position
-        the sum over images of the fraction that differs, for which the interval is rather too wide.
+        Of a model that chooses at each position ``lost`` is a sum of fractions, for which the
+        interval is rather too wide.
         """
         share, z2 = lost / num, _Z * _Z
         middle = (lost + z2 / 2) / (num + z2)
@@ -101,10 +101,9 @@ def num_measured(max_loss: float) -> int:
 class Losses:
     """Measures what models lose against one dense model on the same images.
 
-    ``batches``: re-iterable of inputs [B, ...]; of labelled ones pairs with class indices [B].
-    ``labelled``: whether top-1 counts, else agreement; then labels are dropped unread. ``outputs``:
-    of a model with several outputs those that count, the first of which is meant. ValueError if the
-    dense model chooses no classes, once it is run.
+    ``labelled``: top-1 counts, and batches are pairs with class indices [B]; else agreement.
+    ``outputs``: the first that counts is meant. ValueError if the dense model chooses no classes,
+    once it is run.
     """
 
     def __init__(
@@ -115,7 +114,6 @@ class Losses:
         labelled: bool = False,
         outputs: Chosen | None = None,
     ) -> None:
-        """Note what to measure, and with what."""
         self.dense, self.labelled, self._chosen = dense, labelled, outputs
         self._inputs = unlabeled(batches)
         self._batches = batches if labelled else self._inputs

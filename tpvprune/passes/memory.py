@@ -79,9 +79,7 @@ def keep_freed_memory() -> None:
 def return_free_memory() -> None:
     """Let the C library hand free pages back to the system (glibc), where memory gets short.
 
-    What many chunks of inputs have used by turns lies in pieces all over its heaps; kept there, it
-    adds up to several times what is in use. But pages that are handed back cost time when they are
-    asked for again: so only where this process holds more than half of what is left.
+    Asking for them again costs time: so only where this process holds over half of what is left.
     """
     libc = _libc()
     if libc is not None and 2 * _resident() > min(_available(), _below_limit()):

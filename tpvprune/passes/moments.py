@@ -21,10 +21,8 @@ def in_single(t: Tensor) -> Tensor:
 
 
 def centred(rows: Tensor, dim: int, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the mean along a dimension, in float64, and the rows without it.
-
-    Sums in float64 would take most of the time of a product of the rows: the mean is taken twice.
-    """
+    """Return the mean along a dimension, in float64, and the rows without it."""
+    # Taken twice: sums in float64 would take most of the time of a product of the rows.
     shift = rows.mean(dim, keepdim=True)
     left = rows.sub_(shift) if in_place else rows - shift
     rest = left.mean(dim, keepdim=True)  # what rounding left of the mean

@@ -47,13 +47,11 @@ class Outputs:
         *,
         first: Tensor | None = None,
     ) -> Outputs:
-        """Find the outputs of real numbers that have one entry for each image.
+        """Find the outputs of real numbers that have one entry for each image; ValueError if none.
 
-        ``inputs``: batches [B, ...]; of a model with several outputs all are run, to see how large
-        each is. ``chosen``: names of those that count, or how much each counts beside the others,
-        in units of its own second moment; None: all, alike. What was measured before is returned.
-        ``first``: the first of the inputs, where it is at hand: of a model with one output no other
-        is read. ValueError if there is none, or none of that name.
+        Of a model with several all inputs are run, to see how large each is. ``chosen``: those
+        that count; None: all, alike. What was measured before is returned. ``first``: the first of
+        the inputs, where it is at hand: of a model with one output no other is read.
         """
         if isinstance(chosen, Outputs):
             return chosen
@@ -69,11 +67,7 @@ class Outputs:
     def of_sizes(
         cls, returned: Sequence[Mapping[str, Tensor]], chosen: Outputs | Chosen | None = None
     ) -> Outputs:
-        """Return the same from what a network returned for each batch.
-
-        ``returned``: for each batch, name -> [B, ...]; all count but for those not chosen.
-        ValueError if there is none of a chosen name.
-        """
+        """Return the same from what a network returned for each batch, name -> [B, ...]."""
         if isinstance(chosen, Outputs):
             return chosen
         names = list(returned[0]) if returned else []
@@ -133,10 +127,7 @@ class Outputs:
 
 
 def logits_of(returned: Any, outputs: Outputs | Chosen | None = None) -> Tensor:
-    """Return the first output that counts: the only one where a quantity is defined for classes.
-
-    ``outputs``: what counts; None: the first tensor of real numbers. ValueError if it is not there.
-    """
+    """Return the first output that counts (None: of real numbers), for what asks for classes."""
     if outputs is None:
         return first_output(returned)
     if isinstance(outputs, Outputs):

@@ -11,10 +11,7 @@ from torch import Tensor
 
 
 def gather(rows: Tensor, positions: Tensor, order: Tensor | None = None) -> Tensor:
-    """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C].
-
-    ``order``: that of the inputs in what is returned [B]; None: theirs.
-    """
+    """Return the rows [B, p, C] at positions [B, p] of rows [B, positions, C], inputs in order."""
     inputs, positions = _ordered(positions, order, rows.device)
     flat = rows.reshape(-1, rows.shape[-1])
     place = inputs[:, None] * rows.shape[1] + positions
@@ -51,10 +48,7 @@ class Window:
         return high, wide
 
     def stays_inside(self, i: int, j: int, x: Tensor) -> bool:
-        """Tell whether entry (i, j) of the kernel meets no padding, wherever it looks.
-
-        ``x``: the input [B, C, (H,) W].
-        """
+        """Tell whether entry (i, j) of the kernel meets no padding of x [B, C, (H,) W]."""
         sizes, outputs = [1, *x.shape[2:]][-2:], self.outputs(x)
         firsts = [k * d - b for k, d, b in zip((i, j), self.dilation, self.before, strict=True)]
         lasts = [f + (n - 1) * s for f, n, s in zip(firsts, outputs, self.stride, strict=True)]
@@ -85,10 +79,7 @@ def window_of(args: Any, kwargs: Any) -> Window | None:
 
 
 def count_positions(x: Tensor, window: Window | None, num_inputs: int) -> int:
-    """Return how many output positions a call has for each of ``num_inputs`` inputs.
-
-    Where a model folds something else into the batch, all rows of an input count together.
-    """
+    """Return how many output positions a call has for each input, all its rows together."""
     if window is None:
         return x.numel() // x.shape[-1] // num_inputs
     return math.prod(window.outputs(x)) * (len(x) // num_inputs)
@@ -104,8 +95,7 @@ def patches_of(
     """Return what these output positions see: [groups, rows, inputs per group * kernel].
 
     Of several groups rows lie side by side in memory, as if it were [groups, inputs, rows]: few
-    numbers of each are multiplied with those of many rows. ``positions``: of all that belongs to an
-    input, see :func:`count_positions`. ``order``: see :func:`gather`.
+    numbers of each are multiplied with those of many rows.
     """
     num, per_input = positions.shape
     if window is None:

@@ -26,10 +26,9 @@ class BatchAxis:
     inner: int = 1
 
     def leading(self, t: Tensor, num: int) -> Tensor:
-        """Return an activation of ``num`` images with these first, [num, ...].
+        """Return an activation of ``num`` images with these first, [num, ...]: a view if possible.
 
-        The other dimensions follow in their order, what was folded with the images in the place of
-        their dimension. A view wherever the strides allow it.
+        What was folded with the images stays in the place of their dimension.
         """
         parts = t.unflatten(self.dim, (-1, num, self.inner)).movedim(self.dim + 1, 0)
         return parts.flatten(self.dim + 1, self.dim + 2)
@@ -42,11 +41,9 @@ class BatchAxis:
     def of(
         cls, first: Sequence[Tensor], second: Sequence[Tensor], channel_dim: int
     ) -> BatchAxis | None:
-        """Find the axis from what changes in an activation of two images with each of them.
+        """Find the outermost axis that tells two images apart, if there is one.
 
         ``first``: for each dimension, which of its entries change with the first image; BoolTensor.
-        Returns the axis, of several possible ones the outermost; None if no dimension tells the
-        images apart.
         """
         for dim, (one, other) in enumerate(zip(first, second, strict=True)):
             if dim == channel_dim % len(first):
@@ -64,8 +61,7 @@ def by_channel(t: Tensor, dim: int, num_samples: int, batch: BatchAxis | None = 
     """View ``t`` as [L, n, P]: channels before positions; the L of one sample are adjacent.
 
     ``t``: input of a convolution [L, n, ...] (``dim`` 1) or of a linear layer [..., n] (-1).
-    ``batch``: where the samples lie; None: along dimension 0, windows or tokens of one sample
-    adjacent. Returns a view wherever the strides allow it, channels-last included.
+    ``batch``: where the samples lie; None: along dimension 0, all of one sample adjacent.
     """
     if batch is not None:
         return batch.leading(t, num_samples).movedim(dim % t.ndim + 1, 1).flatten(2)
@@ -81,12 +77,8 @@ def contract(
 ) -> Tensor:
     """Return sum_p r_c d_c per sample: [B, n], with r = a, or r = (a - mean) M.
 
-    With more positions than inputs the products S_jc = sum_p a_j d_c come first: they take
-    n^2 numbers and one pass over both tensors, where r itself takes n P.
-
-    ``a``: input [L, n, P], as :func:`by_channel` gives it. ``stand_in``: (mean [n], M [n, n]); None
-    for r = a. Returns one number per sample and input, in float32 at least: sums of half-precision
-    numbers around a mean would be rounding.
+    ``a``: input [L, n, P], as :func:`by_channel` gives it. ``stand_in``: (mean [n], M [n, n]). In
+    float32 at least: sums of half-precision numbers around a mean would be rounding.
     """
     if stand_in is None:
         sums = (in_single(a) * in_single(grad)).sum(2)
@@ -94,7 +86,7 @@ def contract(
         a, grad = in_single(a), in_single(grad)
         mean, matrix = (t.to(a) for t in stand_in)
         total = grad.sum(2)
-        if a.shape[2] > a.shape[1]:
+        if a.shape[2] > a.shape[1]:  # n^2 numbers, where r itself takes n P
             products = torch.bmm(a, grad.transpose(1, 2))
             products.addcmul_(mean[:, None], total[:, None], value=-1)
             sums = products.mul_(matrix).sum(1)
@@ -106,11 +98,8 @@ def contract(
 def sampled_rows(a: Tensor, indices: Tensor, limit: int) -> Tensor:
     """Return inputs at no more than about ``limit`` positions per sample: [rows, n].
 
-    The positions differ from sample to sample and cover the map evenly. They depend on a sample's
-    place in the whole set alone, not on how the set is split into batches.
-
-    ``a``: input [L, n, P], as :func:`by_channel` gives it. ``indices``: where in the whole set each
-    sample of the batch stands [B]; L is a multiple of B.
+    The positions cover the map evenly, and depend on a sample's place in the whole set alone.
+    ``a``: input [L, n, P]; ``indices``: these places [B], L a multiple of B.
     """
     num, inputs, positions = a.shape
     windows = num // len(indices)

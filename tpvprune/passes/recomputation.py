@@ -51,10 +51,7 @@ def called_through(run: Callable[..., Any], modules: Mapping[nn.Module, Any]) ->
 def recomputed(
     segments: Iterable[nn.Module], again: Callable[[], Observer], entering: Entering
 ) -> AbstractContextManager[None]:
-    """Let the segments keep only their own inputs, and run again in the backward pass.
-
-    ``again``: makes what watches it then. ``entering``: gives the inputs to run again from.
-    """
+    """Let segments keep only what ``entering`` gives, and run again, watched, in the backward."""
 
     def through(
         module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any

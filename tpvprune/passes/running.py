@@ -22,11 +22,8 @@ _TAKES_CHANNELS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @cache
 def prepare_forward_mode() -> None:
-    """Let torch load what forward-mode derivatives need, without a warning about torch itself.
-
-    The first derivative of a process compiles some of torch's own functions with
-    ``torch.jit.script``, of which torch says that it is deprecated.
-    """
+    """Let torch load what forward-mode derivatives need, without a warning about torch itself."""
+    # The first of a process compiles with ``torch.jit.script``, which torch calls deprecated.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
@@ -67,11 +64,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Empty what modules remember from earlier forwards, in place.
-
-    LeViT's, say, gather a table of attention biases once and keep it: under other weights, or of
-    fewer heads, it would be that of the network before.
-    """
+    """Empty what modules remember from earlier forwards, in place: tables of biases in LeViT."""
     for module in model.modules():
         for key, value in vars(module).items():
             if key.startswith("_") or not isinstance(value, dict):
@@ -108,10 +101,9 @@ def fast_layout(x: Tensor, model: nn.Module) -> Tensor:
 
 
 def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
-    """Tell whether a model runs on images in channels-last memory.
+    """Tell whether a model runs on images in channels-last memory; not if it views maps as vectors.
 
-    One that views its feature maps as vectors does not. One image tells, once per model: do not
-    ask while something counts or notes the calls of the model.
+    One image tells, once per model: do not ask while something counts the calls of the model.
     """
     if model not in _TAKES_CHANNELS_LAST:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -124,10 +116,7 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Take the first tensor of real numbers of what a model returns.
-
-    Whole numbers, such as classes or indices, are passed over. ValueError if there is none.
-    """
+    """Take the first tensor of real numbers of what a model returns; ValueError if none."""
     for tensor in tensors_of(outputs):
         if tensor.is_floating_point():
             return tensor
@@ -138,10 +127,7 @@ def first_output(outputs: Any) -> Tensor:
 
 
 def relative_gap(found: Any, wanted: Any) -> Tensor:
-    """Return the largest difference over the largest value of any output of real numbers.
-
-    NaN where one is not a number.
-    """
+    """Return the largest difference over the largest value of any output; NaN of no numbers."""
     pairs = zip(tensors_of(found), tensors_of(wanted), strict=True)
     gaps = [
         (a - b).abs().max().double() / b.abs().max().double().clamp_min(_TINY)
@@ -152,10 +138,7 @@ def relative_gap(found: Any, wanted: Any) -> Tensor:
 
 
 def named_outputs(returned: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of what a model returns, however deep, in order, with its name.
-
-    Names are the keys, places or fields on the way to the tensor, joined by dots.
-    """
+    """Yield every tensor of what a model returns, in order, with its keys or places as its name."""
     parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(returned, Tensor):
         yield name or "output", returned
@@ -175,10 +158,7 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
 
 
 def by_image(outputs: Tensor, num: int) -> Tensor:
-    """Return a model's outputs [B, ...] as one row for every image, [num, K].
-
-    ValueError if the first dimension is not that of the images, or the only one.
-    """
+    """Return a model's outputs [B, ...] as one row for every image, [num, K], or ValueError."""
     if outputs.ndim < 2 or len(outputs) != num:
         raise ValueError(
             f"expected outputs with one entry per image along dimension 0, found shape "
