@@ -1,8 +1,7 @@
 """``nn.MultiheadAttention`` taken apart into linear layers, whose heads can be removed one by one.
 
-The fused module keeps query, key and value in one weight [3 * E, E] and computes the width of a
-head from E: without a head it cannot run. :func:`unfuse_attention` puts an equal module of four
-linear layers in its place; the rest of the toolkit then knows nothing of it.
+The fused module computes the width of a head from its weight [3 * E, E]: without a head it cannot
+run.
 """
 
 from __future__ import annotations
@@ -58,11 +57,7 @@ class UnfusedAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments and shapes are those of ``nn.MultiheadAttention``.
 
-        ``query``: [B, L, E] (``batch_first``), [L, B, E], or [L, E] of one sample.
-        ``key_padding_mask``: which keys [B, S] are left out, or what is added to their products.
-        ``attn_mask``: which pairs [L, S] or [B * heads, L, S] are left out, or what is added.
-        ``is_causal``: of ``attn_mask``, which is passed anyway: ignored. Returns output of the
-        shape of ``query``; attention [B, L, S] or [B, heads, L, S], or None.
+        ``is_causal`` says something of ``attn_mask``, which is passed anyway: ignored.
         """
         alone = query.ndim == 2
         dim = 0 if alone or self.batch_first else 1

@@ -26,9 +26,8 @@ def with_batch_axes(
 ) -> ChannelGroups:
     """Return the groups whose readers know where their images lie, and the others blocked.
 
-    A score is a sum over the positions of one image. It can be taken neither where a layer sees no
-    image (one that makes a table of positions), nor where the entries of an activation belong to
-    several.
+    A score is a sum over the positions of one image: there is none where a layer sees no image, or
+    several mixed.
     """
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not inputs[0].ndim:
         return groups

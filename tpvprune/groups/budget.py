@@ -24,8 +24,7 @@ Term = Callable[[Sequence[float]], float]
 class LayerTime:
     """Milliseconds of one layer: ``ms[i][j]`` at ``ins[i]`` inputs and ``outs[j]`` outputs.
 
-    A layer whose outputs are its inputs' (depthwise) has one entry in ``ins``. ``values`` is what
-    it writes per output channel: batch times positions.
+    Depthwise: one entry in ``ins``. ``values``: written per channel, batch times positions.
     """
 
     ins: tuple[int, ...]
@@ -116,12 +115,9 @@ def cost(groups: ChannelGroups, kept: Mapping[str, Tensor], of: Budget) -> float
 
 
 def unit_costs(groups: ChannelGroups, of: Budget) -> dict[str, Tensor]:
-    """Return, per group, what removing each single unit from the dense model saves.
+    """Return what removing each unit from the dense model saves: group name -> Tensor [C].
 
-    Units of one group need not cost the same: in a padded residual stream some channels exist in
-    every stage, others only in the last.
-
-    Returns group name -> Tensor [C], in units of the budget.
+    Units of one group need not cost the same: of a padded stream some exist in every stage.
     """
     savings = {g.name: torch.zeros(g.num_channels, dtype=torch.float64) for g in groups}
     for term, axes in _entries(groups, of):
@@ -168,8 +164,6 @@ class CostModel:
     """Exact cost as a function of the widths, given the order in which channels leave.
 
     ``orders[g]`` lists the channels of a group, first to leave first; a width w keeps the last w.
-    The cost of a call or parameter is a function of the share of positions that are left of each
-    of its axes.
     """
 
     def __init__(self, groups: ChannelGroups, of: Budget, orders: Mapping[str, Tensor]) -> None:

@@ -1,9 +1,7 @@
-"""Weights that are computed from other parameters, folded into plain ones.
+"""Weights that parametrizations or hooks compute in each forward, folded into plain ones.
 
-``weight_norm``, ``spectral_norm``, ``torch.nn.utils.prune`` and everything that
-``torch.nn.utils.parametrize`` registers compute a weight in each forward; hooks of the old kind
-keep it as a tensor that cannot even be copied. A channel of such a weight is no part of a
-parameter, so :func:`fold_weights` puts the weight itself in the place of what it is computed from.
+A channel of such a weight is no part of a parameter, and the tensors that hooks of the old kind
+keep cannot even be copied.
 """
 
 from __future__ import annotations
@@ -73,10 +71,9 @@ def fold_weights(model: nn.Module) -> nn.Module:
 
 
 def folded_if_equal(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
-    """Return a model with its computed weights folded, if that leaves what it returns for ``x``.
+    """Return a copy with its computed weights folded, or the model if outputs would differ.
 
-    Returns the folded copy, or the argument where nothing is to be folded or outputs would differ;
-    and what is to be said of it, a line at most.
+    And what is to be said of it, a line at most.
     """
     names = computed_weights(model)
     if not names:
@@ -111,10 +108,8 @@ def _hooked(module: nn.Module) -> list[tuple[str, Callable[[nn.Module, str], Any
 
 
 def _drop_parametrizations(module: nn.Module) -> None:
-    """Put every parametrized tensor of a copied module in the place of its parametrization.
-
-    ``remove_parametrizations`` would change the class, which the module shares with the original.
-    """
+    """Put every parametrized tensor of a copied module in the place of its parametrization."""
+    # ``remove_parametrizations`` would change the class, which the original shares.
     names = _parametrized(module)
     if not names:
         return

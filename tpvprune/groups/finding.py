@@ -1,9 +1,4 @@
-"""Find the channel groups: which parts of which parameters stand or fall together.
-
-:func:`find_groups` follows the channels through one forward pass (:mod:`tpvprune.groups.tracing`),
-returns plain records (:mod:`tpvprune.groups.records`), and proves that each group can be cut
-(:mod:`tpvprune.groups.verification`).
-"""
+"""Find the channel groups: which parts of which parameters stand or fall together."""
 
 from __future__ import annotations
 
@@ -93,10 +88,7 @@ def find_groups(
 
 
 def _computed_weights(model: nn.Module) -> list[ChannelGroup]:
-    """Return the layers whose weight is computed from others, as groups that stay whole.
-
-    ValueError if hooks compute it: such modules cannot be copied.
-    """
+    """Return the layers whose weight is computed, as blocked groups; ValueError if by hooks."""
     reason = "its weight is computed: find the groups of what tpvprune.fold_weights(model) returns"
     found = []
     for name in computed_weights(model):
@@ -163,11 +155,7 @@ def _fit_for_training(
 def _with_all_costs(
     model: nn.Module, groups: ChannelGroups, inputs: tuple[Any, ...]
 ) -> ChannelGroups:
-    """Return the groups, what runs beside the calls that are followed counted as a fixed cost.
-
-    ``nn.MultiheadAttention`` and recurrent layers, say: a budget that left them out would be met on
-    paper only.
-    """
+    """Return the groups, what runs beside the calls that are followed counted as a fixed cost."""
     try:
         counted = float(count_macs(model, inputs))
     except Exception as error:  # whatever a stranger's operator does under the counter

@@ -20,10 +20,9 @@ def unseen(
     inputs: tuple[Any, ...],
     names: Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """Return the groups of which nothing reaches an output that counts.
+    """Return the groups of which nothing reaches an output that counts, with the reason.
 
     ``names``: of the outputs that count; None: all of real numbers with one entry for each image.
-    Returns name of a group -> the reason.
     """
     readers = sorted({r.call for g in groups for r in g.readers})
     read: dict[int, Tensor] = {}

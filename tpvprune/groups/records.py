@@ -50,10 +50,7 @@ class Reader:
     batch: BatchAxis | None = None
 
     def by_channel(self, t: Tensor, num: int) -> Tensor:
-        """View an input of the call on ``num`` images, or its gradient, as [L, n, P].
-
-        Channels come before positions; the L of one image are adjacent.
-        """
+        """View an input on ``num`` images, or its gradient, as ``positions.by_channel`` does."""
         return by_channel(t, self.channel_dim, num, self.batch)
 
 
@@ -150,10 +147,7 @@ class ChannelGroups:
 
 
 def with_blocked(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
-    """Return the same groups with those named in ``reasons`` left whole.
-
-    ``reasons``: group name -> why it cannot be pruned. Nothing refers to those any more.
-    """
+    """Return the same groups; those in ``reasons`` stay whole, and nothing refers to them."""
     if not reasons:
         return groups
 

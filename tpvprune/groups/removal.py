@@ -77,14 +77,10 @@ def _removed(small: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tensor]
 def restore_empty(
     groups: ChannelGroups, kept: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Put a channel back wherever a selection would leave a parameter without any.
+    """Put channels back wherever a selection would leave a parameter without any.
 
-    A group may run through several layers of which each makes some of its channels (branches
-    that are concatenated); every one of them needs at least one.
-
-    ``kept``: group name -> BoolTensor [C], ``True`` = stays; untouched. ``scores``: group name ->
-    Tensor [C], bigger = put back first. Default: the first channel. Returns the same selection with
-    as many channels put back as it takes.
+    Of branches that are concatenated each makes some channels of a group, and needs at least one.
+    ``scores``: group name -> Tensor [C], bigger = put back first; None: the first channel.
     """
     filled = {name: mask.clone() for name, mask in kept.items()}
     for axis, least in _least(groups):
@@ -125,10 +121,7 @@ def check_kept(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
 
 
 def attribute_changes(dense: nn.Module, pruned: nn.Module) -> Attributes:
-    """List the plain attributes (widths, head counts, paddings) that a removal changed.
-
-    Returns module path -> attribute -> new value; JSON-ready, and what :func:`shrink_to` takes.
-    """
+    """Return the attributes (widths, heads, paddings) that a removal changed; JSON-ready."""
     before, changes = dict(dense.named_modules()), {}
     for path, module in pruned.named_modules():
         old = vars(before[path])
@@ -149,9 +142,8 @@ def shrink_to(
 ) -> None:
     """Give a dense skeleton the shapes and attributes of a pruned model, in place.
 
-    ``model``: a freshly built dense model; its changed parameters are left uninitialised.
-    ``shapes``: parameter or buffer name -> shape. ValueError if a name is unknown, or an attribute
-    has another type than the model's.
+    Changed parameters are left uninitialised. ValueError if a name is unknown, or an attribute has
+    another type than the model's.
     """
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -207,10 +199,7 @@ def _put(old: Tensor, value: Tensor, owners: _Owners) -> None:
 
 
 def _refresh_attributes(model: nn.Module) -> None:
-    """Set the widths that modules cache from the shapes of their parameters.
-
-    The one place, besides tracking, that names layer types.
-    """
+    """Set the widths that modules cache from the shapes of their parameters."""
     _refresh_recurrent(model)
     for module in model.modules():
         weight = getattr(module, "weight", None)

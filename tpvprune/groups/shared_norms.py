@@ -1,7 +1,6 @@
 """BatchNorm over the batch of all processes together, in training.
 
-``torch.nn.SyncBatchNorm`` does so on GPUs only, and by exchanging modules. Here the call itself is
-taken over, so that any module that calls ``batch_norm`` takes part and the CPU does as well.
+``torch.nn.SyncBatchNorm`` does so on GPUs only, and by exchanging modules.
 """
 
 from __future__ import annotations

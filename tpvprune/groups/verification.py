@@ -41,12 +41,10 @@ def verify_groups(
     *,
     max_trials: int = MAX_TRIALS,
 ) -> ChannelGroups:
-    """Block every group for which masking and removal differ.
+    """Block every group for which masking and removal differ, or that is not verified in time.
 
-    ``max_trials``: so many sets of groups are tried after all together; what is not verified by
-    then is blocked. Returns the groups, those that failed moved to ``.blocked`` with the reason.
-    NotFiniteError if the outputs of the jittered model are not finite: no cut can be told from
-    another then.
+    ``max_trials``: so many sets of groups are tried after all together. NotFiniteError if the
+    outputs of the jittered model are not finite: no cut can be told from another then.
     """
     checker = _Checker(model, groups, inputs)
     names = [g.name for g in groups]
@@ -110,10 +108,7 @@ def _failing_together(names: list[str], checker: _Checker) -> dict[str, str]:
 
 
 def _joined(accepted: list[str], name: str, checker: _Checker) -> tuple[list[str], dict[str, str]]:
-    """Return what is accepted, and refused, once ``name`` has failed together with ``accepted``.
-
-    Of a pair that fails, what saves more stays.
-    """
+    """Return what is accepted, and refused, once ``name`` has failed: what saves more stays."""
     error = checker.error
     partner = _partner(accepted, name, checker)
     if partner is None:

@@ -127,7 +127,7 @@ def first_output(outputs: Any) -> Tensor:
 
 
 def relative_gap(found: Any, wanted: Any) -> Tensor:
-    """Return the largest difference over the largest value of any output; NaN of no numbers."""
+    """Return the largest difference over the largest value of any output, or NaN."""
     pairs = zip(tensors_of(found), tensors_of(wanted), strict=True)
     gaps = [
         (a - b).abs().max().double() / b.abs().max().double().clamp_min(_TINY)

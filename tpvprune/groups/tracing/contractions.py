@@ -170,8 +170,7 @@ def _cost(
 def _separate_heads(tracker: Tracker, t: Tensor) -> None:
     """Make fields that vary over batch dimensions constant over the two matrix dimensions.
 
-    An activation of shape [B, heads, N, d] whose atoms vary over heads *and* d can lose a
-    whole head, but not single dimensions of one head: the array would not be rectangular.
+    Of [B, heads, N, d] whole heads can go, not dimensions of one: it would not be rectangular.
     """
     for field in tracker.labels(t):
         dims = varying(field)

@@ -2,13 +2,7 @@
 
 A field that varies over two dimensions at once (heads and their channels) may lose slices along
 one of them only, or the array would not stay rectangular; which one is known when everything that
-reads it has been seen. Until then this module collects what depends on it:
-
-- operands that are broadcast against such a field (a norm's weight shared by all heads);
-- sizes written down by the model (:mod:`tpvprune.groups.tracing.sizes`), which tie widths to each
-  other;
-- chunks that must stay equally wide;
-- norms, means and softmaxes over channels, which are restricted to those that stay.
+reads it has been seen. Until then this module collects what depends on it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Data movement on fields: views, permutations, joins, splits, indexing, padding.
 
-A movement is replayed on the fields themselves, as the same torch call on integers. What a call
-was told in numbers (``x.view(B, N, heads, -1)``, ``x.split(width, 1)``, ``x[:, :width]``) is noted,
-so that the numbers can follow when channels go.
+A movement is replayed on the fields, as the same torch call on integers; the numbers that a call
+was told (``x.split(width, 1)``) are noted, so that they can follow when channels go.
 """
 
 from __future__ import annotations

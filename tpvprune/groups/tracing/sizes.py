@@ -134,10 +134,7 @@ _USED_BY_TORCH = frozenset({"normalized_shape", "num_groups"})
 
 
 def trace_attributes(model: nn.Module) -> None:
-    """Make the integer attributes of a private copy traceable, in place.
-
-    Those of torch's own layers are left alone: their meaning is known.
-    """
+    """Make the integer attributes of a private copy traceable, but for torch's own layers."""
     for path, module in model.named_modules():
         torchs = type(module).__module__.startswith("torch.")
         for name, value in list(vars(module).items()):
@@ -167,11 +164,7 @@ class SizeRule:
 def solve(
     rules: Iterable[SizeRule], kept: Mapping[str, Tensor], model: nn.Module
 ) -> dict[Attribute, int]:
-    """Find the attribute values that a removal asks for.
-
-    ``kept``: group name -> BoolTensor [C], ``True`` = stays. Returns the attributes that change,
-    with their new values. ValueError if no value satisfies all rules.
-    """
+    """Return the attributes that a removal changes, and their values; ValueError if none fit."""
     values: dict[Attribute, int] = {}
     open_rules: list[tuple[SizeRule, int]] = []
     for rule in rules:

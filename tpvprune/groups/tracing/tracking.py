@@ -7,10 +7,8 @@ whatever a model does to the shape of its activations is followed exactly; addit
 unite atoms; convolutions and linear layers read one set of atoms and start another. What cannot
 be followed is pinned with a reason, never guessed.
 
-This differs from torch-pruning's walk over autograd nodes in: 1. indices are tracked per
-dimension, so heads, chunks and windows need no index arithmetic; 2. weights used functionally
-(``F.linear(x, self.qkv.weight)``) are seen; 3. frozen parameters, ``no_grad`` and train mode do
-not matter; 4. sizes that a model writes down are traced to its attributes (``sizes.py``).
+Unlike torch-pruning's walk over autograd nodes this tracks indices per dimension, sees weights used
+functionally and frozen ones, and traces sizes that a model writes down (``sizes.py``).
 """
 
 from __future__ import annotations
@@ -59,10 +57,7 @@ _REMEDIES = {
 
 
 class Tracker(TorchFunctionMode):
-    """Torch-function mode that labels tensors with the atoms they depend on.
-
-    Use :func:`track`; the attributes are read by :mod:`tpvprune.groups` afterwards.
-    """
+    """Torch-function mode that labels tensors with the atoms they depend on; see :func:`track`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -298,10 +293,9 @@ class Tracker(TorchFunctionMode):
 
 
 def track(model: nn.Module, inputs: tuple[Any, ...]) -> Tracker:
-    """Run ``model(*inputs)`` once and return the labels of everything it touched.
+    """Run a private copy of a model once and return the labels of everything it touched.
 
-    ``model``: a private copy, in eval mode; hooks and traced attributes are put on it and stay.
-    ``inputs``: positional arguments of its forward; only their shapes matter.
+    Hooks and traced attributes are put on it and stay.
     """
     tracker = Tracker(model)
     tracker.batch_size = next(
