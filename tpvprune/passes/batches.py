@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,41 +17,28 @@ from tpvprune.processes.membership import num_processes
 _END = object()
 
 
+@dataclass(frozen=True, eq=False)
 class UnlabeledBatches:
     """Re-iterable input tensors of a (possibly labelled) loader; see `unlabeled`."""
 
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._batches = batches
-        self._device = device
-        self._dtype = dtype
-        self._seed = seed
+    batches: Iterable[Any]
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    seed: int
 
     def __len__(self) -> int:
         """Return the number of batches; TypeError where the source has no length."""
-        return len(self._batches)  # type: ignore[arg-type]
-
-    def replaced(self, change: Callable[[Iterable[Any]], Iterable[Any]]) -> UnlabeledBatches:
-        """Return the same of another source: of what ``change`` makes of this one's."""
-        return UnlabeledBatches(
-            change(self._batches), device=self._device, dtype=self._dtype, seed=self._seed
-        )
+        return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Tensor]:
         """Check and move one batch after the other, [B, ...]."""
         count = 0
-        for batch in private_randomness(self._batches, seed=self._seed):
+        for batch in private_randomness(self.batches, seed=self.seed):
             with_labels = isinstance(batch, (tuple, list)) and batch
             inputs = _checked(batch[0] if with_labels else batch, count)
             count += 1
-            device = inputs.device if self._device is None else torch.device(self._device)
-            yield sent(inputs, device, self._dtype)
+            device = inputs.device if self.device is None else torch.device(self.device)
+            yield sent(inputs, device, self.dtype)
         # Of very few images some processes may have none.
         if count == 0 and num_processes() == 1:
             raise ValueError("batches: expected at least one batch, found none: pass images")
@@ -70,15 +58,9 @@ def unlabeled(
     tensor, or values that are not finite.
     """
     if isinstance(batches, UnlabeledBatches):
-        if (device, dtype, seed) == (None, None, batches._seed):
-            return batches
         # Not wrapped again: the random state of the inner one would hide the seed.
-        return UnlabeledBatches(
-            batches._batches,
-            device=device or batches._device,
-            dtype=dtype or batches._dtype,
-            seed=seed,
-        )
+        device, dtype = device or batches.device, dtype or batches.dtype
+        return replace(batches, device=device, dtype=dtype, seed=seed)
     if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
         raise ValueError(
             "batches: expected a re-iterable of input tensors, found "
@@ -89,7 +71,7 @@ def unlabeled(
             "batches: expected a re-iterable (several passes are made), found "
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
-    return UnlabeledBatches(batches, device=device, dtype=dtype, seed=seed)
+    return UnlabeledBatches(batches, device, dtype, seed)
 
 
 def _checked(inputs: Any, position: int) -> Tensor:

@@ -12,7 +12,7 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -52,7 +52,7 @@ def hold_back(
         raise ValueError(f"num_images: expected at least 2, found {num_images}")
     source = unlabeled(batches)
     if num_images is not None:
-        source = source.replaced(partial(_few, num_images=num_images, seed=seed))
+        source = replace(source, batches=_few(source.batches, num_images=num_images, seed=seed))
     drawn, size = _drawn(source, num_images, seed)
     num = int(total(len(drawn)))
     num_fit = num - (held or num_held)(num)
@@ -102,7 +102,8 @@ def _few(source: Iterable[Any], *, num_images: int, seed: int, own: bool = True)
     if inside is not None:
         return shard(_few(inside, num_images=num_images, seed=seed, own=False))
     if isinstance(source, UnlabeledBatches):
-        return source.replaced(partial(_few, num_images=num_images, seed=seed, own=own))
+        few = _few(source.batches, num_images=num_images, seed=seed, own=own)
+        return replace(source, batches=few)
     if not isinstance(source, DataLoader) or source.batch_sampler is None:
         return source
     num = share(num_images) if own else num_images
