@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,17 +16,12 @@ Contraction = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TOLERANCE = 1e-8  # relative, float64: folding only reorders products
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer, and the BatchNorm that alone reads its output, if any."""
-
-    name: str
-    norm: str | None
-
-
 @torch.no_grad()
-def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
-    """List the convolutions and linear layers that one forward calls, in that order."""
+def layers_of(model: nn.Module, example_inputs: Tensor) -> dict[str, str | None]:
+    """Return the convolutions and linear layers that one forward calls, in that order.
+
+    Name -> the BatchNorm that alone reads its output, if any.
+    """
     order: dict[str, None] = {}
     written: dict[int, tuple[str, Any]] = {}  # with the outputs: no identity is given out twice
     pairs: dict[str, str] = {}
@@ -47,7 +41,7 @@ def layers_of(model: nn.Module, example_inputs: Tensor) -> tuple[Layer, ...]:
             elif _is_fixed_norm(module):
                 hooks.callback(module.register_forward_pre_hook(partial(reads, name)).remove)
         model(on_device(example_inputs, model))
-    return tuple(Layer(name, pairs.get(name)) for name in order)
+    return {name: pairs.get(name) for name in order}
 
 
 @torch.no_grad()
@@ -64,18 +58,18 @@ def folded(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, tuple[s
     x = on_device(example_inputs, private)
     wanted = private(x)
     modules = dict(private.named_modules())
-    for norm in filter(_is_fixed_norm, modules.values()):
-        _make_affine(norm)
-    for layer in layers:
-        if layer.norm is not None:
-            _fold(modules[layer.name], modules[layer.norm])
+    for module in filter(_is_fixed_norm, modules.values()):
+        _make_affine(module)
+    for name, norm in layers.items():
+        if norm is not None:
+            _fold(modules[name], modules[norm])
     gap = relative_gap(private(x), wanted)
     if not bool(gap <= _TOLERANCE):
         raise ValueError(
             f"folding BatchNorm: expected the same outputs, found them apart by {float(gap):.1e} "
             "(relative): this measure needs plain convolutions and linear layers"
         )
-    return private, tuple(layer.name for layer in layers)
+    return private, tuple(layers)
 
 
 def _is_fixed_norm(module: nn.Module) -> bool:

@@ -29,12 +29,10 @@ class JacobianNorms:
         names: Parameters, as ``model.named_parameters()`` names them.
         squares: [samples, parameters], float64: the mean over probes of ||J_p(x)^T v||^2, in
             squared output units per squared weight unit.
-        num_probes: Directions per sample.
     """
 
     names: tuple[str, ...]
     squares: Tensor
-    num_probes: int
 
     def trace(self, variances: Mapping[str, float] | None = None) -> Estimate:
         r"""Estimate the trace of H_eff C for a C that is diagonal and constant on parameters.
@@ -117,7 +115,7 @@ def jacobian_norms(
             f"parameter {wrong!r}: expected finite gradients, found NaN or infinity: check the "
             "weights and the inputs"
         )
-    return JacobianNorms(names, squares, num_probes)
+    return JacobianNorms(names, squares)
 
 
 def mean_and_error(values: Tensor) -> Estimate:

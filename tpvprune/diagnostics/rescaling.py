@@ -77,7 +77,7 @@ def rescale(
     if octaves < 1:
         raise ValueError(f"octaves: expected at least 1, found {octaves}")
     generator = torch.Generator().manual_seed(seed)
-    normed = {layer.name: layer.norm for layer in layers_of(model, example_inputs)}
+    normed = layers_of(model, example_inputs)
     passes = _trial(model, example_inputs, normed)
     factors, left = {}, {}
     for group in groups:

@@ -130,9 +130,9 @@ class Trajectory:
 
     def __init__(self, model: nn.Module, example_inputs: Tensor) -> None:
         """Start from the model as it is."""
-        first = layers_of(model, example_inputs)[0]
+        layer, norm = next(iter(layers_of(model, example_inputs).items()))
         known = dict(model.named_parameters())
-        name = f"{first.norm or first.name}.bias"
+        name = f"{norm or layer}.bias"
         self._first = name
         self.weights = Path(self._place(model))
         self.first_bias = Path(known[name].detach().clone()) if name in known else None
