@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -143,13 +143,7 @@ class _KnownCalls(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function_name(func) not in CONTRACTIONS:
             return func(*args, **(kwargs or {}))
         call, self._call = self._call, self._call + 1

@@ -39,9 +39,7 @@ class Measurement:
 
 @torch.no_grad()
 def own_predictions(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Return the inputs with the classes that the model itself gives them.
-
-    Cost: one forward.
+    """Return the inputs with the classes that the model itself gives them, at one forward.
 
     Args:
         model: Classifier whose first output is [B, K].

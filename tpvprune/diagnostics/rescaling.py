@@ -1,7 +1,6 @@
 """Rescaling that a ReLU network does not feel: channels up by alpha, their readers down by it.
 
-ReLU, max and mean commute with positive factors, so W2 relu(W1 x) = (W2 / alpha) relu(alpha W1 x):
-any measure of the weights that this changes cannot, by itself, say anything of the function.
+A measure of the weights that this changes cannot, by itself, say anything of the function.
 
 Reference:
     Dinh, Pascanu, Bengio, Bengio, Sharp minima can generalize for deep nets, ICML 2017,

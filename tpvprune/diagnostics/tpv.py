@@ -40,10 +40,9 @@ Draw = Callable[[str, Tensor, torch.Generator], Tensor]
 
 
 def sgd_variances(model: nn.Module, *, lr: float, batch_size: int) -> dict[str, float]:
-    """Return the weight variance of stationary SGD, lr / (2 B), by parameter name.
+    """Return the weight variance of stationary SGD near a minimum, lr / (2 B), by parameter name.
 
-    The isotropic approximation of the paper: near a minimum of curvature H the gradient noise
-    H / B and the pull H balance at C = lr / (2 B) I.
+    The isotropic approximation of the paper: gradient noise H / B and pull H balance there.
     """
     return dict.fromkeys(floating(model), lr / (2 * batch_size))
 
@@ -53,8 +52,7 @@ def quantization_steps(
 ) -> dict[str, float]:
     """Return the step of uniform b-bit quantization, (max - min) / (2^b - 1), by parameter name.
 
-    ``step_of``: ``"model"``: one range over all parameters, as in the paper; ``"tensor"``: every
-    parameter has its own, as quantizers do. The variance of rounding is step^2 / 12.
+    ``step_of``: one range over the ``"model"``, as in the paper, or one for each ``"tensor"``.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits: expected 1 to 16, found {bits}")

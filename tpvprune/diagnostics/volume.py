@@ -33,8 +33,8 @@ class LocalVolume:
     """Size of the set of weights around a model whose outputs stay close to the model's.
 
     Attributes:
-        log_volume: log of the mean over directions of r^n, times the ball's: the estimate of the
-            log-volume, a lower one where few directions carry it (``effective`` near 1).
+        log_volume: log of the mean over directions of r^n, times the ball's: too low an estimate
+            where few directions carry it (``effective`` near 1).
         lower_bound: The same from the mean of log r: below the log-volume by Jensen, and sure.
         lower_bound_stderr: Standard error of the latter over directions.
         log_volume_stderr: Of the former, by the delta method; too small where ``effective`` is.
@@ -171,10 +171,8 @@ def _spread(dense: Sequence[Tensor]) -> float:
 
 
 def _radius(variance: Callable[[float], float], threshold: float, start: float) -> float:
-    """Return the radius at which the variance reaches the threshold.
-
-    The variance grows as r^2 near 0, so steps are taken on log-log axes, inside a bracket.
-    """
+    """Return the radius at which the variance reaches the threshold."""
+    # The variance grows as r^2 near 0: steps on log-log axes, inside a bracket.
     low, high, r, slope = 0.0, math.inf, start, 2.0
     last: tuple[float, float] | None = None
     for _ in range(_MAX_EVALUATIONS):

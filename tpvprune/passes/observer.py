@@ -28,9 +28,7 @@ class Observer(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function_name(func)
         if name in CONTRACTIONS:
             call, self.count = self.count, self.count + 1
