@@ -6,7 +6,7 @@ from cases import build
 from torch import nn
 
 from tpvprune import find_groups, tpv_scores
-from tpvprune.passes.batch_norms import AffineNorms
+from tpvprune.passes.batch_norms import affine_norms
 from tpvprune.scores.sample_gradients import sample_gradients
 
 
@@ -24,7 +24,7 @@ def norm(**options):
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_affine_map_is_the_norm(affine):
     layer, x = norm(affine=affine).double(), torch.randn(3, 4, 5, 5, dtype=torch.float64)
-    with AffineNorms():
+    with affine_norms():
         found = layer(x)
     torch.testing.assert_close(found, layer(x))
 
@@ -32,12 +32,12 @@ def test_the_affine_map_is_the_norm(affine):
 def test_norms_in_training_and_of_other_types_run_as_they_are():
     x = torch.randn(3, 4, 5, 5)
     learning, twin = norm().train(), norm().train()
-    with AffineNorms():
+    with affine_norms():
         found = learning(x)
     assert torch.equal(found, twin(x))
     assert torch.equal(learning.running_mean, twin.running_mean)
     half = x.bfloat16()  # with statistics in float32
-    with AffineNorms():
+    with affine_norms():
         found = norm()(half)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, norm()(half))
@@ -61,7 +61,7 @@ class Direct(nn.Module):
 def test_a_call_of_torch_itself_is_the_norm():
     direct, layers, x = build(Direct), build(Direct, False), torch.randn(5, 3, 6, 6).double()
     layers.load_state_dict(direct.state_dict())
-    with AffineNorms():
+    with affine_norms():
         torch.testing.assert_close(direct(x), layers(x))
     groups = find_groups(direct, x[:2])
     scores = [tpv_scores(m, groups, [x])["conv"] for m in (direct, layers)]

@@ -10,30 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from tpvprune.passes.batch_norms import BatchNormCall
-from tpvprune.passes.operations import function_name
+from tpvprune.passes.batch_norms import BatchNormCall, ComputedNorms
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import reduced, total
 
 
 def shared_norms() -> AbstractContextManager[Any]:
     """Return a context: BatchNorms in training normalise by the batch of all processes."""
-    return _SharedNorms() if num_processes() > 1 else nullcontext()
+    return ComputedNorms(_batch_norm) if num_processes() > 1 else nullcontext()
 
 
-class _SharedNorms(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function_name(func) == "batch_norm":
-            norm = BatchNormCall.of(args, kwargs)
-            if norm.training:
-                return _batch_norm(norm)
-        return func(*args, **kwargs)
-
-
-def _batch_norm(norm: BatchNormCall) -> Tensor:
+def _batch_norm(norm: BatchNormCall) -> Tensor | None:
+    if not norm.training:
+        return None
     half = norm.input.dtype in {torch.float16, torch.bfloat16}
     x = norm.input.float() if half else norm.input
     dims = [d for d in range(x.ndim) if d != 1]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from tpvprune.passes.batch_norms import AffineNorms
+from tpvprune.passes.batch_norms import affine_norms
 from tpvprune.passes.crossing import fetched
 from tpvprune.repairs.blocks import BlockCall
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
@@ -240,7 +240,7 @@ def _fast(value: Any) -> Any:
 
 
 def _run(module: nn.Module, call: BlockCall, params: Params) -> Tensor:
-    with AffineNorms():
+    with affine_norms():
         return call.run(lambda *args, **kwargs: functional_call(module, params, args, kwargs))
 
 
