@@ -114,9 +114,9 @@ def evaluate(
             inputs, labels = _labelled(batch)
             first = inputs if first is None else first
             answer = returned(model, inputs)
-            found = _logits(answer, outputs)
-            num_classes = found.shape[-1]
+            found = logits_of(answer, outputs).double()
             labels = class_indices(labels, found)
+            num_classes = found.shape[1]
             ranked = top_classes(found, min(5, num_classes))
             hits = ranked == labels[:, None]
             totals = totals.to(found.device)
@@ -179,22 +179,9 @@ def _compared(outputs: Outputs, ours: Mapping[str, Tensor], theirs: Mapping[str,
     return torch.stack([found[0, 0], weights @ found[:, 1]])
 
 
-def _logits(answer: Any, outputs: Outputs | Chosen | None) -> Tensor:
-    logits = logits_of(answer, outputs)
-    if logits.ndim < 2:
-        raise ValueError(
-            f"expected model outputs [batch, outputs], found shape {tuple(logits.shape)}: "
-            "wrap the model so that it returns one row per input"
-        )
-    return logits.double()
-
-
 def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
-    if (
-        not isinstance(batch, (tuple, list))
-        or len(batch) < 2
-        or not all(isinstance(part, Tensor) for part in batch[:2])
-    ):
+    tensors = isinstance(batch, (tuple, list)) and [isinstance(p, Tensor) for p in batch[:2]]
+    if tensors != [True, True]:
         raise ValueError(
             "labelled_batches: expected pairs (inputs, labels) of tensors, found "
             f"{type(batch).__name__}: evaluation needs a labelled set"
@@ -207,7 +194,7 @@ def class_indices(labels: Tensor, outputs: Tensor) -> Tensor:
     if outputs.ndim != 2:
         raise ValueError(
             f"expected logits [batch, classes], found outputs of shape {tuple(outputs.shape)}: "
-            "top-1 needs a classifier"
+            "top-1 needs a classifier, which returns one row per input"
         )
     if labels.is_floating_point() or labels.shape != outputs.shape[:1]:
         raise ValueError(
