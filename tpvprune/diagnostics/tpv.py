@@ -225,16 +225,10 @@ def stability_rows(
 
     def add(perturbation: str, form: str, found: Iterable[Estimate]) -> None:
         train, held_out = found
-        known = [None if e.stderr != e.stderr else e.stderr for e in (train, held_out)]
-        row = {
-            "perturbation": perturbation,
-            "form": form,
-            "train": train.value,
-            "train_stderr": known[0],
-            "held_out": held_out.value,
-            "held_out_stderr": known[1],
-            "ratio": train.value / held_out.value if held_out.value else None,
-        }
+        row: dict[str, Any] = {"perturbation": perturbation, "form": form}
+        for name, e in (("train", train), ("held_out", held_out)):
+            row |= {name: e.value, f"{name}_stderr": None if e.stderr != e.stderr else e.stderr}
+        row["ratio"] = train.value / held_out.value if held_out.value else None
         rows.append(row)
 
     def both(perturbation: str, variances: Mapping[str, float], draw: Draw) -> None:

@@ -55,7 +55,7 @@ def with_batch_axes(
             found = BatchAxis.of(changes[0], changes[1], reader.channel_dim)
             if found is None:
                 reasons[call] = "reads several images at a time: it may fold or mix them"
-            elif not found.is_usual(pair[call].shape[found.dim], 2):
+            elif found.dim or 2 * found.inner != len(pair[call]):
                 axes[call] = found
     blocked = {
         g.name: f"is read by {readers[call].module}, which {reasons[call]}"

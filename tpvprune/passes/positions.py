@@ -33,10 +33,6 @@ class BatchAxis:
         parts = t.unflatten(self.dim, (-1, num, self.inner)).movedim(self.dim + 1, 0)
         return parts.flatten(self.dim + 1, self.dim + 2)
 
-    def is_usual(self, size: int, num: int) -> bool:
-        """Tell whether the images lie one after the other along dimension 0."""
-        return self.dim == 0 and self.inner * num == size
-
     @classmethod
     def of(
         cls, first: Sequence[Tensor], second: Sequence[Tensor], channel_dim: int
