@@ -1,6 +1,7 @@
 """Brute-force ablation and rank correlation against slower, independent computations."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -115,27 +116,15 @@ def test_ablation_refuses_zero_channels(net, groups, images):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_ablation_leaves_the_model_as_it_was(net, groups, images, breaks):
+def test_ablation_leaves_the_model_as_it_was(net, groups, images, breaks, untouched):
     net.train()
     net.stem.eval()
     net.a.weight.requires_grad_(False)
     if breaks:
         net.fc = nn.Linear(99, 3).double()
-    state = {k: v.clone() for k, v in net.state_dict().items()}
-    modes = [m.training for m in net.modules()]
-    wants = [p.requires_grad for p in net.parameters()]
-    randomness = torch.get_rng_state()
-    if breaks:
-        with pytest.raises(RuntimeError):
-            ablation_scores(net, groups, images)
-    else:
+    raised = pytest.raises(RuntimeError) if breaks else nullcontext()
+    with untouched(net), raised:
         ablation_scores(net, groups, images)
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert modes == [m.training for m in net.modules()]
-    assert wants == [p.requires_grad for p in net.parameters()]
-    assert all(p.grad is None for p in net.parameters())
-    assert torch.equal(randomness, torch.get_rng_state())
-    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("high", [3, 1000])  # many ties, hardly any
