@@ -44,8 +44,12 @@ class TestUnlabeled:
         assert len(batches) == 3
 
     def test_unlabeled_twice_is_unlabeled_once(self):
-        once = unlabeled([INPUTS])
-        assert unlabeled(once) is once
+        source = [INPUTS]
+        once = unlabeled(source, dtype=torch.float64, seed=3)
+        twice = unlabeled(once)
+        assert twice.batches is source
+        assert (twice.device, twice.dtype, twice.seed) == (None, torch.float64, 3)
+        assert unlabeled(once, dtype=torch.float32, seed=0).seed == 0
 
     def test_dtype_follows(self):
         (x,) = unlabeled([INPUTS], dtype=torch.float64)

@@ -49,18 +49,21 @@ def unlabeled(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> UnlabeledBatches:
     """Return the inputs [B, ...] of re-iterable batches; what follows them in a tuple is unread.
 
     Every pass starts from the same private random state: a shuffling loader yields the same order
-    each time. A pass raises ValueError for an empty source, a batch without a floating-point
+    each time. ``device``, ``dtype``: what each input is moved to; None leaves it. ``seed``: of the
+    random state; None: 0, or that of batches that are unlabeled already. A pass raises ValueError for an empty source, a batch without a floating-point
     tensor, or values that are not finite.
     """
     if isinstance(batches, UnlabeledBatches):
         # Not wrapped again: the random state of the inner one would hide the seed.
         device, dtype = device or batches.device, dtype or batches.dtype
-        return replace(batches, device=device, dtype=dtype, seed=seed)
+        return replace(
+            batches, device=device, dtype=dtype, seed=batches.seed if seed is None else seed
+        )
     if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
         raise ValueError(
             "batches: expected a re-iterable of input tensors, found "
@@ -71,7 +74,7 @@ def unlabeled(
             "batches: expected a re-iterable (several passes are made), found "
             f"{type(batches).__name__}: pass list(...) of it or a DataLoader"
         )
-    return UnlabeledBatches(batches, device, dtype, seed)
+    return UnlabeledBatches(batches, device, dtype, seed or 0)
 
 
 def _checked(inputs: Any, position: int) -> Tensor:
