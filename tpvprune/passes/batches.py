@@ -55,8 +55,8 @@ def unlabeled(
 
     Every pass starts from the same private random state: a shuffling loader yields the same order
     each time. ``device``, ``dtype``: what each input is moved to; None leaves it. ``seed``: of the
-    random state; None: 0, or that of batches that are unlabeled already. A pass raises ValueError for an empty source, a batch without a floating-point
-    tensor, or values that are not finite.
+    random state; None: 0, or that of batches that are unlabeled already. A pass raises ValueError
+    for an empty source, a batch without a floating-point tensor, or values that are not finite.
     """
     if isinstance(batches, UnlabeledBatches):
         # Not wrapped again: the random state of the inner one would hide the seed.
