@@ -551,3 +551,15 @@ def test_variances_of_a_real_network_are_those_of_other_images():
     means = {width: torch.stack(found).mean(0) for width, found in ratios.items()}
     off = [width for width, mean in means.items() if (mean < 0.75).any() or (mean > 1.25).any()]
     assert not off, ratios
+
+
+def test_channels_that_say_nothing_do_not_hide_what_the_others_are_worth():
+    """They leave first, and what was measured of them tells no unit."""
+    model, groups, name = pooled(256)
+    with torch.no_grad():
+        model.conv.weight[:64] = 0
+        model.conv.bias[:64] = 0
+    curve = variance_curves(model, groups, [images(96, seed=1).float()])[name]
+    assert set(curve.order[:64].tolist()) == set(range(64))
+    assert float(curve.alone[:64].max()) < 1e-6 * float(curve.alone[64:].max())
+    assert int((curve.alone[64:] > 0).sum()) > 180

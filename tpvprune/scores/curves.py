@@ -50,6 +50,9 @@ from tpvprune.scores.tpv import standard_error
 StandIn = Literal["map", "mean", "zero"]
 
 
+_NOTHING = 1e-6  # of the variance when nearly all has left: channels that say nothing
+
+
 @dataclass(frozen=True)
 class Curve:
     """How the output variance grows as one group shrinks.
@@ -227,8 +230,11 @@ def _wide_curves(
             curve = fitted_curve(leaving.shape, counts, measured[g.name])
             unit = 1.0
             if any(part.inputs is not None for part in parts[g.name]):
-                # In proportion to the shape: what was measured first says how much that is.
-                unit = float(measured[g.name][0] / leaving.shape[counts[0]].clamp_min(1e-300))
+                # In proportion to the shape: what was measured first says how much that is, once
+                # more has left than channels that are zero for every input.
+                shape = leaving.shape[counts]
+                first = int((shape > _NOTHING * shape.max()).to(torch.uint8).argmax())
+                unit = float(measured[g.name][first] / shape[first].clamp_min(1e-300))
             yield g.name, Curve(leaving.order, curve, leaving.alone * unit)
 
 
