@@ -77,7 +77,10 @@ def test_other_warnings_follow_the_head_of_the_table(capsys):
 
 def test_what_was_measured_out_of_sample_is_told_whatever_came_of_it(capsys):
     text = said(capsys, show_pruned, document(GOOD))[1]
-    told = "on 92 images held back: agreement 93.00 % (by chance 0.40 %), output variance 0.031 of"
+    told = (
+        "on 92 images held back: agreement 93.00 % (95% interval 86 to 97, by chance 0.40 %), "
+        "output variance 0.031 of"
+    )
     assert told in text
     nothing = document(Difference(3, 0.0, 1.0, float("nan"), float("inf")))
     assert "output variance inf of the dense model's own" in said(capsys, show_pruned, nothing)[1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.passes.loss import Loss
+from tpvprune.passes.loss import CONFIDENCE, Loss
 
 _NOT_BLOCKS = ("selection", "repair", "layers")
 
@@ -27,10 +28,14 @@ def held_back(document: Mapping[str, Any]) -> str | None:
     facts = document.get("held_back")
     if not facts:
         return None
+    agreement, num, sure = facts["agreement"], facts["num_images"], ""
+    if math.isfinite(agreement):
+        loss = Loss.of_agreement((1 - agreement) * num, num)
+        sure = f"{CONFIDENCE:.0%} interval {100 - loss.high:.0f} to {100 - loss.low:.0f}, "
     return (
-        f"on {facts['num_images']} images held back: agreement {_percent(facts['agreement'])} (by "
-        f"chance {_percent(facts['chance_agreement'])}), output variance "
-        f"{facts['variance_share']:.2g} of the dense model's own"
+        f"on {num} images held back: agreement {_percent(agreement)} ({sure}by chance "
+        f"{_percent(facts['chance_agreement'])}), output variance {facts['variance_share']:.2g} of "
+        "the dense model's own"
     )
 
 
