@@ -42,6 +42,7 @@ def test_scores_rank_channels_as_removing_them_does(model):
     assert spearman(measured[known], scored[known]) > 0.95
 
 
+@pytest.mark.long
 def test_half_of_the_network_still_works_without_a_label(model):
     result = prune(model, images(model, "cifar10-train", 125), keep=0.5)
     test = images(model, "cifar10-test", 1000, labelled=True)

@@ -172,6 +172,7 @@ def test_the_budget_is_met_and_the_model_saved(granularity, of, tmp_path):
     torch.testing.assert_close(again(x[:2]), result.model(x[:2]), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_pruned_again(tmp_path):
     model = timm.create_model("test_vit", num_classes=5).eval()
     x = torch.randn(16, 3, 160, 160)

@@ -44,7 +44,9 @@ def test_a_system_that_tells_nothing_gives_the_least(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-@pytest.mark.parametrize(("thread", "share"), [(False, 0.1), (True, 0.5)])
+@pytest.mark.parametrize(
+    ("thread", "share"), [(False, 0.1), pytest.param(True, 0.5, marks=pytest.mark.long)]
+)
 def test_tensors_take_the_memory_that_others_left(thread, share):
     """Pages are touched anew by every tensor of a plain process, and once where they are kept.
 
