@@ -108,6 +108,7 @@ def test_a_limit_that_no_size_keeps_is_said(run, tmp_path, monkeypatch):
     assert "The limit of loss was not kept" in page and "budget was not reached" not in page
 
 
+@pytest.mark.long
 def test_labelled_images_decide_by_top_1_and_reach_nothing_else(run, tmp_path, seen):
     given = ["--max-loss", "30", "--eval-dir", "labelled", "--json"]
     code, out, err = run(*flags(tmp_path / "out", *given))

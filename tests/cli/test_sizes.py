@@ -47,6 +47,7 @@ def weights_of(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_sizes_are_those_of_runs_of_their_own(run, tmp_path, rankings):
     code, out, err = run(*flags(tmp_path / "all", "--keep", "0.8", "0.5", "--json"))
     assert code == 0 and len(rankings) == 1
