@@ -66,10 +66,10 @@ LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")
 SETTINGS = ("weights", "calibration", "test_sets", "arguments")
 """Columns in which all rows of a file must agree."""
 COLUMNS = (
-    *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "repair_used", "images_used",
-    "timings", "warnings", *SETTINGS, "versions", "hardware",
+    *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "latency_kept", "branches_removed",
+    "repair_used", "images_used", "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
-_USUAL = {"granularity": "channel", "of": "macs"}
+_USUAL = {"granularity": "channel", "of": "macs", "latency_batch_size": 1}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -111,6 +111,8 @@ class Cut(NamedTuple):
     images: Mapping[str, Any]
     warnings: Sequence[str]
     timings: Mapping[str, float] = {}
+    latency: str = ""
+    branches: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +179,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["macs", "params", "latency"],
         default="macs",
         help="of our criteria: what --keep is a fraction of (macs)",
+    )
+    how.add_argument(
+        "--latency-batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="images of one call, where that is latency (1)",
     )
     how.add_argument("--keep", type=fraction, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     how.add_argument("--repair", nargs="+", default=["compensate"], metavar="NAME")
@@ -367,7 +376,11 @@ def opened(args: argparse.Namespace) -> Subject:
         classes = torch.cat([next(iter(found.values())) for found in outputs]).argmax(1).cpu()
         top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
-    options = {"of": args.of, "granularity": args.granularity.split(",")}
+    options = {
+        "of": args.of,
+        "granularity": args.granularity.split(","),
+        "latency_batch_size": args.latency_batch_size,
+    }
     return Subject(model, tests, options=options)
 
 
@@ -486,6 +499,8 @@ def quality(subject: Subject, cut: Cut) -> Row:
         "variance_ratio": f"{variance:.4g}",
         "top1_by_set": _by_set(subject, [one.top1 for one in found]),
         "dense_by_set": _by_set(subject, [test.top1 for test in subject.tests]),
+        "latency_kept": cut.latency,
+        "branches_removed": cut.branches,
         "repair_used": cut.repair,
         "images_used": "; ".join(f"{stage} {num}" for stage, num in cut.images.items()),
         "timings": "; ".join(f"{stage} {time:.1f}" for stage, time in cut.timings.items()),
@@ -520,7 +535,15 @@ def _ours(
     fit, held = report.get("num_images", ""), report.get("num_held_back", "")
     used = report.get("images_used") or {"fit": fit, "held back": held}
     chosen = str(report.get("repair_chosen", repair))
-    return Cut(result.model, chosen, used, report["warnings"], report["timings"])
+    branches, speed = report.get("branches"), report.get("speed")
+    gone = f"{sum(b['gone'] for b in branches)} of {len(branches)}" if branches else ""
+    latency = (
+        f"{speed['ratio']:.3f} ({speed['ratio_low']:.3f} to {speed['ratio_high']:.3f})"
+        if speed
+        else ""
+    )
+    warnings, timings = report["warnings"], report["timings"]
+    return Cut(result.model, chosen, used, warnings, timings, latency, gone)
 
 
 def _stock(

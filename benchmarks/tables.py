@@ -121,6 +121,49 @@ def _by_budget(
     )
 
 
+def depth() -> str:
+    """Return what is left where branches may go, by model, budget and granularity; over seeds."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for path in sorted(RESULTS.glob("depth-*.csv")):
+        for row in read_rows(path):
+            found.setdefault(_depth_line(row), []).append(row)
+    columns = ("branches removed", "of milliseconds", "MACs left", "top-1", "agreement")
+    return markdown(
+        ["model", "budget", "repair", "granularity", *columns],
+        [
+            [
+                *line,
+                ", ".join(dict.fromkeys(row["branches_removed"] for row in rows)),
+                _share_of_time(rows),
+                mean_and_sd(rows, "macs_kept"),
+                f"{mean_and_sd(rows, 'top1')} ({_lost(rows):+.1f})",
+                mean_and_sd(rows, "agreement"),
+            ]
+            for line, rows in sorted(found.items())
+        ],
+    )
+
+
+def _depth_line(row: Row) -> tuple[str, str, str, str]:
+    """Return what the rows of one line of the table of depth share."""
+    told = dict(words.split(" ", 1) for words in row["arguments"].split("; ") if words)
+    budget = f"{row['keep']} of the MACs"
+    if told.get("of") == "latency":
+        images, threads = told.get("latency_batch_size", "1"), row["hardware"].split("; ")[1]
+        on = threads if threads != "1 threads" else "1 thread"
+        budget = f"{row['keep']} of the milliseconds of {images}, {on}"
+    return f"`{row['model']}`", budget, row["repair"], told.get("granularity", "channel")
+
+
+def _share_of_time(rows: Sequence[Row]) -> str:
+    shares = [{"share": row["latency_kept"].split(" ")[0]} for row in rows if row["latency_kept"]]
+    return mean_and_sd(shares, "share") if shares else ""
+
+
+def _lost(rows: Sequence[Row]) -> float:
+    return mean_of(rows, "top1") - mean_of(rows, "dense_top1")
+
+
 def _photograph_rows() -> list[Row]:
     paths = sorted(RESULTS.glob("photographs-*.csv"))
     return [row for path in paths for row in read_rows(path)]
@@ -361,7 +404,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost,
-        own_task, timm_modules, other_networks,
+        depth, own_task, timm_modules, other_networks,
     )
 }  # fmt: skip
 if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table

@@ -1,6 +1,7 @@
 """benchmarks/photographs.py: its rows are what prune gives, and a run that was stopped goes on."""
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 
@@ -207,3 +208,20 @@ def test_tables_are_made_from_the_results(tool, root, tmp_path, monkeypatch, cap
     assert [line.split(" | ")[0] for line in lines] == ["| none"] * 3 + ["| bn"] * 3
     (line,) = [line for line in lines if line.startswith("| bn | TPV, curves | no |")]
     assert line.endswith(f" {loss:+.1f} |")
+
+
+def test_a_budget_of_milliseconds_says_what_share_of_them_and_which_branches(tool, root, tmp_path):
+    output = tmp_path / "rows.csv"
+    more = ["--criteria", "tpv", "--ranking", "curves", "--repair", "bn", "--of", "latency"]
+    more += ["--granularity", "channel,branch", "--latency-batch-size", "2"]
+    assert tool.main(words(root, output, *more)) == 0
+    (row,) = read_rows(output)
+    told = re.fullmatch(r"([0-9.]+) \(([0-9.]+) to ([0-9.]+)\)", row["latency_kept"])
+    ratio, low, high = map(float, told.groups())
+    assert 0 < low <= ratio <= high
+    gone, found = map(int, row["branches_removed"].split(" of "))
+    assert 0 <= gone <= found == 2
+    assert row["arguments"].endswith("granularity channel,branch; of latency; latency_batch_size 2")
+    tool.main(words(root, tmp_path / "macs.csv", *more[:6]))
+    (row,) = read_rows(tmp_path / "macs.csv")
+    assert (row["latency_kept"], row["branches_removed"]) == ("", "")
