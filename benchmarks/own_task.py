@@ -177,6 +177,8 @@ def measured(args: argparse.Namespace, done: Sequence[Row] = ()) -> Iterator[Row
                 if made.way in missing:
                     key = key_of(args, made.way, keep, seed)
                     yield key | quality(task, made) | settings | surroundings()
+                if made.way == missing[-1]:
+                    break  # what comes after it was not asked for, or is known
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[float, Sequence[str], Job]]:

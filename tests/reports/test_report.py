@@ -243,7 +243,8 @@ def test_warnings_stand_above_all_else_and_what_was_held_back_is_told():
     assert [line.partition(":")[0] for line in warned] == ["BROKEN", "step 1"]
     assert page.index(warned[1]) < page.index('class="lead"')
     text = re.sub(r"<[^>]*>", "", page).replace("\u202f", " ")
-    for fact in ("On 77 images held back: agreement 43.2 % (by chance 12.3 %)", "variance 0.057"):
+    interval = "95% interval 33 to 54"  # Wilson's, by hand
+    for fact in (f"agreement 43.2 % ({interval}, by chance 12.3 %)", "variance 0.057"):
         assert fact in text
     for name, num in {"To choose widths": 901, "To repair": 902, "Of each layer": 903}.items():
         assert f"<dt>{name}</dt><dd>{num}</dd>" in page

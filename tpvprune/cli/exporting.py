@@ -14,7 +14,7 @@ from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
-from tpvprune.passes.loss import CONFIDENCE, Loss
+from tpvprune.passes.loss import Loss, agreement_interval
 from tpvprune.saved.export import Exported, export_model
 from tpvprune.saved.int8 import Quantized, Run, export_int8
 from tpvprune.saved.quantization import RANGES, WEIGHT_BITS, check_bits, check_ranges
@@ -163,7 +163,7 @@ def _show_agreement(found: Quantized) -> None:
     loss = Loss.of_agreement((1 - agreement) * num, num)
     say(
         f"int8 agrees with its float32 on {percent(agreement)} of {num} images held back "
-        f"({CONFIDENCE:.0%} interval {100 - loss.high:.1f} to {100 - loss.low:.1f}; squared "
+        f"({agreement_interval(agreement, num, 1)}; squared "
         f"difference {found.difference.share:.2g} of the outputs' variance)"
     )
     if loss.width > _WIDE:

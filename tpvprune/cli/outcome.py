@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tpvprune.passes.loss import CONFIDENCE, Loss
+from tpvprune.passes.loss import Loss, agreement_interval
 
 _NOT_BLOCKS = ("selection", "repair", "layers")
 
@@ -30,8 +30,7 @@ def held_back(document: Mapping[str, Any]) -> str | None:
         return None
     agreement, num, sure = facts["agreement"], facts["num_images"], ""
     if math.isfinite(agreement):
-        loss = Loss.of_agreement((1 - agreement) * num, num)
-        sure = f"{CONFIDENCE:.0%} interval {100 - loss.high:.0f} to {100 - loss.low:.0f}, "
+        sure = f"{agreement_interval(agreement, num)}, "
     return (
         f"on {num} images held back: agreement {_percent(agreement)} ({sure}by chance "
         f"{_percent(facts['chance_agreement'])}), output variance {facts['variance_share']:.2g} of "

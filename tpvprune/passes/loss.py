@@ -79,6 +79,13 @@ class Loss:
         )
 
 
+def agreement_interval(agreement: float, num: int, digits: int = 0) -> str:
+    """Return in words, in %, between which values an agreement that ``num`` images gave may lie."""
+    loss = Loss.of_agreement((1 - agreement) * num, num)
+    low, high = 100 - loss.high, 100 - loss.low
+    return f"{CONFIDENCE:.0%} interval {low:.{digits}f} to {high:.{digits}f}"
+
+
 def images_needed(points: float, width: float) -> int:
     """Return on how few images the interval of so large a loss of agreement is no wider than this.
 

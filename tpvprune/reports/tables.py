@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tpvprune.passes.loss import agreement_interval
 from tpvprune.reports.page import section, table, table_row
 from tpvprune.reports.text import (
     cell,
@@ -156,8 +158,12 @@ def _held_back(facts: Mapping[str, Any]) -> str:
         return ""
     text = f"On {whole(facts['num_images'])} images held back: agreement "
     text += percent(facts["agreement"])
+    about = []
+    if math.isfinite(facts["agreement"]):
+        about.append(agreement_interval(facts["agreement"], facts["num_images"]))
     if facts.get("chance_agreement") is not None:
-        text += f" (by chance {percent(facts['chance_agreement'])})"
+        about.append(f"by chance {percent(facts['chance_agreement'])}")
+    text += f" ({', '.join(about)})" if about else ""
     if facts.get("variance_share") is not None:
         share = significant(facts["variance_share"], 2)
         text += f", output variance {share} of the dense model\u2019s own"
