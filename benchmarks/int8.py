@@ -1,7 +1,7 @@
 """What does int8 cost a pruned model, and what the dense one?
 
     tpvprune prune --model cifar_resnet56 --checkpoint FILE --data-dir cifar10-train.tar \
-        --num-images 512 --keep 0.5 --output r56
+        --num-images 512 --keep 0.5 --round-to 1 --output r56
     python benchmarks/int8.py r56 --dense FILE --data-dir cifar10-test.tar --num-images 2064
 
 Runs `tpvprune export FOLDER --int8` with whatever flags follow the folder, and writes its table as

@@ -30,6 +30,7 @@ from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count
 from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.runtimes.names import RUNTIMES
+from tpvprune.widths.limits import Limits
 from tpvprune.widths.speed import compare_latency
 
 COLUMNS = [
@@ -52,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def measured(of: str, keep: float, sizes: Sequence[int]) -> None:
         start = time.perf_counter()
+        limits = Limits(round_to="auto" if of == "latency" else 1)
         where = {"latency_runtime": args.latency_runtime} if of == "latency" else {}
         result = prune(
             model, train, keep=keep, of=of, granularity=("channel",),
-            latency_batch_size=sizes[0], seed=args.seed, **where,
+            latency_batch_size=sizes[0], seed=args.seed, limits=limits, **where,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         same = agreement(result.model, model, test)

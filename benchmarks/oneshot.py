@@ -34,6 +34,7 @@ from tpvprune.passes.evaluation import evaluate, model_outputs
 from tpvprune.pipeline import prune
 from tpvprune.saved.models import load_model
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
+from tpvprune.widths.limits import Limits
 
 KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "calibration"]
 KEY += ["keep", "seed"]
@@ -181,6 +182,7 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
         allocation=key["allocation"],
         repair=key["repair"],
         steps=key["steps"],
+        limits=Limits(round_to=1),
         seed=key["seed"],
     )
     seconds = time.perf_counter() - start

@@ -28,6 +28,7 @@ from tpvprune.images.loading import choose_images, in_memory
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.repairs.compensation import compensate_weights
+from tpvprune.widths.limits import Limits
 
 BATCH, FEW = 64, 128
 KEEP, NUM_TO_PRUNE = 0.5, 512  # of the MACs; images that pruning sees
@@ -252,7 +253,13 @@ def after_pruning(
 ) -> dict[str, float]:
     """Prune to ``KEEP`` of the MACs and measure the cut network, and the compensated one."""
     cut = prune(
-        model, inputs, keep=KEEP, repair="none", planned_repair="compensate", repair_factors=False
+        model,
+        inputs,
+        keep=KEEP,
+        limits=Limits(round_to=1),
+        repair="none",
+        planned_repair="compensate",
+        repair_factors=False,
     )
     repaired = compensate_weights(cut.model, model, inputs, groups=cut.groups, kept=cut.kept)
     found = {}

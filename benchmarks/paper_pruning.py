@@ -222,7 +222,7 @@ def steps_down(
         wanted = max(round(total * (1 - key["ratio"] * step / steps)) - alone, 1)
         ranking = ranked_by(key, pairs, step).ranked(model, groups, inputs, Clock(None))
         keep = wanted / _channels(groups)
-        kept = ranking.choose(groups, keep=keep, of=CHANNELS, limits=Limits())
+        kept = ranking.choose(groups, keep=keep, of=CHANNELS, limits=Limits(round_to=1))
         left = alone + sum(int(mask.sum()) for mask in kept.values())
         model = remove_channels(model, groups, kept)
         measured = step % every == 0 or step == steps

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from tpvprune import agreement, distill, keep_freed_memory, prune
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
+from tpvprune.widths.limits import Limits
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = "papers-models.csv"
@@ -204,6 +205,7 @@ def distilled(images: Images, seed: int) -> list[Row]:
             dense,
             batches,
             keep=keep,
+            limits=Limits(round_to=1),
             repair="none",
             planned_repair="compensate",
             repair_factors=False,

@@ -41,6 +41,7 @@ from tpvprune.cli.flag_groups import (
     add_model,
     add_preprocessing,
     count,
+    count_or_auto,
     fraction,
 )
 from tpvprune.groups import find_groups
@@ -59,6 +60,7 @@ from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import STOCK, stock_prune
 from tpvprune.scores.criteria import with_labels
+from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Ranking
 
 UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
@@ -69,7 +71,7 @@ COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "latency_kept", "branches_removed",
     "repair_used", "images_used", "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
-_USUAL = {"granularity": "channel", "of": "macs", "latency_batch_size": 1}
+_USUAL = {"granularity": "channel", "of": "macs", "latency_batch_size": 1, "round_to": None}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -186,6 +188,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         metavar="N",
         help="images of one call, where that is latency (1)",
+    )
+    how.add_argument(
+        "--round-to",
+        type=count_or_auto,
+        metavar="N",
+        help="of our criteria: multiples of widths, as of the command (1: any; of latency auto)",
     )
     how.add_argument("--keep", type=fraction, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     how.add_argument("--repair", nargs="+", default=["compensate"], metavar="NAME")
@@ -380,6 +388,7 @@ def opened(args: argparse.Namespace) -> Subject:
         "of": args.of,
         "granularity": args.granularity.split(","),
         "latency_batch_size": args.latency_batch_size,
+        "limits": Limits(round_to=args.round_to or ("auto" if args.of == "latency" else 1)),
     }
     return Subject(model, tests, options=options)
 

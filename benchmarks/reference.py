@@ -9,7 +9,7 @@ them in; what lacks its weights stays as it is. `make test-long` measures again 
 | key | meaning |
 |---|---|
 | `name`, `slow` | of the entry; whether it takes minutes |
-| `command` | a benchmark and its arguments, but for `--output`; `$DATA/` and `$WEIGHTS/` are folders |
+| `command` | a benchmark and arguments but for `--output`; `$DATA/`, `$WEIGHTS/` are folders |
 | `rows`, `columns` | what tells the rows of its CSV file apart, and what is compared |
 | `tolerance` | by how many points each figure may differ |
 | `figures` | row: the values of its columns, in %; null: not measured yet |
@@ -93,14 +93,15 @@ def arguments(
     folders["$WEIGHTS/"] += [] if weights is None else [weights]
     words, lacking = [], []
     for word in shlex.split(entry["command"]):
-        for mark, places in folders.items():
-            if word.startswith(mark):
-                # A set of photographs may have its share of the centre behind it.
-                name, colon, crop = word.removeprefix(mark).partition(":")
-                found = [place / name for place in places if (place / name).exists()]
-                lacking += [] if found else [name]
-                word = f"{(found or [Path(name)])[0]}{colon}{crop}"
-        words.append(word)
+        mark = next((mark for mark in folders if word.startswith(mark)), None)
+        if mark is None:
+            words.append(word)
+            continue
+        # A set of photographs may have its share of the centre behind it.
+        name, colon, crop = word.removeprefix(mark).partition(":")
+        found = [place / name for place in folders[mark] if (place / name).exists()]
+        lacking += [] if found else [name]
+        words.append(f"{found[0] if found else name}{colon}{crop}")
     return words, lacking
 
 

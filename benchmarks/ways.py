@@ -26,6 +26,7 @@ from tpvprune.repairs.training import Recipe
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import stock_prune
 from tpvprune.scores.criteria import with_labels
+from tpvprune.widths.limits import Limits
 
 _NOT_OF_MODELS = ("mean", "std")
 
@@ -145,6 +146,7 @@ def _pruned(task: Task, criterion: str, keep: float) -> nn.Module:
         keep=keep,
         criterion=with_labels(criterion, task.calibration),
         num_images=None,
+        limits=Limits(round_to=1),
         seed=task.seed,
     ).model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tpvprune.cli.flag_groups import (
+    AUTO,
     Parser,
     add,
     add_criterion,
@@ -87,8 +88,9 @@ def _add_prune(sub: Parser) -> None:
         text="widths by joint variance curves (tpv), by score per cost, or by score alone",
     )  # fmt: skip
     flag(
-        how, "--round-to", "N", type=count_or_auto, default=1,
-        text="width multiples, or auto: 16 in wide groups, 8 to 1 in narrow ones (1)",
+        how, "--round-to", "N", type=count_or_auto, default=AUTO,
+        text="width multiples, 1 for any width; auto: 16 in wide groups, 8 to 1 in narrow ones "
+        "(auto)",
     )  # fmt: skip
     flag(how, "--min-channels", "N", "narrowest width allowed (1)", type=count, default=1)
     flag(

@@ -183,7 +183,7 @@ def set_up(
         batch = example.repeat_interleave(told.latency_batch_size, 0)
         budget = _budget(told, model, groups, batch)
     _check_rounding(limits, groups)
-    if limits.round_to in (1, "auto") and isinstance(budget, LatencyTable):
+    if limits.round_to == "auto" and isinstance(budget, LatencyTable):
         limits = replace(limits, round_to=budget.step)  # widths that run fast
     return Setup(
         told, model, model, model, groups, fit, held, batch, counted, budget,

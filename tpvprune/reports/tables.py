@@ -25,7 +25,8 @@ _COLUMNS = (
     "criterion", "repair", "labels", "macs", "params", "output_variance", "agreement", "top1",
 )  # fmt: skip
 _SETTINGS = (
-    "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back", "seed",
+    "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back", "round_to",
+    "seed",
 )  # fmt: skip
 _USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
 _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}

@@ -15,7 +15,8 @@ _LABELS = {
 
 _HEADS = {
     "macs": "MACs", "params": "Parameters", "top1": "Top-1", "num_images": "Images",
-    "num_held_back": "Images held back", "used_labels": "Labels used",
+    "num_held_back": "Images held back", "round_to": "Widths in multiples of",
+    "used_labels": "Labels used",
 }  # fmt: skip
 
 

@@ -288,21 +288,22 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    if not (missing or surplus or shapes):
+        load_tensors(model, state)
+        return
+    total = len(own) - len(counters)
+    fit, hint, named = total - len(missing) - len(shapes), "", _MAX_NAMED
+    if 2 * fit < total:
+        hint = f" ({fit} of {total} tensors do: is it another network's? check --model)"
+        named = 1  # of the other network's names one tells enough
     found = {"lacks": missing, "has unknown": surplus, "has shape": shapes}
     differing = [
-        f"{what} {', '.join(keys[:_MAX_NAMED])}"
-        + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
+        f"{what} {', '.join(keys[:named])}"
+        + (f" and {len(keys) - named} more" if len(keys) > named else "")
         for what, keys in found.items()
         if keys
     ]
-    if differing:
-        total = len(own) - len(counters)
-        fit = total - len(missing) - len(shapes)
-        hint = ""
-        if 2 * fit < total:
-            hint = f" ({fit} of {total} tensors do: is it another network's? check --model)"
-        raise ValueError(f"{path}: does not fit the model{hint}: {'; '.join(differing)}")
-    load_tensors(model, state)
+    raise ValueError(f"{path}: does not fit the model{hint}: {'; '.join(differing)}")
 
 
 def _reason(error: Exception) -> str:

@@ -17,8 +17,9 @@ class Limits:
 
     Attributes:
         round_to: Kept widths are multiples of this, in groups of more than that many single
-            channels, >= 1. ``"auto"``: of 16 in groups of at least 96 single channels, of 8, 4
-            and 2 in those of at least 48, 24 and 12. Processors compute 8 or 16 channels at once.
+            channels, >= 1; 1: any width. ``"auto"``: of 16 in groups of at least 96 single
+            channels, of 8, 4 and 2 in those of at least 48, 24 and 12, as processors compute 8 or
+            16 channels at once.
         min_channels: Units that every group keeps, >= 1.
         max_removed: Largest fraction of a group's units that may go, in [0, 1].
         ignore: Modules whose outputs stay whole.
@@ -27,7 +28,7 @@ class Limits:
         ValueError: If a number is out of range.
     """
 
-    round_to: int | Literal["auto"] = 1
+    round_to: int | Literal["auto"] = "auto"
     min_channels: int = 1
     max_removed: float = 1.0
     ignore: tuple[str, ...] = ()
