@@ -71,7 +71,10 @@ COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "latency_kept", "branches_removed",
     "repair_used", "images_used", "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
-_USUAL = {"granularity": "channel", "of": "macs", "latency_batch_size": 1, "round_to": None}
+_USUAL = {
+    "granularity": "channel", "of": "macs", "latency_batch_size": 1, "max_depth_removed": 0.5,
+    "round_to": None,
+}  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -181,6 +184,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["macs", "params", "latency"],
         default="macs",
         help="of our criteria: what --keep is a fraction of (macs)",
+    )
+    how.add_argument(
+        "--max-depth-removed",
+        type=fraction,
+        default=0.5,
+        metavar="X",
+        help="of our criteria: largest fraction of the branches that may go (0.5)",
     )
     how.add_argument(
         "--latency-batch-size",
@@ -384,13 +394,18 @@ def opened(args: argparse.Namespace) -> Subject:
         classes = torch.cat([next(iter(found.values())) for found in outputs]).argmax(1).cpu()
         top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
-    options = {
+    return Subject(model, tests, options=options_of(args))
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what our criteria are told besides: arguments of :func:`tpvprune.prune`."""
+    return {
         "of": args.of,
         "granularity": args.granularity.split(","),
+        "max_depth_removed": args.max_depth_removed,
         "latency_batch_size": args.latency_batch_size,
         "limits": Limits(round_to=args.round_to or ("auto" if args.of == "latency" else 1)),
     }
-    return Subject(model, tests, options=options)
 
 
 def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled: bool) -> list[Any]:
