@@ -127,13 +127,13 @@ def depth() -> str:
     for path in sorted(RESULTS.glob("depth-*.csv")):
         for row in read_rows(path):
             found.setdefault(_depth_line(row), []).append(row)
-    columns = ("branches removed", "of milliseconds", "MACs left", "top-1", "agreement")
+    columns = ("branches gone", "of the time", "of the MACs", "top-1", "agreement")
     return markdown(
         ["model", "budget", "repair", "granularity", *columns],
         [
             [
                 *line,
-                ", ".join(dict.fromkeys(row["branches_removed"] for row in rows)),
+                _branches(rows),
                 _share_of_time(rows),
                 mean_and_sd(rows, "macs_kept"),
                 f"{mean_and_sd(rows, 'top1')} ({_lost(rows):+.1f})",
@@ -147,12 +147,23 @@ def depth() -> str:
 def _depth_line(row: Row) -> tuple[str, str, str, str]:
     """Return what the rows of one line of the table of depth share."""
     told = dict(words.split(" ", 1) for words in row["arguments"].split("; ") if words)
-    budget = f"{row['keep']} of the MACs"
+    budget = f"{row['keep']} of MACs"
     if told.get("of") == "latency":
-        images, threads = told.get("latency_batch_size", "1"), row["hardware"].split("; ")[1]
-        on = threads if threads != "1 threads" else "1 thread"
-        budget = f"{row['keep']} of the milliseconds of {images}, {on}"
+        images, (threads, _) = (
+            told.get("latency_batch_size", "1"),
+            row["hardware"].split("; ")[1].split(),
+        )
+        budget = f"{row['keep']} of ms: images {images}, threads {threads}"
     return f"`{row['model']}`", budget, row["repair"], told.get("granularity", "channel")
+
+
+def _branches(rows: Sequence[Row]) -> str:
+    """Return how many branches went, of how many: the least and the most over the seeds."""
+    found = [row["branches_removed"].split(" of ") for row in rows if row["branches_removed"]]
+    gone = sorted({int(number) for number, _ in found})
+    if not gone:
+        return ""
+    return f"{gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} of {found[0][1]}"
 
 
 def _share_of_time(rows: Sequence[Row]) -> str:
