@@ -395,3 +395,23 @@ def test_other_files_are_no_tables(tmp_path, text):
     path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=r"t\.json: expected a .*table"):
         latency_file.read_latency_table(path)
+
+
+@pytest.mark.parametrize(
+    ("round_to", "multiple"), [(None, 4), ("auto", 4), (1, 1), (2, 2)], ids=["", "auto", "1", "2"]
+)
+def test_widths_are_multiples_of_what_the_table_found_unless_others_are_said(round_to, multiple):
+    model = build("residual")
+    groups = tpvprune.find_groups(model, batches()[0][:1], verify=False)
+    table = table_of(groups, model, lambda i, o: i * o, step=4)
+    shapes = latency_file.shapes_digest(model)
+    table = replace(table, input_shape=tuple(batches()[0].shape[1:]), shapes=shapes)
+    limits = None if round_to is None else tpvprune.Limits(round_to=round_to)
+    result = tpvprune.prune(
+        model, batches(), keep=0.55, of="latency", latency_runtime=table, limits=limits,
+        granularity=("channel",), repair="none",
+    )  # fmt: skip
+    assert result.report["round_to"] == multiple
+    narrowed = [g for g in result.report["groups"] if g["kept"] < g["num_channels"] > multiple]
+    assert narrowed
+    assert all(g["kept"] % multiple == 0 for g in narrowed)

@@ -195,6 +195,7 @@ def test_widths_are_rounded_by_the_width_of_their_group(keep):
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 3))
     groups = find_groups(model, torch.randn(2, 3, 1, 1))
     limits = Limits(round_to="auto")
+    assert limits == Limits()
     assert {g.num_channels: limits.step(g) for g in groups} == steps
     kept = select_channels(groups, random_scores(groups), keep=keep, limits=limits)
     for group in groups:
