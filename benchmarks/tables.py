@@ -154,7 +154,10 @@ def _depth_line(row: Row) -> tuple[str, str, str, str]:
             row["hardware"].split("; ")[1].split(),
         )
         budget = f"{row['keep']} of ms: images {images}, threads {threads}"
-    return f"`{row['model']}`", budget, row["repair"], told.get("granularity", "channel")
+    granularity = told.get("granularity", "channel")
+    if "max_depth_removed" in told:
+        granularity += f", up to {float(told['max_depth_removed']):.0%}"
+    return f"`{row['model']}`", budget, row["repair"], granularity
 
 
 def _branches(rows: Sequence[Row]) -> str:
