@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tpvprune import evaluate, find_groups, prune
+from tpvprune import PruningResult, evaluate, find_groups, prune
 from tpvprune.cifar_resnet import CifarResNet
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 from tpvprune.diagnostics.measures import (
@@ -248,19 +248,19 @@ def mean_loss(model: nn.Module, labelled: Sequence[tuple[Tensor, Tensor]]) -> fl
     return total / sum(len(y) for _, y in labelled)
 
 
+def cut_to(keep: float, model: nn.Module, inputs: list[Tensor], seed: int = 0) -> PruningResult:
+    """Prune by TPV curves as for compensation, but change no weight."""
+    return prune(
+        model, inputs, keep=keep, limits=Limits(round_to=1), repair="none",
+        planned_repair="compensate", repair_factors=False, seed=seed,
+    )  # fmt: skip
+
+
 def after_pruning(
     model: nn.Module, inputs: list[Tensor], test: list[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     """Prune to ``KEEP`` of the MACs and measure the cut network, and the compensated one."""
-    cut = prune(
-        model,
-        inputs,
-        keep=KEEP,
-        limits=Limits(round_to=1),
-        repair="none",
-        planned_repair="compensate",
-        repair_factors=False,
-    )
+    cut = cut_to(KEEP, model, inputs)
     repaired = compensate_weights(cut.model, model, inputs, groups=cut.groups, kept=cut.kept)
     found = {}
     for name, network in (("cut", cut.model), ("compensated", repaired)):

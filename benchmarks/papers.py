@@ -29,15 +29,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from environment import write_environment
 from paper_claims import Claim, claims
-from paper_models import BATCH, CHAIN_CURVES, Images, Way, digits, folder, measured, trained
+from paper_models import (
+    BATCH,
+    CHAIN_CURVES,
+    Images,
+    Way,
+    cut_to,
+    digits,
+    folder,
+    measured,
+    trained,
+)
 from paper_prediction import section
 from paper_statistics import Row
 from titles import markdown
 from tqdm import tqdm
 
-from tpvprune import agreement, distill, keep_freed_memory, prune
+from tpvprune import agreement, distill, keep_freed_memory
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
-from tpvprune.widths.limits import Limits
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = "papers-models.csv"
@@ -201,16 +210,7 @@ def distilled(images: Images, seed: int) -> list[Row]:
     batches, test = list(x.split(BATCH)), list(images.test[0].split(BATCH))
     rows = []
     for keep in (0.8, 0.6, 0.4, 0.2):
-        small = prune(
-            dense,
-            batches,
-            keep=keep,
-            limits=Limits(round_to=1),
-            repair="none",
-            planned_repair="compensate",
-            repair_factors=False,
-            seed=seed,
-        ).model
+        small = cut_to(keep, dense, batches, seed).model
         watch = Trajectory(small, x[:2])
         student = distill(small, dense, batches, epochs=20, lr=0.02, watch=watch, seed=seed)
         rows.append(
