@@ -351,3 +351,11 @@ def test_scale_spans_the_scores_and_ignores_the_lowest_few():
     low, high = scale_of([1e-30, *(10.0 ** (k / 33) for k in range(100))])
     assert -0.5 < low < 0
     assert 3 < high < 3.5
+
+
+@pytest.mark.parametrize(
+    ("round_to", "told"), [("auto", "16 in wide groups to 1 in narrow ones"), (8, "8")]
+)
+def test_the_multiples_of_widths_are_told(round_to, told):
+    page = render(json.loads(json.dumps(full_data(), default=_as_list)) | {"round_to": round_to})
+    assert f"<dt>Widths in multiples of</dt><dd>{told}</dd>" in page

@@ -200,6 +200,8 @@ def making(data: Mapping[str, Any]) -> str:
     command = command_lines(data.get("command"))
     body = f"<pre>{cell(command)}</pre>" if command else ""
     settings = {head_of(key): data.get(key) for key in _SETTINGS}
+    if data.get("round_to") == "auto":
+        settings[head_of("round_to")] = "16 in wide groups to 1 in narrow ones"
     used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
     timings = {k: f"{significant(v)}\u202fs" for k, v in (data.get("timings") or {}).items() if v}
     lists = (
