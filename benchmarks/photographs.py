@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from environment import processor, write_environment
+from photograph_tables import photographs_table
 from rows import append
-from tables import photographs_table
 from torch import Tensor, nn
 
 from tpvprune import keep_freed_memory, prune

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tpvprune.benchmark.rows import Summary
+
 NAMES = {
     "magnitude": "magnitude, L2",
     "magnitude_l1": "magnitude, L1",
@@ -28,3 +30,10 @@ NAMES = {
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def criterion_of(s: Summary) -> str:
+    """Return what the criterion and the ranking of some rows are called."""
+    if s.criterion == "tpv":
+        return "TPV, curves" if s.ranking == "curves" else "TPV, ranked"
+    return NAMES.get(s.criterion, s.criterion)

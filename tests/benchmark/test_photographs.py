@@ -187,7 +187,7 @@ def test_crops_are_told_from_paths(tool):
 
 @pytest.mark.long
 def test_tables_are_made_from_the_results(tool, root, tmp_path, monkeypatch, capsys):
-    tables = importlib.import_module("tables")
+    tables = importlib.import_module("photograph_tables")
     output = tmp_path / "photographs-test_resnet.csv"
     more = ("--criteria", "tpv", "magnitude", "--repair", "none", "bn", "--keep", "0.8", "0.6")
     assert tool.main(words(root, output, *more)) == 0
