@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,23 +26,15 @@ from typing import Any, NamedTuple
 
 import torch
 from environment import processor, write_environment
+from photograph_flags import input_size_of, options_of, parse, plan_of, settings_of, with_crop
 from photograph_tables import photographs_table
 from rows import append
 from torch import Tensor, nn
 
 from tpvprune import keep_freed_memory, prune
-from tpvprune.benchmark.plan import Plan, Series, Target, needs_labels
+from tpvprune.benchmark.plan import Series, Target, needs_labels
 from tpvprune.benchmark.rows import COLUMNS as COMMON
 from tpvprune.benchmark.rows import RANKINGS, Row, key_of, read_rows
-from tpvprune.cli.flag_groups import (
-    Parser,
-    add,
-    add_model,
-    add_preprocessing,
-    count,
-    count_or_auto,
-    fraction,
-)
 from tpvprune.groups import find_groups
 from tpvprune.images.loading import choose_images, in_memory
 from tpvprune.images.preprocessing import resolve_preprocessing
@@ -60,21 +51,14 @@ from tpvprune.repairs.reconstruction import reconstruct_blocks
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import STOCK, stock_prune
 from tpvprune.scores.criteria import with_labels
-from tpvprune.widths.limits import Limits
 from tpvprune.widths.ranking import Ranking
 
-UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
-LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")
 SETTINGS = ("weights", "calibration", "test_sets", "arguments")
 """Columns in which all rows of a file must agree."""
 COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "latency_kept", "branches_removed",
     "repair_used", "images_used", "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
-_USUAL = {
-    "granularity": "channel", "of": "macs", "latency_batch_size": 1, "max_depth_removed": 0.5,
-    "round_to": None,
-}  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -135,91 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"photographs.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments; wrong ones are a ValueError."""
-    parser = Parser(prog="photographs.py", description=__doc__.splitlines()[0])
-    add_model(parser, required=False)
-    images = parser.section("images")
-    images.add_argument("--calib-dir", metavar="D", help="folder or .tar, no labels needed")
-    images.add_argument(
-        "--calib-labels",
-        type=Path,
-        metavar="F",
-        help="file name, tab, class index a line: for the labelled criteria (class folders)",
-    )
-    images.add_argument(
-        "--test-dir", nargs="+", metavar="D[:CROP]", help="labelled sets, crop_pct of their own"
-    )
-    images.add_argument("--class-map", metavar="F", help="file: class name -> index")
-    images.add_argument(
-        "--num-test", type=count, metavar="N", help="of each set, the same for every seed (all)"
-    )
-    images.add_argument("--num-images", type=count, default=1000, metavar="N", help="(1000)")
-    images.add_argument("-b", "--batch-size", type=count, default=16, metavar="N", help="(16)")
-    add_preprocessing(parser)
-    how = parser.section("comparison")
-    how.add_argument(
-        "--criteria",
-        nargs="+",
-        metavar="NAME",
-        help=f"({', '.join(UNLABELED)}, with --calib-labels also {', '.join(LABELLED)})",
-    )
-    how.add_argument(
-        "--ranking",
-        nargs="+",
-        default=["curves", "per_cost"],
-        choices=list(RANKINGS),
-        help="(curves and per_cost; curves concern tpv alone)",
-    )
-    how.add_argument(
-        "--granularity",
-        choices=["channel", "branch", "channel,branch"],
-        default="channel",
-        help="of our criteria: what is removed (channel)",
-    )
-    how.add_argument(
-        "--of",
-        choices=["macs", "params", "latency"],
-        default="macs",
-        help="of our criteria: what --keep is a fraction of (macs)",
-    )
-    how.add_argument(
-        "--max-depth-removed",
-        type=fraction,
-        default=0.5,
-        metavar="X",
-        help="of our criteria: largest fraction of the branches that may go (0.5)",
-    )
-    how.add_argument(
-        "--latency-batch-size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="images of one call, where that is latency (1)",
-    )
-    how.add_argument(
-        "--round-to",
-        type=count_or_auto,
-        metavar="N",
-        help="of our criteria: multiples of widths, as of the command (1: any; of latency auto)",
-    )
-    how.add_argument("--keep", type=fraction, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
-    how.add_argument("--repair", nargs="+", default=["compensate"], metavar="NAME")
-    run_ = parser.section("run")
-    run_.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
-    run_.add_argument("--seeds", type=count, default=1, metavar="N", help="how many (1)")
-    run_.add_argument("--threads", type=count, default=os.cpu_count(), metavar="N", help="(all)")
-    run_.add_argument("--output", type=Path, metavar="F", help="CSV file (results/...)")
-    run_.add_argument("--summary", type=Path, nargs="+", metavar="F", help="print, run nothing")
-    add(parser, "--device")
-    args = parser.parse_args(argv)
-    if not args.summary:
-        for name in ("model", "calib_dir", "test_dir"):
-            if getattr(args, name) is None:
-                parser.error(f"--{name.replace('_', '-')} is required")
-    return args
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -293,46 +192,7 @@ def measured(
         raise ValueError(f"nothing could be measured: {next(iter(left_out.values()))}")
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """Return which rows the arguments ask for."""
-    standard = (*UNLABELED, *(LABELLED if args.calib_labels else ()))
-    return Plan(
-        model=args.model.partition(".")[0],
-        criteria=tuple(args.criteria or standard),
-        keeps=tuple(args.keep),
-        repairs=tuple(args.repair),
-        rankings=tuple(args.ranking),
-        seeds=tuple(range(args.seed, args.seed + args.seeds)),
-        num_images=args.num_images,
-    )
-
-
 # ---- what is measured, and on what ----------------------------------------------------------
-
-
-def settings_of(args: argparse.Namespace) -> Row:
-    """Return what decides the rows besides what they say themselves; of paths the last part."""
-    given = {
-        "size": _input_size(args) and "x".join(map(str, _input_size(args) or ())),
-        **{name: getattr(args, name) for name in ("mean", "std", "crop_pct", "interpolation")},
-        **{
-            name: getattr(args, name)
-            for name, usual in _USUAL.items()
-            if getattr(args, name) != usual
-        },
-        **dict(args.model_kwargs),
-    }
-    sets = [(Path(path).name, crop) for path, crop in map(_with_crop, args.test_dir)]
-    number = "" if args.num_test is None else f" ({args.num_test})"
-    pretrained = "pretrained" if args.pretrained else "random"
-    return {
-        "weights": Path(args.checkpoint).name if args.checkpoint else pretrained,
-        "calibration": Path(args.calib_dir).name,
-        "test_sets": "; ".join(
-            (name if crop is None else f"{name}:{crop:g}") + number for name, crop in sets
-        ),
-        "arguments": "; ".join(f"{k} {_listed(v)}" for k, v in given.items() if v is not None),
-    }
 
 
 def surroundings(args: argparse.Namespace) -> Row:
@@ -355,25 +215,6 @@ def _check_settings(rows: Sequence[Row], settings: Row) -> None:
                 )
 
 
-def _listed(value: Any) -> str:
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _input_size(args: argparse.Namespace) -> tuple[int, ...] | None:
-    if args.img_size is not None:
-        return 3, args.img_size, args.img_size
-    return None if args.input_size is None else tuple(args.input_size)
-
-
-def _with_crop(text: str) -> tuple[str, float | None]:
-    """Split PATH[:crop_pct]."""
-    path, _, crop = text.rpartition(":")
-    try:
-        return (path, float(crop)) if path else (text, None)
-    except ValueError:
-        return text, None
-
-
 def opened(args: argparse.Namespace) -> Subject:
     """Load the model and the test sets, and measure it on them."""
     model, _ = load_model(
@@ -381,12 +222,12 @@ def opened(args: argparse.Namespace) -> Subject:
         pretrained=args.pretrained,
         checkpoint=args.checkpoint,
         num_classes=args.num_classes,
-        input_size=_input_size(args),
+        input_size=input_size_of(args),
         model_kwargs=dict(args.model_kwargs),
     )
     model = model.to(args.device)
     tests = []
-    for path, crop in map(_with_crop, args.test_dir):
+    for path, crop in map(with_crop, args.test_dir):
         source = open_images(path, split="validation", class_map=args.class_map, labelled=True)
         batches = images(args, model, source, num=args.num_test, labelled=True, crop_pct=crop)
         outputs = model_outputs(model, batches)
@@ -395,17 +236,6 @@ def opened(args: argparse.Namespace) -> Subject:
         top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
     return Subject(model, tests, options=options_of(args))
-
-
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what our criteria are told besides: arguments of :func:`tpvprune.prune`."""
-    return {
-        "of": args.of,
-        "granularity": args.granularity.split(","),
-        "max_depth_removed": args.max_depth_removed,
-        "latency_batch_size": args.latency_batch_size,
-        "limits": Limits(round_to=args.round_to or ("auto" if args.of == "latency" else 1)),
-    }
 
 
 def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled: bool) -> list[Any]:
@@ -433,7 +263,7 @@ def images(
     """Return batches, held in memory where they fit; ``num`` of them, or all."""
     how = resolve_preprocessing(
         model,
-        input_size=_input_size(args),
+        input_size=input_size_of(args),
         mean=args.mean,
         std=args.std,
         crop_pct=crop_pct or args.crop_pct,

@@ -114,7 +114,8 @@ def test_rows_of_other_settings_and_other_files_are_refused(tool, root, tmp_path
 def test_labels_come_from_a_file_and_only_for_those_who_ask(tool, root, tmp_path, capsys):
     labels = ("--calib-labels", root / "labels.tsv")
     args = tool.parse(words(root, tmp_path / "rows.csv", *labels))
-    assert set(tool.plan_of(args).criteria) == {*tool.UNLABELED, *tool.LABELLED}
+    flags = importlib.import_module("photograph_flags")
+    assert set(tool.plan_of(args).criteria) == {*flags.UNLABELED, *flags.LABELLED}
     subject = tool.opened(args)
     pairs = tool.calibration(args, subject.model, 0, labelled=True)
     plain = tool.calibration(args, subject.model, 0, labelled=False)
@@ -180,9 +181,9 @@ def test_some_of_the_test_images_are_the_same_for_every_seed(tool, root, tmp_pat
 
 
 def test_crops_are_told_from_paths(tool):
-    assert tool._with_crop("a/b.tar:0.987") == ("a/b.tar", 0.987)
-    assert tool._with_crop("a/b.tar") == ("a/b.tar", None)
-    assert tool._with_crop("C:/photos") == ("C:/photos", None)
+    assert tool.with_crop("a/b.tar:0.987") == ("a/b.tar", 0.987)
+    assert tool.with_crop("a/b.tar") == ("a/b.tar", None)
+    assert tool.with_crop("C:/photos") == ("C:/photos", None)
 
 
 @pytest.mark.long
