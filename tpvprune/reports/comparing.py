@@ -24,7 +24,7 @@ Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""
 
 _SETTINGS = (
-    "model", "weights", "keep", "of", "criterion", "allocation", "repair", "num_images",
+    "model", "weights", "keep", "of", "criterion", "allocation", "round_to", "repair", "num_images",
     "used_labels", "seed",
 )  # fmt: skip
 _STYLE = """
