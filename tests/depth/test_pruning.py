@@ -172,6 +172,22 @@ def test_the_budget_is_met_and_the_model_saved(granularity, of, tmp_path):
     torch.testing.assert_close(again(x[:2]), result.model(x[:2]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("most", [0.25, 0.5, 1.0])
+def test_a_limit_that_binds_is_told(most):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    x = torch.randn(16, 3, 160, 160)
+    result = prune(
+        model, [x], keep=0.3, granularity=("branch",), repair="none", max_depth_removed=most
+    )
+    branches = result.report["branches"]
+    gone = sum(branch["gone"] for branch in branches)
+    assert gone == int(most * len(branches)) or result.reached
+    told = [line for line in result.warnings if line.startswith("max_depth_removed: ")]
+    assert len(told) == (0 < gone == int(most * len(branches)) < len(branches))
+    assert all(f" {gone} of {len(branches)} branches went" in line for line in told)
+
+
 @pytest.mark.long
 def test_pruned_again(tmp_path):
     model = timm.create_model("test_vit", num_classes=5).eval()

@@ -108,6 +108,12 @@ class _Branches:
         """Return the run without some branches, its groups verified."""
         with self.given.clock("groups"):
             found = self.without(gone, verify=True)
+        may, of = int(self.given.told.max_depth_removed * len(self.branches)), len(self.branches)
+        if 0 < len(gone) == may < of:
+            self.given.notes.append(
+                f"max_depth_removed: {may} of {of} branches went, as many as may: where more may, "
+                "what is left may be closer to the dense model"
+            )
         limits = found.limits if by_channel else replace(found.limits, max_removed=0.0)
         return replace(found, limits=limits)
 
