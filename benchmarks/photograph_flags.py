@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ _USUAL = {
     "granularity": "channel", "of": "macs", "latency_batch_size": 1, "max_depth_removed": 0.5,
     "round_to": None,
 }  # fmt: skip
+_NOT_OF_RANKINGS = ("granularity", "max_depth_removed")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,6 +105,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run_.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
     run_.add_argument("--seeds", type=count, default=1, metavar="N", help="how many (1)")
     run_.add_argument("--threads", type=count, default=os.cpu_count(), metavar="N", help="(all)")
+    run_.add_argument(
+        "--rankings",
+        type=Path,
+        metavar="D",
+        help="folder for our rankings: other budgets and granularities of a seed need no new one",
+    )
     run_.add_argument("--output", type=Path, metavar="F", help="CSV file (results/...)")
     run_.add_argument("--summary", type=Path, nargs="+", metavar="F", help="print, run nothing")
     add(parser, "--device")
@@ -151,6 +159,17 @@ def settings_of(args: argparse.Namespace) -> Row:
         ),
         "arguments": "; ".join(f"{k} {_listed(v)}" for k, v in given.items() if v is not None),
     }
+
+
+def ranking_file(args: argparse.Namespace, *parts: object) -> Path | None:
+    """Return where a ranking is kept, if it is: ``parts`` and flags tell it from all others."""
+    if args.rankings is None:
+        return None
+    shared = argparse.Namespace(**vars(args) | {name: _USUAL[name] for name in _NOT_OF_RANKINGS})
+    facts = args.model, args.num_images, args.batch_size, settings_of(shared), *parts
+    return (
+        Path(args.rankings) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
+    )
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,16 +17,24 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from environment import processor, write_environment
-from photograph_flags import input_size_of, options_of, parse, plan_of, settings_of, with_crop
+from photograph_flags import (
+    input_size_of,
+    options_of,
+    parse,
+    plan_of,
+    ranking_file,
+    settings_of,
+    with_crop,
+)
 from photograph_tables import photographs_table
 from rows import append
 from torch import Tensor, nn
@@ -82,6 +90,7 @@ class Subject:
     tests: list[TestSet]
     rankings: dict[Any, Ranking] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    kept_at: Callable[..., Path | None] = lambda *_: None
 
     @cached_property
     def dense_variance(self) -> float:
@@ -235,7 +244,7 @@ def opened(args: argparse.Namespace) -> Subject:
         classes = torch.cat([next(iter(found.values())) for found in outputs]).argmax(1).cpu()
         top1 = (classes == labels).double().mean().item()
         tests.append(TestSet(Path(path).stem, batches, outputs, top1))
-    return Subject(model, tests, options=options_of(args))
+    return Subject(model, tests, options=options_of(args), kept_at=partial(ranking_file, args))
 
 
 def calibration(args: argparse.Namespace, model: nn.Module, seed: int, labelled: bool) -> list[Any]:
@@ -372,6 +381,9 @@ def _ours(
 ) -> Cut:
     """Prune by one of our scorers."""
     key = series, stand_in(repair)
+    file = subject.kept_at(*key)
+    if file is not None and file.exists() and key not in subject.rankings:
+        subject.rankings[key] = Ranking.load(file)
     allocation: Any = RANKINGS[series.ranking]
     result = prune(
         subject.model,
@@ -385,6 +397,9 @@ def _ours(
         **subject.options,
     )
     subject.rankings[key] = result.ranking
+    if file is not None and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result.ranking.save(file)
     report = result.report
     fit, held = report.get("num_images", ""), report.get("num_held_back", "")
     used = report.get("images_used") or {"fit": fit, "held back": held}

@@ -226,3 +226,23 @@ def test_a_budget_of_milliseconds_says_what_share_of_them_and_which_branches(too
     tool.main(words(root, tmp_path / "macs.csv", *more[:6]))
     (row,) = read_rows(tmp_path / "macs.csv")
     assert (row["latency_kept"], row["branches_removed"]) == ("", "")
+
+
+def test_a_ranking_that_is_kept_serves_another_granularity(tool, root, tmp_path, monkeypatch):
+    more = ["--criteria", "tpv", "--ranking", "curves", "--repair", "bn"]
+    shallow = [*more, "--granularity", "channel,branch"]
+    assert tool.main(words(root, tmp_path / "new.csv", *shallow)) == 0
+    kept = ["--rankings", str(tmp_path / "rankings")]
+    assert tool.main(words(root, tmp_path / "first.csv", *more, *kept)) == 0
+    assert len(list((tmp_path / "rankings").iterdir())) == 1
+
+    def no_ranking(*_):
+        raise AssertionError("ranked again")
+
+    monkeypatch.setattr("tpvprune.widths.ranking.RankBy.ranked", no_ranking)
+    assert tool.main(words(root, tmp_path / "second.csv", *shallow, *kept)) == 0
+    (found,), (expected,) = map(read_rows, (tmp_path / "second.csv", tmp_path / "new.csv"))
+    for name in ("macs_kept", "top1", "agreement", "variance_ratio", "branches_removed"):
+        assert found[name] == expected[name]
+    with pytest.raises(AssertionError, match="ranked again"):
+        tool.main(words(root, tmp_path / "third.csv", *shallow, *kept, "--seed", "1"))
