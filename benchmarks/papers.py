@@ -232,12 +232,12 @@ def distilled(images: Images, seed: int) -> list[Row]:
 
 def page(table: str, rows: Sequence[Row], args: argparse.Namespace) -> str:
     """Return the page of the claims."""
-    names = " and ".join(dict.fromkeys(row["images"] for row in rows))
+    names = "; ".join(dict.fromkeys(row["images"] for row in rows))
     own = " --data-dir … --test-dir …" if args.data_dir else ""
     own += f" --resnet {args.resnet}" if args.resnet != "resnet8" else ""
     return (
         "# Five papers' claims, tried here\n\n"
-        f"{len(rows)} small networks on {names}, seeds: {args.seeds}, one thread; "
+        f"{len(rows)} small networks on {names}; seeds: {args.seeds}, one thread; "
         "every number by\n\n"
         f"    python benchmarks/papers.py --seeds {args.seeds}{own} --docs docs/claims.md\n\n"
         "which also writes one row per network to `benchmarks/results/papers-models.csv`. In "
