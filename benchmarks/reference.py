@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 Entry = dict[str, Any]
@@ -113,6 +114,8 @@ def measured(entry: Mapping[str, Any], words: Sequence[str]) -> Figures:
         benchmark = importlib.import_module(script.removesuffix(".py"))
         into = Path(folder) if benchmark.__name__ == "paper_pruning" else output
         more = ["--work", folder] if benchmark.__name__ == "own_task" else []
+        # As many as whoever runs this has set: tests run side by side on one thread each.
+        more += ["--threads", str(torch.get_num_threads())]
         status = benchmark.main([*rest, *more, "--output", str(into)])
         if status:
             raise RuntimeError(f"{entry['name']}: expected exit code 0, found {status}")
