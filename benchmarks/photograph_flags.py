@@ -25,7 +25,7 @@ from tpvprune.widths.limits import Limits
 UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")
 LABELLED = ("taylor", "taylor_torch_pruning", "tp:taylor")
 _USUAL = {
-    "granularity": "channel", "of": "macs", "latency_batch_size": 1, "max_depth_removed": 0.5,
+    "granularity": "channel", "of": "macs", "latency_batch_size": 1, "max_depth_removed": 1.0,
     "round_to": None,
 }  # fmt: skip
 _NOT_OF_RANKINGS = ("granularity", "max_depth_removed")
@@ -82,9 +82,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--max-depth-removed",
         type=fraction,
-        default=0.5,
+        default=1.0,
         metavar="X",
-        help="of our criteria: largest fraction of the branches that may go (0.5)",
+        help="of our criteria: largest fraction of the branches that may go (1)",
     )
     how.add_argument(
         "--latency-batch-size",

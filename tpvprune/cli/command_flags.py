@@ -98,8 +98,8 @@ def _add_prune(sub: Parser) -> None:
         type=fraction, default=1.0,
     )  # fmt: skip
     flag(
-        how, "--max-depth-removed", "X", type=fraction, default=0.5,
-        text="where branches may go, the largest fraction of them that may (0.5)",
+        how, "--max-depth-removed", "X", type=fraction, default=1.0,
+        text="where branches may go, the largest fraction of them that may (1)",
     )  # fmt: skip
     add(sub, "--grad-checkpointing", "--ignore")
     add_training(sub, "training (with --repair distill)")

@@ -22,6 +22,7 @@ from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_fa
 from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
 from tpvprune.depth import find_branches
+from tpvprune.depth.choice import most_gone
 from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.budget import Budget, cost
@@ -138,7 +139,7 @@ def _branches(
     if "branch" not in may_go:
         return {}
     found = find_branches(subject.model, subject.example)
-    num = int(args.max_depth_removed * len(found))
+    num = most_gone(args.max_depth_removed, found)
     say(f"branches: {len(found)}, of which {num} may go")
     smallest: dict[str, float] = {}
     kinds: tuple[Budget, Budget] = ("macs", "params")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,22 +25,36 @@ def branch_order(
     savings: Mapping[str, float],
     *,
     most: int,
+    enough: float = float("inf"),
     **options: Any,
 ) -> tuple[list[Branch], dict[str, float]]:
     """Rank branches by what the outputs lose with them for each unit of cost, anew on the way.
 
-    ``savings``: name of the branch -> what its removal saves. Returns those that may go, the first
-    to go first; and the scores of all in the whole network.
+    ``savings``: name of the branch -> what its removal saves. ``enough``: what is to be saved.
+    Returns those that may go, the first to go first: as many as save enough, but not more than
+    ``most``; and the scores of all in the whole network.
     """
     order: list[Branch] = []
     first: dict[str, float] = {}
-    while len(order) < most:
+    for rounds in range(_ROUNDS, 0, -1):
+        if len(order) == most:
+            break
         left = [b for b in branches if b not in order]
         scores = branch_scores(model, left, inputs, gone=order, **options)
         first = first or scores
         left.sort(key=lambda b: scores[b.name] / max(savings[b.name], 1e-12))
-        order += left[: min(most - len(order), -(-most // _ROUNDS))]
+        saved = itertools.accumulate((savings[b.name] for b in (*order, *left)), initial=0.0)
+        needed = sum(s < enough * (1 - 1e-9) for s in saved) - len(order)
+        left = left[: min(needed, most - len(order))]
+        order += left[: -(-len(left) // rounds)]
+        if len(left) <= 1:
+            break  # nothing to rank
     return order, first
+
+
+def most_gone(share: float, branches: Sequence[Branch]) -> int:
+    """Return how many branches are at most a share of them, in [0, 1]."""
+    return int(share * len(branches) + 1e-9)  # 0.57 * 100 is 56.99...
 
 
 def most_trials(most: int) -> int:

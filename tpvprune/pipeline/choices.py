@@ -46,7 +46,7 @@ class Choices:
     allocation: Allocation | None = None
     limits: Limits | None = None
     granularity: Sequence[Granularity] | None = None
-    max_depth_removed: float = 0.5
+    max_depth_removed: float = 1.0
     ranking: Ranking | None = None
     planned_repair: Repair | None = None
     repair_factors: bool | None = None

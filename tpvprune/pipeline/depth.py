@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.depth import Branch, Removal, find_branches, remove_branches
-from tpvprune.depth.choice import Damage, best_depth, branch_order, most_trials
+from tpvprune.depth.choice import Damage, best_depth, branch_order, most_gone, most_trials
 from tpvprune.depth.savings import branch_savings, table_without
 from tpvprune.groups import ChannelGroups, Kept, find_groups, with_blocked
 from tpvprune.groups.budget import Budget, LatencyTable, cost
@@ -35,12 +35,10 @@ _SCORE_IMAGES = 128
 _NO_BRANCH = "no branch can go whole: channels alone were pruned"
 
 
-def shallower(
-    given: Setup, ranking: Ranking, keep: float, *, by_channel: bool, most: float
-) -> Setup:
+def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) -> Setup:
     """Return the run without the branches that are better gone.
 
-    ``most``: largest fraction that may go. ValueError if only branches may go, and none can.
+    ValueError if only branches may go, and none can.
     """
     clock = given.clock
     with clock("branches"):
@@ -58,7 +56,9 @@ def shallower(
         )
         images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
         order, scores = branch_order(
-            given.dense, branches, images, saved, most=int(most * len(branches)),
+            given.dense, branches, images, saved,
+            most=most_gone(given.told.max_depth_removed, branches),
+            enough=(1 - keep) * given.dense_cost,
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
@@ -108,7 +108,7 @@ class _Branches:
         """Return the run without some branches, its groups verified."""
         with self.given.clock("groups"):
             found = self.without(gone, verify=True)
-        may, of = int(self.given.told.max_depth_removed * len(self.branches)), len(self.branches)
+        of, may = len(self.branches), most_gone(self.given.told.max_depth_removed, self.branches)
         if 0 < len(gone) == may < of:
             self.given.notes.append(
                 f"max_depth_removed: {may} of {of} branches went, as many as may: where more may, "

@@ -138,8 +138,8 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
 def pruned(model: nn.Module, given: Setup) -> PruningResult:
     """Prune a model by what was looked up of it; see :func:`prune`."""
     whole, told = given, given.told
-    ranking, keep, most = told.ranking, told.keep, told.max_depth_removed
-    how = (sorted(told.leaves), most, keep, told.repair, told.steps)
+    ranking, keep = told.ranking, told.keep
+    how = (sorted(told.leaves), told.max_depth_removed, keep, told.repair, told.steps)
     record = Record.of(told.state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in told.leaves:
         ranking = None if record.facts() else whole.ranked(ranking)
@@ -147,7 +147,7 @@ def pruned(model: nn.Module, given: Setup) -> PruningResult:
         if ranking is None:
             given = chosen_before(whole, record.facts()["depth"], by_channel=by_channel)
         else:
-            given = shallower(whole, ranking, keep, by_channel=by_channel, most=most)
+            given = shallower(whole, ranking, keep, by_channel=by_channel)
     groups, clock = given.groups, given.clock
     run = Run(given)
     choice = given.depth.choice if given.depth else None
