@@ -32,6 +32,7 @@ from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
+_CLOCK_SPREAD = 1.25  # between what branches seem to save and what they save, timed twice
 _NO_BRANCH = "no branch can go whole: channels alone were pruned"
 
 
@@ -58,7 +59,7 @@ def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) 
         order, scores = branch_order(
             given.dense, branches, images, saved,
             most=most_gone(given.told.max_depth_removed, branches),
-            enough=(1 - keep) * given.dense_cost,
+            enough=(1 - keep) * given.dense_cost * _more_than_enough(given.budget),
             seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
@@ -138,6 +139,10 @@ class _Branches:
         return replace(
             given, start=network, aligned=aligned, groups=groups, budget=budget, depth=depth
         )
+
+
+def _more_than_enough(budget: Budget) -> float:
+    return _CLOCK_SPREAD if isinstance(budget, LatencyTable) else 1.0
 
 
 def _narrowed(
