@@ -195,7 +195,9 @@ def test_trials_are_counted(timed):
     seen = []
     in_milliseconds(build("residual"), progress=lambda *told: seen.append(told))
     trials = [(done, total) for stage, done, total in seen if stage == "trials of depth"]
-    assert trials == [(0, 2), (1, 2), (1, 2), (2, 2)]
+    num = len(trials) // 2
+    assert num >= 2
+    assert trials == [(done, num) for trial in range(num) for done in (trial, trial + 1)]
 
 
 class Wide(nn.Module):
