@@ -6,9 +6,11 @@ import argparse
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tpvprune
 from tpvprune.benchmark.plan import Plan
 from tpvprune.benchmark.rows import RANKINGS, Row
 from tpvprune.cli.flag_groups import (
@@ -162,14 +164,26 @@ def settings_of(args: argparse.Namespace) -> Row:
 
 
 def ranking_file(args: argparse.Namespace, *parts: object) -> Path | None:
-    """Return where a ranking is kept, if it is: ``parts`` and flags tell it from all others."""
+    """Return where a ranking is kept, if it is.
+
+    ``parts``, flags and the code that ranks tell it from all others.
+    """
     if args.rankings is None:
         return None
     shared = argparse.Namespace(**vars(args) | {name: _USUAL[name] for name in _NOT_OF_RANKINGS})
-    facts = args.model, args.num_images, args.batch_size, settings_of(shared), *parts
+    facts = args.model, args.num_images, args.batch_size, settings_of(shared), _code(), *parts
     return (
         Path(args.rankings) / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
     )
+
+
+@cache
+def _code() -> str:
+    """Return a digest of all modules of tpvprune."""
+    folder = Path(tpvprune.__file__).parent
+    return hashlib.sha256(
+        b"".join(p.read_bytes() for p in sorted(folder.rglob("*.py")))
+    ).hexdigest()
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -246,3 +246,6 @@ def test_a_ranking_that_is_kept_serves_another_granularity(tool, root, tmp_path,
         assert found[name] == expected[name]
     with pytest.raises(AssertionError, match="ranked again"):
         tool.main(words(root, tmp_path / "third.csv", *shallow, *kept, "--seed", "1"))
+    monkeypatch.setattr("photograph_flags._code", lambda: "of another version")
+    with pytest.raises(AssertionError, match="ranked again"):
+        tool.main(words(root, tmp_path / "fourth.csv", *shallow, *kept))
