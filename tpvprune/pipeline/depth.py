@@ -55,12 +55,13 @@ def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) 
         saved = by_first(
             branch_savings, given.dense, given.groups, branches, given.budget, given.batch
         )
+        by_clock = isinstance(given.budget, LatencyTable)
+        enough = (1 - keep) * given.dense_cost * (_CLOCK_SPREAD if by_clock else 1.0)
         images = torch.cat(given.fit)[:_SCORE_IMAGES].split(len(given.fit[0]))
         order, scores = branch_order(
             given.dense, branches, images, saved,
             most=most_gone(given.told.max_depth_removed, branches),
-            enough=(1 - keep) * given.dense_cost * _more_than_enough(given.budget),
-            seed=given.by.probing.seed, outputs=given.outputs,
+            enough=enough, seed=given.by.probing.seed, outputs=given.outputs,
             compensated=given.by.stand_in == "map",
         )  # fmt: skip
         least, most_images = _TRIAL_IMAGES
@@ -139,10 +140,6 @@ class _Branches:
         return replace(
             given, start=network, aligned=aligned, groups=groups, budget=budget, depth=depth
         )
-
-
-def _more_than_enough(budget: Budget) -> float:
-    return _CLOCK_SPREAD if isinstance(budget, LatencyTable) else 1.0
 
 
 def _narrowed(
