@@ -445,6 +445,20 @@ class TestOtherCommands:
         assert json.loads(out)["agreement"] is None
         assert "only costs were measured" in err
 
+    @pytest.mark.parametrize(("dense_ms", "said"), [(3.0, ""), (2.0, "no faster on this device")])
+    def test_evaluate_says_if_nothing_became_faster(self, run, plain, monkeypatch, dense_ms, said):
+        def timed(args, subject, models):
+            times = (2.5, dense_ms)  # of the pruned model, and of the dense one
+            return [{"latency_ms": t, "latency_range_ms": [t - 0.2, t + 0.2]} for t in times]
+
+        monkeypatch.setattr("tpvprune.cli.session_results._timed", timed)
+        argv = ["evaluate", plain[0], "--data-dir", "flat", "--dense", "weights.pt", "--json"]
+        _, out, err = run(*argv)
+        warnings = json.loads(out)["warnings"]
+        assert len(warnings) == bool(said)
+        assert all(said in line for line in warnings)
+        assert (f"warning: {said}" in err) == bool(said)
+
     @pytest.mark.parametrize(("folder", "is_same"), [("flat", True), ("classes", False)])
     def test_evaluate_says_if_images_are_those_of_the_pruning(self, run, plain, folder, is_same):
         argv = ["evaluate", plain[0], "--data-dir", folder, "--latency-repeats", "0"]

@@ -37,6 +37,7 @@ from tpvprune.cli.session_results import (
     group_facts,
     image_facts,
     measured,
+    said_of_speed,
     smallest_facts,
     write_json,
 )
@@ -172,6 +173,10 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         "dense": sides[1] if dense is not None else None,
         "images": image_facts(images, batches),
     }
+    if dense is not None:
+        told = {} if subject.folder is None else read_report(subject.folder)
+        slow = said_of_speed(sides[1], sides[0], of=str(told.get("of", "macs")))
+        document["warnings"] = slow
     show_evaluated(document)
     if document["top1"] is not None or document["agreement"] is not None:
         _say_images(subject, document["images"])

@@ -292,6 +292,8 @@ def trained_line(training: Mapping[str, Any]) -> None:
 def show_evaluated(document: Mapping[str, Any]) -> None:
     """Print the costs and the quality of one model, beside those of the dense one if known."""
     before_after(document["dense"], document)
+    for line in outcome.warnings(document):
+        say(line)
     if document["dense"] is None and document["top1"] is None:
         say(
             "only costs were measured: top-1 needs one subfolder per class of the model, "
