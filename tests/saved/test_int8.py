@@ -188,12 +188,19 @@ def test_the_bits_chosen_are_close_on_any_processor(tmp_path):
 def test_dense_and_pruned_are_compared_with_dense_and_batches_may_be_free(tmp_path, untouched):
     dense, shown = model_of(), images(24)
     pruned = tpvprune.prune(dense, [shown], keep=0.7).model
-    file = tmp_path / "x.onnx"
+    file, seen = tmp_path / "x.onnx", []
     with untouched(pruned), untouched(dense):
         found = export_int8(
             pruned, [shown], file, dense=dense, dynamic_batch=True, ranges=["min-max"],
-            latency_repeats=0,
+            latency_repeats=0, progress=lambda *told: seen.append(told),
         )  # fmt: skip
+    assert [*dict.fromkeys(stage for stage, *_ in seen)] == [
+        "dense export", "dense int8 files", "export", "int8 files", "measurement"
+    ]  # fmt: skip
+    assert seen.count(("int8 files", 0, 4)) == 1
+    tries = [done for stage, done, _ in seen if stage == "int8 files"]
+    assert tries == sorted(tries)
+    assert tries[-1] <= 4
     assert list(found.runs) == ["dense float32", "dense int8", "float32", "int8"]
     measuring = torch.cat(int8._parts([shown], 1, 0)[2])
     assert found.runs["dense float32"].agreement == 1

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tpvprune.cli.console import bar, counted, percent, running, say, table
+from tpvprune.cli.console import bar, counted, percent, running, say, stages, table
 from tpvprune.cli.first_checks import has_images
 from tpvprune.cli.flag_groups import check_unset
 from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
@@ -95,7 +95,7 @@ def _float(
 def _int8(
     args: argparse.Namespace, subject: Subject, batches: Any, file: Path, **how: Any
 ) -> dict[str, Any]:
-    with running("exporting, rounding and measuring"):
+    with stages() as progress:
         found = export_int8(
             subject.model,
             batches,
@@ -105,6 +105,7 @@ def _int8(
             batch_size=_batch_size(args),
             latency_repeats=args.latency_repeats,
             seed=args.seed,
+            progress=progress,
             **how,
         )
     _show_int8(found)

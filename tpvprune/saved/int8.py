@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from tpvprune.disk.atomic import written_file
 from tpvprune.passes.batches import unlabeled
+from tpvprune.passes.clock import Clock, Progress
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.saved.export import check_target, export_model
 from tpvprune.saved.quantization import (
@@ -105,6 +107,7 @@ def export_int8(
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Quantized:
     """Write a model as an ONNX file that computes in int8, and measure what that changes.
 
@@ -139,6 +142,7 @@ def export_int8(
         overwrite: Replace a file that is there.
         metadata: As of :func:`tpvprune.export_model`.
         seed: Which images calibrate, choose, and measure.
+        progress: Called with (stage, done, total).
 
     Returns:
         The file, what was tried, and float32 and int8 side by side.
@@ -156,23 +160,27 @@ def export_int8(
     calibration, choosing, measuring = _parts(batches, batch_size, seed)
     models = {"": model} if dense is None else {"dense ": dense, "": model}
     tried: dict[str, Tried] = {}
+    clock = Clock(progress)
     with tempfile.TemporaryDirectory() as temporary, written_file(file) as unfinished:
         folder, files = Path(temporary), dict[str, Path]()
         for name, network in models.items():
             whole = folder / f"{name}float32.onnx"
-            exported = export_model(
-                copy.deepcopy(network).float(),
-                calibration[0],
-                whole,
-                dynamic_batch=dynamic_batch,
-                batches=calibration[:1],
-                metadata=metadata,
-            )
-            tried[name] = tried_files(whole, calibration, choosing, ranges, weight_bits)
+            with clock(f"{name}export"):
+                exported = export_model(
+                    copy.deepcopy(network).float(),
+                    calibration[0],
+                    whole,
+                    dynamic_batch=dynamic_batch,
+                    batches=calibration[:1],
+                    metadata=metadata,
+                )
+            step = partial(clock, f"{name}int8 files")
+            tried[name] = tried_files(whole, calibration, choosing, ranges, weight_bits, step=step)
             files |= {f"{name}float32": whole, f"{name}int8": tried[name].file}
         sessions = {name: OnnxModule(path) for name, path in files.items()}
-        runs = _measured(sessions, files, measuring, latency_repeats)
-        apart = difference(sessions["int8"], sessions["float32"], measuring)
+        with clock("measurement"):
+            runs = _measured(sessions, files, measuring, latency_repeats)
+            apart = difference(sessions["int8"], sessions["float32"], measuring)
         shutil.copyfile(files["int8"], unfinished)
     return Quantized(
         file=file,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,22 +85,27 @@ def tried_files(
     choosing: Sequence[Tensor],
     ranges: Sequence[str],
     weight_bits: Sequence[int],
+    *,
+    step: Callable[[int, int], AbstractContextManager[None]],
 ) -> Tried:
     """Quantize a float32 ONNX file in several ways, beside it in its folder.
 
     ``calibration``: inputs [B, ...] that ranges, and the shifts of biases, are measured on.
     ``choosing``: others, to compare the files with the float32 one on. ``weight_bits``: tried in
-    this order, until one differs by no more than 1 % of the outputs' variance.
+    this order, until one differs by no more than 1 % of the outputs' variance. ``step``: (number of
+    a file, of at most so many) -> what its making runs in.
     """
-    reference = OnnxModule(whole)
+    reference, numbers = OnnxModule(whole), itertools.count(1)
+    most = len(ranges) + 2 * len(weight_bits) - 1
     files: dict[tuple[str, WeightChoice], Path] = {}
 
     def apart(source: Path, name: str, choice: WeightChoice) -> Difference:
         corrected = "-corrected" if choice.biases_corrected else ""
         small = whole.with_name(f"{whole.stem}-{name}-{choice.bits}{corrected}.onnx")
-        _quantize(source, small, calibration, name, choice.bits)
-        files[name, choice] = small
-        return difference(OnnxModule(small), reference, choosing)
+        with step(next(numbers), most):
+            _quantize(source, small, calibration, name, choice.bits)
+            files[name, choice] = small
+            return difference(OnnxModule(small), reference, choosing)
 
     first = WeightChoice(weight_bits[0], biases_corrected=False)
     by_range = {name: apart(whole, name, first) for name in ranges}
