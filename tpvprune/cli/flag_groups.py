@@ -61,7 +61,7 @@ _ALIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "--seed": (
         "run", "seed of every random choice (0)", {"metavar": "N", "type": int, "default": 0},
     ),
-    "--json": ("run", "one JSON document on stdout (all else goes to stderr)", _YES),
+    "--json": ("run", "one JSON document on stdout", _YES),
 }  # fmt: skip
 
 
