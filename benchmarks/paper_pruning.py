@@ -59,6 +59,7 @@ KEY = ["model", "criterion", "repair", "ratio", "steps", "num_images", "num_test
 SETTINGS = KEY[3:-1]  # one file, one setting: what is left of them is compared
 COLUMNS = [*KEY, "step", "labels", "channels_kept", "macs_kept", "params_kept"]
 COLUMNS += ["top1", "dense_top1", "seconds"]
+LAST = torch.channels_last  # 2 times as fast where a layer keeps an odd number of channels
 CONFIDENCE = 0.9  # softmax of the images that JBR sees, as in the paper's code
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"paper-pruning-{args.model}.csv"
+    path = args.output / f"paper-pruning-{args.model}-{args.num_images}.csv"
     done = read(path, KEY)
     if problem := other_settings(args, path):
         print(problem, file=sys.stderr)
@@ -160,6 +161,7 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def measure(args: argparse.Namespace, missing: Sequence[dict[str, Any]], path: Path) -> None:
     """Measure runs and write the rows of each when it is done."""
     dense, _ = load_model(args.model, checkpoint=args.checkpoint)
+    dense = dense.to(memory_format=LAST)
     test = images(args, dense, args.test_dir, args.num_test, 0)
     dense_top1 = evaluate(dense, test).top1
     drawn: dict[int, Pairs] = {}
@@ -177,12 +179,12 @@ def measure(args: argparse.Namespace, missing: Sequence[dict[str, Any]], path: P
 def images(
     args: argparse.Namespace, model: nn.Module, folder: str, num: int | None, seed: int
 ) -> Pairs:
-    """Return labelled batches held in memory; ``num`` images, or all."""
+    """Return labelled batches held in memory, channels last; ``num`` images, or all."""
     chosen = choose_images(
         open_images(folder, labelled=True), resolve_preprocessing(model), num_images=num,
         seed=seed, batch_size=args.batch_size, workers=1, labelled=True,
     )  # fmt: skip
-    return list(in_memory(chosen))
+    return [(x.contiguous(memory_format=LAST), y) for x, y in in_memory(chosen)]
 
 
 def measured_run(
@@ -224,7 +226,7 @@ def steps_down(
         keep = wanted / _channels(groups)
         kept = ranking.choose(groups, keep=keep, of=CHANNELS, limits=Limits(round_to=1))
         left = alone + sum(int(mask.sum()) for mask in kept.values())
-        model = remove_channels(model, groups, kept)
+        model = remove_channels(model, groups, kept).to(memory_format=LAST)
         measured = step % every == 0 or step == steps
         # A ranking without images does not depend on the statistics in between.
         if key["repair"] == "bn" and (measured or key["criterion"] not in NO_IMAGES):

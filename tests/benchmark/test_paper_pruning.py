@@ -138,7 +138,7 @@ def test_a_run_writes_rows_a_table_and_a_chart_and_goes_on(tool, tmp_path, monke
     ]  # fmt: skip
     words = [str(word) for word in given]
     assert tool.main([*words, "--repeats", "1"]) == 0
-    path = tmp_path / "paper-pruning-test_resnet.csv"
+    path = tmp_path / "paper-pruning-test_resnet-12.csv"
     first = path.read_text()
     assert len(first.splitlines()) == 1 + 2 * 2
     assert tool.main([*words, "--repeats", "2"]) == 0

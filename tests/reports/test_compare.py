@@ -52,6 +52,7 @@ def test_figures_are_fractions_of_the_dense_model():
     assert figures_of(report()) == {
         "macs": 0.5, "params": 0.25, "latency": 0.75, "top1": 0.85,
         "top1_change": pytest.approx(-0.05), "agreement": 0.93, "nonzero_params": None,
+        "variance": None,
     }  # fmt: skip
     assert set(figures_of({}).values()) == {None}
 
@@ -75,6 +76,29 @@ def test_broken_runs_are_named(folders, tmp_path, capsys):
     assert main(["compare", *folders[:2], "--output", str(tmp_path / "page.html")]) == 0
     assert "BROKEN, by the images held back: first\n" in capsys.readouterr().err
     assert "held back: first.</p>" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_runs_without_branches_say_which_went(folders, tmp_path, capsys):
+    branches = [{"name": name, "score": 1.0, "gone": name != "layer1.0"} for name in
+                ("layer1.0", "layer1.1", "layer2.1<b>")]  # fmt: skip
+    held = {"num_images": 128, "variance_share": 0.0725}
+    deep = report(branches=branches, granularity="channel,branch", held_back=held)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "report.json").write_text(json.dumps(deep))
+    page = tmp_path / "page.html"
+    assert main(["compare", folders[0], str(tmp_path / "deep"), "--output", str(page)]) == 0
+    assert "branches removed: 2 of 3 (deep)\n" in capsys.readouterr().err
+    text = page.read_text("utf-8")
+    rows = dict(re.findall(r'<tr><th><span class="name">(layer[^/]+)</span></th>(.*?)</tr>', text))
+    assert rows == {
+        "layer1.1": "<td></td><td>gone</td>", "layer2.1&lt;b&gt;": "<td></td><td>gone</td>"
+    }  # fmt: skip
+    assert "What may leave" in text
+    assert "channel,branch" in text
+    # Of one run alone it is known, and of images of its own: no best of it.
+    assert 'data-label="Output variance">7.25' in text
+    assert main(["compare", *folders]) == 0
+    assert "branches" not in capsys.readouterr().err
 
 
 def test_runs_with_zeroed_weights_have_a_column_more(folders, tmp_path, capsys):

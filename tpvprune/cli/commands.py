@@ -173,20 +173,19 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         "dense": sides[1] if dense is not None else None,
         "images": image_facts(images, batches),
     }
+    told = {} if subject.folder is None else read_report(subject.folder)
     if dense is not None:
-        told = {} if subject.folder is None else read_report(subject.folder)
         slow = said_of_speed(sides[1], sides[0], of=str(told.get("of", "macs")))
         document["warnings"] = slow
     show_evaluated(document)
     if document["top1"] is not None or document["agreement"] is not None:
-        _say_images(subject, document["images"])
+        _say_images(document["images"], told.get("images") or {})
     return 0, document
 
 
-def _say_images(subject: Subject, images: Mapping[str, Any]) -> None:
+def _say_images(images: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
     """Say on how many images a model was measured, and if it may have been fitted to some."""
     say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
-    fitted = read_report(subject.folder).get("images", {}) if subject.folder is not None else {}
     if Path(str(fitted.get("source"))).name == Path(images["source"]).name:
         say(
             f"note: it was pruned with {counted(fitted['num_images'], 'image')} of a set of that "

@@ -13,6 +13,7 @@ from tpvprune.cli.session import Outcome
 from tpvprune.disk.atomic import write_text
 from tpvprune.reports.comparing import (
     Run,
+    branches_gone,
     broken_runs,
     figures_of,
     figures_of_all,
@@ -93,6 +94,9 @@ def show_runs(runs: Sequence[Run]) -> None:
     table([(name, *row) for name, row in zip(names, cells, strict=True)])
     if broken := broken_runs(runs):
         say(f"BROKEN, by the images held back: {', '.join(broken)}", indent="  ")
+    if gone := branches_gone(runs):
+        counts = (f"{len(left)} of {could} ({name})" for name, (left, could) in gone.items())
+        say(f"branches removed: {', '.join(counts)}", indent="  ")
     models = {str(report.get("model")) for _, report in runs}
     own = "each run's own dense model" if len(models) > 1 else "the dense model"
     non_zero = ", non-zero parameters" if "nonzero_params" in shown else ""

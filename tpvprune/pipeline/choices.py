@@ -84,6 +84,11 @@ class Choices:
         """What may leave."""
         return leaving(self.granularity, self.of)
 
+    @property
+    def named_leaves(self) -> str:
+        """What may leave, as ``--granularity`` names it."""
+        return ",".join(name for name in get_args(Granularity) if name in self.leaves)
+
     def _check_latency(self) -> None:
         size, threads, runtime = self.latency_batch_size, self.latency_threads, self.latency_runtime
         if size < 1 or (threads is not None and threads < 1):

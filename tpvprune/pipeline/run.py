@@ -206,6 +206,7 @@ def report_of(
         "criterion": given.by.name,
         "used_labels": rounds.ranking.scores.used_labels,
         "allocation": given.by.how,
+        "granularity": told.named_leaves,
         "round_to": given.limits.round_to,
         "num_images": num_fit,
         "num_held_back": int(total(sum(map(len, given.held)))),

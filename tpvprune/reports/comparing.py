@@ -8,7 +8,7 @@ from typing import Any
 from tpvprune.reports.charts import Curve, curve_chart
 from tpvprune.reports.page import dots, page, section, table, table_row
 from tpvprune.reports.style import hues
-from tpvprune.reports.tables import both, command_lines, share_of
+from tpvprune.reports.tables import both, branches_of, command_lines, share_of
 from tpvprune.reports.text import (
     cell,
     cost_labels,
@@ -24,8 +24,8 @@ Run = tuple[str, Mapping[str, Any]]
 """The name of a run and its ``report.json``."""
 
 _SETTINGS = (
-    "model", "weights", "keep", "of", "criterion", "allocation", "round_to", "repair", "num_images",
-    "used_labels", "seed",
+    "model", "weights", "keep", "of", "granularity", "criterion", "allocation", "round_to",
+    "repair", "num_images", "used_labels", "seed",
 )  # fmt: skip
 _STYLE = """
 header { margin-bottom: 3rem; }
@@ -73,6 +73,7 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
         "top1": top1,
         "top1_change": None if top1 is None or before is None else top1 - before,
         "agreement": pruned.get("agreement"),
+        "variance": (report.get("held_back") or {}).get("variance_share"),
     }
 
 
@@ -96,7 +97,15 @@ def render_comparison(runs: Sequence[Run]) -> str:
         else "Costs are fractions of the dense model."
     )
     head = f'<header><h1>{cell(title)}</h1><p class="lead">{lead}</p></header>'
-    parts = [head, _numbers(runs), _chart(runs), _settings(runs), _widths(runs), _commands(runs)]
+    parts = [
+        head,
+        _numbers(runs),
+        _chart(runs),
+        _settings(runs),
+        _branches(runs),
+        _widths(runs),
+        _commands(runs),
+    ]
     return page(title, parts, style=_STYLE + hues(len(runs)))
 
 
@@ -108,7 +117,13 @@ def measured_on(report: Mapping[str, Any]) -> dict[str, str | None]:
     if pruned.get("num_images"):
         labelled = f"{int(pruned['num_images'])} labelled images"
     top1 = None if pruned.get("top1") is None else labelled
-    return {"top1": top1, "top1_change": top1, "agreement": agreed}
+    held = (report.get("held_back") or {}).get("num_images")
+    return {
+        "top1": top1,
+        "top1_change": top1,
+        "agreement": agreed,
+        "variance": f"{int(held)} held-back images" if held else None,
+    }
 
 
 def broken_runs(runs: Sequence[Run]) -> list[str]:
@@ -126,6 +141,7 @@ def _numbers(runs: Sequence[Run]) -> str:
         ("top1", "Top-1", lambda x: percent(x, 2), True),
         ("top1_change", "Change", lambda x: minus(f"{100 * x:+.2f}"), True),
         ("agreement", "Agreement", lambda x: percent(x, 2), True),
+        ("variance", "Output variance", lambda x: percent(x, 2), False),
     )
     found = figures_of_all(runs)
     images = [measured_on(report) for _, report in runs]
@@ -146,6 +162,10 @@ def _numbers(runs: Sequence[Run]) -> str:
         about += (
             f", but not of {cell(' and '.join(unlike).lower())}: it was not measured on equally "
             "many images of the same kind, or that is not known"
+        )
+    if any(key == "variance" for key, *_ in shown):
+        about += (
+            ". Output variance: E\u2016\u0394f\u2016\u00b2 as a share of the dense model\u2019s own"
         )
     if broken := broken_runs(runs):
         about += f".</p><p>Broken, by the images held back: {cell(', '.join(broken))}"
@@ -170,7 +190,7 @@ def _counted(on: str) -> str:
 
 def _best(key: str, found: Sequence[Any], images: Sequence[Any], *, more: bool) -> float | None:
     values = [row[key] for row in found if row[key] is not None]
-    if len(found) < 2 or _is_unlike(key, found, images):
+    if len(values) < 2 or _is_unlike(key, found, images):
         return None
     return (max if more else min)(values)
 
@@ -238,6 +258,29 @@ def _settings(runs: Sequence[Run]) -> str:
     about = "<p>Settings and versions that are not the same in all runs.</p>"
     body = f'<div class="scroll wraps">{table(heads, lines)}</div>'
     return section("What differs", about, body)
+
+
+def branches_gone(runs: Sequence[Run]) -> dict[str, tuple[list[str], int]]:
+    """Return which branches left each run, and how many could have, where any could."""
+    found = {name: branches_of(report) for name, report in runs}
+    return {name: (gone, could) for name, (gone, could) in found.items() if could}
+
+
+def _branches(runs: Sequence[Run]) -> str:
+    gone = {i: set(branches_of(report)[0]) for i, (_, report) in enumerate(runs)}
+    every = dict.fromkeys(name for _, report in runs for name in branches_of(report)[0])
+    if not every:
+        return ""
+    heads = ["", *dots((i, name) for i, (name, _) in enumerate(runs))]
+    rows = [
+        table_row(
+            f'<span class="name">{cell(branch)}</span>',
+            ("gone" if branch in gone[i] else "" for i in gone),
+        )
+        for branch in every
+    ]
+    about = "<p>Branches that left as a whole, in any of the runs.</p>"
+    return section("Branches", about, f'<div class="scroll wraps">{table(heads, rows)}</div>')
 
 
 def _widths(runs: Sequence[Run]) -> str:

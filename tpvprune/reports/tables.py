@@ -25,8 +25,8 @@ _COLUMNS = (
     "criterion", "repair", "labels", "macs", "params", "output_variance", "agreement", "top1",
 )  # fmt: skip
 _SETTINGS = (
-    "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back", "round_to",
-    "seed",
+    "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back",
+    "granularity", "round_to", "seed",
 )  # fmt: skip
 _USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
 _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
@@ -109,11 +109,17 @@ def figures(data: Mapping[str, Any]) -> str:
     return f'<dl class="figures">{items}</dl>' if items else ""
 
 
-def _removed(branches: Any) -> dict[str, str]:
+def _removed(data: Mapping[str, Any]) -> dict[str, str]:
     """Return how many branches left, and which, where they could."""
+    gone, could = branches_of(data)
+    return {f"{len(gone)} of {could}": ", ".join(gone) or "none"} if could else {}
+
+
+def branches_of(data: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the names of the branches that left, and how many could have."""
+    branches = data.get("branches")
     found = [b for b in branches if isinstance(b, Mapping)] if isinstance(branches, list) else []
-    gone = [str(branch.get("name")) for branch in found if branch.get("gone")]
-    return {f"{len(gone)} of {len(found)}": ", ".join(gone) or "none"} if found else {}
+    return [str(branch.get("name")) for branch in found if branch.get("gone")], len(found)
 
 
 def before_after(data: Mapping[str, Any]) -> str:
@@ -207,7 +213,7 @@ def making(data: Mapping[str, Any]) -> str:
     lists = (
         ("Settings", settings),
         ("Images used", used),
-        ("Residual branches removed", _removed(data.get("branches"))),
+        ("Residual branches removed", _removed(data)),
         ("Preprocessing", data.get("preprocessing") or {}),
         ("Time", timings),
         ("Versions", data.get("versions") or {}),

@@ -16,7 +16,7 @@ _LABELS = {
 _HEADS = {
     "macs": "MACs", "params": "Parameters", "top1": "Top-1", "num_images": "Images",
     "num_held_back": "Images held back", "round_to": "Widths in multiples of",
-    "used_labels": "Labels used",
+    "used_labels": "Labels used", "granularity": "What may leave",
 }  # fmt: skip
 
 
