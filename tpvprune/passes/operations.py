@@ -45,10 +45,11 @@ POOLS = words(
     "interpolate upsample grid_sample max_pool2d_with_indices boolean_dispatch _max_pool2d "
     "_max_pool1d"
 )
+# Values that have nothing to do with a tensor's, of its shape: narrow where that is.
+LIKE = words("zeros_like ones_like empty_like full_like rand_like randn_like")
 NEW = words(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones "
-    "new_empty new_full new_tensor bernoulli is_floating_point size dim numel stride "
-    "is_contiguous"
+    "new_zeros new_ones new_empty new_full new_tensor bernoulli is_floating_point size dim numel "
+    "stride is_contiguous"
 )
 JOINS = words("cat concat concatenate stack")
 SPLITS = words("split split_with_sizes chunk tensor_split")

@@ -197,6 +197,8 @@ class Tracker(TorchFunctionMode):
         tensors = [t for t in flatten((args, kwargs)) if isinstance(t, Tensor)]
         if name in _FOLLOWED:
             _FOLLOWED[name](self, args, kwargs, out)
+        elif name in operations.LIKE:
+            self.set_labels(out, self.labels(args[0]))
         elif name in operations.MOVES:
             movements.move(self, name, func, args, kwargs, out)
         elif name in operations.POINTWISE:
