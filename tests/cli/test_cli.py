@@ -20,6 +20,7 @@ from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.drawing import drawn_indices
 from tpvprune.saved.checkpoint import load_pruned
+from tpvprune.widths.speed import Speed
 
 CLASSES = 6
 SMALL = ["--img-size", "32", "--crop-pct", "1", "-b", "8", "-j", "2", "--num-images", "24"]
@@ -419,9 +420,7 @@ class TestOtherCommands:
         assert 0 < low <= document["latency_ms"] <= high
         assert "top-1" in err
         assert re.search(rf"latency, 1 image +{document['latency_ms']:.2f} ms", err)
-        assert f"median of five rounds; fastest to slowest {low:.2f} to {high:.2f} ms" in " ".join(
-            err.split()
-        )
+        assert f"quartiles {low:.2f} to {high:.2f} ms" in " ".join(err.split())
 
     def test_evaluate_agrees_with_prune(self, run, measured):
         folder, _, out, _ = measured
@@ -448,8 +447,11 @@ class TestOtherCommands:
     @pytest.mark.parametrize(("dense_ms", "said"), [(3.0, ""), (2.0, "no faster on this device")])
     def test_evaluate_says_if_nothing_became_faster(self, run, plain, monkeypatch, dense_ms, said):
         def timed(args, subject, models):
-            times = (2.5, dense_ms)  # of the pruned model, and of the dense one
-            return [{"latency_ms": t, "latency_range_ms": [t - 0.2, t + 0.2]} for t in times]
+            assert len(models) == 2
+            return vars(
+                Speed(dense_ms, 2.5, 2.5 / dense_ms, 0.5, 1.5, 1, 50, dense_ms - 0.2,
+                      dense_ms + 0.2, 2.3, 2.7, "eager", "here")
+            )  # fmt: skip
 
         monkeypatch.setattr("tpvprune.cli.session_results._timed", timed)
         argv = ["evaluate", plain[0], "--data-dir", "flat", "--dense", "weights.pt", "--json"]

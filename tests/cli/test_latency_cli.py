@@ -69,24 +69,36 @@ def test_a_table_is_written_and_aimed_at(run, tmp_path):
 
 
 @pytest.mark.long
-def test_a_runtime_is_measured_and_shown(run, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_a_runtime_is_measured_and_shown(runtime, run, tmp_path, monkeypatch, capsys):
+    if runtime != "eager":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(latency, "_SECONDS", 0.001)
     monkeypatch.setattr(latency, "_STEPS", (1,))
     threads = torch.get_num_threads()
-    where = ["--latency-runtime", "onnxruntime", "--latency-threads", "1"]
+    where = ["--latency-runtime", runtime, "--latency-threads", "1"]
     code, out, err = run(*PRUNE, *where, "--keep", "0.95", "--json", "--output", tmp_path / "out")
     document = json.loads(out)
     assert torch.get_num_threads() == threads
     speed = document["speed"]
     assert code == (0 if speed["ratio"] <= 0.95 else 3)
     assert document["reached"] == (speed["ratio"] <= 0.95)
-    assert speed["runtime"] == document["pruned"]["latency_runtime"] == "onnxruntime"
+    assert speed["runtime"] == document["pruned"]["latency_runtime"] == runtime
+    assert document["pruned"]["latency_ms"] == speed["pruned_ms"]
     low, high = document["pruned"]["latency_range_ms"]
     assert 0 < low <= document["pruned"]["latency_ms"] <= high
-    assert "latency, 1 image, onnxruntime" in err
+    where = "latency, 1 image" + ("" if runtime == "eager" else f", {runtime}")
+    (line,) = (line for line in err.splitlines() if line.startswith(f"{where} "))
+    # The ratio that the budget is about is the one and only one that is shown.
+    ratio = f"{speed['ratio']:.3f}"
+    assert line.split()[-1] == ratio
+    assert f"ratio {ratio} (quartiles" in " ".join(err.split())
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f"{100 * speed['ratio']:.1f}\u202f% of" in page
+    assert main(["compare", *[str(tmp_path / "out")] * 2, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["share"]["latency"] == speed["ratio"]
     assert f"quartiles {document['dense']['latency_range_ms'][0]:.2f} to " in " ".join(err.split())
     assert f"{low:.2f} to {high:.2f} ms pruned" in " ".join(err.split())
 

@@ -8,9 +8,10 @@ import torch
 from image_cases import write_images
 from torch import nn
 
-from tpvprune import compensate_weights, find_groups, load_pruned, prune, save_pruned
+from tpvprune import Sizes, compensate_weights, find_groups, load_pruned, prune, save_pruned
 from tpvprune.cli.entry import main
 from tpvprune.depth import Removal, find_branches, remove_branches
+from tpvprune.groups.removal import remove_channels
 from tpvprune.passes.evaluation import difference
 from tpvprune.passes.unseen import with_unseen
 from tpvprune.pipeline import depth, run
@@ -213,11 +214,72 @@ def test_a_network_without_branches():
 
 
 def test_strange_granularity_is_refused():
-    for wrong in ((), ("depth",), "branch"):
+    for wrong in ((), ("depth",), "", "depth", "channel;branch"):
         with pytest.raises(ValueError, match="granularity: expected some of"):
             prune(Net().double(), [images(8)], granularity=wrong)
     with pytest.raises(ValueError, match="max_depth_removed: expected"):
         prune(Net().double(), [images(8)], granularity=("branch",), max_depth_removed=1.5)
+    with pytest.raises(ValueError, match="only where branches may go, found"):
+        prune(Net().double(), [images(8)], max_depth_removed=0.5)
+    with pytest.raises(ValueError, match="expected 'tpv' where only branches may go"):
+        prune(Net().double(), [images(8)], granularity="branch", criterion="magnitude")
+
+
+def test_where_only_branches_may_go_no_channel_is_ranked():
+    torch.manual_seed(0)
+    model, data = Net().double().eval(), [images(32)]
+    stages = {"channel,branch": set(), "branch": set()}
+    for granularity, seen in stages.items():
+        result = prune(
+            model, data, keep=0.7, repair="compensate", granularity=granularity,
+            progress=lambda stage, *_, seen=seen: seen.add(stage),
+        )  # fmt: skip
+    ranking = {"curves", "repair factors", "fitted curves"}
+    assert ranking & stages["channel,branch"]
+    assert not ranking & stages["branch"]
+    assert result.report["granularity"] == "branch"
+    assert result.removed
+    assert not result.scores
+    assert not result.kept
+    assert {b.blocked for b in result.groups.blocked} >= {"only branches may go"}
+    # Several sizes share what there is to share.
+    sizes = Sizes(model, data, repair="none", granularity="branch")
+    for keep in (0.7, 0.5):
+        again, alone = sizes.prune(keep), prune(
+            model, data, keep=keep, repair="none", granularity="branch"
+        )  # fmt: skip
+        assert again.removed == alone.removed
+
+
+def test_a_limit_of_no_branch_is_told():
+    model = Net().double().eval()
+    result = prune(
+        model, [images(16)], keep=0.7, repair="none", granularity="branch", max_depth_removed=0.01
+    )
+    assert not result.reached
+    assert any("branches are none: all stayed" in line for line in result.warnings)
+
+
+@pytest.mark.parametrize("half", ["attn", "mlp"])
+def test_a_stream_beside_half_a_block_can_be_cut(half):
+    """The zeros in the place of a branch are as wide as the stream."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("test_vit", num_classes=5).eval(), torch.randn(8, 3, 160, 160)
+    branches = find_branches(model, x[:2])
+    whole = find_groups(model, x[:2])
+    smaller = remove_branches(model, Removal.of(branches, [f"blocks.5.{half}"]))
+    groups = find_groups(smaller, x[:2])
+    stream = next(g for g in whole if g.name == "patch_embed.proj")
+    assert groups[stream.name].num_channels == stream.num_channels
+    assert [b.name for b in groups.blocked] == [b.name for b in whole.blocked]
+    kept = {stream.name: torch.arange(stream.num_channels) % 3 > 0}
+    cut = remove_channels(smaller, groups, kept)
+    assert cut.patch_embed.proj.out_channels == int(kept[stream.name].sum())
+    # Cut and removed in the other order it is the same network.
+    other = remove_branches(
+        remove_channels(model, whole, kept), Removal.of(branches, [f"blocks.5.{half}"])
+    )
+    torch.testing.assert_close(cut(x), other(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("may", "num"), [(1.0, 3), (0.5, 1)])
@@ -290,6 +352,23 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     err = " ".join(capsys.readouterr().err.split())
     assert "branches: 12, of which 12 may go" in err
     assert "besides trials of depth, reading images" in err
+    assert main(["prune", *flags, "--keep", "0.05", "--dry-run", "--output", "out"]) == 0
+    capsys.readouterr()
+    alone = [*flags, "--keep", "0.5", "--dry-run", "--output", "out", "--granularity"]
+    assert main(["prune", *alone, "branch"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "every width stays" in err
+    assert "besides reading images" in err
+    # Of heads alone more than that stays.
+    assert main(["prune", *alone, "head"]) == 3
+    assert "it cannot be reached" in " ".join(capsys.readouterr().err.split())
+    convolutional = ["--model", "test_efficientnet", *alone[2:]]
+    for granularity, reason in (
+        ("branch", "found none that can go whole"),
+        ("head", "has no atte"),
+    ):
+        assert main(["prune", *convolutional, granularity]) == 2
+        assert reason in capsys.readouterr().err
     half = ["--of", "latency", "--max-depth-removed", "0.5"]
     assert main(["prune", *flags[:-6], *half, "--dry-run", "--output", "out"]) == 0
     assert "branches: 12, of which 6 may go" in capsys.readouterr().err
@@ -297,5 +376,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     branches = json.loads(out)["branches"]
     assert f"branches removed: {sum(b['gone'] for b in branches)} of 12" in err
-    assert "Residual branches removed" in (tmp_path / "out" / "report.html").read_text()
+    assert "Branches removed" in (tmp_path / "out" / "report.html").read_text()
     assert main(["evaluate", "out", "--data-dir", "images", "--latency-repeats", "0"]) in {0, 2}

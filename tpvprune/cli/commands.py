@@ -156,7 +156,7 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         images = open_data(args, labelled=True, again=True)
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)
     batches = in_memory(chosen, progress=bar("reading images"))
-    models = [subject.model] if dense is None else [subject.model, dense]
+    models = [subject.model] if dense is None else [dense, subject.model]
     found = measured(args, subject, models, batches if labelled else None, title="evaluating")
     sides = [
         {**costs(model, subject), **facts, "agreement": None}
@@ -164,18 +164,19 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     ]
     for side in sides:
         side.pop("num_images", None)  # said once, of all
+    *before, side = sides
     if dense is not None:
-        sides[0]["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
-        sides[1]["agreement"] = 1.0
+        side["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
+        before[0]["agreement"] = 1.0
     document = {
         **provenance(args, subject),
-        **sides[0],
-        "dense": sides[1] if dense is not None else None,
+        **side,
+        "dense": before[0] if before else None,
         "images": image_facts(images, batches),
     }
     told = {} if subject.folder is None else read_report(subject.folder)
     if dense is not None:
-        slow = said_of_speed(sides[1], sides[0], of=str(told.get("of", "macs")))
+        slow = said_of_speed(*sides, of=str(told.get("of", "macs")))
         document["warnings"] = slow
     show_evaluated(document)
     if document["top1"] is not None or document["agreement"] is not None:

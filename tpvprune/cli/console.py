@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tpvprune.cli import outcome
+from tpvprune.reports.tables import share_of
 from tpvprune.reports.text import cost_labels
 
 _WIDTH = 80
@@ -143,9 +144,13 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 def before_after(dense: Mapping[str, Any] | None, pruned: Mapping[str, Any]) -> None:
     """Print costs and quality of two models side by side, or of one; what is None is left out."""
     sides = [pruned] if dense is None else [dense, pruned]
+
+    def by_turns(*_: float) -> str:
+        return f"{share_of(pruned, dense or {}, 'latency_ms'):.3f}"
+
     lines: list[tuple[str, str, Callable[[Any], str], Callable[[Any, Any], str]]] = [
         *((key, name, short, _ratio) for key, name in cost_labels(*sides).items()),
-        ("latency_ms", _latency_label(pruned), "{:.2f} ms".format, _ratio),
+        ("latency_ms", _latency_label(pruned), "{:.2f} ms".format, by_turns),
         *((key, name, percent, _points) for key, name in (("top1", "top-1"), ("top5", "top-5"))),
         ("agreement", "agreement", percent, lambda *_: ""),
     ]
@@ -167,7 +172,8 @@ def _points(before: float, after: float) -> str:
 
 
 def _latency_label(side: Mapping[str, Any]) -> str:
-    where = f", {side['latency_runtime']}" if side.get("latency_runtime") else ""
+    runtime = side.get("latency_runtime") or "eager"
+    where = "" if runtime == "eager" else f", {runtime}"
     return f"latency, {counted(side.get('latency_batch_size') or 1, 'image')}{where}"
 
 
@@ -176,10 +182,8 @@ def _say_spread(side: Mapping[str, Any], *, dense: Mapping[str, Any] | None = No
     sides = {"": side} if dense is None else {" dense": dense, " pruned": side}
     ranges = {name: one.get("latency_range_ms") for name, one in sides.items()}
     spread = ", ".join(f"{r[0]:.2f} to {r[1]:.2f} ms{name}" for name, r in ranges.items() if r)
-    if side.get("latency_runtime"):
+    if spread:
         say(f"latency: median, {side['latency_device']}; quartiles {spread}")
-    elif spread:
-        say(f"latency: median of five rounds; fastest to slowest {spread}")
 
 
 def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:

@@ -290,6 +290,7 @@ STRUCTURES: dict[str | None, tuple[Literal["channel", "branch"], ...] | None] = 
     "head": ("channel",),
     "branch": ("branch",),
     "channel,branch": ("channel", "branch"),
+    "branch,channel": ("channel", "branch"),
 }
 """Values of --granularity that change the structure -> what may leave; None: as the budget is."""
 granularity = _checked(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,22 +14,23 @@ from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, length_of, percent, say, short
 from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_of
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
-from tpvprune.cli.pruning import num_apart
+from tpvprune.cli.pruning import layers_that_stay, num_apart
 from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
 from tpvprune.cli.session import Outcome, Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_facts
 from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
-from tpvprune.depth import find_branches
+from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.depth.choice import most_gone
 from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import ChannelGroups, find_groups
-from tpvprune.groups.budget import Budget, cost
+from tpvprune.groups.budget import cost
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.pipeline import prune
 from tpvprune.pipeline.choices import leaving
+from tpvprune.pipeline.depth import NO_BRANCHES
 from tpvprune.pipeline.within import NUM_SIZES
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
@@ -50,7 +51,7 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     recipe_of(args)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
-    layers = ignored(args, subject)
+    layers = layers_that_stay(args, subject)
     images = open_data(args, labelled=used_labels)
     groups = find_groups(subject.model, subject.example, ignore=layers)
     apart = num_apart(args, images)
@@ -60,8 +61,9 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     # The clock is left alone, and so is what takes minutes on noise, too.
     quicker: dict[str, Any] = {
         "of": "macs", "latency_runtime": "eager", "latency_threads": None,
-        "granularity": ("channel",),
     }  # fmt: skip
+    if "channel" in _may_go(args):
+        quicker |= {"granularity": ("channel",), "max_depth_removed": 1.0}
     if args.repair == "reconstruct":
         quicker["repair"] = "compensate"
 
@@ -82,15 +84,15 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     document = _document(args, subject, groups, expected.seconds, num_images=num)
     if args.max_loss is None and len(sizes) > 1:
         document["keep"] = sizes
-    _say_groups(document, groups)
-    document |= _branches(args, subject, groups, document["smallest"])
+    _say_groups(document, groups, channels="channel" in _may_go(args))
+    document |= _branches(args, subject, groups, layers)
     reached = _say_budget(args, document, sizes, apart)
     labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
     say(
         f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
         f"{counted(args.steps, 'step')}, {labels}"
     )
-    trials = "trials of depth, " if "branch" in _may_go(args) else ""
+    trials = "trials of depth, " if {"channel", "branch"} <= {*_may_go(args)} else ""
     say_time(expected, trials + _MORE.get(args.repair, ""))
     return (0 if reached else 3), document
 
@@ -132,22 +134,29 @@ def _branches(
     args: argparse.Namespace,
     subject: Subject,
     groups: ChannelGroups,
-    narrowest: Mapping[str, float],
+    layers: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the branches that can go, and what is left without most of them or of channels."""
+    """Return the branches that can go, and what is left without most of them, and of channels."""
     may_go = _may_go(args)
     if "branch" not in may_go:
         return {}
-    found = find_branches(subject.model, subject.example)
+    model, x = subject.model, subject.example
+    found = find_branches(model, x)
+    if not found and "channel" not in may_go:
+        raise ValueError(NO_BRANCHES)
     num = most_gone(args.max_depth_removed, found)
     say(f"branches: {len(found)}, of which {num} may go")
     smallest: dict[str, float] = {}
-    kinds: tuple[Budget, Budget] = ("macs", "params")
+    kinds: tuple[Literal["macs", "params"], ...] = ("macs", "params")
     for of in kinds:
-        saved = sorted(branch_savings(subject.model, groups, found, of, subject.example).values())
-        smallest[str(of)] = cost(groups, {}, of) - sum(saved[len(saved) - num :])
-    if "channel" in may_go:
-        smallest = {of: min(smallest[of], narrowest[of]) for of in smallest}
+        saved = branch_savings(model, groups, found, of, x)
+        gone = sorted(saved, key=saved.__getitem__)[len(saved) - num :]
+        network = remove_branches(model, Removal.of(found, gone), share=True)
+        there = [name for name, _ in network.named_modules() if name in layers]
+        left = find_groups(network, x, ignore=there, verify=False)
+        smallest[of] = (
+            smallest_facts(left, limits_of(args))[of] if "channel" in may_go else cost(left, {}, of)
+        )
     return {"branches": [b.name for b in found], "smallest": smallest}
 
 
@@ -270,21 +279,23 @@ def _document(
         "max_loss": getattr(args, "max_loss", None),
         "num_images": num_images,
         "dense": {"macs": groups.macs(), "params": groups.params()},
-        "smallest": smallest_facts(groups, limits_of(args)),
+        "smallest": smallest_facts(groups, limits_of(args)),  # with branches it may be less
         "groups": [group_facts(group) for group in groups],
         "blocked": blocked_facts(groups),
         "seconds": seconds,
     }
 
 
-def _say_groups(document: dict[str, Any], groups: ChannelGroups) -> None:
-    channels = sum(group.num_channels for group in groups)
+def _say_groups(document: dict[str, Any], groups: ChannelGroups, *, channels: bool = True) -> None:
+    num = sum(group.num_channels for group in groups)
+    cut = f"{len(groups)} groups with {num} channels or heads can be cut"
     say(
         f"{document['model']}: {short(document['dense']['macs'])} MACs, "
-        f"{short(document['dense']['params'])} parameters; {len(groups)} groups with {channels} "
-        "channels or heads can be cut"
+        f"{short(document['dense']['params'])} parameters; "
+        + (cut if channels else "every width stays")
     )
-    blocked_lines(document["blocked"])
+    if channels:
+        blocked_lines(document["blocked"])
 
 
 def _training(

@@ -13,7 +13,7 @@ from tpvprune.cli.comparing import show_runs
 from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
 from tpvprune.cli.pruning_options import pruning_options
-from tpvprune.cli.session import Outcome, ignored, open_subject
+from tpvprune.cli.session import Outcome, Subject, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
     Opened,
@@ -86,9 +86,7 @@ def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: in
 
 def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
     subject = open_subject(args)
-    layers = ignored(args, subject)
-    if args.granularity == "head":
-        layers += single_weights.all_but_heads(subject, layers)
+    layers = layers_that_stay(args, subject)
     images = open_data(args, labelled=labelled)
     apart = num_apart(args, images)
     if args.num_images == AUTO:
@@ -118,6 +116,14 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
         labelled=None if evaluated is None else judging,
         eval_images=replace(eval_images, batches=judging),
     )
+
+
+def layers_that_stay(args: argparse.Namespace, subject: Subject) -> tuple[str, ...]:
+    """Return the layers whose width stays by the flags."""
+    layers = ignored(args, subject)
+    if args.granularity == "head":
+        layers += single_weights.all_but_heads(subject, layers)
+    return layers
 
 
 def _pruner(

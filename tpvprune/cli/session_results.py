@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
 from tpvprune.passes.disagreement import disagreement
-from tpvprune.passes.evaluation import agreement, evaluate, measure_latency
+from tpvprune.passes.evaluation import agreement, evaluate
 from tpvprune.pipeline import PruningResult
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import report_data
@@ -31,8 +31,9 @@ from tpvprune.saved.models import pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
+from tpvprune.widths.speed import compare_latency
 
-_LATENCY_ROUNDS = 5
+_FEWEST_ROUNDS = 4
 
 
 def finished(
@@ -135,17 +136,15 @@ def measured(
     speed: Mapping[str, Any] | None = None,
     title: str = "top-1",
 ) -> list[dict[str, Any]]:
-    """Return non-zero parameters, latency and accuracy of each model.
+    """Return non-zero parameters, latency and accuracy of a dense and a pruned model, or of one.
 
-    ``speed``: what is known of a dense and a pruned one where milliseconds were the budget.
+    ``speed``: how fast they were where milliseconds were the budget.
     """
     clock = clock or Clock(None)
     with clock("latency"):
-        if speed is not None and speed["runtime"] != "eager":
-            timings = [_timed_before(speed, side) for side in ("dense", "pruned")]
-        else:
-            # By one process: they would slow each other.
-            timings = by_first(_timed, args, subject, models)
+        # By one process: they would slow each other.
+        speed = speed or by_first(_timed, args, subject, models)
+        timings = [_latency(speed, side) for side in ("dense", "pruned")[: len(models)]]
     facts = [
         {"nonzero_params": count_nonzero_params(model), **timed, "top1": None, "top5": None}
         for model, timed in zip(models, timings, strict=True)
@@ -164,31 +163,26 @@ def costs(model: nn.Module, subject: Subject) -> dict[str, int]:
     return {"macs": count_macs(model, subject.example), "params": count_params(model)}
 
 
-def _timed_before(speed: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """Return the milliseconds of a model in the runtime that was asked for."""
+def _latency(speed: Mapping[str, Any] | None, side: str) -> dict[str, Any]:
+    """Return the milliseconds of one of two models, and how many of the dense one's those are."""
+    if speed is None:
+        return {"latency_ms": None, "latency_range_ms": None}
     return {
         "latency_ms": speed[f"{side}_ms"],
         "latency_range_ms": [speed[f"{side}_low_ms"], speed[f"{side}_high_ms"]],
         **{f"latency_{name}": speed[name] for name in ("batch_size", "runtime", "device")},
+        **({"latency_ratio": speed["ratio"]} if side == "pruned" else {}),
     }
 
 
 def _timed(
     args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
-) -> list[dict[str, Any]]:
-    """Time several models by turns on one image."""
+) -> dict[str, Any] | None:
+    """Time two models by turns on one image, or one beside itself."""
     if args.latency_repeats <= 0:
-        return [{"latency_ms": None, "latency_range_ms": None} for _ in models]
-    repeats = max(2, args.latency_repeats // _LATENCY_ROUNDS)
-    # By turns: whatever else the machine does then slows all of them alike.
-    rounds = [
-        [measure_latency(model, subject.example[:1], repeats=repeats).median_ms for model in models]
-        for _ in range(_LATENCY_ROUNDS)
-    ]
-    return [
-        {"latency_ms": statistics.median(times), "latency_range_ms": [min(times), max(times)]}
-        for times in zip(*rounds, strict=True)
-    ]
+        return None
+    rounds = max(_FEWEST_ROUNDS, args.latency_repeats)
+    return asdict(compare_latency(models[0], models[-1], subject.example[:1], rounds=rounds))
 
 
 def shown_changes(

@@ -45,7 +45,7 @@ class Choices:
     repair: Repair = "compensate"
     allocation: Allocation | None = None
     limits: Limits | None = None
-    granularity: Sequence[Granularity] | None = None
+    granularity: str | Sequence[Granularity] | None = None
     max_depth_removed: float = 1.0
     ranking: Ranking | None = None
     planned_repair: Repair | None = None
@@ -72,11 +72,22 @@ class Choices:
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, found {self.steps}.")
         leaves, known = self.leaves, get_args(Granularity)
-        if not leaves or isinstance(leaves, str) or set(leaves) - set(known):
-            raise ValueError(f"granularity: expected some of {known}, found {leaves!r}.")
+        if not leaves or set(leaves) - set(known):
+            raise ValueError(f"granularity: expected some of {known}, found {self.granularity!r}.")
         if not 0 <= self.max_depth_removed <= 1:
             raise ValueError(
                 f"max_depth_removed: expected a fraction in [0, 1], found {self.max_depth_removed}."
+            )
+        if self.max_depth_removed < 1 and "branch" not in leaves:
+            raise ValueError(
+                "max_depth_removed: expected only where branches may go, found "
+                f"{self.max_depth_removed} and {self.named_leaves} alone: leave it out, or pass "
+                "granularity channel,branch"
+            )
+        if "channel" not in leaves and self.criterion != "tpv":
+            raise ValueError(
+                "criterion: expected 'tpv' where only branches may go, which are ranked by it, "
+                f"found {self.criterion!r}"
             )
 
     @property
@@ -110,8 +121,10 @@ class Choices:
             )
 
 
-def leaving(granularity: Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
+def leaving(granularity: str | Sequence[Granularity] | None, of: Of) -> Sequence[Granularity]:
     """Return what may leave; if nothing was asked for, channels, and branches for milliseconds."""
+    if isinstance(granularity, str):
+        return cast(Sequence[Granularity], granularity.split(","))
     if granularity is not None:
         return granularity
     # Narrower layers do not spare calls.

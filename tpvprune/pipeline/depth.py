@@ -33,10 +33,13 @@ from tpvprune.widths.repair_factors import ROUGHLY, split_inputs
 _TRIAL_MACS, _TRIAL_IMAGES = 1.2e11, (128, 512)
 _SCORE_IMAGES = 128
 _CLOCK_SPREAD = 1.25  # between what branches seem to save and what they save, timed twice
+NO_BRANCHES = (
+    "granularity: expected a model with branches, found none that can go whole: prune channels"
+)
 _NO_BRANCH = "no branch can go whole: channels alone were pruned"
 
 
-def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) -> Setup:
+def shallower(given: Setup, ranking: Ranking, keep: float) -> Setup:
     """Return the run without the branches that are better gone.
 
     ValueError if only branches may go, and none can.
@@ -45,11 +48,8 @@ def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) 
     with clock("branches"):
         branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
         if not branches:
-            if not by_channel:
-                raise ValueError(
-                    "granularity: expected a model with branches, found none that can "
-                    "go whole: prune channels"
-                )
+            if "channel" not in given.told.leaves:
+                raise ValueError(NO_BRANCHES)
             given.notes.append(_NO_BRANCH)
             return given
         saved = by_first(
@@ -73,16 +73,16 @@ def shallower(given: Setup, ranking: Ranking, keep: float, *, by_channel: bool) 
     def damage(num: int) -> Damage:
         with clock("trials of depth", next(numbers), most_trials(len(order))):
             there = found.without(order[:num])
-            kept, over = _narrowed(there, ranking, keep, by_channel=by_channel)
+            kept, over = _narrowed(there, ranking, keep)
             if over > 1e-9:
                 return over, float("inf")
             return 0.0, dense.difference(_repaired_roughly(there, kept, fit)).output_variance
 
     num = best_depth(damage, len(order))
-    return found.final(order[:num], by_channel=by_channel)
+    return found.final(order[:num])
 
 
-def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel: bool) -> Setup:
+def chosen_before(given: Setup, choice: Mapping[str, Any] | None) -> Setup:
     """Return the run without the branches that left before it was stopped.
 
     ``choice``: of :attr:`Depth.choice`; None: the network has no branch.
@@ -94,7 +94,7 @@ def chosen_before(given: Setup, choice: Mapping[str, Any] | None, *, by_channel:
         branches = find_branches(given.dense, given.batch[:1], outputs=given.outputs)
     by_name = {b.name: b for b in branches}
     found = _Branches(given, branches, choice["savings"], choice["scores"])
-    return found.final([by_name[name] for name in choice["gone"]], by_channel=by_channel)
+    return found.final([by_name[name] for name in choice["gone"]])
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,22 @@ class _Branches:
     savings: Mapping[str, float]
     scores: Mapping[str, float]
 
-    def final(self, gone: Sequence[Branch], *, by_channel: bool) -> Setup:
+    def final(self, gone: Sequence[Branch]) -> Setup:
         """Return the run without some branches, its groups verified."""
         with self.given.clock("groups"):
             found = self.without(gone, verify=True)
         of, may = len(self.branches), most_gone(self.given.told.max_depth_removed, self.branches)
-        if 0 < len(gone) == may < of:
+        if may == 0:
+            self.given.notes.append(
+                f"max_depth_removed: {self.given.told.max_depth_removed:g} of {of} branches are "
+                "none: all stayed"
+            )
+        elif len(gone) == may < of:
             self.given.notes.append(
                 f"max_depth_removed: {may} of {of} branches went, as many as may: where more may, "
                 "what is left may be closer to the dense model"
             )
-        limits = found.limits if by_channel else replace(found.limits, max_removed=0.0)
-        return replace(found, limits=limits)
+        return found
 
     def without(self, gone: Sequence[Branch], *, verify: bool = False) -> Setup:
         """Return the run without some branches."""
@@ -142,14 +146,12 @@ class _Branches:
         )
 
 
-def _narrowed(
-    there: Setup, ranking: Ranking, keep: float, *, by_channel: bool
-) -> tuple[Kept, float]:
+def _narrowed(there: Setup, ranking: Ranking, keep: float) -> tuple[Kept, float]:
     """Return what stays of the channels under the budget, and which share of it is missing."""
     target = keep * there.dense_cost
     kept = {g.name: torch.ones(g.num_channels, dtype=torch.bool) for g in there.groups}
     whole = cost(there.groups, kept, there.budget)
-    if whole > target and by_channel:
+    if whole > target:
         kept = ranking.choose(
             there.groups, keep=target / whole, of=there.budget, limits=there.limits
         )
@@ -168,8 +170,9 @@ def _repaired_roughly(there: Setup, kept: Kept, fit: Sequence[Tensor]) -> nn.Mod
 
 def _not_ranked(groups: ChannelGroups, ranked: ChannelGroups) -> dict[str, str]:
     """Return the groups that the dense network has not, or in another size, with a reason."""
+    reasons = {b.name: b.blocked or "" for b in ranked.blocked}
     return {
-        g.name: "not a group of the dense model"
+        g.name: reasons.get(g.name, "not a group of the dense model")
         for g in groups
         if g.name not in ranked or ranked[g.name].num_channels != g.num_channels
     }

@@ -86,12 +86,11 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
             ``"bn"``): curves or ranking, whichever is closer to the dense model on the images held
             back.
         limits: How far groups may shrink, and what stays whole.
-        granularity: ``"channel"``, ``"branch"``, or both: residual branches, and layers of chains,
-            that go whole, as many as leave the least damage under the budget, or none
-            (:mod:`tpvprune.pipeline.depth`).
-            With ``"branch"`` alone every width stays. None: both where ``of`` is ``"latency"``,
-            else channels.
-        max_depth_removed: Largest fraction of the branches that may go, in [0, 1].
+        granularity: ``"channel"``, ``"branch"``, or ``"channel,branch"``: residual branches, and
+            layers of chains, that go whole, as many as leave the least damage under the budget, or
+            none (:mod:`tpvprune.pipeline.depth`). With ``"branch"`` alone every width stays, and
+            no channel is ranked. None: both where ``of`` is ``"latency"``, else channels.
+        max_depth_removed: Largest fraction of the branches that may go, in [0, 1], where they may.
         ranking: Of an earlier result on the same model, images and criterion, for another budget.
         planned_repair: The repair that ``"tpv"`` counts on: only where weights are refitted will
             other channels stand in for those that leave. None: ``repair``; another where you
@@ -143,11 +142,10 @@ def pruned(model: nn.Module, given: Setup) -> PruningResult:
     record = Record.of(told.state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in told.leaves:
         ranking = None if record.facts() else whole.ranked(ranking)
-        by_channel = "channel" in told.leaves
         if ranking is None:
-            given = chosen_before(whole, record.facts()["depth"], by_channel=by_channel)
+            given = chosen_before(whole, record.facts()["depth"])
         else:
-            given = shallower(whole, ranking, keep, by_channel=by_channel)
+            given = shallower(whole, ranking, keep)
     groups, clock = given.groups, given.clock
     run = Run(given)
     choice = given.depth.choice if given.depth else None

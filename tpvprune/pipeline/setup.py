@@ -139,7 +139,7 @@ class Setup:
         """Return a ranking of the dense network, checked or new, with factors where they count."""
         _check_ranking(given, self.by, self.dense, self.groups)
         ranking = given or self.by.ranked(self.dense, self.groups, self.fit, self.clock)
-        if not self.images_for_factors or ranking.allocation != "curves":
+        if not (self.images_for_factors and len(self.groups)) or ranking.allocation != "curves":
             return replace(ranking, factors=None)
         if ranking.factors is not None:
             return ranking
@@ -179,7 +179,7 @@ def set_up(
         # Before anything is summed over them. Not the reasons for what is blocked: they quote
         # rounding, which may differ between machines.
         check_same("channel groups", [(g.name, g.num_channels) for g in groups])
-        groups = _prunable(groups)
+        groups = _prunable(groups) if "channel" in told.leaves else _whole(groups)
         batch = example.repeat_interleave(told.latency_batch_size, 0)
         budget = _budget(told, model, groups, batch)
     _check_rounding(limits, groups)
@@ -263,6 +263,11 @@ def _prunable(groups: ChannelGroups) -> ChannelGroups:
     blocked = sorted(groups.blocked, key=lambda b: b.blocked == "is an output of the network")
     reasons = "; ".join(f"{b.name}: {b.blocked}" for b in blocked[:3])
     raise ValueError(f"expected a model with channels that can be pruned, found none ({reasons}).")
+
+
+def _whole(groups: ChannelGroups) -> ChannelGroups:
+    """Return none that can be pruned."""
+    return with_blocked(groups, dict.fromkeys((g.name for g in groups), "only branches may go"))
 
 
 def _check_rounding(limits: Limits, groups: ChannelGroups) -> None:

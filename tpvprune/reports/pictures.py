@@ -18,7 +18,7 @@ from tpvprune.reports.charts import (
     width_rows,
 )
 from tpvprune.reports.page import reasons, section
-from tpvprune.reports.tables import both
+from tpvprune.reports.tables import both, branches_of
 from tpvprune.reports.text import cell, percent, power_of_ten, significant, whole
 
 _MOST_CLASSES = 24
@@ -35,10 +35,11 @@ def widths(data: Mapping[str, Any]) -> str:
     rows, stay = _kept(groups, "num_channels")
     dense = [row[1] for row in rows]
     scale = " Bars show shares." if max(dense) > MAX_SPREAD * min(dense) else ""
+    left = " Those of branches that left are not counted." if branches_of(data)[0] else ""
     units = sorted({cell(g.get("unit") or "channel") for g in groups})
     about = (
         f"<p>{stay} {' and '.join(f'{unit}s' for unit in units)} stay, in "
-        f"{len(rows)} groups, named after the first layer that writes them.{scale}</p>"
+        f"{len(rows)} groups, named after the first layer that writes them.{left}{scale}</p>"
         '<p><span class="key">kept</span><span class="key outline">dense</span></p>'
     )
     return section("Kept width", about, width_rows(rows))

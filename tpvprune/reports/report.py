@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tpvprune.reports.page import page
@@ -43,7 +44,7 @@ def report_data(result: Any) -> dict[str, Any]:
             name: {
                 "values": values,
                 "stderr": stderr.get(name),
-                "kept": _matching(result.kept.get(name), values),
+                "kept": _stayed(result, name, values),
             }
             for name, values in result.scores.items()
         }
@@ -99,6 +100,10 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _matching(kept: Tensor | None, values: Tensor) -> Tensor | None:
-    """Return the mask if it speaks of the same channels as the scores."""
+def _stayed(result: Any, group: str, values: Tensor) -> Tensor | None:
+    """Return which channels of a group stayed, if that is known of those that have scores."""
+    removed = result.removed.modules if hasattr(result, "removed") else ()
+    if any(f"{group}.".startswith(f"{name}.") for name in removed):
+        return torch.zeros(len(values), dtype=torch.bool)
+    kept = result.kept.get(group)
     return kept if kept is not None and len(kept) == len(values) else None

@@ -28,6 +28,11 @@ _SETTINGS = (
     "weights", "criterion", "repair", "repair_chosen", "num_images", "num_held_back",
     "granularity", "round_to", "seed",
 )  # fmt: skip
+_NAMED = 4  # branches in the first lines of a page
+_NO_MORE = {
+    False: "What is left is protected or blocked; see the layers left whole below.",
+    True: "By the limits that were set no more could leave: see branches and widths below.",
+}
 _USED = {"selection": "To choose widths", "repair": "To repair", "layers": "Of each layer"}
 _WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
@@ -54,6 +59,10 @@ def header(data: Mapping[str, Any]) -> str:
             f"It chooses the same class as the dense model on "
             f"<strong>{percent(agreement)}</strong> of {cell(seen_on)}."
         )
+    gone, could = branches_of(data)
+    if gone:
+        names = f": {', '.join(map(cell, gone))}" if len(gone) <= _NAMED else ""
+        sentences.append(f"{len(gone)} of {could} branches left as a whole{names}.")
     if data.get("used_labels") is False:
         sentences.append("<strong>No label was used</strong> to score, cut or repair it.")
     elif (data.get("training") or {}).get("used_labels"):
@@ -72,7 +81,7 @@ def header(data: Mapping[str, Any]) -> str:
         found = f": it stopped at {percent(share)}" if share is not None else ""
         warnings += (
             f'<p class="warn"><strong>The budget was not reached</strong>{found}. '
-            "What is left is protected or blocked; see the layers left whole below.</p>"
+            f"{_NO_MORE[could > 0]}</p>"
         )
     return f"<header><h1>{cell(title_of(data))}</h1>{warnings}{lead}</header>"
 
@@ -97,8 +106,8 @@ def figures(data: Mapping[str, Any]) -> str:
         found.append(("Agreement", percent(pruned["agreement"]), "with the dense model"))
     if pruned.get("latency_ms") is not None:
         sub = ""
-        if dense.get("latency_ms"):
-            part = percent(pruned["latency_ms"] / dense["latency_ms"])
+        if (share := share_of(pruned, dense, "latency_ms")) is not None:
+            part = percent(share)
             sub = f"{part} of {significant(dense['latency_ms'])}\u202fms dense"
         found.append(("Latency", f"{significant(pruned['latency_ms'])}\u202fms", sub))
     items = "".join(
@@ -213,7 +222,7 @@ def making(data: Mapping[str, Any]) -> str:
     lists = (
         ("Settings", settings),
         ("Images used", used),
-        ("Residual branches removed", _removed(data)),
+        ("Branches removed", _removed(data)),
         ("Preprocessing", data.get("preprocessing") or {}),
         ("Time", timings),
         ("Versions", data.get("versions") or {}),
@@ -296,7 +305,13 @@ def _fact(value: Any) -> str:
 
 
 def share_of(pruned: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
-    """Return a cost as a share of the dense model's, if both are known."""
+    """Return a cost as a share of the dense model's, if both are known.
+
+    Of milliseconds the median of what two calls, one after the other, were to each other: their
+    medians by themselves hold what else the machine did.
+    """
     if not dense.get(key) or pruned.get(key) is None:
         return None
+    if key == "latency_ms" and pruned.get("latency_ratio") is not None:
+        return float(pruned["latency_ratio"])
     return float(pruned[key] / dense[key])

@@ -218,6 +218,9 @@ class RankBy:
     ) -> Ranking:
         """Measure on unlabeled inputs [B, ...] what the channels of a network are worth."""
         weights = digest_of(model).hex()
+        if not len(groups):  # only branches may go
+            nothing = Scores({}, None, int(total(sum(map(len, batches)))), self.name)
+            return Ranking({}, nothing, self.how, weights, self.stand_in)
         with clock("ranking"):
             if self.how == "curves":
                 curves = variance_curves(
