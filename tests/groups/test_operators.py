@@ -38,6 +38,19 @@ class Gated(nn.Module):
         return self.fc(F.glu(self.stem(x), dim=1).mean((2, 3)))
 
 
+class Alike(nn.Module):
+    """The stream meets tensors that are made as wide as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 12, 4, 4), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x * torch.full_like(x, 0.5) + torch.zeros_like(x) + torch.empty_like(x).fill_(0.2)
+        return self.fc(torch.maximum(y, torch.ones_like(x) - 1).mean((2, 3)))
+
+
 class Patches(nn.Module):
     """Patches are taken apart and put together again (MobileViTv2)."""
 
@@ -141,6 +154,7 @@ def shuffled():
 # network, shape of an input, units of the groups
 KINDS = {
     "positions": (Positions, (3, 16, 16), {"stem": 12}),
+    "made alike": (Alike, (3, 16, 16), {"stem": 12}),
     "gated": (Gated, (3, 16, 16), {"stem": 12}),
     "patches": (Patches, (3, 8, 8), {"stem": 12}),
     "patches that overlap": (lambda: Patches(1), (3, 8, 8), {"stem": 12}),
