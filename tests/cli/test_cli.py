@@ -436,6 +436,15 @@ class TestOtherCommands:
         assert document["latency_ms"] is None
         assert 0 <= document["agreement"] <= 1
 
+    def test_evaluate_times_as_it_is_told(self, run, plain):
+        argv = ["evaluate", plain[0], "--data-dir", "flat", "--dense", "weights.pt", "--json"]
+        how = ["--latency-batch-size", "3", "--latency-threads", "1", "--latency-repeats", "4"]
+        _, out, err = run(*argv, *how)
+        document = json.loads(out)
+        assert document["latency_batch_size"] == document["dense"]["latency_batch_size"] == 3
+        assert document["latency_device"].endswith(", 1 thread")
+        assert re.search(rf"latency, 3 images .* {document['latency_ratio']:.3f}\n", err)
+
     def test_evaluate_without_labels_gives_agreement_or_only_costs(self, run, plain):
         argv = ["evaluate", plain[0], "--data-dir", "flat", "--latency-repeats", "0"]
         _, out, _ = run(*argv, "--dense", "weights.pt", "--json")

@@ -131,6 +131,7 @@ def _add_evaluate(sub: Parser) -> None:
     )  # fmt: skip
     add_data(sub, None, split="validation")
     add(sub, "--device", "--latency-repeats")
+    add_latency_budget(sub.section("run"), table=False)
 
 
 def _add_trained(sub: Parser, *, teacher: bool = True) -> None:

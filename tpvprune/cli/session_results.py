@@ -178,11 +178,17 @@ def _latency(speed: Mapping[str, Any] | None, side: str) -> dict[str, Any]:
 def _timed(
     args: argparse.Namespace, subject: Subject, models: Sequence[nn.Module]
 ) -> dict[str, Any] | None:
-    """Time two models by turns on one image, or one beside itself."""
+    """Time two models by turns, or one beside itself."""
     if args.latency_repeats <= 0:
         return None
     rounds = max(_FEWEST_ROUNDS, args.latency_repeats)
-    return asdict(compare_latency(models[0], models[-1], subject.example[:1], rounds=rounds))
+    flags = vars(args)  # few commands have these
+    size, runtime = flags.get("latency_batch_size", 1), flags.get("latency_runtime", "eager")
+    speed = compare_latency(
+        models[0], models[-1], subject.example[:1].repeat_interleave(size, 0), rounds=rounds,
+        runtime=runtime, num_threads=flags.get("latency_threads"),
+    )  # fmt: skip
+    return asdict(speed)
 
 
 def shown_changes(
