@@ -59,7 +59,7 @@ def finished(
     document = {
         **provenance(args, subject),
         **result.report,
-        "granularity": args.granularity or result.report["granularity"],
+        "granularity": "head" if args.granularity == "head" else result.report["granularity"],
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
         "images": image_facts(opened.images, opened.batches, eval_images),

@@ -46,9 +46,9 @@ _MOST_HELD_BACK = 512
 _EPOCHS = 10
 # What a report of pruning says that training does not change.
 _KEPT = (
-    "criterion", "allocation", "keep", "of", "reached", "used_labels", "num_images", "groups",
-    "blocked", "steps", "output_variance", "variance_share", "output_second_moment", "images_used",
-    "timings",
+    "criterion", "allocation", "granularity", "round_to", "keep", "of", "reached", "used_labels",
+    "num_images", "groups", "branches", "blocked", "steps", "output_variance", "variance_share",
+    "output_second_moment", "images_used", "timings",
 )  # fmt: skip
 # What a recipe calls as the flags do.
 _AS_FLAGS = (
