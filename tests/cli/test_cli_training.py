@@ -144,6 +144,9 @@ def test_distilled_folder_loads_says_how_it_was_made_and_can_be_distilled_again(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["training"] == training
     assert "held back from training" in (tmp_path / "out" / "report.html").read_text()
+    pruned = json.loads(Path("small/report.json").read_text())
+    for key in ("granularity", "round_to", "groups"):
+        assert report[key] == pruned[key]
 
     small, trained = load_pruned("small"), load_pruned(tmp_path / "out")
     assert trained.fc.in_features == small.fc.in_features
