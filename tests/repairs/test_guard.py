@@ -109,7 +109,11 @@ def test_few_images_are_said_to_tell_little():
     one = dataclasses.replace(found(math.inf, agreement=1.0), num_images=1)
     assert not one.is_broken
     (line,) = warnings_of({"none": one}, "none", "none")
-    assert line.startswith("1 of the images held back: too few")
+    assert line.startswith("1 of the images held back: too few to tell")
+    broken = dataclasses.replace(one, agreement=0.0)
+    first, then = warnings_of({"none": broken}, "none", "none")
+    assert first.startswith("BROKEN")
+    assert "too few to be sure of that" in then
 
 
 def test_only_a_broken_result_far_from_its_prediction_cannot_be_true():

@@ -49,8 +49,9 @@ def warnings_of(
             f"images, or {_NEXT.get(best, 'distillation')}"
         )
     if taken.num_images < _FEWEST:
+        what = "be sure of that" if taken.is_broken else "tell how good the result is"
         lines.append(
-            f"{taken.num_images} of the images held back: too few to tell how good the result is: "
+            f"{taken.num_images} of the images held back: too few to {what}: "
             f"give {10 * _FEWEST} images or more"
         )
     if wanted not in ("auto", best):
