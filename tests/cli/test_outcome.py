@@ -292,3 +292,23 @@ def test_work_without_parts_is_named_to_a_pipe(capsys, monkeypatch):
     with console.running("exporting"):
         time.sleep(0.15)
     assert set(capsys.readouterr().err.splitlines()) == {"exporting ... 0 s"}
+
+
+@pytest.mark.parametrize(
+    ("gone", "granularity", "warnings", "said"),
+    [
+        (False, "channel,branch", [], "0 of 1: without some the outputs would be further"),
+        (False, "channel,branch", ["max_depth_removed: 0.1 of 1 branches are none"], "0 of 1"),
+        (False, "branch", [], "0 of 1"),
+        (True, "channel,branch", [], "1 of 1: a"),
+    ],
+)
+def test_it_is_said_why_no_branch_went(gone, granularity, warnings, said):
+    document = {
+        "branches": [{"name": "a", "score": 1.0, "gone": gone}],
+        "granularity": granularity,
+        "warnings": warnings,
+    }
+    line = outcome.branches(document)
+    assert line.startswith(f"branches removed: {said}")
+    assert (":" in line.removeprefix("branches removed: ")) == (":" in said)

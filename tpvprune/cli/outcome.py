@@ -62,7 +62,8 @@ def branches(document: Mapping[str, Any]) -> str | None:
         return None
     gone = [branch["name"] for branch in found if branch["gone"]]
     names = f": {', '.join(gone)}" if gone else ""
-    if not gone and document.get("granularity") == "channel,branch":
+    limited = any(line.startswith("max_depth_removed") for line in document.get("warnings") or ())
+    if not gone and not limited and document.get("granularity") == "channel,branch":
         names = ": without some the outputs would be further from the dense model's"
     return f"branches removed: {len(gone)} of {len(found)}{names}"
 
