@@ -164,6 +164,18 @@ def test_folders_without_a_recipe_are_refused(run, place, tmp_path):
     assert "not allowed with" in err
 
 
+def test_several_values_of_one_flag_are_a_list_or_have_commas_between(tmp_path):
+    def granularity_of(value):
+        path = tmp_path / "r.json"
+        path.write_text(json.dumps({"granularity": value}))
+        argv = ["prune", "--recipe", str(path), "--output", "x"]
+        return recipes.parsed(build_parser(), argv).granularity
+
+    assert granularity_of(["channel", "branch"]) == granularity_of("channel,branch")
+    with pytest.raises(ValueError, match=r"expected channel, head, .* found 'channel,depth'"):
+        granularity_of(["channel", "depth"])
+
+
 PRUNE = recipes.prune_parser(build_parser())
 
 

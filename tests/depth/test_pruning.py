@@ -361,7 +361,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "besides reading images" in err
     # Of heads alone more than that stays.
     assert main(["prune", *alone, "head"]) == 3
-    assert "it cannot be reached" in " ".join(capsys.readouterr().err.split())
+    err = " ".join(capsys.readouterr().err.split())
+    assert "it cannot be reached" in err
+    assert err.count("ignored on request") == 1
     convolutional = ["--model", "test_efficientnet", *alone[2:]]
     for granularity, reason in (
         ("branch", "found none that can go whole"),
@@ -369,6 +371,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         assert main(["prune", *convolutional, granularity]) == 2
         assert reason in capsys.readouterr().err
+    for dry in ([], ["--dry-run"]):
+        nowhere = [*flags[:-6], *dry, "--max-depth-removed", "0.5", "--output", "none"]
+        assert main(["prune", *nowhere]) == 2
+        assert "max_depth_removed: expected only where branches" in capsys.readouterr().err
     half = ["--of", "latency", "--max-depth-removed", "0.5"]
     assert main(["prune", *flags[:-6], *half, "--dry-run", "--output", "out"]) == 0
     assert "branches: 12, of which 6 may go" in capsys.readouterr().err

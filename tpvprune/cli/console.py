@@ -7,7 +7,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -188,11 +187,14 @@ def _say_spread(side: Mapping[str, Any], *, dense: Mapping[str, Any] | None = No
 
 def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
     """Print how many groups stay whole, one line per reason."""
-    reasons = Counter(str(group["reason"]) for group in blocked)
-    for reason, count in reasons.most_common():
-        first = next(group["name"] for group in blocked if str(group["reason"]) == reason)
-        more = f" and {count - 1} more" if count > 1 else ""
-        say(f"left whole: {first}{more}: {reason}", indent="  ")
+    named: dict[str, list[str]] = {}
+    for group in blocked:
+        # The line begins with the name already.
+        reason = str(group["reason"]).removeprefix(f"{group['name']} is ")
+        named.setdefault(reason, []).append(group["name"])
+    for reason, names in sorted(named.items(), key=lambda of_one: -len(of_one[1])):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"left whole: {names[0]}{more}: {reason}", indent="  ")
 
 
 def show_pruned(document: Mapping[str, Any]) -> None:

@@ -15,7 +15,12 @@ from tpvprune.cli.console import blocked_lines, counted, length_of, percent, say
 from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_of
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES
 from tpvprune.cli.pruning import layers_that_stay, num_apart
-from tpvprune.cli.pruning_options import limits_of, pruning_options, weight_options
+from tpvprune.cli.pruning_options import (
+    check_pruning_options,
+    limits_of,
+    pruning_options,
+    weight_options,
+)
 from tpvprune.cli.session import Outcome, Subject, ignored, open_pruned, open_subject, provenance
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_facts
@@ -48,6 +53,7 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     """Say what `prune` would cut down to, with which images, and about how long it would take."""
     if asked_for(args):
         return _plan_weights(args)
+    check_pruning_options(args)
     recipe_of(args)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
@@ -147,15 +153,19 @@ def _branches(
     num = most_gone(args.max_depth_removed, found)
     say(f"branches: {len(found)}, of which {num} may go")
     smallest: dict[str, float] = {}
+    left: dict[frozenset[str], ChannelGroups] = {}  # of the network without some branches
     kinds: tuple[Literal["macs", "params"], ...] = ("macs", "params")
     for of in kinds:
         saved = branch_savings(model, groups, found, of, x)
-        gone = sorted(saved, key=saved.__getitem__)[len(saved) - num :]
-        network = remove_branches(model, Removal.of(found, gone), share=True)
-        there = [name for name, _ in network.named_modules() if name in layers]
-        left = find_groups(network, x, ignore=there, verify=False)
+        gone = frozenset(sorted(saved, key=saved.__getitem__)[len(saved) - num :])
+        if gone not in left:
+            network = remove_branches(model, Removal.of(found, gone), share=True)
+            there = [name for name, _ in network.named_modules() if name in layers]
+            left[gone] = find_groups(network, x, ignore=there, verify=False)
         smallest[of] = (
-            smallest_facts(left, limits_of(args))[of] if "channel" in may_go else cost(left, {}, of)
+            smallest_facts(left[gone], limits_of(args))[of]
+            if "channel" in may_go
+            else cost(left[gone], {}, of)
         )
     return {"branches": [b.name for b in found], "smallest": smallest}
 

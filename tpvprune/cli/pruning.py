@@ -12,7 +12,7 @@ from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs
 from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import pruning_options
+from tpvprune.cli.pruning_options import check_pruning_options, pruning_options
 from tpvprune.cli.session import Outcome, Subject, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
@@ -49,6 +49,7 @@ def run_prune(args: argparse.Namespace) -> Outcome:
     """Prune, save, measure, and show what it cost."""
     if single_weights.asked_for(args):
         return single_weights.run(args, _opened(args, labelled=False))
+    check_pruning_options(args)
     training.recipe_of(args)
     folders = sizes.folders(args)
     done = [folder for keep, folder in folders.items() if sizes.is_done(args, keep, folder)]

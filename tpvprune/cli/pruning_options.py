@@ -10,6 +10,7 @@ import torch
 
 from tpvprune.cli.flag_groups import STRUCTURES
 from tpvprune.groups.budget import LatencyTable
+from tpvprune.pipeline.choices import Choices
 from tpvprune.runtimes.names import TABLE
 from tpvprune.scores.criteria import with_labels
 from tpvprune.scores.taps import Probing
@@ -41,6 +42,11 @@ def pruning_options(
         "outputs": outputs_of(args),
         **_ALL_IMAGES,
     }
+
+
+def check_pruning_options(args: argparse.Namespace) -> None:
+    """Check before any work what :func:`tpvprune.pipeline.prune` would refuse."""
+    Choices(**pruning_options(args, (), ignore=()))
 
 
 def latency_runtime(args: argparse.Namespace) -> str | LatencyTable:

@@ -176,14 +176,17 @@ def _tokens(action: argparse.Action, value: Any, *, where: str) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"{where}: expected true or false, found {value!r:.80}")
         return [flag] if value else []
-    values = value if isinstance(value, list) and action.nargs is not None else [value]
+    several = isinstance(value, list) and (
+        action.nargs is not None or all(isinstance(entry, str) for entry in value)
+    )
+    values = value if several else [value]
     for entry in values:
         if isinstance(entry, bool) or not isinstance(entry, (str, int, float)):
             raise ValueError(f"{where}: expected numbers or names, found {entry!r:.80}")
         if str(entry).startswith("--"):
             raise ValueError(f"{where}: expected a value, found the flag {entry!r:.80}")
     if action.nargs is None:
-        return [f"{flag}={value}"]
+        return [f"{flag}={','.join(map(str, values))}"]
     return [flag, *map(str, values)]
 
 
