@@ -3,6 +3,7 @@
     python benchmarks/oneshot.py --model cifar_resnet56 --checkpoint FILE \
         --train-dir cifar10-train.tar --test-dir cifar10-test.tar --keep 0.7 0.5 0.3 --seeds 3
     python benchmarks/oneshot.py ... --keep 0.5 --calibration noise digits
+    python benchmarks/oneshot.py ... --keep 0.5 --calibration train mirrored
     python benchmarks/oneshot.py ... --keep 0.5 --num-images 64
 
 A seed draws the unlabeled images and the probes. One CSV row per (model, criterion, allocation,
@@ -92,15 +93,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["train"],
         choices=CALIBRATIONS,
-        help="what pruning sees: training images, uniform noise, or resized handwritten digits",
+        help="what pruning sees: training images, also with their mirror images, uniform noise, or "
+        "resized handwritten digits",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     labelled = sorted(NEEDS_LABELS.intersection(args.criteria))
-    if labelled and args.calibration != ["train"]:
-        parser.error(f"criteria {', '.join(labelled)} need labels: --calibration train only")
+    if labelled and not set(args.calibration) <= {"train", "mirrored"}:
+        parser.error(f"criteria {', '.join(labelled)} need labels: of training images alone")
     return args
 
 
@@ -167,7 +169,9 @@ def normalised(pixels: torch.Tensor, how: Preprocessing) -> list[torch.Tensor]:
     return list(((pixels - mean) / std).split(125))
 
 
-CALIBRATIONS = {"train": training_images, "noise": noise, "digits": digits}
+CALIBRATIONS = {
+    "train": training_images, "mirrored": training_images, "noise": noise, "digits": digits,
+}  # fmt: skip
 
 
 def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +186,7 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
         allocation=key["allocation"],
         repair=key["repair"],
         steps=key["steps"],
+        mirrored=key["calibration"] == "mirrored",
         limits=Limits(round_to=1),
         seed=key["seed"],
     )

@@ -99,10 +99,16 @@ def statistics():
     few = tpvprune.compensate_weights(
         small, model, batches, groups=groups, kept=kept, max_bytes=1 << 18
     )
+    views = tpvprune.compensate_weights(
+        small, model, batches, groups=groups, kept=kept, num_views=3, min_rows=256
+    )
     rebuilt = tpvprune.reconstruct_blocks(
         small, model, batches, groups=groups, kept=kept, rounds=1, iterations=1, num_views=1
     )
-    models = {"recalibration": recalibrated, "compensation": refitted, "reconstruction": rebuilt}
+    models = {
+        "recalibration": recalibrated, "compensation": refitted, "reconstruction": rebuilt,
+        "compensation with views": views,
+    }  # fmt: skip
     for name, repaired in {**models, "compensation with little memory": few}.items():
         found[name] = flat(repaired.state_dict().values())
     measured = tpvprune.evaluate(recalibrated, labelled, dense=model)

@@ -8,10 +8,13 @@ from cases import CASES, Poison, batches, build, images
 
 from tpvprune import (
     Ranking,
+    compensate_weights,
     count_macs,
     count_params,
     prune,
     rank_channels,
+    reconstruct_blocks,
+    remove_channels,
     tpv_scores,
     variance_curves,
 )
@@ -233,6 +236,21 @@ def test_every_repair_is_measured_on_held_back_inputs(repair):
     assert set(variances) >= {"none"}
 
 
+@pytest.mark.parametrize("repair", [compensate_weights, reconstruct_blocks])
+def test_weights_are_fitted_to_mirror_images_where_that_is_asked_for(repair):
+    model, name = build("residual"), repair.__name__.partition("_")[0]
+    told = prune(model, data(), keep=0.5, repair=name, mirrored=True)
+    alone = prune(model, data(), keep=0.5, repair=name, ranking=told.ranking)
+    removed = remove_channels(model, told.groups, told.kept)
+    fit, held = hold_back(data())
+    with torch.no_grad():
+        fitted = repair(removed, model, fit, groups=told.groups, kept=told.kept, num_views=2)
+        wanted = fitted(held[0])
+        assert told.report["repair_chosen"] == alone.report["repair_chosen"] == name
+        torch.testing.assert_close(told.model(held[0]), wanted)
+        assert not torch.allclose(alone.model(held[0]), wanted)
+
+
 def test_compensation_beats_doing_nothing():
     result = prune(build("residual"), data(120, 40), keep=0.5)
     variances = result.report["output_variance"]
@@ -341,6 +359,7 @@ def test_criteria_that_need_labels_say_so(criterion):
         ({"criterion": "luck"}, "criterion: expected one of tpv"),
         ({"repair": "prayer"}, "repair: expected one of none"),
         ({"steps": 0}, "steps: expected at least 1"),
+        ({"mirrored": True, "repair": "bn"}, "mirrored: expected only with a repair that fits"),
         ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
         ({"limits": Limits(ignore=("nobody",))}, "ignore: expected the name of a module"),
     ],

@@ -24,6 +24,7 @@ def same(a, b):
         {},
         {"repair": "reconstruct"},
         {"repair": "auto"},
+        {"mirrored": True},
         {"steps": 2},
         {"granularity": ("channel", "branch")},
         {"criterion": "magnitude", "allocation": "rank"},

@@ -341,7 +341,7 @@ def test_names_from_files_are_never_imported(run, root, tmp_path):
         assert "mine_for_tests" not in sys.modules
 
 
-@pytest.mark.parametrize("flag", [("--epochs", 3), ("--lr", 0.5), ("--mirrored",)])
+@pytest.mark.parametrize("flag", [("--epochs", 3), ("--lr", 0.5), ("--no-mix",)])
 def test_flags_of_training_are_refused_where_nothing_is_trained(run, flag, tmp_path):
     model = ["--model", "test_resnet", "--data-dir", "flat", "--output", tmp_path / "out"]
     code, _, err = run("prune", *model, *flag)

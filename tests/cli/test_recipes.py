@@ -164,6 +164,18 @@ def test_folders_without_a_recipe_are_refused(run, place, tmp_path):
     assert "not allowed with" in err
 
 
+def test_mirror_images_need_no_training(run, place):
+    few = ["--img-size", "16", "--num-images", "16", "--mirrored"]
+    code, _, err = run("prune", *MODEL, *QUICK, *few, "--output", "mirrored")
+    assert code == 0
+    assert "repair 15 and their mirror images" in " ".join(err.split())
+    assert read(place / "mirrored", "config.json")["provenance"]["recipe"]["mirrored"] is True
+    assert "and their mirror images" in (place / "mirrored" / "report.html").read_text("utf-8")
+    code, _, err = run("prune", *MODEL, *few, "--repair", "bn", "--output", "none")
+    assert code == 2
+    assert "mirrored: expected only with a repair that fits weights" in err
+
+
 def test_several_values_of_one_flag_are_a_list_or_have_commas_between(tmp_path):
     def granularity_of(value):
         path = tmp_path / "r.json"

@@ -511,3 +511,35 @@ def test_frames_in_the_batch_are_fitted_like_frames_by_themselves():
         frame_by_frame.folded = True
         left.append(float(output_variance(frame_by_frame, film, [others])))
     assert left[0] < 1.05 * left[1]
+
+
+def views_fitted(data, *, num_views, ridge, nonlinear=False):
+    dense = build("residual")
+    pruned, groups, kept = cut_everywhere(dense)
+    return compensate_weights(
+        pruned, dense, data, groups=groups, kept=kept, ridge=ridge, min_rows=1 << 20,
+        nonlinear=nonlinear, num_views=num_views,
+    )  # fmt: skip
+
+
+def test_mirror_images_are_fitted_to_as_images_of_their_own():
+    data = batches(NUM, 20)
+    mirrored = [torch.stack([x, x.flip(3)], 1).flatten(0, 1) for x in data]
+    found = views_fitted(data, num_views=2, ridge=1e-12).state_dict()
+    torch.testing.assert_close(
+        found, views_fitted(mirrored, num_views=1, ridge=1e-12).state_dict(), **EXACT
+    )
+    alone = views_fitted(data, num_views=1, ridge=1e-12).state_dict()
+    assert any(not torch.allclose(found[name], alone[name], rtol=1e-3) for name in alone)
+
+
+def test_an_image_and_its_mirror_image_are_held_back_together():
+    def fitted(data, num_views):
+        given = {"num_views": num_views, "ridge": None, "nonlinear": True}
+        return views_fitted(data, **given).state_dict()
+
+    # Of symmetric images a view tells nothing new, and what is chosen on held-back inputs stays.
+    data = [x + x.flip(3) for x in batches(NUM, 20)]
+    once, copies = fitted(data, 1), fitted([x.repeat_interleave(2, 0) for x in data], 1)
+    torch.testing.assert_close(fitted(data, 2), once, rtol=1e-6, atol=1e-8)
+    assert any(not torch.allclose(copies[name], once[name], rtol=1e-4) for name in once)

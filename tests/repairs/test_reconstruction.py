@@ -16,7 +16,7 @@ from tpvprune.repairs.blocks import BlockCall, find_blocks
 from tpvprune.repairs.gauss_newton import GaussNewton, Linearised, loss_of
 from tpvprune.repairs.preconditioner import KroneckerFactors, layers_in
 from tpvprune.repairs.reconstruction import reconstruct_blocks
-from tpvprune.repairs.views import Views
+from tpvprune.repairs.views import views_of
 
 MODELS = {  # input channels and size, blocks, stages of several blocks
     "resnet10t": (3, 64, 5, 0),
@@ -397,7 +397,9 @@ def test_large_blocks_look_at_fewer_images(monkeypatch):
 def test_mirror_images_are_shown_where_there_is_room(monkeypatch, num_views, max_macs, expected):
     monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     seen = []
-    monkeypatch.setattr(reconstruction, "Views", lambda *a: seen.append(Views(*a)) or seen[-1])
+    monkeypatch.setattr(
+        reconstruction, "views_of", lambda *a: seen.append(views_of(*a)) or seen[-1]
+    )
     x = pictures(16, (3, 32))
     model = make("resnet10t")
     pruned, groups, kept = halved(model, x)

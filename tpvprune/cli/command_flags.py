@@ -102,7 +102,10 @@ def _add_prune(sub: Parser) -> None:
         text="where branches may go, the largest fraction of them that may (1)",
     )  # fmt: skip
     add(sub, "--grad-checkpointing", "--ignore")
-    add_training(sub, "training (with --repair distill)")
+    add_training(
+        sub, "training (with --repair distill)",
+        mirror="; any repair of weights fits to mirror images, too",
+    )  # fmt: skip
     add(sub, "--device", "--latency-repeats")
     add_output(sub, "folder for the pruned model and its report")
     add(sub, "--dry-run")

@@ -159,8 +159,13 @@ def add_criterion(sub: Parser) -> None:
     )  # fmt: skip
 
 
-def add_training(sub: Parser, title: str = "training", *, teacher: bool = True) -> None:
-    """Add how a pruned model is trained; with what concerns the dense one if that teaches."""
+def add_training(
+    sub: Parser, title: str = "training", *, teacher: bool = True, mirror: str = ""
+) -> None:
+    """Add how a pruned model is trained; with what concerns the dense one if that teaches.
+
+    ``mirror``: what else mirror images do.
+    """
     group = sub.section(title)
     length = group.add_mutually_exclusive_group()
     flag(length, "--epochs", "N", "passes (10)", type=count)
@@ -184,8 +189,8 @@ def add_training(sub: Parser, title: str = "training", *, teacher: bool = True) 
         switch(group, "--no-mix", "do not mix images with others of their batch")
         switch(
             group, "--mirrored",
-            "teach the mean of the dense outputs on an image and on its mirror image: better "
-            "where left and right mean nothing",
+            "left and right mean nothing: teach the mean of the dense outputs on an image and on "
+            "its mirror image" + mirror,
         )  # fmt: skip
         flag(
             group, "--num-views", "N", type=count,
@@ -206,9 +211,9 @@ def add_training(sub: Parser, title: str = "training", *, teacher: bool = True) 
         choices=("bfloat16", "float16"), default="bfloat16",
     )  # fmt: skip
     switch(group, "--freeze-batchnorm", "keep BatchNorm's running statistics")
-    # --amp is of use without any training, too.
     used = {action.dest: action.default for action in group._group_actions}
-    sub.set_defaults(untrained={name: used[name] for name in used if name != "amp"})
+    others = {"amp", "mirrored"}  # these are of use without any training, too
+    sub.set_defaults(untrained={name: used[name] for name in used if name not in others})
 
 
 def add_latency_budget(group: Any, *, table: bool = True) -> None:

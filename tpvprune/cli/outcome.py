@@ -73,7 +73,8 @@ def images_used(document: Mapping[str, Any]) -> str | None:
     used = document.get("images_used")
     if not used:
         return None
-    line = f"images used: selection {used['selection']}, repair {used['repair']}"
+    mirrored = " and their mirror images" if document.get("mirrored") else ""
+    line = f"images used: selection {used['selection']}, repair {used['repair']}{mirrored}"
     counts = [num for name, num in used.items() if name not in _NOT_BLOCKS]
     if not counts:
         return line

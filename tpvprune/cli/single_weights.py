@@ -19,8 +19,9 @@ from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 from tpvprune.widths.limits import Limits
 
+_CHOICES = ("of", "steps", "allocation", "max_depth_removed", "mirrored")
 _OTHERS_ONLY = {
-    **{name: getattr(Choices, name) for name in ("of", "steps", "allocation", "max_depth_removed")},
+    **{name: getattr(Choices, name) for name in _CHOICES},
     **{name: getattr(Limits, name) for name in ("round_to", "min_channels", "max_removed")},
 }
 

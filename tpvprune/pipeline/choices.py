@@ -50,6 +50,7 @@ class Choices:
     ranking: Ranking | None = None
     planned_repair: Repair | None = None
     repair_factors: bool | None = None
+    mirrored: bool = False
     steps: int = 1
     num_images: int | None = NUM_IMAGES
     latency_batch_size: int = 1
@@ -69,6 +70,11 @@ class Choices:
             if repair not in {None, *get_args(Repair)}:
                 repairs = ", ".join(get_args(Repair))
                 raise ValueError(f"repair: expected one of {repairs}, found {repair!r}.")
+        if self.mirrored and self.repair in {"none", "bn"}:
+            raise ValueError(
+                "mirrored: expected only with a repair that fits weights, found repair "
+                f"{self.repair!r}: leave it out, or pass repair 'compensate'"
+            )
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, found {self.steps}.")
         leaves, known = self.leaves, get_args(Granularity)
@@ -94,6 +100,11 @@ class Choices:
     def leaves(self) -> Sequence[Granularity]:
         """What may leave."""
         return leaving(self.granularity, self.of)
+
+    @property
+    def views(self) -> dict[str, int]:
+        """What repairs are told of mirror images; without them they go by their own defaults."""
+        return {"num_views": 2} if self.mirrored else {}
 
     @property
     def named_leaves(self) -> str:

@@ -87,7 +87,9 @@ class Run:
         """Return repaired models, cheapest first, and how far the last is from the dense one."""
         given, cut, refits = self.given, rounds.model, {}
         repair, steps = given.told.repair, given.told.steps
-        options: dict[str, Any] = {"groups": given.groups, "kept": rounds.kept}
+        options: dict[str, Any] = {
+            "groups": given.groups, "kept": rounds.kept, **given.told.views,
+        }  # fmt: skip
         options["seed"] = given.by.probing.seed
         if repair == "bn":
             refits["bn"] = recalibrate_batchnorm(cut, given.fit)
@@ -210,6 +212,7 @@ def report_of(
         "round_to": given.limits.round_to,
         "num_images": num_fit,
         "num_held_back": int(total(sum(map(len, given.held)))),
+        "mirrored": told.mirrored,
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": reached,
         **speed,

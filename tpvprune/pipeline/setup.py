@@ -117,7 +117,9 @@ class Setup:
             return None
         device = next(self.dense.parameters()).device
         if values.wanted is None and spare_bytes(device) >= TARGET_BYTES:
-            values.wanted = wanted_by(self.dense, self.fit, seed=self.by.probing.seed)
+            values.wanted = wanted_by(
+                self.dense, self.fit, **self.told.views, seed=self.by.probing.seed
+            )
         return values.wanted
 
     @property

@@ -54,7 +54,8 @@ def layers_by_weight(model: nn.Module, without: Sequence[str] = ()) -> dict[int,
 class Plan:
     """Which positions of this process's inputs are looked at: the same in both runs.
 
-    ``all_inputs`` are those of all processes, by default these. ``common`` are the calls that see
+    ``all_inputs`` are those of all processes, by default these. ``num_views`` of every image follow
+    one another among them, and are of one process. ``common`` are the calls that see
     no input, such as those that make a table of positions: their layers stay as they are.
     ``batch_dims`` has where the inputs lie in what a call reads and gives, if not in dimension 0.
     The positions are drawn on the CPU, and kept on ``device``.
@@ -66,6 +67,7 @@ class Plan:
     seed: int
     _: KW_ONLY
     all_inputs: int = 0
+    num_views: int = 1
     fewer: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     common: frozenset[int] = frozenset()
@@ -104,7 +106,8 @@ class Plan:
             else:
                 generator = torch.Generator().manual_seed(self.seed * 100003 + call)
                 num = self.num_inputs * num_processes()
-                noise = own(torch.rand(num, num_positions, generator=generator))
+                noise = torch.rand(num, num_positions, generator=generator)
+                noise = own(noise.unflatten(0, (-1, self.num_views))).flatten(0, 1)
                 self._positions[call] = sent(noise.topk(per_input, 1).indices, self.device)
         return self._positions[call]
 

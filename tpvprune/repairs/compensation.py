@@ -29,10 +29,10 @@ from tpvprune.passes.memory import is_lack_of_memory, release_memory, spare_byte
 from tpvprune.processes.membership import num_processes
 from tpvprune.processes.shares import spread_weights, total
 from tpvprune.repairs.branches import FEWER_ROWS, Layer, Plan, layers_by_weight
-from tpvprune.repairs.chunks import chunk_size, rechunked
+from tpvprune.repairs.chunks import chunk_size
 from tpvprune.repairs.refits import Constrain, Refits
 from tpvprune.repairs.targets import Targets, dense_targets, plan_for
-from tpvprune.repairs.views import Views
+from tpvprune.repairs.views import Views, views_of
 from tpvprune.repairs.walk import Walk
 
 TARGET_BYTES = 2 << 30  # of the dense values that all layers are fitted to
@@ -49,6 +49,7 @@ def compensate_weights(
     rows_per_input: int = 60,
     min_rows: int = 65536,
     nonlinear: bool = True,
+    num_views: int = 1,
     max_bytes: int | None = None,
     seed: int = 0,
     wanted: Wanted | None = None,
@@ -79,6 +80,9 @@ def compensate_weights(
         nonlinear: Where nothing but an activation phi reads y, or y behind its BatchNorm and a
             shortcut, go on from there towards min E || phi(.) - phi(.*) ||^2, as far as that holds
             on the inputs held back (:mod:`tpvprune.repairs.activation_fit`).
+        num_views: Views of every image of a batch [B, C, H, W] that are shown: 1 itself, 2 its
+            mirror image, too, more: parts of it besides, enlarged. Inputs of other kinds are shown
+            as they are. For few more rows in all, but as many more forwards.
         max_bytes: Memory for the activations of waiting inputs; None: a quarter of what is free,
             1 GiB at least. With less of it more is computed again; the result stays. The dense
             values that are fitted to may take 2 GiB besides: large models look at fewer positions
@@ -93,8 +97,8 @@ def compensate_weights(
     """
     return refitted(
         pruned, dense, batches, groups=groups, kept=kept, ridge=ridge, seed=seed,
-        rows_per_input=rows_per_input, min_rows=min_rows, nonlinear=nonlinear, max_bytes=max_bytes,
-        wanted=wanted, progress=progress,
+        rows_per_input=rows_per_input, min_rows=min_rows, nonlinear=nonlinear, num_views=num_views,
+        max_bytes=max_bytes, wanted=wanted, progress=progress,
     )  # fmt: skip
 
 
@@ -104,6 +108,7 @@ def wanted_by(
     *,
     rows_per_input: int = 60,
     min_rows: int = 65536,
+    num_views: int = 1,
     seed: int = 0,
 ) -> Wanted:
     """Return the dense values that :func:`compensate_weights` fits the layers of any size to.
@@ -111,8 +116,8 @@ def wanted_by(
     The arguments are those of it. They take 2 GiB at most.
     """
     inputs = list(unlabeled(batches))
-    chunks = rechunked(inputs, chunk_size(dense, inputs))
-    return wanted_of(dense, chunks, rows_per_input, min_rows, seed=seed)
+    views = views_of(inputs, chunk_size(dense, inputs), num_views, seed)
+    return wanted_of(dense, views, rows_per_input, min_rows, seed=seed)
 
 
 def refitted(
@@ -127,6 +132,7 @@ def refitted(
     min_rows: int,
     seed: int,
     fewer: int = FEWER_ROWS,
+    num_views: int = 1,
     max_bytes: int | None = None,
     nonlinear: bool = False,
     constrain: Constrain | None = None,
@@ -147,14 +153,14 @@ def refitted(
 
     def refit(chunk: int) -> nn.Module:
         repaired = copy.deepcopy(pruned)
-        chunks = rechunked(inputs, chunk)
-        known = wanted or wanted_of(dense, chunks, rows_per_input, min_rows, fewer=fewer, seed=seed)
+        views = views_of(inputs, chunk, num_views, seed)
+        known = wanted or wanted_of(dense, views, rows_per_input, min_rows, fewer=fewer, seed=seed)
         fits = refits_towards(
-            dense, chunks, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
+            dense, views, known.plan, groups=groups, kept=kept, ridge=ridge, constrain=constrain,
             nonlinear=nonlinear, targets=known.targets,
         )  # fmt: skip
         del known  # what is fitted can go
-        Walk(repaired, fits, Views(chunks), room, progress=progress).run()
+        Walk(repaired, fits, views, room, progress=progress).run()
         spread_weights(repaired)
         return repaired
 
@@ -184,7 +190,7 @@ class Wanted:
 
 def wanted_of(
     dense: nn.Module,
-    inputs: Sequence[Tensor],
+    views: Views,
     rows_per_input: int,
     min_rows: int,
     *,
@@ -195,13 +201,13 @@ def wanted_of(
 
     ``fewer``: layers of several groups are fitted to so many times fewer rows, at most.
     """
-    num = sum(map(len, inputs))
+    num = views.starts[-1]
     plan = Plan(
-        num, rows_per_input, min_rows, seed, all_inputs=int(total(num)), fewer=fewer,
-        device=next(dense.parameters()).device,
+        num, rows_per_input, min_rows, seed, all_inputs=int(total(num)),
+        num_views=views.num_views, fewer=fewer, device=next(dense.parameters()).device,
     )  # fmt: skip
-    plan = plan_for(plan, dense, inputs[0][:1], TARGET_BYTES)
-    return Wanted(plan, dense_targets(dense, inputs, plan))
+    plan = plan_for(plan, dense, views[0][:1], TARGET_BYTES)
+    return Wanted(plan, dense_targets(dense, views, plan))
 
 
 def refits_towards(

@@ -30,11 +30,11 @@ from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered, spread_weights
 from tpvprune.repairs.blocks import Block, BlockCall, Samples, find_blocks
 from tpvprune.repairs.branches import FEWER_ROWS, Plan
-from tpvprune.repairs.chunks import chunk_size, rechunked
+from tpvprune.repairs.chunks import chunk_size
 from tpvprune.repairs.compensation import TARGET_BYTES, refits_towards
 from tpvprune.repairs.gauss_newton import GaussNewton
 from tpvprune.repairs.targets import plan_for
-from tpvprune.repairs.views import Views
+from tpvprune.repairs.views import Views, views_of
 from tpvprune.repairs.walk import BlockFit, Walk
 
 _FEWEST = 128  # inputs that a block sees however large it is
@@ -132,7 +132,15 @@ def reconstruct_blocks(
     copies, num = views.num_views, views.num_views * views.num_images
     stages = [s for s in stages if s.macs * limits.in_products(s, num) <= _LARGEST]
     plan = plan_for(
-        Plan(num, rows_per_input, min_rows, seed, fewer=FEWER_ROWS, device=first.device),
+        Plan(
+            num,
+            rows_per_input,
+            min_rows,
+            seed,
+            num_views=copies,
+            fewer=FEWER_ROWS,
+            device=first.device,
+        ),
         dense,
         first[:1],
         TARGET_BYTES,
@@ -226,13 +234,10 @@ def _views(
     seed: int,
 ) -> Views:
     """Return what the networks are shown, in chunks; see :func:`reconstruct_blocks`."""
-    if inputs[0].ndim != 4:
-        num_views = 1
-    elif num_views is None:
+    if num_views is None:
         many = 2 * sum(map(len, inputs))
         num_views = 2 if any(limits.in_gradients(block) >= many for block in blocks) else 1
-    size = max(1, chunk_size(dense, inputs) // num_views)
-    return Views(rechunked(inputs, size), num_views, seed)
+    return views_of(inputs, chunk_size(dense, inputs), num_views, seed)
 
 
 def _wanted(

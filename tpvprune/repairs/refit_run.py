@@ -61,13 +61,13 @@ class RefitRun(BranchFollower):
         fits: Refits,
         own: slice,
         stop: Callable[[int, Sequence[Tensor]], None],
-        *,
-        copies: int,
     ) -> None:
         super().__init__(layers, fits.plan)
         self._fits, self._stop, self.own = fits, stop, own
         self.num_inputs = own.stop - own.start
-        held = global_indices(own.start, self.num_inputs) // copies % _HELD == _HELD - 1
+        views = fits.plan.num_views
+        images = global_indices(own.start // views, self.num_inputs // views)
+        held = (images % _HELD == _HELD - 1).repeat_interleave(views)
         self._num_held = int(held.sum())
         # Rows are taken in this order, so that those of the inputs held back are the last.
         self._order = sent(held.to(torch.uint8).argsort(stable=True), fits.plan.device)

@@ -9,6 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from tpvprune.repairs.chunks import rechunked
+
 _LEAST_AREA = 0.5  # of a part; smaller ones are no longer like what the network will see
 
 
@@ -59,6 +61,15 @@ class Views(Sequence[Tensor]):
             for own in places.unbind(1)
         ]
         return torch.stack([x, x.flip(3), *parts], 1).flatten(0, 1)
+
+
+def views_of(inputs: Sequence[Tensor], size: int, num_views: int, seed: int = 0) -> Views:
+    """Return views of batches [b, C, H, W], in chunks of at most ``size``, or of one image.
+
+    Inputs of other kinds [b, ...] have one view, themselves.
+    """
+    num_views = num_views if inputs[0].ndim == 4 else 1
+    return Views(rechunked(inputs, max(1, size // num_views)), num_views, seed)
 
 
 def _part(image: Tensor, area: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Walk:
     def _walk(self, i: int) -> None:
         layers = layers_by_weight(self._model, self._fits.without)
         own = slice(*self._starts[i : i + 2])
-        run = RefitRun(layers, self._fits, own, self._stop, copies=self._chunks.num_views)
+        run = RefitRun(layers, self._fits, own, self._stop)
         self._running.run = run
         with torch.no_grad(), run:
             self._again(self._whole, (i,), {}, Held([], None), last=False)

@@ -218,6 +218,8 @@ def making(data: Mapping[str, Any]) -> str:
     if data.get("round_to") == "auto":
         settings[head_of("round_to")] = "16 in wide groups to 1 in narrow ones"
     used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
+    if data.get("mirrored"):
+        used[_USED["repair"]] = f"{used[_USED['repair']]} and their mirror images"
     timings = {k: f"{significant(v)}\u202fs" for k, v in (data.get("timings") or {}).items() if v}
     lists = (
         ("Settings", settings),

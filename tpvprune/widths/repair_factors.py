@@ -24,6 +24,7 @@ from tpvprune.passes.outputs import Chosen, Outputs
 from tpvprune.processes.membership import alone, num_processes
 from tpvprune.processes.shares import gathered
 from tpvprune.repairs.compensation import refitted, wanted_of
+from tpvprune.repairs.views import Views
 from tpvprune.scores.curves import Curve
 
 _RANGE = (0.05, 20.0)  # of the factors: beyond it they are noise
@@ -68,7 +69,7 @@ def repair_factors(
     fit, held = split_inputs(inputs, max_inputs)
     predicted, measured = 0.0, 0.0
     segment_of: dict[str, float] = {}
-    wanted = wanted_of(model, fit, **ROUGHLY, seed=seed)
+    wanted = wanted_of(model, Views(fit), **ROUGHLY, seed=seed)
     dense = Reference(model, held, outputs)
     segments = _segments(groups, kept, curves, num_segments)
     for number, segment in enumerate(segments, 1):
