@@ -133,6 +133,20 @@ class AcrossImages(Layout):
         return tokens + tokens.mean(0, keepdim=True)
 
 
+class AcrossAll(Layout):
+    """Every token sees one number of the whole batch: a tensor without dimensions."""
+
+    def inside(self, tokens: Tensor) -> Tensor:
+        return tokens + tokens.abs().mean() * torch.arange(float(tokens.shape[2]))
+
+
+class Noisy(Layout):
+    """Random numbers in evaluation, too."""
+
+    def inside(self, tokens: Tensor) -> Tensor:
+        return tokens + 0.1 * torch.randn_like(tokens)
+
+
 class NoneOfThem(Layout):
     """The layer reads a table that all images share."""
 
@@ -146,7 +160,12 @@ class NoneOfThem(Layout):
 
 @pytest.mark.parametrize(
     ("model", "group", "reason"),
-    [(AcrossImages, "one", "several images at a time"), (NoneOfThem, "table.0", "sees no input")],
+    [
+        (AcrossImages, "one", "several images at a time"),
+        (AcrossAll, "one", "several images at a time"),
+        (Noisy, "one", "other numbers every time that the model runs"),
+        (NoneOfThem, "table.0", "sees no input"),
+    ],
 )
 def test_what_belongs_to_no_one_image_stays_whole_with_the_reason(model, group, reason, images):
     groups = tpvprune.find_groups(model().eval(), images[:2])

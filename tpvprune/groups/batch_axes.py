@@ -15,6 +15,7 @@ from tpvprune.passes.observer import Observer
 from tpvprune.passes.positions import BatchAxis
 from tpvprune.passes.running import evaluating
 
+_MIXED = "reads several images at a time: it may fold or mix them"
 _SMALL = 1e-4  # of the largest change: rounding, not what the image says
 
 T = TypeVar("T")
@@ -54,9 +55,14 @@ def with_batch_axes(
         else:
             found = BatchAxis.of(changes[0], changes[1], reader.channel_dim)
             if found is None:
-                reasons[call] = "reads several images at a time: it may fold or mix them"
+                reasons[call] = _MIXED
             elif found.dim or 2 * found.inner != len(pair[call]):
                 axes[call] = found
+    if _MIXED in reasons.values():
+        with evaluating(model):
+            again = _read(model, set(readers), torch.cat([first, second]), partial(_differs, pair))
+        random = (call for call, reason in reasons.items() if reason == _MIXED and again.get(call))
+        reasons |= dict.fromkeys(random, "reads other numbers every time that the model runs")
     blocked = {
         g.name: f"is read by {readers[call].module}, which {reasons[call]}"
         for g in groups
@@ -76,6 +82,14 @@ def _changes(pair: dict[int, Tensor], call: int, a: Tensor) -> tuple[Tensor, ...
     size = (a - pair[call]).abs()
     changed, dims = size > _SMALL * size.max(), range(a.ndim)
     return tuple(changed.any(tuple(d for d in dims if d != dim)) for dim in dims)
+
+
+def _differs(pair: dict[int, Tensor], call: int, a: Tensor) -> bool:
+    """Tell whether the same images gave other values, by more than rounding."""
+    there = pair.get(call)
+    if there is None or a.shape != there.shape:
+        return True
+    return bool(a.numel()) and bool((a - there).abs().max() > _SMALL * there.abs().max())
 
 
 def _four(x: Tensor) -> list[Tensor]:

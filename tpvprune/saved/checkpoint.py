@@ -177,7 +177,7 @@ def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         model: The dense model, for a model that timm does not build; left as it is.
 
     Returns:
-        The pruned model; timm models carry the saved preprocessing in ``pretrained_cfg``.
+        The pruned model, with the saved preprocessing in ``pretrained_cfg``.
 
     Raises:
         ValueError: If the folder is incomplete, damaged, of another format version, or

@@ -115,9 +115,9 @@ def set_types(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
 
 
 def put_preprocessing(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Let a timm model's ``pretrained_cfg`` name the saved preprocessing, and only that."""
-    own = getattr(model, "pretrained_cfg", None)
-    if not isinstance(own, dict):
+    """Let a model's ``pretrained_cfg`` name the saved preprocessing, as timm reads it."""
+    own = getattr(model, "pretrained_cfg", {})
+    if not isinstance(own, dict):  # a name that means something else in the user's own
         return
     entries: dict[str, Any] = {}
     for key, (fits, expected) in _PREPROCESSING.items():
@@ -127,7 +127,7 @@ def put_preprocessing(model: nn.Module, saved: Mapping[str, Any]) -> None:
         if not fits(value):
             raise ValueError(f"pretrained_cfg: expected {key} {expected}, found {value!r:.60}")
         entries[key] = tuple(value) if isinstance(value, list) else value
-    for name in ("pretrained_cfg", "default_cfg"):
+    for name in ("pretrained_cfg", "default_cfg") if own or entries else ():
         setattr(model, name, {**own, **entries})
 
 

@@ -42,7 +42,7 @@ class Atoms:
         while True:
             above = self._parent[roots]
             if np.array_equal(above, roots):
-                return torch.from_numpy(roots)
+                return torch.from_numpy(np.asarray(roots))  # of one atom NumPy gives a number
             roots = above
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
