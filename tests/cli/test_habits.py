@@ -32,6 +32,12 @@ def small(width=6):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
     )
 
+def trained():
+    import torch
+
+    torch.manual_seed(0)
+    return small()
+
 def broken():
     raise RuntimeError("a long story\\nin two lines")
 
@@ -273,7 +279,37 @@ def test_own_model_goes_all_the_way(run, tmp_path):
     code, _, err = run("evaluate", tmp_path / "own", *data)
     assert code == 2
     assert "pass --model package.module:factory" in err
+    assert "(it was 'mine_for_tests:small')" in err
     assert "mine_for_tests" not in (tmp_path / "own" / "model.safetensors").read_text("latin-1")
+
+
+def test_own_model_is_shown_images_as_it_was_when_it_was_pruned(run, tmp_path):
+    own = ["--model", "mine_for_tests:trained", "--latency-repeats", "0", "--json"]
+    small = ["--img-size", "24", "--crop-pct", "1", "--mean", "0.2", "--eval-dir", "classes"]
+    code, out, err = run("prune", *own, *small, "--data-dir", "flat", "--output", tmp_path / "own")
+    assert code == 0 and "random weights" not in err  # the function has made them
+    before = json.loads(out)
+    code, out, _ = run("evaluate", tmp_path / "own", *own, "--data-dir", "classes")
+    found = json.loads(out)
+    assert found["preprocessing"] == before["preprocessing"]
+    assert [found[key] for key in ("macs", "top1")] == [
+        before["pruned"][key] for key in ("macs", "top1")
+    ]
+    again = ["distill", tmp_path / "own", *own, "--data-dir", "flat", "--epochs", "1"]
+    code, out, _ = run(*again, "--output", tmp_path / "taught")
+    assert code == 0
+    assert json.loads(out)["dense"]["macs"] == before["dense"]["macs"]
+    config = json.loads((tmp_path / "taught" / "config.json").read_text("utf-8"))
+    assert config["pretrained_cfg"]["input_size"] == [3, 24, 24]
+    assert config["provenance"]["weights"] == "factory"
+
+
+def test_other_weights_than_those_it_was_pruned_from_are_noted(run, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "b.pt")
+    argv = ["evaluate", "pruned", "--data-dir", "classes", "--latency-repeats", "0", *SIZE]
+    note = "is not the file that pruned was pruned from"
+    assert note in " ".join(run(*argv, "--dense", tmp_path / "b.pt")[2].split())
+    assert note not in " ".join(run(*argv, "--dense", "weights.pt")[2].split())
 
 
 def test_own_model_is_distilled_and_pruned_again(run, tmp_path):

@@ -1,5 +1,6 @@
 """What the command line says of a result: broken first, then warnings, then what was held back."""
 
+import dataclasses
 import json
 import re
 import time
@@ -21,6 +22,7 @@ from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.costs import count_macs
 from tpvprune.passes.evaluation import Difference
+from tpvprune.passes.loss import Loss
 from tpvprune.repairs import guard
 
 GOOD = Difference(92, 0.93, 0.004, 0.5, 0.031)
@@ -84,6 +86,30 @@ def test_what_was_measured_out_of_sample_is_told_whatever_came_of_it(capsys):
     assert told in text
     nothing = document(Difference(3, 0.0, 1.0, float("nan"), float("inf")))
     assert "output variance inf of the dense model's own" in said(capsys, show_pruned, nothing)[1]
+
+
+def test_of_one_image_no_variance_is_told(capsys):
+    one = document(Difference(1, 0.0, 0.0, 3.0, float("inf")))
+    text = said(capsys, show_pruned, one)[1]
+    assert "on 1 image held back: agreement 0.00 %" in text
+    assert "output variance of one image: none" in text and "inf" not in text
+
+
+@pytest.mark.parametrize(
+    ("promised", "measured", "said"),
+    [
+        (2.0, 2.5, "lost: kept\n"),
+        (2.0, 5.0, "kept on the images that decided, not on those that judge"),
+        (4.0, 5.0, "NOT KEPT"),
+    ],
+)
+def test_a_limit_is_kept_by_those_images_that_keep_it(promised, measured, said):
+    facts = {
+        "max_loss": 3.0, "of": "agreement", "met": promised <= 3,
+        "promised": dataclasses.asdict(Loss(promised, 0.0, 9.0, 75)),
+        "measured": dataclasses.asdict(Loss(measured, 0.0, 9.0, 75)),
+    }  # fmt: skip
+    assert said in outcome.quality({"quality": facts})[0] + "\n"
 
 
 def test_how_many_images_each_step_used_is_one_line(capsys):

@@ -114,6 +114,14 @@ def test_what_does_not_go_together_is_said_before_any_work(run, tmp_path, extra,
     assert not (tmp_path / "out").exists()
 
 
+def test_sizes_go_into_no_folder_of_anything_else(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, err = run(*flags(tmp_path, "--keep", "0.8", "0.5"))
+    assert code == 2
+    assert "expected a new folder or one of sizes" in err and "found mine.txt in it" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_a_ranking_of_other_weights_or_a_damaged_one_is_refused(run, tmp_path):
     run(*flags(tmp_path / "first", "--keep", "0.8"))
     given = ["--ranking", tmp_path / "first"]

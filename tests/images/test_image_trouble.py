@@ -121,6 +121,14 @@ class TestKindsThatAreRead:
         (tmp_path / "list.txt").write_text("flat/0001.png\nflat/0001.png\n")
         assert listed_images(tmp_path / "list.txt").count == 2
 
+    def test_a_folder_that_links_lead_to_twice_is_refused(self, tmp_path):
+        folder = write_images(tmp_path / "flat", 3, size=SIZE)
+        (folder / "loop").symlink_to(folder)
+        with pytest.raises(
+            ValueError, match=r"every folder once, found \S+/flat/loop, "
+        ):
+            open_images(str(folder))
+
 
 def png():
     file = io.BytesIO()

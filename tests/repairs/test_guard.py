@@ -105,6 +105,24 @@ def test_what_is_broken_is_said_first():
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("wanted", "advice"),
+    [
+        ("none", "repair compensate"),
+        ("compensate", "repair reconstruct"),
+        ("auto", "repair reconstruct"),
+        ("reconstruct", "distillation"),
+    ],
+)
+def test_a_repair_that_was_tried_is_not_advised(wanted, advice):
+    differences = {"none": found(1.2, 0.1), "compensate": found(1.21, 0.1)}
+    differences["reconstruct"] = found(1.22, 0.1)
+    first, *others = warnings_of(differences, wanted, "none")
+    assert first.endswith(f"more images, or {advice}")
+    if others:
+        assert "1.2 of its variance" not in others[0].replace("none 1.2)", "")  # told apart
+
+
 def test_few_images_are_said_to_tell_little():
     one = dataclasses.replace(found(math.inf, agreement=1.0), num_images=1)
     assert not one.is_broken

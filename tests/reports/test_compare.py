@@ -156,6 +156,16 @@ def test_runs_that_saw_different_images_say_so(folders, tmp_path, capsys):
     assert "compare those runs with care" in err
     assert main(["compare", folders[0], folders[1]]) == 0
     assert "with care" not in capsys.readouterr().err
+    few = report(pruned={**report()["pruned"], "num_images": 60})
+    (tmp_path / "odd" / "report.json").write_text(json.dumps(few))
+    many = report(pruned={**report()["pruned"], "num_images": 1500})
+    (tmp_path / "even").mkdir()
+    (tmp_path / "even" / "report.json").write_text(json.dumps(many))
+    assert main(["compare", str(tmp_path / "odd"), str(tmp_path / "even")]) == 0
+    err = capsys.readouterr().err
+    assert "top-1 on 60 labelled images: odd" in err
+    assert "top-1 on 1500 labelled images: even" in err
+    assert "top-1 on different images" in err and "agreement on different" not in err
 
 
 def test_json_holds_each_run(folders, capsys):

@@ -151,7 +151,7 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     """Measure a model or a saved pruned model."""
     subject, dense = open_evaluated(args)
     images = open_data(args, labelled=False)
-    labelled = has_labels(images, subject.model, explicit=bool(args.class_map or args.dataset))
+    labelled = has_labels(images, subject, explicit=bool(args.class_map or args.dataset))
     if labelled:
         images = open_data(args, labelled=True, again=True)
     chosen = choose(args, subject, images, args.num_images, labelled=labelled)

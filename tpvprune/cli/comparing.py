@@ -85,7 +85,8 @@ def show_runs(runs: Sequence[Run]) -> None:
     shown = [key for key in heads if any(row[key] is not None for row in found)]
     cells = [[heads[key] for key in shown]]
     cells += [[_cell(key, row[key]) for key in shown] for row in found]
-    on = [measured_on(report)["agreement"] for _, report in runs]
+    measured = [measured_on(report) for _, report in runs]
+    on = [where["agreement"] for where in measured]
     if any(on):
         numbers = [(where or "-").partition(" ")[0] for where in on]
         cells = [[*row, num] for row, num in zip(cells, ["images", *numbers], strict=True)]
@@ -101,11 +102,19 @@ def show_runs(runs: Sequence[Run]) -> None:
     own = "each run's own dense model" if len(models) > 1 else "the dense model"
     non_zero = ", non-zero parameters" if "nonzero_params" in shown else ""
     say(f"all in percent; MACs, parameters{non_zero}, latency: of {own}")
+    _say_images("agreement", names[1:], on)
+    top1 = [where["top1"] for where in measured]
+    if top1 != on:
+        _say_images("top-1", names[1:], top1)
+
+
+def _say_images(what: str, names: Sequence[str], on: Sequence[str | None]) -> None:
+    """Say on which images something was measured."""
     for kind in dict.fromkeys(filter(None, on)):
-        where = ", ".join(name for name, seen in zip(names[1:], on, strict=True) if seen == kind)
-        say(f"agreement on {kind}" + (f": {where}" if len(set(on)) > 1 else ""), indent="  ")
+        where = ", ".join(name for name, seen in zip(names, on, strict=True) if seen == kind)
+        say(f"{what} on {kind}" + (f": {where}" if len(set(on)) > 1 else ""), indent="  ")
     if len(set(filter(None, on))) > 1:
-        say("agreement on different images: compare those runs with care")
+        say(f"{what} on different images: compare those runs with care")
 
 
 def _cell(key: str, value: float | None) -> str:

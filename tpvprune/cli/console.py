@@ -241,6 +241,8 @@ def show_trained(document: Mapping[str, Any]) -> None:
         f"{training['num_images'] or 'streamed'} images",
     )
     trained_line(training)
+    if (num := document["pruned"].get("num_images")) is not None:
+        say(f"top-1 of {counted(int(num), 'labelled image')}")
     _saved(document)
 
 
@@ -277,8 +279,14 @@ def trained_line(training: Mapping[str, Any]) -> None:
     """Print how much closer training brought the outputs, and whether labels were used."""
     used = "LABELS WERE USED to train" if training["used_labels"] else "no label was used to train"
     before, after = training["before"], training["after"]
+    decided = ""
+    if training.get("decided_by") == "divergence":
+        decided = (
+            f"divergence of the classes, which decides, {before['divergence']:.4g} before, "
+            f"{after['divergence']:.4g} after, "
+        )
     say(
-        f"{used}; {training['num_held_back']} held-back images: output variance "
+        f"{used}; {training['num_held_back']} held-back images: {decided}output variance "
         f"{before['output_variance']:.4g} before, {after['output_variance']:.4g} after, agreement "
         f"{percent(before['agreement'])} before, {percent(after['agreement'])} after"
     )

@@ -24,6 +24,7 @@ from tpvprune.disk.path_checks import (
 from tpvprune.runtimes.names import TABLE, check_runtime
 from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 
+NO_FILES = ("pretrained", "factory")  # what --dense may be beside a file
 NEITHER = "expected either the folder of a pruned model or --model M"
 _UNTIMED = {"latency_runtime": "eager", "latency_table": None, "latency_threads": None}
 _OF_MODELS = {"checkpoint": None, "pretrained": False, "num_classes": None}
@@ -133,6 +134,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
             f"--keep: expected one size with --granularity {args.granularity}, found "
             f"{len(args.keeps)}: run them one by one"
         )
+    sizes.check_place(args)
     for keep, folder in sizes.folders(args).items():
         if not sizes.is_done(args, keep, folder):
             check_writable(check_folder(folder, overwrite=args.overwrite))
@@ -147,7 +149,7 @@ def _check_subject(args: argparse.Namespace) -> None:
     if folder is not None:
         _check_folder(args, folder)
     for path in (getattr(args, "checkpoint", None), getattr(args, "dense", None)):
-        if path not in {None, "pretrained"}:
+        if path is not None and path not in NO_FILES:
             check_checkpoint(str(path))
 
 

@@ -28,13 +28,15 @@ def held_back(document: Mapping[str, Any]) -> str | None:
     facts = document.get("held_back")
     if not facts:
         return None
+    varies = "output variance of one image: none"
+    if facts["num_images"] > 1:
+        varies = f"output variance {facts['variance_share']:.2g} of the dense model's own"
     agreement, num, sure = facts["agreement"], facts["num_images"], ""
     if math.isfinite(agreement):
         sure = f"{agreement_interval(agreement, num)}, "
     return (
-        f"on {num} images held back: agreement {_percent(agreement)} ({sure}by chance "
-        f"{_percent(facts['chance_agreement'])}), output variance {facts['variance_share']:.2g} of "
-        "the dense model's own"
+        f"on {num} image{'' if num == 1 else 's'} held back: agreement {_percent(agreement)} "
+        f"({sure}by chance {_percent(facts['chance_agreement'])}), {varies}"
     )
 
 
@@ -45,6 +47,8 @@ def quality(document: Mapping[str, Any]) -> list[str]:
         return []
     labelled = facts["of"] == "top-1"
     kept = "kept" if facts["met"] else "NOT KEPT: the largest size that was tried is saved"
+    if facts["met"] and facts["measured"]["points"] > facts["max_loss"]:
+        kept = "kept on the images that decided, not on those that judge: see the intervals"
     lines = [
         f"at most {facts['max_loss']:g} points of {facts['of']} lost: {kept}",
         f"promised: {Loss(**facts['promised'])}, on the images that decided",

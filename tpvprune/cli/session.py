@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import say
-from tpvprune.cli.first_checks import NEITHER
+from tpvprune.cli.first_checks import NEITHER, NO_FILES
+from tpvprune.disk.digest import file_digest
 from tpvprune.disk.versions import versions
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.passes.finite import check_outputs
@@ -36,8 +38,9 @@ Outcome = tuple[int, dict[str, Any]]
 class Subject:
     """A model on its device, and how images get into it.
 
-    Of a saved pruned model ``folder`` says where it lies, and ``skeleton`` is the dense one, whose
-    weights do not count, if that is the user's own.
+    ``num_classes``: as the model says, or as many as its first output [B, K] has; None: it chooses
+    no classes. Of a saved pruned model ``folder`` says where it lies, and ``skeleton`` is the dense
+    one, whose weights do not count, if that is the user's own.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class Subject:
     device: torch.device
     folder: Path | None = None
     skeleton: nn.Module | None = None
+    num_classes: int | None = None
 
     @property
     def example(self) -> Tensor:
@@ -108,9 +112,11 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     name, kwargs = config["model"], dict(config["model_kwargs"])
     own, factory = name is None, getattr(args, "model", None)
     if own and factory is None:
+        made_by = config["provenance"].get("model")
+        again = f" (it was {made_by[:80]!r})" if isinstance(made_by, str) else ""
         raise ValueError(
-            f"{args.folder}: holds a model of your own: pass --model package.module:factory that "
-            "makes the dense one"
+            f"{args.folder}: holds a model that timm does not make: pass --model "
+            f"package.module:factory, torchvision/NAME or hf:NAME that makes the dense one{again}"
         )
     if factory is not None and not own:
         raise ValueError(f"{args.folder}: holds a model of timm's: leave out --model {factory}")
@@ -124,16 +130,26 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     )
     if getattr(args, "dense", None) is None:
         return subject, None
-    pretrained = args.dense == "pretrained"
+    if args.dense == "factory" and not own:
+        raise ValueError(f"--dense factory: expected with a --model of your own, found {name}")
+    checkpoint = None if args.dense in NO_FILES else args.dense
+    _say_other_weights(config, args.folder, checkpoint)
     dense, _ = load_model(
         name,
-        pretrained=pretrained,
-        checkpoint=None if pretrained else args.dense,
+        pretrained=args.dense == "pretrained",
+        checkpoint=checkpoint,
         num_classes=None if own else kwargs.get("num_classes"),
         model_kwargs=kwargs,
         allow_import=own,
     )
     return subject, _called_as_asked(args, dense)[0].to(device)
+
+
+def _say_other_weights(config: Mapping[str, Any], folder: str | Path, dense: str | None) -> None:
+    """Say it if a saved model was pruned from another file."""
+    digest = config["provenance"].get("weights_sha256")
+    if dense is not None and isinstance(digest, str) and file_digest(dense) != digest:
+        say(f"note: {dense} is not the file that {folder} was pruned from (SHA-256)")
 
 
 def _checked_subject(
@@ -155,11 +171,15 @@ def _checked_subject(
         raise ValueError(
             f"{made.name} does not run on inputs of {size} ({_reason(error)}): set --input-size"
         ) from error
-    for output in tensors_of(outputs):
+    found = list(tensors_of(outputs))
+    for output in found:
         check_outputs(model, subject.example, output)
+    classes = getattr(model, "num_classes", None)
+    if not isinstance(classes, int) and found and found[0].ndim == 2:
+        classes = found[0].shape[1]
     for note in notes:
         say(f"note: {note}")
-    return subject
+    return replace(subject, num_classes=classes if isinstance(classes, int) else None)
 
 
 def _called_as_asked(args: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpvprune.cli.console import bar, say
 from tpvprune.cli.pruning_options import outputs_of, probing_options
@@ -165,12 +165,16 @@ def calibration(
     num, skip = all_but(apart, images, args.num_images)
     chosen = choose(args, subject, images, num, skip=skip, labelled=labelled)
     if labelled:
-        check_classes(images, subject.model, class_map=args.class_map)
+        check_classes(images, subject, class_map=args.class_map)
     batches = in_memory(chosen, progress=bar("reading images"))
     if isinstance(batches, list) and not batches:
         raise ValueError(f"{images.name}: expected images, found none")
     if images.count is not None and images.count - apart < args.num_images:
-        say(f"note: {images.name} holds {images.count - apart} images, fewer than --num-images")
+        beside = f" beside {apart} that are set apart" if apart else ""
+        say(
+            f"note: {images.name} holds {images.count - apart} images{beside}, fewer than "
+            "--num-images"
+        )
     return batches
 
 
@@ -234,7 +238,7 @@ def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
     if args.eval_dir is None:
         return None
     images = _labelled_source(args)
-    check_classes(images, subject.model, class_map=args.class_map)
+    check_classes(images, subject, class_map=args.class_map)
     chosen = choose(args, subject, images, None, labelled=True)
     return in_memory(chosen, progress=bar("reading labelled images"))
 
@@ -251,9 +255,9 @@ def _labelled_source(args: argparse.Namespace) -> ImageSource:
     return open_images(args.eval_dir, split="validation", class_map=args.class_map, labelled=True)
 
 
-def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | None) -> None:
+def check_classes(images: ImageSource, subject: Subject, *, class_map: str | None) -> None:
     """Check that the classes of a source are those of the model."""
-    expected, found = getattr(model, "num_classes", None), images.num_classes
+    expected, found = subject.num_classes, images.num_classes
     if expected is None or found is None:
         return
     if found > expected or (found < expected and class_map is None):
@@ -263,16 +267,17 @@ def check_classes(images: ImageSource, model: nn.Module, *, class_map: str | Non
         )
 
 
-def has_labels(images: ImageSource, model: nn.Module, *, explicit: bool) -> bool:
+def has_labels(images: ImageSource, subject: Subject, *, explicit: bool) -> bool:
     """Tell whether the subfolders of a source are the classes of the model."""
     if explicit:
         return True
-    expected = getattr(model, "num_classes", None)
+    expected = subject.num_classes
     if images.num_classes == expected:
-        return True
+        return expected is not None
     if (images.num_classes or 1) > 1:
+        known = expected or "no"
         say(
-            f"note: {images.name} has {images.num_classes} subfolders, the model {expected} "
+            f"note: {images.name} has {images.num_classes} subfolders, the model {known} "
             "classes: top-1 is not measured; --class-map gives each its index"
         )
     return False

@@ -27,7 +27,7 @@ from tpvprune.pipeline import PruningResult
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import report_data
 from tpvprune.saved.checkpoint import save_pruned
-from tpvprune.saved.models import pretrained_config
+from tpvprune.saved.models import is_factory, pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
 from tpvprune.widths.limits import Limits
 from tpvprune.widths.narrowest import narrowest
@@ -104,6 +104,8 @@ def saved_with(args: argparse.Namespace, subject: Subject, **facts: Any) -> dict
     if subject.folder is None:  # else those of what the folder came from
         digest = file_digest(args.checkpoint) if args.checkpoint else None
         weights = {"weights": subject.made.weights, "weights_sha256": digest}
+    if is_factory(subject.made.name):  # which must be typed again: no name of a file is run
+        weights["model"] = subject.made.name
     recipe = {"recipe": args.choices} if "choices" in args else {}
     return {
         "overwrite": args.overwrite,

@@ -19,6 +19,26 @@ def folders(args: argparse.Namespace) -> dict[float, Path]:
     return {keep: output / f"keep-{keep:g}" for keep in args.keeps}
 
 
+def check_place(args: argparse.Namespace) -> None:
+    """Check that several sizes go into a folder of nothing else; a ValueError says what is there.
+
+    Else a saved model would be one with others inside of it.
+    """
+    output = Path(args.output)
+    if len(args.keeps) == 1 or not output.is_dir():
+        return
+    others = sorted(
+        path.name
+        for path in output.iterdir()
+        if not path.name.startswith(("keep-", ".")) and path.name != COMPARISON
+    )
+    if others:
+        raise ValueError(
+            f"{output}: expected a new folder or one of sizes (keep-0.5, ...), found "
+            f"{others[0]} in it: choose another --output"
+        )
+
+
 def is_done(args: argparse.Namespace, keep: float, folder: Path) -> bool:
     """Tell whether a run of the same command line has left this size."""
     if args.overwrite or len(args.keeps) == 1 or not (folder / "report.json").is_file():

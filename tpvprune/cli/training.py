@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, counted, length_of, say, show_trained, updates
+from tpvprune.cli.first_checks import NO_FILES
 from tpvprune.cli.session import Outcome, Subject, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
@@ -167,8 +168,9 @@ def trained(
         "used_labels": labelled,
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(monotonic() - start, 1),
-        "before": _closeness(before),
-        "after": _closeness(after if fraction == 0 else found),
+        "decided_by": "divergence" if reference.classifies and not labelled else None,
+        "before": _measured(before),
+        "after": _measured(after if fraction == 0 else found),
         "fraction": fraction,
         "saved": "trained" if fraction else "start",
     }
@@ -212,7 +214,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     assert dense is not None
     images = open_data(args, labelled=labelled)
     if labelled:
-        check_classes(images, subject.model, class_map=args.class_map)
+        check_classes(images, subject, class_map=args.class_map)
     eval_images = labelled_images(args, subject)
     masks = saved_masks(args.folder)
     model, facts, verdict, seen, found = trained(
@@ -259,6 +261,10 @@ def _closeness(found: Difference) -> dict[str, float]:
     return {"output_variance": found.output_variance, "agreement": found.agreement}
 
 
+def _measured(found: Difference) -> dict[str, float]:
+    return {"divergence": found.divergence, **_closeness(found)}
+
+
 def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
     """Return the weights that a saved model was pruned from, if they are still the same.
 
@@ -267,8 +273,8 @@ def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
     """
     weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
     found = repr(weights)
-    if weights == "pretrained":
-        return "pretrained"
+    if weights in NO_FILES:
+        return str(weights)
     if isinstance(weights, str) and Path(weights).is_file():
         if isinstance(digest, str) and file_digest(weights) == digest:
             say(f"dense weights: {weights}, the file that {folder} was pruned from (SHA-256)")
@@ -276,7 +282,7 @@ def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
         found += " without its SHA-256" if digest is None else " with another SHA-256"
     raise ValueError(
         f"{folder}: expected the weights that it was pruned from, found {found[:300]}: pass "
-        "--dense with the dense model's checkpoint, or --dense pretrained"
+        "--dense with the dense model's checkpoint, or --dense pretrained or factory"
     )
 
 

@@ -223,13 +223,25 @@ def _no_empty_folders(root: Path) -> Iterator[None]:
 
 
 def _passed_over(root: str) -> str:
-    """Return how many files of a folder are no images by their name, and one of them."""
-    others = [
-        str(Path(folder, name))
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".") and Path(name).suffix.lower() not in _EXTENSIONS
-    ]
+    """Return how many files of a folder are no images by their name, and one of them.
+
+    ValueError if links lead to a folder twice, or round and round: what is fitted to would judge.
+    """
+    others: list[str] = []
+    seen: dict[str, str] = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise ValueError(
+                f"{root}: expected every folder once, found {folder}, which leads to "
+                f"{seen[real]} again: remove the link"
+            )
+        seen[real] = folder
+        others += [
+            str(Path(folder, name))
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() not in _EXTENSIONS
+        ]
     if not others:
         return ""
     return (

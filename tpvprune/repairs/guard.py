@@ -41,12 +41,14 @@ def warnings_of(
     """Return what the user must know of the outcome, a line each; the worst first."""
     lines = []
     taken = found[best]
+    tried = "compensate" if wanted == "auto" else wanted  # no use in advising it
+    varies = f", output variance {_share(taken.share)} of the dense model's own{_worst(taken)}"
     if taken.is_broken:
         lines.append(
             f"BROKEN: of {taken.num_images} images held back only {_percent(taken.agreement)} keep "
-            f"their class (by chance {_percent(taken.chance)}), output variance "
-            f"{_share(taken.share)} of the dense model's own{_worst(taken)}: try {keep}, more "
-            f"images, or {_NEXT.get(best, 'distillation')}"
+            f"their class (by chance {_percent(taken.chance)})"
+            f"{varies if taken.num_images > 1 else ''}: try {keep}, more "
+            f"images, or {_NEXT.get(tried, 'distillation')}"
         )
     if taken.num_images < _FEWEST:
         what = "be sure of that" if taken.is_broken else "tell how good the result is"
@@ -57,8 +59,8 @@ def warnings_of(
     if wanted not in ("auto", best):
         lines.append(
             f"repair {best} was taken: on {taken.num_images} images held back {wanted} is further "
-            f"from the dense model ({_share(found[wanted].share)} of its variance, {best} "
-            f"{_share(taken.share)}): try more images"
+            f"from the dense model ({found[wanted].share:.4g} of its variance, {best} "
+            f"{taken.share:.4g}): try more images"
         )
     return lines
 

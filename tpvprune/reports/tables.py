@@ -172,7 +172,8 @@ def _held_back(facts: Mapping[str, Any]) -> str:
     """Return how far the model is from the dense one on images that nothing was fitted to."""
     if facts.get("agreement") is None:
         return ""
-    text = f"On {whole(facts['num_images'])} images held back: agreement "
+    images = "image" if facts["num_images"] == 1 else "images"
+    text = f"On {whole(facts['num_images'])} {images} held back: agreement "
     text += percent(facts["agreement"])
     about = []
     if math.isfinite(facts["agreement"]):
@@ -180,7 +181,7 @@ def _held_back(facts: Mapping[str, Any]) -> str:
     if facts.get("chance_agreement") is not None:
         about.append(f"by chance {percent(facts['chance_agreement'])}")
     text += f" ({', '.join(about)})" if about else ""
-    if facts.get("variance_share") is not None:
+    if facts.get("variance_share") is not None and facts["num_images"] > 1:
         share = significant(facts["variance_share"], 2)
         text += f", output variance {share} of the dense model\u2019s own"
     return f"<p>{text}.</p>"

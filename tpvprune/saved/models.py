@@ -25,6 +25,7 @@ import tpvprune.cifar_resnet  # noqa: F401  (registers its models with timm)
 from tpvprune.disk.path_checks import check_checkpoint
 from tpvprune.disk.tensors import load_tensors
 from tpvprune.groups import fold_weights, unfuse_attention
+from tpvprune.saved.buffers import is_equal
 from tpvprune.saved.downloads import HUB, is_unreachable, offline_if_unreachable
 from tpvprune.saved.registries import is_registered, registered_model
 
@@ -40,7 +41,8 @@ class ModelSource:
     Attributes:
         name: timm's name of the architecture, package.module:factory, torchvision/NAME or hf:NAME.
         kwargs: Keyword arguments of `timm.create_model`, or of the factory.
-        weights: "random", "pretrained" or the path of the checkpoint.
+        weights: "random", "pretrained", "factory" (those that a function of the user's own has
+            given it) or the path of the checkpoint.
     """
 
     name: str
@@ -112,9 +114,11 @@ def load_model(
     if state is not None:
         _load(model, state, str(checkpoint))
     weights = str(checkpoint) if checkpoint else "pretrained" if pretrained else "random"
-    if is_own:  # after its weights: a checkpoint has the names from before
-        model = unfuse_attention(fold_weights(model))
-        return model.eval(), ModelSource(name, kwargs, weights)
+    if is_own:
+        drawn = weights != "random" or not _is_same(model, _seeded(make, kwargs, seed + 1))
+        weights = weights if drawn else "factory"
+        # After its weights: a checkpoint has the names from before.
+        return unfuse_attention(fold_weights(model)).eval(), ModelSource(name, kwargs, weights)
     architecture = str(pretrained_config(model).get("architecture") or name)
     from_hub = pretrained and name.startswith("hf-hub:")
     return model.eval(), ModelSource(architecture, kwargs, name if from_hub else weights)
@@ -124,6 +128,12 @@ def _seeded(make: Callable[..., Any], kwargs: Mapping[str, Any], seed: int) -> A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(**kwargs)
+
+
+def _is_same(model: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two models of one function have the same weights, which chance has not made."""
+    one, two = model.state_dict(), other.state_dict()
+    return one.keys() == two.keys() and all(is_equal(t, two[name]) for name, t in one.items())
 
 
 def _of_timm(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
