@@ -177,11 +177,15 @@ def test_a_ranking_of_something_else_is_refused():
     with pytest.raises(ValueError, match="ranking: expected one of the groups of this model"):
         prune(build("residual"), data(), keep=0.5, repair="none", ranking=found)
     other = prune(build("chain"), data(), keep=0.8, criterion="magnitude").ranking
-    with pytest.raises(ValueError, match="ranking: expected one by 'activation_variance'"):
+    with pytest.raises(
+        ValueError, match="ranking: expected one by criterion 'activation_variance'"
+    ):
         prune(build("chain"), data(), keep=0.8, criterion="activation_variance", ranking=other)
     with pytest.raises(ValueError, match=r"where a map takes the place .* where a zero does"):
         prune(build("chain"), data(), keep=0.5, ranking=found)
-    with pytest.raises(ValueError, match="ranking: expected one by rank, found one by curves"):
+    with pytest.raises(
+        ValueError, match="ranking: expected one for allocation 'rank', found one for 'curves'"
+    ):
         prune(build("chain"), data(), keep=0.5, ranking=found, allocation="rank")
 
 

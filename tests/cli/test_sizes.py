@@ -82,7 +82,9 @@ def test_a_stopped_series_goes_on_with_what_is_missing(run, tmp_path, monkeypatc
     assert len(rankings) == 1  # that of the finished size serves the other
     # Another command does not take over what this one has left.
     code, _, err = run(*argv, "--seed", "1")
-    assert code == 2 and "keep-0.8: expected no folder or an empty one" in " ".join(err.split())
+    assert code == 2 and "keep-0.8: expected nothing or a size of this very command" in " ".join(
+        err.split()
+    )
 
 
 def test_the_ranking_of_an_earlier_run_serves_another_budget(run, tmp_path, rankings):

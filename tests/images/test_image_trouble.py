@@ -124,9 +124,7 @@ class TestKindsThatAreRead:
     def test_a_folder_that_links_lead_to_twice_is_refused(self, tmp_path):
         folder = write_images(tmp_path / "flat", 3, size=SIZE)
         (folder / "loop").symlink_to(folder)
-        with pytest.raises(
-            ValueError, match=r"every folder once, found \S+/flat/loop, "
-        ):
+        with pytest.raises(ValueError, match=r"every folder once, found \S+/flat/loop, "):
             open_images(str(folder))
 
 

@@ -137,6 +137,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
     sizes.check_place(args)
     for keep, folder in sizes.folders(args).items():
         if not sizes.is_done(args, keep, folder):
+            sizes.check_no_other(args, folder)
             check_writable(check_folder(folder, overwrite=args.overwrite))
     if args.ranking is not None:
         check_ranking(args.ranking)

@@ -39,6 +39,15 @@ def check_place(args: argparse.Namespace) -> None:
         )
 
 
+def check_no_other(args: argparse.Namespace, folder: Path) -> None:
+    """Check that one of several sizes is not there already, of another command."""
+    if len(args.keeps) > 1 and not args.overwrite and (folder / "report.json").is_file():
+        raise ValueError(
+            f"{folder}: expected nothing or a size of this very command, found one of another: "
+            f"--ranking {folder} with another --output goes on from its ranking"
+        )
+
+
 def is_done(args: argparse.Namespace, keep: float, folder: Path) -> bool:
     """Tell whether a run of the same command line has left this size."""
     if args.overwrite or len(args.keeps) == 1 or not (folder / "report.json").is_file():

@@ -290,10 +290,10 @@ def _check_ranking(
         return
     made, wrong = ranking.scores.criterion, ""
     found = {name: len(curve.order) for name, curve in ranking.curves.items()}
-    if ranking.allocation != by.how:
-        wrong = f"one by {by.how}, found one by {ranking.allocation}"
-    elif made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
-        wrong = f"one by {by.name!r}, found one by {made!r}"
+    if made != by.name and {made, by.name} <= SCORERS.keys():  # one of one's own has any name
+        wrong = f"one by criterion {by.name!r}, found one by {made!r}"
+    elif ranking.allocation != by.how:
+        wrong = f"one for allocation {by.how!r}, found one for {ranking.allocation!r}"
     elif by.criterion == "tpv" and ranking.stand_in != by.stand_in:
         wrong = (
             f"one where a {by.stand_in} takes the place of a channel, as it will after this "
