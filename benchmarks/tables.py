@@ -54,11 +54,15 @@ def accuracy() -> str:
     lines = []
     for model in ("cifar_resnet56", "cifar_resnet20"):
         found = _oneshot(model)
-        for repair in ("compensate", "reconstruct"):
-            rows = {k: found.get((repair, "1000", "train", k)) for k in keeps}
-            dense = next(r for r in rows.values() if r)[0]["dense_top1"]
-            cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
-            lines.append([f"`{model}`", repair, dense, *cells])
+        for repair, kind, name in (
+            ("compensate", "train", "compensate"),
+            ("compensate", "mirrored", "compensate, mirrored"),
+            ("reconstruct", "train", "reconstruct"),
+        ):
+            rows = {k: found.get((repair, "1000", kind, k)) for k in keeps}
+            if measured := [r for r in rows.values() if r]:
+                cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
+                lines.append([f"`{model}`", name, measured[0][0]["dense_top1"], *cells])
     return markdown(["model", "repair", "dense", *(f"{k} of MACs" for k in keeps)], lines)
 
 

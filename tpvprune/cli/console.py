@@ -18,7 +18,7 @@ from tpvprune.cli import outcome
 from tpvprune.reports.tables import share_of
 from tpvprune.reports.text import cost_labels
 
-_WIDTH = 80
+_WIDTH, _SHORTEST_NAME = 80, 12
 
 
 def say(text: str = "", *, indent: str = "") -> None:
@@ -132,12 +132,18 @@ def updates() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip(), file=sys.stderr)
+    """Print rows of text, the first column to the left, the others to the right.
+
+    Names take several lines where one would make the table too wide.
+    """
+    longest, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = max(_SHORTEST_NAME, _WIDTH - sum(width + 2 for width in widths))
+    longest = min(longest, room)
+    for name, *values in rows:
+        wrapped = textwrap.wrap(name, longest, subsequent_indent="  ") if name else [""]
+        cells = [cell.rjust(width) for cell, width in zip(values, widths, strict=True)]
+        lines = [*wrapped[:-1], "  ".join([wrapped[-1].ljust(longest), *cells])]
+        print("\n".join(map(str.rstrip, lines)), file=sys.stderr)
 
 
 def before_after(dense: Mapping[str, Any] | None, pruned: Mapping[str, Any]) -> None:

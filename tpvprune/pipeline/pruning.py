@@ -99,9 +99,9 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
             makes up for (:mod:`tpvprune.widths.repair_factors`), at four compensations more; None:
             where the planned repair refits weights and that is cheap (256 of the images, or all,
             at 1.2e11 MACs of forwards at most).
-        mirrored: Fit weights to the mirror image of every input [B, C, H, W], too: where left and
-            right mean nothing, and images are few or small ones (``benchmarks/README.md``), that
-            is as good as more of them; compensation takes about twice as long on large ones.
+        mirrored: Fit weights to the mirror image of every input [B, C, H, W], too, where left and
+            right mean nothing: a gain with small images, in a quarter more time; with large ones
+            none was found, in twice the time (``benchmarks/README.md``).
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         num_images: So many images are drawn at random from ``batches``, or all where there are no
             more, or with None; a random tenth of them, at most 128, is held back to measure
