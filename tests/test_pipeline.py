@@ -11,6 +11,7 @@ from tpvprune import (
     compensate_weights,
     count_macs,
     count_params,
+    find_groups,
     prune,
     rank_channels,
     reconstruct_blocks,
@@ -378,6 +379,27 @@ def test_bad_arguments_are_rejected(arguments, message, untouched):
 def test_probing_is_checked_where_it_is_made(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Probing(**arguments)
+
+
+def test_inputs_of_several_shapes_are_rejected():
+    with pytest.raises(ValueError, match=r"one shape, found \[3, 8, 8\] and \[3, 9, 9\]"):
+        prune(build("chain"), [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 9, 9)])
+
+
+def test_inference_mode_is_refused_as_it_has_no_gradients():
+    model = build("chain")
+    groups = find_groups(model, images(2))
+    with torch.inference_mode():
+        for call in (
+            lambda: prune(model, data()),
+            lambda: find_groups(model, images(2)),
+            lambda: tpv_scores(model, groups, data()),
+            lambda: variance_curves(model, groups, data()),
+        ):
+            with pytest.raises(ValueError, match="expected a call outside of"):
+                call()
+    with torch.no_grad():
+        prune(model, data())
 
 
 def test_too_few_inputs_are_rejected():

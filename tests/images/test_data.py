@@ -78,6 +78,10 @@ class TestUnlabeled:
         [
             ((x for x in [INPUTS]), "re-iterable.*list"),
             (INPUTS, "wrap a single batch in a list"),
+            (
+                torch.utils.data.TensorDataset(INPUTS),
+                "found TensorDataset: pass a DataLoader of it",
+            ),
             ({"x": INPUTS}, "found dict"),
             (3, "found int"),
         ],

@@ -30,7 +30,7 @@ from tpvprune.groups.tracing.sizes import AxisSize, SizeRule, substitute
 from tpvprune.groups.tracing.tracking import Tracker, track
 from tpvprune.groups.verification import on_cpu, verify_groups
 from tpvprune.passes.costs import count_macs
-from tpvprune.passes.running import check_not_compiled, clear_caches
+from tpvprune.passes.running import check_gradients_allowed, check_not_compiled, clear_caches
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _UNCOUNTED = 0.01  # share of the MACs that may go unnoticed: kernels round, and so do we
@@ -59,9 +59,11 @@ def find_groups(
 
     Raises:
         ValueError: If ``ignore`` names no module, the model is compiled, it does not run on the
-            inputs, its outputs are not finite, or old hooks compute its weights.
+            inputs, it is called under ``torch.inference_mode()``, its outputs are not finite, or
+            old hooks compute its weights.
     """
     check_not_compiled(model)
+    check_gradients_allowed()
     computed = _computed_weights(model)
     inputs = _few(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     known, ignored = dict(model.named_modules()), tuple(ignore)

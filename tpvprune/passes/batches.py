@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from tpvprune.passes.crossing import sent
 from tpvprune.processes.membership import num_processes
@@ -65,9 +66,11 @@ def unlabeled(
             batches, device=device, dtype=dtype, seed=batches.seed if seed is None else seed
         )
     if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__"):
+        is_set = isinstance(batches, Dataset)
         raise ValueError(
             "batches: expected a re-iterable of input tensors, found "
-            f"{type(batches).__name__}: wrap a single batch in a list"
+            f"{type(batches).__name__}: "
+            + ("pass a DataLoader of it" if is_set else "wrap a single batch in a list")
         )
     if isinstance(batches, Iterator):
         raise ValueError(

@@ -44,6 +44,15 @@ def check_not_compiled(model: nn.Module) -> None:
         )
 
 
+def check_gradients_allowed() -> None:
+    """Refuse to run where no tensor can ever have a gradient."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected a call outside of torch.inference_mode(), under which scores and repairs "
+            "have no gradients: leave it, or use torch.no_grad()"
+        )
+
+
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Put models (where not None) into eval mode, and every module's own mode back at the end."""
@@ -76,6 +85,7 @@ def clear_caches(model: nn.Module) -> None:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Switch off the gradients of all parameters, and restore each flag afterwards."""
+    check_gradients_allowed()
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
         model.requires_grad_(False)

@@ -165,6 +165,7 @@ def set_up(
     forward = told.forward or forward_of(model)
     model = own_forward(model) if forward is None else with_forward(model, forward)
     fit, held = hold_back(batches, num_images=told.num_images, seed=told.seed)
+    _check_shapes(fit, held)
     with clock("groups"):
         model, said_of_folded = folded_if_equal(model, on_device(from_first(fit[0][:1]), model))
         fused = fused_attention(model)
@@ -197,6 +198,16 @@ def set_up(
         ],
         DenseValues(several or told.steps > 1),
     )  # fmt: skip
+
+
+def _check_shapes(*batches: list[Tensor]) -> None:
+    """Check that all inputs are alike: layers are fitted to all of them at once."""
+    shapes = sorted({tuple(x.shape[1:]) for part in batches for x in part})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"batches: expected inputs of one shape, found {list(shapes[0])} and "
+            f"{list(shapes[1])}: bring images to one size"
+        )
 
 
 def _budget(told: Choices, model: nn.Module, groups: ChannelGroups, batch: Tensor) -> Budget:
