@@ -115,12 +115,7 @@ def add_data(
 ) -> None:
     """Add which images, how many (as `shown`) of them, and how they are read."""
     group = sub.section("images")
-    flag(
-        group,
-        "--data-dir",
-        "D",
-        "folder, .tar or .npy (uint8, N H W C) of images, no labels needed",
-    )
+    flag(group, "--data-dir", "D", "folder, .tar or uint8 .npy of images, no labels needed")
     flag(group, "--data-list", "F", "text file: one image path a line (from --data-dir)")
     flag(group, "--dataset", "NAME", "torch/..., hfds/..., tfds/..., wds/...", default="")
     flag(group, "--split", "S", "split of the dataset (%(default)s)", default=split)

@@ -131,20 +131,11 @@ def reconstruct_blocks(
     views = _views(dense, inputs, blocks, limits, num_views, seed=seed)
     copies, num = views.num_views, views.num_views * views.num_images
     stages = [s for s in stages if s.macs * limits.in_products(s, num) <= _LARGEST]
-    plan = plan_for(
-        Plan(
-            num,
-            rows_per_input,
-            min_rows,
-            seed,
-            num_views=copies,
-            fewer=FEWER_ROWS,
-            device=first.device,
-        ),
-        dense,
-        first[:1],
-        TARGET_BYTES,
-    )
+    plan = Plan(
+        num, rows_per_input, min_rows, seed, num_views=copies, fewer=FEWER_ROWS,
+        device=first.device,
+    )  # fmt: skip
+    plan = plan_for(plan, dense, first[:1], TARGET_BYTES)
     # The fit of a block sees the activations itself, and comes further from the linear fits.
     refits = partial(
         refits_towards, dense, plan=plan, groups=groups, kept=kept, linear=[b.name for b in blocks]
