@@ -38,6 +38,12 @@ def trained():
     torch.manual_seed(0)
     return small()
 
+def of_timm():
+    import timm, torch
+
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=3)
+
 def broken():
     raise RuntimeError("a long story\\nin two lines")
 
@@ -302,6 +308,21 @@ def test_own_model_is_shown_images_as_it_was_when_it_was_pruned(run, tmp_path):
     config = json.loads((tmp_path / "taught" / "config.json").read_text("utf-8"))
     assert config["pretrained_cfg"]["input_size"] == [3, 24, 24]
     assert config["provenance"]["weights"] == "factory"
+
+
+def test_a_function_may_give_weights_to_a_model_of_timms(run, tmp_path):
+    own = ["--model", "mine_for_tests:of_timm", "--data-dir", "flat", "--latency-repeats", "0"]
+    code, _, err = run("prune", *own, *SIZE, "--output", tmp_path / "own")
+    assert code == 0 and "random weights" not in err
+    assert run("evaluate", tmp_path / "own", *own[2:])[0] == 0
+    code, out, _ = run("evaluate", tmp_path / "own", *own, "--dense", "factory", "--json")
+    assert code == 0 and json.loads(out)["agreement"] > 0
+    train = ["distill", tmp_path / "own", "--epochs", "1", "--output", tmp_path / "taught"]
+    code, _, err = run(*train, *own[2:])
+    assert code == 2
+    assert "expected --model package.module:factory, whose weights" in err
+    assert "(it was 'mine_for_tests:of_timm')" in err
+    assert run(*train, *own)[0] == 0
 
 
 def test_other_weights_than_those_it_was_pruned_from_are_noted(run, tmp_path):

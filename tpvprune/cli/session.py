@@ -111,15 +111,7 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     config = read_config(args.folder)
     name, kwargs = config["model"], dict(config["model_kwargs"])
     own, factory = name is None, getattr(args, "model", None)
-    if own and factory is None:
-        made_by = config["provenance"].get("model")
-        again = f" (it was {made_by[:80]!r})" if isinstance(made_by, str) else ""
-        raise ValueError(
-            f"{args.folder}: holds a model that timm does not make: pass --model "
-            f"package.module:factory, torchvision/NAME or hf:NAME that makes the dense one{again}"
-        )
-    if factory is not None and not own:
-        raise ValueError(f"{args.folder}: holds a model of timm's: leave out --model {factory}")
+    _check_factory(args, config, factory)
     kwargs = dict(args.model_kwargs) if own else kwargs
     name = str(factory if own else name)
     skeleton = load_model(name, model_kwargs=kwargs, allow_import=True)[0] if own else None
@@ -128,21 +120,43 @@ def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
     subject = replace(
         _checked_subject(args, pruned, source, device), folder=args.folder, skeleton=skeleton
     )
-    if getattr(args, "dense", None) is None:
+    given = getattr(args, "dense", None)
+    if given is None:
         return subject, None
-    if args.dense == "factory" and not own:
-        raise ValueError(f"--dense factory: expected with a --model of your own, found {name}")
-    checkpoint = None if args.dense in NO_FILES else args.dense
+    checkpoint = None if given in NO_FILES else given
     _say_other_weights(config, args.folder, checkpoint)
+    if given == "factory":  # timm may make the network, and the user's function its weights
+        own, name, kwargs = True, str(factory), dict(args.model_kwargs)
     dense, _ = load_model(
         name,
-        pretrained=args.dense == "pretrained",
+        pretrained=given == "pretrained",
         checkpoint=checkpoint,
         num_classes=None if own else kwargs.get("num_classes"),
         model_kwargs=kwargs,
         allow_import=own,
     )
     return subject, _called_as_asked(args, dense)[0].to(device)
+
+
+def _check_factory(
+    args: argparse.Namespace, config: Mapping[str, Any], factory: str | None
+) -> None:
+    """Check that --model names a function where one is needed to load a saved model, or dense."""
+    made_by = config["provenance"].get("model")
+    again = f" (it was {made_by[:80]!r})" if isinstance(made_by, str) else ""
+    makes_dense = getattr(args, "dense", None) == "factory"
+    if config["model"] is None and factory is None:
+        raise ValueError(
+            f"{args.folder}: holds a model that timm does not make: pass --model "
+            f"package.module:factory, torchvision/NAME or hf:NAME that makes the dense one{again}"
+        )
+    if makes_dense and factory is None:
+        raise ValueError(
+            f"{args.folder}: expected --model package.module:factory, whose weights it was pruned "
+            f"from{again}, or --dense with a checkpoint of them"
+        )
+    if config["model"] is not None and factory is not None and not makes_dense:
+        raise ValueError(f"{args.folder}: holds a model of timm's: leave out --model {factory}")
 
 
 def _say_other_weights(config: Mapping[str, Any], folder: str | Path, dense: str | None) -> None:
