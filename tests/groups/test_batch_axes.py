@@ -163,6 +163,7 @@ class NoneOfThem(Layout):
     [
         (AcrossImages, "one", "several images at a time"),
         (AcrossAll, "one", "several images at a time"),
+        (AcrossAll, "stem", "which makes one number of all there is"),
         (Noisy, "one", "other numbers every time that the model runs"),
         (NoneOfThem, "table.0", "sees no input"),
     ],

@@ -207,6 +207,8 @@ class Tracker(TorchFunctionMode):
                 self.mix(self.labels(args[0]), _dims(args, kwargs, -1 if "softmax" in name else 1))
         elif name in operations.POOLS:
             self._pool(name, args[0], out)
+        elif name in operations.REDUCTIONS and isinstance(out, Tensor) and not out.ndim:
+            self.pin(tensors, f"passes through {name}, which makes one number of all there is")
         elif name in operations.REDUCTIONS:
             dims = _dims(args, kwargs, None)
             self.mix(self.labels(args[0]), dims)
