@@ -9,6 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from tpvprune.processes.membership import num_processes
+from tpvprune.processes.shares import own
 from tpvprune.repairs.chunks import rechunked
 
 _LEAST_AREA = 0.5  # of a part; smaller ones are no longer like what the network will see
@@ -28,7 +30,10 @@ class Views(Sequence[Tensor]):
         self._chunks, self.num_views = chunks, num_views
         self._starts = [0, *accumulate(map(len, chunks))]
         generator = torch.Generator().manual_seed(seed)
-        self._places = torch.rand(self.num_images, max(0, num_views - 2), 4, generator=generator)
+        num = (
+            self.num_images * num_processes()
+        )  # in the order of all images, of which some are here
+        self._places = own(torch.rand(num, max(0, num_views - 2), 4, generator=generator))
 
     @property
     def num_images(self) -> int:
