@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     for row in measured(args, done):
         append(path, row, COLUMNS)
         what = f"{row['criterion']}, {row['ranking']}, {row['repair']}, seed {row['seed']}"
-        print(f"{row['keep']} of MACs, {what}: {row['top1']}", file=sys.stderr, flush=True)
+        print(f"{row['keep']} of {args.of}, {what}: {row['top1']}", file=sys.stderr, flush=True)
     if path.exists():
         write_environment(path.with_suffix(".json"), args)
     return read_rows(path)
