@@ -14,12 +14,12 @@ import argparse
 import ast
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from coverage import MODELS
+from rows import add_output_file
 from surveys import bounded, read_rows, relative_gap, write_rows
 
 from tpvprune.depth import Removal, find_branches, remove_branches
@@ -27,7 +27,6 @@ from tpvprune.depth.additions import without_branches
 from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import find_groups
 
-RESULTS = Path(__file__).parent / "results" / "branches.csv"
 COLUMNS = (
     "family", "model", "model_kwargs", "img_size", "branches", "blocks", "macs_share",
     "params_share", "gap", "seconds", "error", "versions",
@@ -66,7 +65,7 @@ def main() -> None:
     """Survey what is missing, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=float, default=120, help="seconds a model")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_file(parser, "branches.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, timm {timm.__version__}, python "

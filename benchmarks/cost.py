@@ -32,6 +32,7 @@ import timm
 import torch
 import torch_pruning as tp
 from environment import write_environment
+from rows import add_output_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,7 +45,6 @@ from tpvprune.repairs.compensation import compensate_weights
 from tpvprune.scores.baselines.jacobian import jbr_scores
 from tpvprune.scores.tpv import tpv_scores
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = [
     "cifar_resnet20",
     "cifar_resnet56",
@@ -247,7 +247,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--procedures", nargs="+", default=list(PROCEDURES), choices=PROCEDURES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "cost.csv")
+    add_output_file(parser, "cost.csv")
     parser.add_argument("--memory-of", choices=PROCEDURES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

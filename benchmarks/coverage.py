@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
+from rows import add_output_file
 from surveys import (
     bounded,
     equal,
@@ -41,7 +42,6 @@ from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.masking import MaskedChannels
 from tpvprune.groups.removal import remove_channels, restore_empty
 
-RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 COLUMNS = [
     "family", "model", "model_kwargs", "img_size", "params_m", "groups", "blocked", "reasons",
     "macs_ratio", "smallest_ratio", "verified", "gap", "reload", "export", "seconds", "error",
@@ -258,7 +258,7 @@ def main() -> None:
         "--export", action="store_true", help="also run torch.export on the pruned model"
     )
     parser.add_argument("--fresh", action="store_true", help="run again what the table already has")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_file(parser, "coverage.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     versions = (

@@ -26,6 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from environment import write_environment
+from errors import in_one_line
+from rows import add_output_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,7 +44,6 @@ from tpvprune.passes.evaluation import output_variance
 from tpvprune.saved.models import load_model
 from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = [
     "model", "criterion", "labels", "groups", "num_groups", "num_channels", "num_measured",
     "num_images", "spearman", "within_group", "seconds", "seed",
@@ -60,6 +61,7 @@ BRANCH_CRITERIA: dict[str, Callable[..., dict[str, float]]] = {
 Parts = Sequence[ChannelGroup] | Sequence[Branch]
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -127,7 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_folder(parser)
     args = parser.parse_args(argv)
     usable = BRANCH_CRITERIA if args.granularity == "branch" else CRITERIA
     args.criteria = list(usable) if args.criteria == "all" else args.criteria.split(",")

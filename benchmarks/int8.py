@@ -19,11 +19,10 @@ import json
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from environment import write_environment
-from rows import append
+from rows import add_output_folder, append
 
 from tpvprune.cli.entry import main as tpvprune
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="what `tpvprune prune` wrote")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     args, flags = parser.parse_known_args(argv)
     document = exported(args.folder, flags)
     path = args.output / f"int8-{document['model']}.csv"

@@ -18,12 +18,12 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from environment import write_environment
-from rows import append, interpolated
+from errors import in_one_line
+from rows import add_output_folder, append, interpolated
 from unlabeled import images_of, opened_model
 
 from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
@@ -39,6 +39,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse(argv)
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--rounds", type=count, default=25)
     run.add_argument("--threads", type=count, default=2)
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(run)
     return parser.parse_args(argv)
 
 

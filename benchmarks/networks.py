@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch._dynamo  # noqa: F401  (here, not in each process)
+from rows import add_output_file
 from surveys import (
     Row,
     bounded,
@@ -48,7 +49,6 @@ from tpvprune.groups import ChannelGroups, Kept
 from tpvprune.groups.masking import MaskedChannels
 from tpvprune.passes.forwards import forward_of, with_forward
 
-RESULTS = Path(__file__).parent / "results" / "networks.csv"
 COLUMNS = [
     "library", "network", "size", "kwargs", "num_images", "verdict", "groups", "blocked", "reasons",
     "macs_ratio", "reported_ratio", "gap", "effect", "repaired_share", "reload", "trains", "export",
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds a network")
     parser.add_argument("--fresh", action="store_true", help="run again what the table already has")
     parser.add_argument("--failed", action="store_true", help="run again what is not ok")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_file(parser, "networks.csv")
     args = parser.parse_args()
     rows = read_rows(args.output, "network")
     for line in NETWORKS.strip().splitlines():

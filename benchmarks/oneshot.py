@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from environment import write_environment
-from rows import append, grouped, mean_and_sd, read
+from errors import in_one_line
+from rows import add_output_folder, append, grouped, mean_and_sd, read
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -42,6 +43,7 @@ KEY += ["keep", "seed"]
 COLUMNS = [*KEY, "labels", "macs_kept", "params_kept", "top1", "dense_top1", "agreement", "seconds"]
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table."""
     args = parse(argv)
@@ -98,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     args = parser.parse_args(argv)
     labelled = sorted(NEEDS_LABELS.intersection(args.criteria))
     if labelled and not set(args.calibration) <= {"train", "mirrored"}:

@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 from environment import processor, write_environment
-from rows import append
+from errors import in_one_line
+from rows import add_output_file, append
 from teachers import Task, opened
 from ways import CUTS, DENSE, WAYS, Job, Smaller, quality
 
@@ -45,7 +46,7 @@ SETTINGS = ("weights", "images", "arguments")
 KEY = ("model", "way", "keep", "seed", "training")
 COLUMNS = (
     *KEY, "network", "labels", "top1", "dense_top1", "agreement", "held_agreement", "macs_kept",
-    "mb", "minutes", "minutes_cutting", *SETTINGS, "versions", "hardware",
+    "ms_kept", "mb", "minutes", "minutes_cutting", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
 TRAINING = {
     "pruned": "divergence:0.01:frozen",
@@ -55,27 +56,22 @@ TRAINING = {
 """Of three tried each, that of the best ``held_agreement``: results/own-task-rates.csv."""
 _LOSSES = {"pruned": ("logits", "divergence"), "smaller": ("logits", "divergence"),
            "labels": ("cross-entropy",)}  # fmt: skip
-RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing."""
-    try:
-        args = parse(argv)
-        path = args.output or RESULTS / "own-task.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for row in measured(args, finished(path)):
-            append(path, row, COLUMNS)
-            print(
-                f"{row['way']}, {row['keep']} of MACs, seed {row['seed']}: top-1 {row['top1']}, "
-                f"agreement {row['agreement']}, {row['minutes']} minutes",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-        write_environment(path.with_suffix(".json"), args)
-    except (ValueError, OSError) as error:
-        print(f"own_task.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parse(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for row in measured(args, finished(args.output)):
+        append(args.output, row, COLUMNS)
+        print(
+            f"{row['way']}, {row['keep']} of MACs, seed {row['seed']}: top-1 {row['top1']}, "
+            f"agreement {row['agreement']}, {row['minutes']} minutes",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    write_environment(args.output.with_suffix(".json"), args)
     return 0
 
 
@@ -105,7 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seeds", type=count, default=1, metavar="N", help="how many (1)")
     run.add_argument("--threads", type=count, default=1, metavar="N", help="(1)")
     run.add_argument("--work", type=Path, default=Path("own-task"), metavar="D", help="teachers")
-    run.add_argument("--output", type=Path, metavar="F", help="CSV file (results/own-task.csv)")
+    add_output_file(run, "own-task.csv")
     args = parser.parse_args(argv)
     args.smaller = [_smaller(words) for words in args.smaller]
     args.training = TRAINING | dict(map(_training, args.training))

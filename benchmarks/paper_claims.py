@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from paper_models import CHAIN_CURVES
 from paper_statistics import (
+    CORRELATION,
     Bound,
     Row,
     Statistic,
     bootstrap,
     column,
+    configuration,
+    correlation,
+    distinct,
     exponent,
+    network,
     quantile,
     rank,
     verdict,
@@ -77,7 +82,8 @@ def of(rows: Sequence[Row], name: str) -> list[Row]:
 def named(rows: Sequence[Row]) -> str:
     """Return which networks a figure is of."""
     archs = ", ".join(dict.fromkeys(f"{row['images']} ({row['arch']})" for row in rows))
-    return f"{archs}, {len(rows)} networks"
+    num, ways = len({*map(network, rows)}), len({*map(configuration, rows)})
+    return f"{archs}, {num} networks of {ways} configurations"
 
 
 def liao(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -94,20 +100,21 @@ def liao(rows: Sequence[Row]) -> Iterator[Claim]:
         named(rows),
         [
             Bound("slope", bootstrap(rows, lambda r: line(r).slope), 0.9, 1.1),
-            Bound("R²", bootstrap(rows, lambda r: line(r).r2), 0.99),
+            Bound("R²", bootstrap(rows, lambda r: line(r).r2, reach=(0, 1)), 0.99),
         ],
     )
     yield claim(
         LIAO,
         "Without normalization equal training losses go with very different test losses",
         named(rows),
-        [Bound("R² less by", bootstrap(rows, lambda r: line(r).r2 - line(r, "").r2), 0.3)],
-    )
+        [Bound("R² less by", bootstrap(
+            rows, lambda r: line(r).r2 - line(r, "").r2, reach=CORRELATION), 0.3)],
+    )  # fmt: skip
     yield claim(
         LIAO,
         "Test error grows with normalized test loss, roughly monotonically",
         named(rows),
-        [Bound("rank correlation", bootstrap(rows, rank("normalized_test", "test_error")), 0.7)],
+        [Bound("rank correlation", correlation(rows, "normalized_test", "test_error"), 0.7)],
     )
 
 
@@ -143,7 +150,7 @@ def _blindness(rows: Sequence[Row]) -> float:
 def fragile(rows: Sequence[Row]) -> Iterator[Claim]:
     """Fragile measures."""
     curve = of(rows, "curve")
-    drawn = partial(bootstrap, within=BY_WAY)
+    drawn = partial(bootstrap, within=BY_WAY, unit=network)
     yield claim(
         FRAGILE,
         "A change of rate or optimizer reverses the slope of the path norm's learning curve",
@@ -176,7 +183,7 @@ def fragile(rows: Sequence[Row]) -> Iterator[Claim]:
         [
             Bound(
                 "of that of the test error",
-                bootstrap(both, _blindness, within=("set", *BY_WAY)),
+                bootstrap(both, _blindness, within=("set", *BY_WAY), unit=network),
                 most=0.5,
             )
         ],
@@ -196,16 +203,25 @@ def loukas(rows: Sequence[Row], students: Sequence[Row]) -> Iterator[Claim]:
             said,
             f"{named(noise)}, 0 to 100 % random labels, rank correlation of the Lipschitz constant",
             [
-                Bound(what, bootstrap(noise, rank("input_lipschitz", f"{before}{what}")), 0.7)
+                Bound(what, correlation(noise, "input_lipschitz", f"{before}{what}"), 0.7)
                 for what in ("length", "variance", "distance")
             ],
         )
+    if not students:
+        return
+    dense = len({row["seed"] for row in students})
     yield claim(
         LOUKAS,
         "Here: a network pruned further has a longer way back to the dense one's function",
-        f"{len(students)} students at 0.2 to 0.8 of the MACs, rank correlation of what is kept",
-        [Bound("length", bootstrap(students, rank("keep", "length"), within=("keep",)), most=-0.7)],
+        f"{len(students)} students at 0.2 to 0.8 of the MACs of {dense} dense networks, which are "
+        "what is drawn, rank correlation of what is kept",
+        [Bound("length", correlation(students, "keep", "length", unit=of_seed), most=-0.7)],
     )
+
+
+def of_seed(row: Row) -> Hashable:
+    """Return the dense network that a student comes from."""
+    return row["seed"]
 
 
 def volume(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -234,7 +250,7 @@ def volume(rows: Sequence[Row]) -> Iterator[Claim]:
         "for SGD",
         f"{on}, rank correlation of sharpness with test error",
         [
-            Bound("as it is", bootstrap(sgd, flat), 0.7),
+            Bound("as it is", bootstrap(sgd, flat, reach=CORRELATION), 0.7),
             Bound("rescaled less by", bootstrap(sgd, lambda r: flat(r) - rescaled(r)), 0),
         ],
     )
@@ -244,10 +260,10 @@ def volume(rows: Sequence[Row]) -> Iterator[Claim]:
         "one)",
         f"{on}, rank correlation of log radius with test error",
         [
-            Bound("log radius", bootstrap(sgd, room), most=-0.7),
+            Bound("log radius", bootstrap(sgd, room, reach=CORRELATION), most=-0.7),
             Bound(
                 "stronger than sharpness by",
-                bootstrap(sgd, lambda r: abs(room(r)) - abs(flat(r))),
+                bootstrap(sgd, lambda r: abs(room(r)) - abs(flat(r)), reach=CORRELATION),
                 0,
             ),
         ],
@@ -256,19 +272,21 @@ def volume(rows: Sequence[Row]) -> Iterator[Claim]:
     def lost(measure: Statistic) -> Statistic:
         return lambda r: abs(measure([x for x in r if x["opt"] == "sgd"])) - abs(measure(r))
 
+    fall = partial(bootstrap, attack, within=("opt",), reach=CORRELATION)
     yield claim(
         VOLUME,
         "Adam beside SGD weakens the correlation of flatness, not that of volume",
         f"{named(attack)} of both, rank correlation with test error falls",
         [
-            Bound("sharpness", bootstrap(attack, lost(flat), within=("opt",)), 0.1),
-            Bound("log radius", bootstrap(attack, lost(room), within=("opt",)), most=0.1),
+            Bound("sharpness", fall(lost(flat)), 0.1),
+            Bound("log radius", fall(lost(room)), most=0.1),
         ],
     )
 
 
 def tpv(rows: Sequence[Row]) -> Iterator[Claim]:
     """Stability of TPV."""
+    every = distinct(rows)
 
     def ratio(row: Row) -> float:
         return row["tpv_test"] / row["tpv_train"]
@@ -276,10 +294,10 @@ def tpv(rows: Sequence[Row]) -> Iterator[Claim]:
     yield claim(
         TPV,
         "TPV on training images equals TPV on test images, whatever the generalization",
-        f"{named(rows)}, Tr H_eff, test over training",
+        f"{named(every)}, Tr H_eff, test over training",
         [
-            Bound("5 % quantile", bootstrap(rows, quantile(ratio, 0.05)), 0.85),
-            Bound("95 % quantile", bootstrap(rows, quantile(ratio, 0.95)), most=1.15),
+            Bound("5 % quantile", bootstrap(every, quantile(ratio, 0.05)), 0.85),
+            Bound("95 % quantile", bootstrap(every, quantile(ratio, 0.95)), most=1.15),
         ],
     )
     for key, title in (("tpv_train", "Tr H_eff"), ("channel_tpv", "channel TPV")):
@@ -292,8 +310,5 @@ def tpv(rows: Sequence[Row]) -> Iterator[Claim]:
             TPV,
             f"TPV of the training set goes with test loss ({title})",
             f"{named([r for mine in some.values() for r in mine])}, rank correlation by set",
-            [
-                Bound(name, bootstrap(mine, rank(key, "test_loss")), 0.7)
-                for name, mine in some.items()
-            ],
+            [Bound(name, correlation(mine, key, "test_loss"), 0.7) for name, mine in some.items()],
         )

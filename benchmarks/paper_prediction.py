@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paper_claims import fitted
 from paper_models import KEEP
-from paper_statistics import Interval, Row, bootstrap, rank
+from paper_statistics import Interval, Row, configuration, correlation, distinct
 from titles import markdown
 
 MEASURES = {
@@ -40,14 +40,16 @@ def predictions(rows: Sequence[Row]) -> list[Line]:
     Chains are compared where they fit their training set, all ways of training together.
     """
     found = []
-    for images, arch in dict.fromkeys((row["images"], row["arch"]) for row in rows):
-        mine = [r for r in rows if (r["images"], r["arch"]) == (images, arch)]
+    every = distinct(rows)
+    for images, arch in dict.fromkeys((row["images"], row["arch"]) for row in every):
+        mine = [r for r in every if (r["images"], r["arch"]) == (images, arch)]
         mine = [r for r in mine if arch != "chain" or fitted(r)]
+        ways = len({*map(configuration, mine)})
         lines = [
             (
-                f"{images} ({arch}), {len(mine)}",
+                f"{images} ({arch}), {len(mine)} of {ways}",
                 measure,
-                {target: bootstrap(mine, rank(measure, target)) for target in TARGETS},
+                {target: correlation(mine, measure, target) for target in TARGETS},
             )
             for measure in MEASURES
         ]
@@ -58,7 +60,7 @@ def predictions(rows: Sequence[Row]) -> list[Line]:
 def table(found: Sequence[Line]) -> str:
     """Return the table of :func:`predictions`."""
     return markdown(
-        ["networks", "measure", "labels", *TARGETS.values()],
+        ["networks of configurations", "measure", "labels", *TARGETS.values()],
         [
             [networks, MEASURES[name], "yes" if name in LABELLED else "no", *map(str, of.values())]
             for networks, name, of in found

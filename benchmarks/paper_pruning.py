@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from environment import write_environment
+from errors import in_one_line
 from paper_chart import chart, table
-from rows import append, read
+from rows import add_output_folder, append, read
 from torch import Tensor, nn
 
 from tpvprune import find_groups, keep_freed_memory
@@ -86,6 +87,7 @@ def _all_of(group: ChannelGroup) -> Axis:
 CHANNELS = ChannelCount({}, 0.0, 0.0, 1, 1, "channels")
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table and draw the chart."""
     args = parse(argv)
@@ -126,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-test", type=int, help="of the test images; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="seeds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     args = parser.parse_args(argv)
     if not 0 < args.ratio < 1:
         parser.error(f"--ratio: expected a fraction between 0 and 1, found {args.ratio}")

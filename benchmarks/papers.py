@@ -7,9 +7,10 @@ initialisations of several sizes, labels that are wrong at first, for good or on
 several sizes of training set, SGD at two rates and Adam. Where folders or tars of labelled images
 are named (CIFAR-10), some are trained on 1,000 of them, and small ResNets on more. Every measure is
 taken of each network, and of what pruning leaves of it (results/papers-models.csv, to which a run
-that was stopped, or one of more seeds, adds what is missing). A claim is held where the bootstrap
-intervals of its figures lie on the right side of its thresholds, not held where one lies on the
-wrong side, else undecided (results/papers-claims.csv).
+that was stopped, or one of more seeds, adds what is missing; likewise results/papers-students.csv).
+A claim is held where the bootstrap intervals of its figures lie on the right side of its
+thresholds, not held where one lies on the wrong side, else undecided (results/papers-claims.csv).
+With --rows-only nothing is trained: all is made anew from the rows of these two files.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from environment import write_environment
+from errors import in_one_line
 from paper_claims import Claim, claims
 from paper_models import (
     BATCH,
@@ -41,33 +43,40 @@ from paper_models import (
     trained,
 )
 from paper_prediction import section
-from paper_statistics import Row
+from paper_statistics import Row, configuration, distinct
+from rows import add_output_folder, append
 from titles import markdown
 from tqdm import tqdm
 
 from tpvprune import agreement, distill, keep_freed_memory
 from tpvprune.diagnostics.trajectory import Trajectory, input_lipschitz
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = "papers-models.csv"
+STUDENTS = "papers-students.csv"
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and measure what is missing, then print the table of claims."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     start = time.perf_counter()
-    rows = [row for images, chosen in pools(args) for row in taken(args, images, chosen)]
-    students = [row for seed in range(args.seeds) for row in distilled(digits(), seed)]
+    if args.rows_only:
+        rows, students = (kept(args.output / name) for name in (MODELS, STUDENTS))
+        if not rows:
+            raise ValueError(f"{args.output / MODELS}: expected rows of an earlier run, found none")
+    else:
+        rows = [row for images, chosen in pools(args) for row in taken(args, images, chosen)]
+        students = [row for seed in range(args.seeds) for row in taught(args, seed)]
     found = claims(rows, students)
     write(args, found)
     table = markdown(Claim._fields, found)
     print(table)
     print(section(rows))
-    print(f"\n{len(rows)} networks, {time.perf_counter() - start:.0f} s")
+    print(f"\n{len(distinct(rows))} networks, {time.perf_counter() - start:.0f} s")
     if args.docs:
-        args.docs.write_text(page(table, rows, args))
+        args.docs.write_text(page(table, rows), "utf-8")
     return 0
 
 
@@ -84,7 +93,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resnet-epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    add_output_folder(parser)
+    parser.add_argument("--rows-only", action="store_true", help="train nothing: read its rows")
     parser.add_argument("--docs", type=Path, help="write the table of claims here")
     return parser.parse_args(argv)
 
@@ -131,13 +141,7 @@ def resnet_ways(args: argparse.Namespace) -> list[Way]:
 def taken(args: argparse.Namespace, images: Images, chosen: Sequence[Way]) -> list[Row]:
     """Read the rows of an earlier run and measure the networks that it lacks, row by row."""
     path = args.output / MODELS
-    known: dict[tuple[str, ...], Row] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            table = csv.DictReader(file)
-            if lacking := {field.name for field in fields(Way)} - {*(table.fieldnames or ())}:
-                raise SystemExit(f"{path}: lacks {min(lacking)!r}, it is older: move it away")
-            known = {_key(row): row for row in table}
+    known = {_key(row): row for row in kept(path)}
     rows = []
     for way in tqdm(chosen, desc=images.name, unit="network"):
         key = _key({"images": images.name, **asdict(way)})
@@ -147,18 +151,36 @@ def taken(args: argparse.Namespace, images: Images, chosen: Sequence[Way]) -> li
             except ValueError as error:  # large initialisations may end with dead layers
                 print(f"left out: {way}: {error}")
                 continue
-            known[key] = {
-                k: f"{v:.8g}" if isinstance(v, float) else str(v) for k, v in found.items()
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            with path.open("a", newline="") as file:
-                models = csv.DictWriter(file, list(known[key]))
-                if new:
-                    models.writeheader()
-                models.writerow(known[key])
-        rows.append({k: _number(v) for k, v in known[key].items()})
+            known[key] = written(path, found)
+        rows.append(known[key])
     return rows
+
+
+def taught(args: argparse.Namespace, seed: int) -> list[Row]:
+    """Read the students of one dense network, or teach them."""
+    path = args.output / STUDENTS
+    known = [row for row in kept(path) if row["seed"] == seed]
+    return known or [written(path, row) for row in distilled(digits(), seed)]
+
+
+def kept(path: Path) -> list[Row]:
+    """Return the rows of an earlier run."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        needed = {field.name for field in fields(Way)} if path.name == MODELS else {"length"}
+        if lacking := needed - {*(table.fieldnames or ())}:
+            raise ValueError(f"{path}: lacks {min(lacking)!r}, it is older: move it away")
+        return [{k: _number(v) for k, v in row.items()} for row in table]
+
+
+def written(path: Path, row: Row) -> Row:
+    """Append a row to a file, and return it as it will be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {k: f"{v:.8g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+    append(path, texts, list(texts))
+    return {k: _number(v) for k, v in texts.items()}
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -230,25 +252,38 @@ def distilled(images: Images, seed: int) -> list[Row]:
 # ---- what is written ------------------------------------------------------------------------
 
 
-def page(table: str, rows: Sequence[Row], args: argparse.Namespace) -> str:
+def page(table: str, rows: Sequence[Row]) -> str:
     """Return the page of the claims."""
+    networks = distinct(rows)
     names = "; ".join(dict.fromkeys(row["images"] for row in rows))
-    own = " --data-dir … --test-dir …" if args.data_dir else ""
-    own += f" --resnet {args.resnet}" if args.resnet != "resnet8" else ""
+    ways, seeds = len({*map(configuration, networks)}), len({row["seed"] for row in rows})
+    resnets = [row["arch"] for row in rows if row["arch"] != "chain"]
+    own = "" if names == "digits" else " --data-dir … --test-dir …"
+    own += f" --resnet {resnets[0]}" if {*resnets} - {"resnet8"} else ""
     return (
         "# Five papers' claims, tried here\n\n"
-        f"{len(rows)} small networks on {names}; seeds: {args.seeds}, one thread; "
-        "every number by\n\n"
-        f"    python benchmarks/papers.py --seeds {args.seeds}{own} --docs docs/claims.md\n\n"
-        "which also writes one row per network to `benchmarks/results/papers-models.csv`. In "
-        "brackets are 95 % intervals of a\nbootstrap over networks, or, where ways of training "
-        "are compared, over the seeds of each way. A claim is *held* where the\nintervals of all "
-        "its figures lie within its thresholds, set beforehand, *not held* where one lies "
-        "outside, else *undecided*: for\nnetworks of this size, on these images, and no further. "
-        "Correlations are Spearman's. Where a paper measures something that\nis out of reach "
-        "here, the line says what was taken instead.\nOne measure was changed after it was seen: "
-        "of TPV's ratios of test and training images the quantiles count,\nas a bootstrap is no "
-        "guide to extremes; these lay within the same thresholds.\n\n"
+        f"{len(networks)} small networks of {ways} configurations on {names}; seeds: {seeds}, one "
+        "thread; every number by\n\n"
+        f"    python benchmarks/papers.py --seeds {seeds}{own} --docs docs/claims.md\n\n"
+        "which also writes one row per network to `benchmarks/results/papers-models.csv` (a "
+        "network of several sets has a row in\neach and counts once) and one per student to "
+        "`papers-students.csv`. `--rows-only --docs docs/claims.md` makes this page\nfrom those "
+        "rows and trains nothing.\n\n"
+        "In brackets are 95 % intervals of a bootstrap. What is drawn are configurations, each "
+        "with all of its seeds, as seeds\nof one configuration are alike; where given ways of "
+        "training are compared (the three claims of Zhang and Louis), the\nseeds of each way; for "
+        "students, the dense networks that they come from. Where these are few, say eight and "
+        "less, an\ninterval is a rough guide, and rather too narrow. Draws repeat networks, and "
+        "that moves a rank correlation: an interval\nreaches over the quantiles of the draws, and "
+        "over the same less the draws' median bias, so that it contains the figure.\n\n"
+        "A claim is *held* where the intervals of all its figures lie within its thresholds, set "
+        "beforehand, *not held* where one\nlies outside, else *undecided*: for networks of this "
+        "size, on these images, and no further. Correlations are Spearman's.\nWhere a paper "
+        "measures something that is out of reach here, the line says what was taken instead.\n\n"
+        "Two things were changed after results were seen. Of TPV's ratios of test and training "
+        "images the quantiles count, as a\nbootstrap is no guide to extremes; these lay within "
+        "the same thresholds. And networks were drawn at first, as if their\nseeds were "
+        "independent, which made intervals too narrow.\n\n"
         f"{table}\n\n{section(rows)}"
     )
 
@@ -260,7 +295,8 @@ def write(args: argparse.Namespace, found: Sequence[Claim]) -> None:
         lines = csv.writer(file)
         lines.writerow(Claim._fields)
         lines.writerows(found)
-    write_environment(args.output / "papers.json", args)
+    if not args.rows_only:  # the versions that the rows were measured with stay
+        write_environment(args.output / "papers.json", args)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ _NOT_OF_RANKINGS = ("granularity", "max_depth_removed")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; wrong ones are a ValueError."""
     parser = Parser(prog="photographs.py", description="real weights, real photographs")
+    add_flags(parser)
+    return parsed(parser, argv)
+
+
+def add_flags(parser: Parser) -> None:
+    """Add all flags."""
     add_model(parser, required=False)
     images = parser.section("images")
     images.add_argument("--calib-dir", metavar="D", help="folder or .tar, no labels needed")
@@ -113,9 +119,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="D",
         help="folder for our rankings: other budgets and granularities of a seed need no new one",
     )
-    run_.add_argument("--output", type=Path, metavar="F", help="CSV file (results/...)")
+    run_.add_argument("--output", type=Path, metavar="F", help="CSV file to write (results/...)")
     run_.add_argument("--summary", type=Path, nargs="+", metavar="F", help="print, run nothing")
     add(parser, "--device")
+
+
+def parsed(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of a parser with these flags; wrong ones are a ValueError."""
     args = parser.parse_args(argv)
     if not args.summary:
         for name in ("model", "calib_dir", "test_dir"):

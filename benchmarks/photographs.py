@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from environment import processor, write_environment
+from errors import in_one_line
 from photograph_flags import (
     input_size_of,
     options_of,
@@ -113,20 +114,14 @@ class Cut(NamedTuple):
     branches: str = ""
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table."""
-    try:
-        args = parse(argv)
-        if args.summary:
-            rows = [row for path in args.summary for row in finished(path)]
-        else:
-            rows = run(args)
-        if not rows:
-            raise ValueError(f"{args.summary[0]}: expected rows of photographs.py, found none")
-        print(photographs_table(rows))
-    except (ValueError, OSError) as error:
-        print(f"photographs.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parse(argv)
+    rows = [row for path in args.summary for row in finished(path)] if args.summary else run(args)
+    if not rows:
+        raise ValueError(f"{args.summary[0]}: expected rows of photographs.py, found none")
+    print(photographs_table(rows))
     return 0
 
 

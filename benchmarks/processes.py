@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import timm
 import torch
 from environment import write_environment
-from rows import append
+from rows import add_output_folder, append
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
 from tpvprune.groups import find_groups
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     parser.add_argument("--leave", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--compensated", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Flags(Protocol):
+    """A parser, or a section of one."""
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        """Add a flag."""
+
+
+def add_output_folder(flags: Flags) -> None:
+    """Add ``--output``, the folder of the result files."""
+    flags.add_argument(
+        "--output", type=Path, default=RESULTS, metavar="FOLDER",
+        help="folder to write to (benchmarks/results)",
+    )  # fmt: skip
+
+
+def add_output_file(flags: Flags, name: str) -> None:
+    """Add ``--output``, the result file."""
+    flags.add_argument(
+        "--output", type=Path, default=RESULTS / name, metavar="FILE",
+        help=f"CSV file to write to (benchmarks/results/{name})",
+    )  # fmt: skip
 
 
 def read(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:

@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from environment import write_environment
-from rows import append
+from errors import in_one_line
+from rows import add_output_folder, append
 from unlabeled import images_of, opened_model
 
 import tpvprune
@@ -31,6 +31,7 @@ from tpvprune.pipeline import PruningResult
 COLUMNS = ["model", "num_images", "way", "keep", "seconds", "cpu_seconds"]
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse(argv)
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     run.add_argument("--threads", type=count, default=1, metavar="N", help="(1)")
-    run.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(run)
     return parser.parse_args(argv)
 
 

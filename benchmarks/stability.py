@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from environment import write_environment
+from errors import in_one_line
+from rows import add_output_folder
 from torch import Tensor, nn
 
 from tpvprune import keep_freed_memory
@@ -29,6 +30,7 @@ from tpvprune.reports.page import page
 from tpvprune.saved.models import load_model
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -87,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--label-draws", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     return parser.parse_args(argv)
 
 

@@ -16,6 +16,7 @@ import paper_chart
 from own_task_chart import OURS
 from photograph_tables import depth, headline, photographs, photographs_criteria
 from rows import grouped, interpolated, mean_and_sd, mean_of
+from stability_table import stability
 from titles import NAMES, criterion_of, markdown
 
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
@@ -250,12 +251,15 @@ def own_task() -> str:
         for way, rows in sorted(of_keep.items(), key=lambda f: -mean_of(f[1], "top1")):
             cells = [mean_and_sd(rows, name) for name in ("top1", "agreement", "minutes")]
             apart = _apart(rows, ours) if way != OURS else ""
-            cost = [f"{mean_of(rows, 'macs_kept'):.2f}", f"{mean_of(rows, 'mb'):.1f}"]
+            timed = [row for row in rows if row["ms_kept"]]
+            cost = [f"{mean_of(rows, 'macs_kept'):.2f}"]
+            cost += [f"{mean_of(timed, 'ms_kept'):.2f}" if timed else ""]
+            cost += [f"{mean_of(rows, 'mb'):.1f}"]
             head = [f"**{way}**" if way == OURS else way, f"`{rows[0]['network']}`"]
             lines.append([*head, rows[0]["labels"], *cost, *cells, apart])
         if ours and (theirs := found.get((keep, "smaller + distill"))):
             verdicts.append(_verdict(keep, ours, theirs))
-    head = "way|network|labels|MACs|MB|top-1|agreement|minutes|top-1, to `prune + distill`"
+    head = "way|network|labels|MACs|time|MB|top-1|agreement|minutes|top-1, to `prune + distill`"
     return "\n".join([markdown(head.split("|"), lines), "", *verdicts])
 
 
@@ -287,7 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         accuracy, images, latency, criteria, criteria_bn, iterative, weights, fidelity, cost,
-        depth, own_task, timm_modules, other_networks,
+        depth, own_task, stability, timm_modules, other_networks,
     )
 }  # fmt: skip
 if any(RESULTS.glob("photographs-*.csv")):  # what has not been measured has no table

@@ -22,12 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from environment import write_environment
+from rows import add_output_file
 
 from tpvprune.pipeline import prune
 from tpvprune.saved.checkpoint import load_pruned, save_pruned
 from tpvprune.saved.models import load_model
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = [
     "resnet18",
     "resnet50",
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", action="store_true", help="print where an error came from")
-    parser.add_argument("--output", type=Path, default=RESULTS / "timm_models.csv")
+    add_output_file(parser, "timm_models.csv")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,12 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import timm
 import torch
 from environment import write_environment
+from rows import add_output_file
 from torch import Tensor, nn
 
 import tpvprune.cifar_resnet  # noqa: F401  (registers them with timm)
 from tpvprune.diagnostics.jacobian_norms import jacobian_norms
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ["cifar_resnet20", "cifar_resnet56", "mobilenetv3_small_100:32", "test_vit:160"]
 COLUMNS = [
     "model", "image_size", "num_images", "batch_size", "num_probes", "threads", "rounds",
@@ -64,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-probes", type=int, default=1, help="of the batched procedure")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "traces.csv")
+    add_output_file(parser, "traces.csv")
     return parser.parse_args(argv)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 import onnxruntime
@@ -19,14 +20,15 @@ from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.passes.batches import unlabeled
 from tpvprune.passes.costs import count_macs, count_params
 from tpvprune.passes.difference import Reference
+from tpvprune.passes.running import evaluating
 from tpvprune.repairs.distillation import distill
 from tpvprune.repairs.finetuning import finetune
 from tpvprune.repairs.interpolation import FRACTIONS, nearest_between
 from tpvprune.repairs.training import Recipe
+from tpvprune.runtimes.calls import graph_call, model_call, threads
 from tpvprune.saved.models import load_model
 from tpvprune.scores.baselines.stock import stock_prune
 from tpvprune.scores.criteria import with_labels
-from tpvprune.widths.limits import Limits
 
 _NOT_OF_MODELS = ("mean", "std")
 
@@ -46,8 +48,8 @@ class Smaller(NamedTuple):
 class Made(NamedTuple):
     """What a way made.
 
-    ``outputs`` is the network itself, or a file of it; ``minutes`` are those that were used,
-    ``cutting`` those of them before any training.
+    ``outputs`` is the network itself, or a file of it, whose bytes are ``content``; ``minutes``
+    are those that were used, ``cutting`` those of them before any training.
     """
 
     way: str
@@ -56,7 +58,7 @@ class Made(NamedTuple):
     minutes: float = 0.0
     cutting: float = 0.0
     name: str = ""
-    num_bytes: int = 0
+    content: bytes = b""
 
 
 # ---- training, the same for all -------------------------------------------------------------
@@ -146,7 +148,6 @@ def _pruned(task: Task, criterion: str, keep: float) -> nn.Module:
         keep=keep,
         criterion=with_labels(criterion, task.calibration),
         num_images=None,
-        limits=Limits(round_to=1),
         seed=task.seed,
     ).model
 
@@ -216,9 +217,8 @@ def quantized(task: Task, way: str, found: Made) -> Made:
         content = file.read_bytes()
     minutes = found.minutes + (monotonic() - start) / 60
     return Made(
-        way, in_onnxruntime(content), found.network, minutes, found.cutting, found.name,
-        len(content),
-    )  # fmt: skip
+        way, in_onnxruntime(content), found.network, minutes, found.cutting, found.name, content
+    )
 
 
 def in_onnxruntime(content: bytes) -> Callable[[Tensor], Tensor]:
@@ -270,7 +270,7 @@ def quality(task: Task, made: Made) -> dict[str, str]:
     held = classes(made.outputs, task.held) == classes(task.teacher, task.held)
     example = task.held[0][:1]
     macs = [count_macs(model, example) for model in (made.network, task.teacher)]
-    num_bytes = made.num_bytes or 4 * count_params(made.network)
+    num_bytes = len(made.content) or 4 * count_params(made.network)
     return {
         "network": made.name.partition(".")[0],
         "labels": LABELLED.get(made.way, "no"),
@@ -279,10 +279,30 @@ def quality(task: Task, made: Made) -> dict[str, str]:
         "agreement": _percent(found == task.classes),
         "held_agreement": _percent(held),
         "macs_kept": f"{macs[0] / macs[1]:.4f}",
+        "ms_kept": f"{time_ratio(task.teacher, made, example):.3f}",
         "mb": f"{num_bytes / 1e6:.2f}",
         "minutes": f"{made.minutes:.2f}",
         "minutes_cutting": f"{made.cutting:.2f}",
     }
+
+
+def time_ratio(teacher: nn.Module, made: Made, x: Tensor, rounds: int = 25) -> float:
+    """Time what was made and the teacher by turns: ONNX Runtime, one thread; median of ratios."""
+    with threads(1), evaluating(teacher, made.network):
+        calls = [
+            model_call("onnxruntime", teacher, x),
+            graph_call("onnxruntime", made.content, x)
+            if made.content
+            else model_call("onnxruntime", made.network, x),
+        ]
+        times = [[_seconds(call) for call in calls] for _ in range(rounds + 2)][2:]
+    return statistics.median(after / before for before, after in times)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
 
 
 def _percent(right: Tensor) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from environment import write_environment
+from errors import in_one_line
 from oneshot import images
-from rows import append, grouped, mean_and_sd, read
+from rows import add_output_folder, append, grouped, mean_and_sd, read
 
 from tpvprune import keep_freed_memory
 from tpvprune.passes.evaluation import evaluate, model_outputs
@@ -34,6 +35,7 @@ PATTERNED = [("tpv", "joint"), ("magnitude", "neighbours"), ("wanda", "neighbour
 FREE = [("tpv", "joint"), ("magnitude", "global"), ("magnitude", "layer"), ("wanda", "row")]
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -76,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-size", type=int, nargs=3, default=None)
     parser.add_argument("--crop-pct", type=float, default=None)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    add_output_folder(parser)
     return parser.parse_args(argv)
 
 

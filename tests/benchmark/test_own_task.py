@@ -159,18 +159,25 @@ def test_bad_input_is_one_line(tools, root, capsys, flags, message):
 
 
 def test_the_chart_has_a_panel_for_each_share_with_the_best_way_first(tools, tmp_path):
-    names = ("keep", "way", "labels", "dense_top1", "top1")
+    names = ("keep", "way", "labels", "dense_top1", "top1", "macs_kept", "ms_kept", "mb")
     ways = (("low", 61), ("high & <mighty>", 83))
-    lines = [(keep, way, "no", 90.0, top1) for keep in (0.5, 0.7) for way, top1 in ways]
+    lines = [
+        (keep, way, "no", 90.0, top1, keep, 0.4 if way == "low" else "", 7.0)
+        for keep in (0.5, 0.7)
+        for way, top1 in ways
+    ]
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerows([names, (1, "dense", "no", 90.0, 90.0), *lines])
+        whole = [(1, way, "no", 90.0, 90.0, 1, 1, 9.0) for way in ("dense", "int8")]
+        table.writerows([names, *whole, *lines, (0.5, "other", "no", 90.0, 60, 0.58, 1, 7.0)])
     root = ElementTree.fromstring(tools["own_task_chart"].chart(path))
     svg = "{http://www.w3.org/2000/svg}"
     texts = [text.text for text in root.iter(f"{svg}text")]
     panels = [text for text in texts if "MACs" in text]
-    assert panels == ["70 % of the MACs: top-1", "50 % of the MACs: top-1"]
-    assert [text for text in texts if text in dict(ways)] == ["high & <mighty>", "low"] * 2
+    assert panels == [f"{share} % of the MACs" for share in (100, 70, 50)]
+    shown = [text for text in texts if text in dict(ways) or text in ("int8", "other, 58 %")]
+    assert shown == ["int8", *["high & <mighty>", "low"] * 2, "other, 58 %"]
+    assert texts.count("40 %") == 2
     dots = [float(dot.get("cx")) for dot in root.iter(f"{svg}circle")]
-    assert len(dots) == 4 and dots[0] > dots[1] and dots[:2] == dots[2:]
+    assert len(dots) == 6 and dots[1] > dots[2] and dots[1:3] == dots[3:5]

@@ -105,6 +105,7 @@ class TestPrune:
             "source": "flat",
             "num_images": 24,
             "agreement_on": "24 labelled images",
+            "fitted": {"count": 40, "seed": 0, "num": 24, "held_back": True},
         }
         assert max(map(len, err.splitlines())) <= 80
 
@@ -505,7 +506,8 @@ class TestStart:
             "no such checkpoint": ["prune", *model, "--checkpoint", "none", *new],
             "none.csv: no such list": ["prune", *model, "--data-list", "none.csv", *new],
             "nowhere: no such": ["prune", *model, "--eval-dir", "nowhere", *new],
-            "found 40 entries": ["prune", *model, "--output", "flat"],
+            "found 9 entries": ["prune", *model, "--output", "spoilt"],
+            "place than that of flat": ["prune", *model, "--output", "flat", "--overwrite"],
             "exists already": ["score", *model, "--output", "weights.pt"],
             "either the folder of": ["evaluate", "--data-dir", "flat"],
             "expected config.json": ["distill", "flat", "--data-dir", "flat", *new],

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,13 +10,13 @@ import torch
 from image_cases import write_classes, write_images
 from safetensors.torch import load_file
 
+from tpvprune.cli import session_images
 from tpvprune.cli import training as training_commands
 from tpvprune.cli.entry import main
-from tpvprune.cli.session_images import all_but, choose, choose_apart
-from tpvprune.images.preprocessing import resolve_preprocessing
-from tpvprune.images.sources import open_images
-from tpvprune.passes import difference
+from tpvprune.images import training as image_training
+from tpvprune.passes import difference, drawing
 from tpvprune.passes.evaluation import Difference
+from tpvprune.pipeline import setup
 from tpvprune.repairs import duration, interpolation, training
 from tpvprune.saved.checkpoint import load_pruned, read_config
 from tpvprune.weights.masks import load_masks
@@ -29,32 +27,37 @@ PRUNE = [
     *("prune", "--model", "test_resnet", "--checkpoint", "weights.pt", "--img-size", "32"),
     *("--crop-pct", "1", "--num-images", "24", *SMALL),
 ]
+PRUNE_FEATURES = ["features.pt" if arg == "weights.pt" else arg for arg in PRUNE]
+PRUNE_FEATURES += ["--num-classes", "0"]
 CHEAP = ["--criterion", "magnitude", "--repair", "none"]
 TRAIN = [*SMALL, "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Weights, images, and a pruned folder `small`; nothing is written into it."""
+    """Weights, images, and pruned `small` and `features`; nothing is written into these."""
     root = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=CLASSES)
     with torch.no_grad():
         model.fc.weight.mul_(100)  # classes that depend on the image
     torch.save(model.state_dict(), root / "weights.pt")
+    model.reset_classifier(0)
+    torch.save(model.state_dict(), root / "features.pt")
     write_images(root / "flat", 40)
     write_images(root / "two", 2)
     write_classes(root / "classes", "abcd", 8)
     write_classes(root / "other", "ab", 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        data = ["--data-dir", "flat", "--keep", "0.8", "--output", "small"]
-        assert main([*PRUNE, *CHEAP, *data]) == 0
+        data = ["--data-dir", "flat", "--keep", "0.8", "--output"]
+        assert main([*PRUNE, *CHEAP, *data, "small"]) == 0
+        assert main([*PRUNE_FEATURES, *CHEAP, *data, "features"]) == 0
     return root
 
 
-def distil(output, *extra, data="flat"):
-    return ["distill", "small", "--data-dir", data, *TRAIN, *extra, "--output", output]
+def distil(output, *extra, data="flat", source="small"):
+    return ["distill", source, "--data-dir", data, *TRAIN, *extra, "--output", output]
 
 
 def weights_of(folder):
@@ -93,23 +96,45 @@ def test_what_is_closest_on_held_back_images_is_saved(run, root, tmp_path, monke
             torch.testing.assert_close(t, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_training_is_measured_on_images_that_an_earlier_prune_has_not_fitted(root):
-    images = open_images(root / "flat")
-    model = timm.create_model("test_resnet")
-    how = resolve_preprocessing(model, input_size=(3, 32, 32), crop_pct=1.0)
-    args, subject = Namespace(seed=3, batch_size=8, workers=1), SimpleNamespace(preprocessing=how)
+@pytest.mark.parametrize("num", [20, 38, 40])
+def test_training_is_measured_on_images_that_no_earlier_fit_has_seen(
+    run, tmp_path, monkeypatch, num
+):
+    """Of a folder that the cut saw whole, too, whatever the seeds, and of what was trained."""
+    fits, held, trained = [], [], []
 
-    def seen(batches):
-        return {x.numpy().tobytes() for x in torch.cat(list(batches))}
+    def images_of(batches):
+        return {x.numpy().tobytes() for batch in batches for x in batch}
 
-    num, skip = all_but(4, images, None)
-    apart = seen(choose_apart(args, subject, images, 4))
-    trained = seen(choose(args, subject, images, num, skip=skip))
-    fitted = seen(choose(args, subject, images, 36))
-    assert [len(apart), len(trained), len(fitted)] == [4, 36, 36]
-    assert not apart & (trained | fitted)
-    stream = SimpleNamespace(count=None)
-    assert all_but(4, stream, 10) == (10, 4)  # a stream is read in its own order
+    def hold_back(*args, **kwargs):
+        fit, kept = drawing.hold_back(*args, **kwargs)
+        fits.append(images_of(fit))
+        return fit, kept
+
+    def choose(*args, **kwargs):
+        batches = session_images.choose(*args, **kwargs)
+        held.append(images_of(batches))
+        return batches
+
+    def training_images(*args, apart, **kwargs):
+        trained.append((args[0].count, apart))
+        return image_training.training_images(*args, apart=apart, **kwargs)
+
+    monkeypatch.setattr(setup, "hold_back", hold_back)
+    monkeypatch.setattr(training_commands, "choose", choose)
+    monkeypatch.setattr(training_commands, "training_images", training_images)
+    cut = [*PRUNE, "--data-dir", "flat", "--keep", "0.6", "--num-images", str(num), *CHEAP]
+    cut += ["--output", str(tmp_path / "0"), "--seed", "5"]
+    assert run(*cut)[0] == 0
+    for seed in (1, 2):
+        again = ["--data-dir", "flat", "--output", str(tmp_path / str(seed)), "--seed", str(seed)]
+        assert run("distill", str(tmp_path / str(seed - 1)), *again, *TRAIN)[0] == 0
+    assert len(fits) == 1
+    assert held[0] == held[1]
+    assert len(held[0]) == 4
+    assert not held[0] & fits[0]
+    assert trained[0] == trained[1]
+    assert len(set(trained[0][1])) == 4
 
 
 def test_a_mirrored_teacher_is_what_training_is_measured_by(run, tmp_path):
@@ -223,6 +248,109 @@ def test_measuring_before_and_after_is_inside_of_the_minutes(run, tmp_path, monk
     assert "<th>Minutes</th><td>1</td>" in report and "<th>Epochs</th>" not in report
 
 
+def test_a_state_of_other_settings_is_refused_before_anything_is_read(run, tmp_path, monkeypatch):
+    update, done = training._Run.update, []
+
+    def stopped(self, *args):
+        done.append(1)
+        if len(done) > 6:  # in the second epoch of four updates
+            raise KeyboardInterrupt
+        update(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "update", stopped)
+        assert run(*distil(tmp_path / "out"))[0] == 130
+    for others in ([], ["--lr", "0.5"], ["--loss", "divergence"], ["--mirrored"], ["--seed", "3"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(training_commands, "choose", lambda *_, **__: pytest.exit("read"))
+            patch.setattr(training_commands, "training_images", None)
+            if not others:
+                patch.setattr(training_commands, "choose", _interrupt)
+                assert "going on with the run" in run(*distil(tmp_path / "out"))[2]
+                continue
+            code, _, err = run(*distil(tmp_path / "out", *others))
+        assert_one_line(code, err, "expected the state of this run")
+        assert "going on" not in err
+
+
+@pytest.mark.parametrize("updates", [0, 3, 4, 7])
+def test_what_is_said_of_an_interruption_is_what_is_there(run, tmp_path, monkeypatch, updates):
+    done, update = [], training._Run.update
+
+    def stopped(self, *args):
+        if len(done) == updates:
+            raise KeyboardInterrupt
+        done.append(1)
+        update(self, *args)
+
+    monkeypatch.setattr(training._Run, "update", stopped)
+    code, _, err = run(*distil(tmp_path / "out"))
+    assert code == 130
+    (line,) = (line for line in err.splitlines() if "interrupted" in line or "goes on" in line)
+    assert ("goes on after the last finished epoch" in line) == (updates >= 4)
+    assert ("nothing was written" in line) == (not list(tmp_path.iterdir())) == (updates < 4)
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["distill", "finetune", "prune", "export"])
+def test_what_is_read_is_never_written_over(run, root, tmp_path, command):
+    folder = Path(shutil.copytree(root / "small", tmp_path / "small"))
+    (tmp_path / "link").symlink_to(folder)
+    inside = Path(shutil.copytree(root / "small", folder / "inside"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    data = [] if command == "export" else ["--data-dir", "classes"]
+    places = [(folder, folder), (folder, tmp_path / "link"), (inside, folder)]
+    if command == "export":
+        places = [(folder, tmp_path / "link" / "model.safetensors")]
+    for given, output in places:
+        argv = [command, given, *data, "--output", output, "--overwrite"]
+        code, _, err = run(*argv)
+        assert_one_line(code, err, "expected another place than that of")
+    assert {path: path.read_bytes() for path in before} == before
+    argv = ["export", "--model", "test_resnet", "--checkpoint", folder / "model.safetensors"]
+    code, _, err = run(*argv, "--output", folder / "model.safetensors", "--overwrite")
+    assert_one_line(code, err, "expected another place than that of")
+
+
+def test_features_are_compared_and_not_taken_for_classes(run, root, tmp_path):
+    code, out, err = run(*distil(tmp_path / "out", "--json", source="features"))
+    document = json.loads(out)
+    assert code == 0
+    assert (document["training"]["loss"], document["training"]["temperature"]) == ("logits", None)
+    told = [document["dense"], document["pruned"], document["held_back"]]
+    told += [document["training"]["before"], document["training"]["after"]]
+    told.append(json.loads((root / "features" / "report.json").read_text())["held_back"])
+    assert [facts["agreement"] for facts in told] == [None] * 6
+    argv = ["evaluate", tmp_path / "out", "--dense", "features.pt", "--data-dir", "flat", *SMALL]
+    seen = [err, run(*argv)[2], *((f / "report.html").read_text() for f in (root / "features",
+            tmp_path / "out"))]  # fmt: skip
+    for text in seen:
+        assert "output variance" in text.lower()
+        assert "agreement" not in text.lower()
+        assert "their class" not in text and "same class" not in text
+
+
+def test_top_1_before_training_is_told(run, tmp_path):
+    score = ["--data-dir", "classes", *SMALL, "--json"]
+    before = json.loads(run("evaluate", "small", *score)[1])["top1"]
+    commands = {"distill": [], "finetune": ["--lr", "0.001"]}
+    for command, flags in commands.items():
+        argv = [command, "small", "--data-dir", "classes", "--eval-dir", "classes", *TRAIN, *flags]
+        code, out, err = run(*argv, "--output", tmp_path / command, "--json")
+        document = json.loads(out)
+        assert code == 0
+        told = document["training"]
+        assert told["before"]["top1"] == before
+        if told["saved"] == "trained":
+            assert told["after"]["top1"] == document["pruned"]["top1"]
+            words = f"top-1 by --eval-dir {100 * before:.2f} % before"
+            assert words in " ".join(err.split())
+            assert "Top-1 of labelled images" in (tmp_path / command / "report.html").read_text()
+
+
 def test_class_folders_serve_as_unlabeled_images(run, root, tmp_path):
     # The order of the images stays, their labels become nonsense.
     garbage = tmp_path / "garbage"
@@ -327,14 +455,37 @@ BAD_INPUT = {
     "no epochs": (["distill", "small", "--epochs", "0"], "--epochs: expected a whole number"),
     "no rate": (["distill", "small", "--lr", "0"], "--lr: expected a number above 0"),
     "cold": (["distill", "small", "--temperature", "0"], "--temperature: expected a number above"),
-    "unknown optimizer": (["distill", "small", "--opt", "sdg"], "opt: expected a name of timm"),
-    "unknown schedule": (["distill", "small", "--sched", "x"], "sched: expected one of cosine"),
-    "long warm-up": (["distill", "small", "--warmup-epochs", "2"], "warmup_epochs: expected 0 to"),
-    "negative decay": (["distill", "small", "--weight-decay", "-1"], "weight_decay: expected"),
-    "average without end": (["distill", "small", "--model-ema-decay", "1"], "ema_decay: expected"),
+    "unknown optimizer": (["distill", "small", "--opt", "sdg"], "--opt: expected a name of timm"),
+    "unknown schedule": (["distill", "small", "--sched", "x"], "--sched: expected one of cosine"),
+    "long warm-up": (["distill", "small", "--warmup-epochs", "2"], "--warmup-epochs: expected 0"),
+    "negative decay": (["distill", "small", "--weight-decay", "-1"], "--weight-decay: expected"),
+    "average without end": (["distill", "small", "--model-ema-decay", "1"], "--model-ema-decay:"),
     "float16 on the CPU": (
         ["distill", "small", "--amp", "--amp-dtype", "float16"],
-        "amp: expected bfloat16 on cpu, found float16",
+        "--amp-dtype: expected bfloat16 on cpu, found float16",
+    ),
+    "float16 planned on the CPU": (
+        ["finetune", "small", "--data-dir", "classes", "--amp", "--amp-dtype", "float16",
+         "--dry-run"],
+        "--amp-dtype: expected bfloat16 on cpu, found float16",
+    ),
+    "divergence without classes": (
+        ["distill", "features", "--loss", "divergence"], "--loss: expected logits for a model with",
+    ),
+    "divergence without classes planned": (
+        ["distill", "features", "--loss", "divergence", "--dry-run"], "--loss: expected logits",
+    ),
+    "prune and divergence without classes": (
+        [*PRUNE_FEATURES, "--repair", "distill", "--loss", "divergence"], "--loss: expected logits",
+    ),
+    "labels without classes": (
+        ["finetune", "features", "--data-dir", "classes"], "expected a model that chooses among",
+    ),
+    "top-1 without classes": (
+        ["distill", "features", "--eval-dir", "classes"], "expected a model that chooses among",
+    ),
+    "one value for BatchNorm": (
+        ["distill", "small", "--num-images", "1"], "one input on a map of one pixel: use larger",
     ),
     "epochs and minutes": (["distill", "small", "--minutes", "1"], "not allowed with argument"),
     "no time": (["finetune", "small", "--minutes", "0"], "--minutes: expected"),
@@ -344,9 +495,9 @@ BAD_INPUT = {
     "prune without a rate": ([*PRUNE, "--repair", "distill", "--lr", "x"], "--lr: expected"),
     "prune with a long warm-up": (
         [*PRUNE, "--repair", "distill", "--warmup-epochs", "99"],
-        "warmup_epochs: expected",
+        "--warmup-epochs: expected",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())

@@ -129,7 +129,25 @@ def test_what_to_try_is_not_what_was_done(best):
     assert best not in advice
     assert len(advice.split(", ")) == 3
     other = guard.warnings_of({best: BROKEN}, best, best, keep="a wider pattern")[0]
-    assert "try a wider pattern, more images" in other
+    first = "a lower rate" if best == "distill" else "a wider pattern"
+    assert f"try {first}, more images" in other
+    assert "a wider pattern" in other
+
+
+def test_features_have_no_agreement_whatever_is_shown(capsys):
+    features = dataclasses.replace(BROKEN, has_classes=False)
+    side = {**document(features)["dense"], "agreement": None}
+    text = said(capsys, show_pruned, document(features, dense=side, pruned=side))[1]
+    assert text.startswith("BROKEN: on 92 images held back output variance 1.7 of the dense")
+    assert "agreement" not in text and "class" not in text
+
+
+@pytest.mark.parametrize(
+    ("epochs", "minutes", "text"),
+    [(1, None, "1 epoch"), (2, None, "2 epochs"), (None, 1.0, "1 minute"), (None, 5, "5 minutes")],
+)  # fmt: skip
+def test_one_of_a_thing_is_no_plural(epochs, minutes, text):
+    assert console.length_of(epochs, minutes) == text
 
 
 def test_broken_rows_of_a_benchmark_are_named():
@@ -194,7 +212,7 @@ def test_weights_and_training_are_guarded_too(run, tmp_path):
     code, text, err = run(*PRUNE, *taught, *cheap, "--output", tmp_path / "taught")
     found = json.loads(text)
     assert found["held_back"]["agreement"] == found["pruned"]["agreement"]
-    assert found["held_back"]["broken"] == err.replace("BROKEN", "").count("more epochs") > 0
+    assert found["held_back"]["broken"] == err.replace("BROKEN", "").count("a lower rate") > 0
 
 
 def test_no_second_of_measuring_is_hidden(run, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Augmentation against slow loops; images for training are decoded, chosen and labelled right."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -11,11 +13,13 @@ from PIL import Image
 
 from tpvprune.images import training as module
 from tpvprune.images.augmentation import HeldImages, crop_and_flip, mix
+from tpvprune.images.fitted import Fitted
 from tpvprune.images.loading import ImageBatches, choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.images.training import random_box, training_images
 from tpvprune.passes.batches import private_randomness
+from tpvprune.passes.drawing import hold_back
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -168,6 +172,43 @@ def test_small_images_are_held_as_the_evaluation_sees_them(tmp_path):
     expected = {tuple(x.flatten().tolist()) for x in torch.cat(list(chosen)).mul(1e3).round()}
     found = {tuple(x.flatten().tolist()) for x in torch.cat(one_pass(held)).mul(1e3).round()}
     assert len(found & expected) == 6  # the same but for rounding of bytes
+
+
+def test_what_no_fit_has_seen_is_neither_drawn_nor_trained_on(tmp_path):
+    source, prepared = open_images(write_images(tmp_path, 30, size=16)), preprocessing(16)
+    for num, seed in itertools.product((12, 27, 30), range(3)):
+        drawn = list(choose_images(source, prepared, num_images=num, seed=seed))
+        fit, held = hold_back(drawn, seed=seed)
+        fitted = Fitted(30, seed, num, held_back=True)
+        places = fitted.unseen(30)
+        left = torch.cat(list(choose_images(source, prepared, num_images=None, places=places)))
+        assert len(left) == 30 - num + len(torch.cat(held))
+        assert not _rows(left) & _rows(torch.cat(fit))
+        assert fitted.unseen(2) == places[-2:]
+        assert Fitted(30, seed, num, held_back=False).unseen(30) == places[len(torch.cat(held)) :]
+        batches, _ = training_images(source, prepared, apart=places, batch_size=1, seed=seed + 1)
+        batches.augment = None
+        assert len(torch.cat(one_pass(batches))) == 30 - len(places)
+        near = torch.cdist(torch.cat(one_pass(batches)).flatten(1), left.flatten(1))
+        assert near.min() > 0.1  # rounding to bytes moves an image by less
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        None, [], {"count": 30, "seed": 1}, {"count": 30, "seed": 1, "num": "9"},
+        {"count": 29, "seed": 1, "num": 9}, {"count": 30, "seed": 1, "num": 31},
+        {"count": 30, "seed": True, "num": 9},
+    ],
+)  # fmt: skip
+def test_of_another_set_nothing_is_known(facts):
+    assert Fitted.read(facts, 30) is None
+    found = Fitted(30, 1, 9, held_back=True)
+    assert Fitted.read(json.loads(json.dumps(dataclasses.asdict(found))), 30) == found
+
+
+def _rows(x):
+    return {row.numpy().tobytes() for row in x}
 
 
 def test_small_images_that_do_not_fit_are_decoded_on_every_pass(tmp_path, monkeypatch):

@@ -260,6 +260,8 @@ def test_features_come_nearer_without_a_classifier():
     trained = distill(student, dense, seen, epochs=4, lr=0.005)
     before, after = (output_variance(m, dense, held) for m in (student, trained))
     assert after < 0.2 * before
+    with pytest.raises(ValueError, match="loss: expected logits for a model without classes"):
+        distill(student, dense, seen, epochs=1, loss="divergence")
 
 
 def test_batchnorm_statistics_are_trained_or_frozen():

@@ -12,7 +12,7 @@ from torch import nn
 from tpvprune import prune, variance_curves
 from tpvprune.passes.evaluation import Difference, difference
 from tpvprune.pipeline import run
-from tpvprune.repairs.guard import best_repair, cannot_be_true, warnings_of
+from tpvprune.repairs.guard import best_repair, cannot_be_true, facts, further, warnings_of
 from tpvprune.widths import ranking
 
 
@@ -132,6 +132,33 @@ def test_few_images_are_said_to_tell_little():
     first, then = warnings_of({"none": broken}, "none", "none")
     assert first.startswith("BROKEN")
     assert "too few to be sure of that" in then
+
+
+@pytest.mark.parametrize("decided_by", [None, "divergence", "labels"])
+@pytest.mark.parametrize("agreement", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize("variance", [1.0, 2.0, 3.0])
+def test_what_ends_further_than_it_began_is_said(agreement, variance, decided_by):
+    before = found(0.1, agreement=0.9, variance=2.0)
+    saved = found(0.1, agreement=agreement, variance=variance)
+    lines = further(before, saved, decided_by=decided_by)
+    assert len(lines) == (agreement < 0.9 or variance > 2.0)
+    for line in lines:
+        assert ("agreement" in line, "output variance" in line) == (agreement < 0.9, variance > 2)
+        assert "a lower rate" in line
+    features = dataclasses.replace(saved, has_classes=False)
+    assert len(further(before, features, decided_by=decided_by)) == (variance > 2.0)
+    assert not further(before, before, decided_by=decided_by)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5, math.nan])
+@pytest.mark.parametrize("agreement", [0.1, 0.9])
+def test_features_are_broken_by_their_variance_alone(share, agreement):
+    features = dataclasses.replace(found(share, agreement=agreement), has_classes=False)
+    assert features.is_broken == (not share <= 1.0)
+    told = facts(features)
+    assert told["agreement"] is told["chance_agreement"] is None
+    one = dataclasses.replace(features, num_images=1, output_variance=math.nan)
+    assert one.is_broken  # its outputs are no numbers
 
 
 def test_only_a_broken_result_far_from_its_prediction_cannot_be_true():

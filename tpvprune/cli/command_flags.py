@@ -146,7 +146,7 @@ def _add_trained(sub: Parser, *, teacher: bool = True) -> None:
     )  # fmt: skip
     flag(model, "--model", "M", "package.module:factory, if OUT holds a model of your own")
     add_model_kwargs(model)
-    add_data(sub, None)
+    add_data(sub, None, labelled=not teacher)
     add(sub, "--eval-dir", "--device", "--latency-repeats")
     add_output(sub, "folder for the trained model and its report")
     add(sub, "--dry-run")
@@ -262,8 +262,9 @@ class Command(NamedTuple):
     """What is known of a command beside its flags.
 
     ``home``: the module in this folder that holds it. ``writes``: what ``--output`` names where
-    nothing but that is to be checked. ``after``: what is said after an interruption. ``shared``:
-    whether several processes may run it. ``plain``: whether memory that tensors leave behind goes
+    nothing but that is to be checked. ``after``: what is said after an interruption. ``saves``:
+    after what a run that is stopped can go on. ``shared``: whether several processes may run it.
+    ``plain``: whether memory that tensors leave behind goes
     back, as in a plain process.
     """
 
@@ -273,18 +274,18 @@ class Command(NamedTuple):
     text: str
     writes: Literal["model", "file"] | None = None
     after: str = ""
+    saves: str = ""
     shared: bool = False
     plain: bool = True
 
 
 _UNTOUCHED = ": nothing was written"
-_GOES_ON = ": the output is untouched; the same command goes on after the last finished"
 
 COMMANDS = {
     "prune": Command(
         _add_prune, "pruning", "(OUT | --model M) --data-dir D --output OUT2 [options]",
         "Prune a model and save the smaller one.",
-        after=f"{_GOES_ON} selection or epoch", shared=True, plain=False,
+        None, _UNTOUCHED, "selection or epoch", shared=True, plain=False,
     ),
     "score": Command(
         _add_score, "commands", "--model M --data-dir D --output F [options]",
@@ -303,13 +304,13 @@ COMMANDS = {
         _add_trained, "training", "OUT --data-dir D --output OUT2 [options]",
         "Train a saved pruned model towards the dense one, without labels. A run that was stopped "
         "goes on when it is started again.",
-        "model", f"{_GOES_ON} epoch", shared=True, plain=False,
+        "model", _UNTOUCHED, "epoch", shared=True, plain=False,
     ),
     "finetune": Command(
         partial(_add_trained, teacher=False), "training",
         "OUT --data-dir D --output OUT2 [options]",
         "Train a saved pruned model with labels, to compare distillation with.",
-        "model", f"{_GOES_ON} epoch", shared=True, plain=False,
+        "model", _UNTOUCHED, "epoch", shared=True, plain=False,
     ),
     "benchmark": Command(
         _add_benchmark, "benchmark", "--model M --data-dir D --eval-dir D --output OUT [options]",

@@ -44,7 +44,7 @@ from tpvprune.cli.session_results import (
 from tpvprune.depth import branch_savings, find_branches
 from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
 from tpvprune.images.loading import in_memory
-from tpvprune.passes.evaluation import agreement
+from tpvprune.passes.evaluation import difference
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import read_report
 from tpvprune.scores.criteria import scorer
@@ -166,8 +166,10 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         side.pop("num_images", None)  # said once, of all
     *before, side = sides
     if dense is not None:
-        side["agreement"] = agreement(subject.model, dense, Shown(batches, "agreement"))
-        before[0]["agreement"] = 1.0
+        apart = difference(subject.model, dense, Shown(batches, "agreement"))
+        side["variance_share"] = apart.share
+        if apart.has_classes:
+            side["agreement"], before[0]["agreement"] = apart.agreement, 1.0
     document = {
         **provenance(args, subject),
         **side,
@@ -179,7 +181,9 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
         slow = said_of_speed(*sides, of=str(told.get("of", "macs")))
         document["warnings"] = slow
     show_evaluated(document)
-    if document["top1"] is not None or document["agreement"] is not None:
+    if dense is not None and document["agreement"] is None:
+        say(f"output variance {document['variance_share']:.2g} of the dense model's own")
+    if dense is not None or document["top1"] is not None:
         _say_images(document["images"], told.get("images") or {})
     return 0, document
 

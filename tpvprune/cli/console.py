@@ -219,7 +219,9 @@ def show_pruned(document: Mapping[str, Any]) -> None:
         trained_line(document["training"])
     images = document["images"]
     used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
-    say(f"{images['num_images']} images, {used}; agreement measured on {images['agreement_on']}")
+    on = "" if document["pruned"].get("agreement") is None else "; agreement measured on "
+    on = on and on + images["agreement_on"]
+    say(f"{counted(images['num_images'], 'image')}, {used}{on}")
     if line := outcome.images_used(document):
         say(line)
     for line in outcome.quality(document):
@@ -244,7 +246,7 @@ def show_trained(document: Mapping[str, Any]) -> None:
     _say_outcome(
         document,
         f"{document['model']}: {length}, peak rate {training['lr']:g}, on "
-        f"{training['num_images'] or 'streamed'} images",
+        + (counted(training["num_images"], "image") if training["num_images"] else "a stream"),
     )
     trained_line(training)
     if (num := document["pruned"].get("num_images")) is not None:
@@ -291,10 +293,15 @@ def trained_line(training: Mapping[str, Any]) -> None:
             f"divergence of the classes, which decides, {before['divergence']:.4g} before, "
             f"{after['divergence']:.4g} after, "
         )
+    shares = "".join(
+        f", {name} {percent(before[key])} before, {percent(after[key])} after"
+        for key, name in (("agreement", "agreement"), ("top1", "top-1 by --eval-dir"))
+        if before.get(key) is not None and after.get(key) is not None
+    )
     say(
-        f"{used}; {training['num_held_back']} held-back images: {decided}output variance "
-        f"{before['output_variance']:.4g} before, {after['output_variance']:.4g} after, agreement "
-        f"{percent(before['agreement'])} before, {percent(after['agreement'])} after"
+        f"{used}; {counted(training['num_held_back'], 'held-back image')}: {decided}output "
+        f"variance {before['output_variance']:.4g} before, {after['output_variance']:.4g} after"
+        f"{shares}"
     )
     if training["saved"] == "start":
         say(
@@ -302,10 +309,11 @@ def trained_line(training: Mapping[str, Any]) -> None:
             "with are saved: try more images or a lower --lr"
         )
     elif training["fraction"] < 1:
+        by = "divergence of the classes" if decided else "output variance"
         say(
             f"note: saved are the weights {training['fraction']:g} of the way from those it began "
-            "with to those it ended with, which are closest to the teacher: a lower --lr or more "
-            "images may bring more"
+            f"with to those it ended with, which are closest to the teacher by the {by}: a lower "
+            "--lr or more images may bring more"
         )
 
 
@@ -339,7 +347,9 @@ def short(count: float) -> str:
 
 def length_of(epochs: int | None, minutes: float | None) -> str:
     """Return how long a training is, of which one of the two is known."""
-    return f"{minutes:g} minutes" if epochs is None else counted(epochs, "epoch")
+    if epochs is not None:
+        return counted(epochs, "epoch")
+    return f"{minutes:g} minute" + ("" if minutes == 1 else "s")
 
 
 def counted(num: int, what: str) -> str:

@@ -16,23 +16,30 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpvprune.cli import sizes
 from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.first_checks import check_first
 from tpvprune.cli.flags import build_parser
 from tpvprune.cli.recipes import parsed
 
 _TRAINING = ("distill", "finetune")
+# Python's spelling of a flag, from a function that Python users call too.
+_SPELLINGS = {
+    "overwrite=True": "--overwrite",
+    "lower lr (": "lower --lr (",
+    "set clip_grad": "set --clip-grad",
+    "or freeze_batchnorm": "or --freeze-batchnorm",
+}
 DONE, BUG, BAD_INPUT, NOT_REACHED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
-    after = ""
+    args = None
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = parsed(build_parser(), argv)
         command = COMMANDS[args.command]
-        after = command.after
         if "keeps" in args:
             args.keep = min(args.keeps)  # what a plan goes by
         args.command_line = shlex.join(["tpvprune", *argv])
@@ -48,13 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 importlib.import_module("tpvprune.passes.memory").keep_freed_memory()
             code, document = _within_memory(run, args)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, f"interrupted{after}")
+        return _fail(INTERRUPTED, f"interrupted{_left_by(args)}")
     except Exception as error:
         return _failed(error)
     if args.json and first:
         plain = importlib.import_module("tpvprune.reports.report").plain
         print(json.dumps(plain(document), indent=2, allow_nan=False))
     return int(code)
+
+
+def _left_by(args: argparse.Namespace | None) -> str:
+    """Return what is there of a command that was stopped."""
+    if args is None:
+        return ""
+    command = COMMANDS[args.command]
+    if not (command.saves and sizes.is_begun(args.output)):
+        return command.after
+    return (
+        ": the output is untouched; the same command goes on after the last finished "
+        f"{command.saves}"
+    )
 
 
 def _within_memory(
@@ -137,8 +157,9 @@ def _is_ours(error: BaseException) -> bool:
 def _fail(code: int, message: str) -> int:
     number = os.environ.get("RANK", "0")
     where = "" if number == "0" else f"process {number}: "
-    # Python's spelling of a flag, from a function that Python users call too.
-    line = f"tpvprune: error: {where}{message.replace('overwrite=True', '--overwrite')}"
+    for python, flag in _SPELLINGS.items():
+        message = message.replace(python, flag)
+    line = f"tpvprune: error: {where}{message}"
     if sys.stderr.isatty():  # a pipe gets one line
         width = min(80, shutil.get_terminal_size().columns)
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)

@@ -21,6 +21,12 @@ _SAMPLE, _PATIENCE, _FEWEST = 64, 5.0, 8
 # Seconds grow with this power of the images, within a factor of two: 64 to 1,000 images of
 # cifar_resnet20 and test_resnet.
 _GROWTH = 0.6
+# A seventh to a quarter of the passes of mobilenetv2_100 and tf_efficientnet_lite0, less than those
+# of a ViT-B/16 (1,000 images, and 256).
+_CUTTING = (
+    "reading images, variance curves and least squares, which may take as long again, or longer "
+    "where layers have thousands of channels"
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ def expected_of(
     return Expected(took * (num / sample) ** _GROWTH, sample, took)
 
 
-def say_time(expected: Expected, more: str = "") -> None:
-    """Print how long it may take, and what comes on top of that."""
+def say_time(expected: Expected, more: str = "", *, beside: str = _CUTTING) -> None:
+    """Print how long it may take, and what comes on top of that; ``beside``: that of passes."""
     about = f"about {_duration(expected.seconds)}"
     if expected.num:
         say(
@@ -62,13 +68,7 @@ def say_time(expected: Expected, more: str = "") -> None:
             f"{_duration(expected.took)}; besides {more}reading images and measuring"
         )
     else:
-        # A seventh to a quarter of the passes of mobilenetv2_100 and tf_efficientnet_lite0, less
-        # than those of a ViT-B/16 (1,000 images, and 256).
-        say(
-            f"{about} of forward and backward passes on this device, besides {more}reading images, "
-            "variance curves and least squares, which may take as long again, or longer where "
-            "layers have thousands of channels"
-        )
+        say(f"{about} of forward and backward passes on this device, besides {more}{beside}")
     say("dry run: nothing was written")
 
 

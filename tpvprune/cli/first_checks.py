@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tpvprune.cli import sizes
 from tpvprune.cli.command_flags import COMMANDS
 from tpvprune.cli.flag_groups import AUTO, STRUCTURES, check_unset
-from tpvprune.disk.atomic import check_folder
+from tpvprune.disk.atomic import OWN_FILES, check_folder
 from tpvprune.disk.path_checks import (
     check_checkpoint,
     check_file,
@@ -27,12 +30,18 @@ from tpvprune.scores.criterion_names import READS_OUTPUTS, is_labelled
 NO_FILES = ("pretrained", "factory")  # what --dense may be beside a file
 NEITHER = "expected either the folder of a pruned model or --model M"
 _UNTIMED = {"latency_runtime": "eager", "latency_table": None, "latency_threads": None}
+# What is read and may not be written over, in flags.
+_READ = (
+    "folder", "checkpoint", "dense", "data_dir", "data_list", "class_map", "eval_dir",
+    "held_out_dir", "latency_table",
+)  # fmt: skip
 _OF_MODELS = {"checkpoint": None, "pretrained": False, "num_classes": None}
 _ON_THE_HUB = ("hf-hub:", "hf_hub:")
 
 
 def check_first(args: argparse.Namespace) -> None:
     """Find what is missing, unknown or in the way; a ValueError tells what it is."""
+    _check_input_stays(args)
     _check_output(args)
     if getattr(args, "granularity", "") in STRUCTURES or args.command == "score":
         is_labelled(args.criterion)
@@ -124,6 +133,24 @@ def _check_output(args: argparse.Namespace) -> None:
         check_writable(check_folder(args.output, overwrite=args.overwrite))
     elif writes == "file" and args.output is not None:
         check_file(args.output, overwrite=args.overwrite)
+
+
+def _check_input_stays(args: argparse.Namespace) -> None:
+    """Check that what is written does not take the place of what is read."""
+    if args.command == "prune":
+        outputs = list(sizes.folders(args).values())
+    else:  # others that write a folder leave what else is in it
+        outputs = [args.output] if COMMANDS[args.command].writes and args.output else []
+    named = (getattr(args, name, None) for name in _READ)
+    read = {*named, *getattr(args, "folders", ())} - {None, *NO_FILES}
+    for output, given in itertools.product(outputs, read):
+        place, found = (Path(os.path.realpath(Path(path).expanduser())) for path in (output, given))
+        inside = place.parent == found and place.name in OWN_FILES
+        if place == found or place in found.parents or inside:
+            raise ValueError(
+                f"--output {output}: expected another place than that of {given}, which is read "
+                "and stays as it is: choose another name"
+            )
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

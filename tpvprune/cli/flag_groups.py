@@ -6,7 +6,8 @@ import argparse
 import ast
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -112,10 +113,16 @@ def add_data(
     split: str = "train",
     shown: str | None = None,
     auto: bool = False,
+    labelled: bool = False,
 ) -> None:
     """Add which images, how many (as `shown`) of them, and how they are read."""
     group = sub.section("images")
-    flag(group, "--data-dir", "D", "folder, .tar or uint8 .npy of images, no labels needed")
+    flag(
+        group, "--data-dir", "D",
+        "folder or .tar of images, one subfolder per class, whose names are the labels"
+        if labelled
+        else "folder, .tar or uint8 .npy of images, no labels needed",
+    )  # fmt: skip
     flag(group, "--data-list", "F", "text file: one image path a line (from --data-dir)")
     flag(group, "--dataset", "NAME", "torch/..., hfds/..., tfds/..., wds/...", default="")
     flag(group, "--split", "S", "split of the dataset (%(default)s)", default=split)
@@ -260,6 +267,21 @@ def check_unset(args: argparse.Namespace, defaults: Mapping[str, Any], why: str)
     for name, default in defaults.items():
         if getattr(args, name, default) != default:
             raise ValueError(f"--{name.replace('_', '-')}: {why}")
+
+
+@contextmanager
+def errors_by_flag(**others: str) -> Iterator[None]:
+    """Name flags in the errors of functions that name their arguments first.
+
+    ``others``: argument -> flag, with underscores, where they are called differently.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        if not (colon and name.isidentifier()):
+            raise
+        raise ValueError(f"--{others.get(name, name).replace('_', '-')}:{rest}") from error
 
 
 # ---- what a flag's text may be --------------------------------------------------------------

@@ -32,11 +32,14 @@ def held_back(document: Mapping[str, Any]) -> str | None:
     if facts["num_images"] > 1:
         varies = f"output variance {facts['variance_share']:.2g} of the dense model's own"
     agreement, num, sure = facts["agreement"], facts["num_images"], ""
+    on = f"on {num} image{'' if num == 1 else 's'} held back"
+    if agreement is None:
+        return f"{on}: {varies}"
     if math.isfinite(agreement):
         sure = f"{agreement_interval(agreement, num)}, "
     return (
-        f"on {num} image{'' if num == 1 else 's'} held back: agreement {_percent(agreement)} "
-        f"({sure}by chance {_percent(facts['chance_agreement'])}), {varies}"
+        f"{on}: agreement {_percent(agreement)} ({sure}by chance "
+        f"{_percent(facts['chance_agreement'])}), {varies}"
     )
 
 

@@ -24,7 +24,13 @@ from tpvprune.cli.session import Outcome, Subject, ignored, open_pruned, open_su
 from tpvprune.cli.session_images import open_data
 from tpvprune.cli.session_results import blocked_facts, group_facts, smallest_facts
 from tpvprune.cli.single_weights import asked_for
-from tpvprune.cli.training import dense_weights, num_held_back, recipe_of
+from tpvprune.cli.training import (
+    check_trainable,
+    dense_weights,
+    fitted_before,
+    num_held_back,
+    recipe_of,
+)
 from tpvprune.depth import Removal, find_branches, remove_branches
 from tpvprune.depth.choice import most_gone
 from tpvprune.depth.savings import branch_savings
@@ -36,6 +42,7 @@ from tpvprune.pipeline import prune
 from tpvprune.pipeline.choices import leaving
 from tpvprune.pipeline.depth import NO_BRANCHES
 from tpvprune.pipeline.within import NUM_SIZES
+from tpvprune.reports.report import read_report
 from tpvprune.saved.checkpoint import read_config
 from tpvprune.saved.downloads import local_folder
 from tpvprune.scores.criterion_names import is_labelled
@@ -55,6 +62,8 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     recipe_of(args)
     used_labels = is_labelled(args.criterion)
     subject = open_subject(args)
+    if args.repair == "distill":
+        check_trainable(args, subject)
     layers = layers_that_stay(args, subject)
     images = open_data(args, labelled=used_labels)
     groups = find_groups(subject.model, subject.example, ignore=layers)
@@ -212,8 +221,10 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     dense = args.dense or dense_weights(config, args.folder)
     args.dense = None
     subject, _ = open_pruned(args)
+    check_trainable(args, subject, labelled=labelled)
     images = open_data(args, labelled=labelled)
-    num = (images.count or 0) - num_held_back(images)
+    fitted = fitted_before(args, images, read_report(args.folder))
+    num = 0 if fitted is None else fitted.count - len(fitted.unseen(num_held_back(images)))
     num = num if args.num_images is None else min(num, args.num_images)
     seconds = _training(args, num, *seconds_of(subject), teacher=not labelled)
     document = {
@@ -226,10 +237,11 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     }
     teacher = "with labels" if labelled else f"towards the dense model ({dense}), without labels"
     length = length_of(recipe.epochs, recipe.minutes)
-    say(f"{args.folder}: {length} on {num} images of {images.name}, {teacher}")
+    say(f"{args.folder}: {length} on {counted(num, 'image')} of {images.name}, {teacher}")
     size = args.batch_size or 128
     say(f"{recipe.opt}, {recipe.sched}, peak rate {recipe.lr:g}, batches of {size}")
-    say_time(Expected(seconds))
+    measuring = " and measuring" if recipe.minutes is None else ""
+    say_time(Expected(seconds), beside=f"reading images{measuring}")
     return 0, document
 
 

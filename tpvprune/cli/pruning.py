@@ -28,6 +28,7 @@ from tpvprune.cli.session_images import (
 from tpvprune.cli.session_results import finished
 from tpvprune.disk.atomic import write_text
 from tpvprune.groups import find_groups
+from tpvprune.images.fitted import Fitted
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
@@ -87,6 +88,8 @@ def _compared(args: argparse.Namespace, folders: dict[float, Path], num_done: in
 
 def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
     subject = open_subject(args)
+    if args.repair == "distill":
+        training.check_trainable(args, subject)
     layers = layers_that_stay(args, subject)
     images = open_data(args, labelled=labelled)
     apart = num_apart(args, images)
@@ -106,6 +109,9 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
         else:
             eval_images = others(args, subject, images, batches, num_eval_images(subject))
     opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds)
+    if images.count is not None:
+        num = min(args.num_images, images.count - apart)
+        opened = replace(opened, fitted=Fitted(images.count, args.seed, num, held_back=True))
     if args.max_loss is None:
         return opened
     half, judging = halves(eval_images.batches)
@@ -215,7 +221,10 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
 def _distilled(args: argparse.Namespace, opened: Opened, result: PruningResult) -> PruningResult:
     """Return the result with its model trained on all images of the source."""
     small = replace(opened.subject, model=result.model)
-    done = training.trained(args, small, opened.subject.model, opened.images, num_images=None)
+    done = training.trained(
+        args, small, opened.subject.model, opened.images, num_images=None, fitted=opened.fitted,
+        scored=opened.labelled,
+    )  # fmt: skip
     # What was said of the cut stays true, but for how good its outcome is.
     earlier = result.report["warnings"][result.report["held_back"]["broken"] :]
     report = {

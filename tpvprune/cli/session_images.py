@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from tpvprune.cli.console import bar, say
 from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Subject
 from tpvprune.groups import ChannelGroups
+from tpvprune.images.fitted import Fitted
 from tpvprune.images.loading import ImageBatches, choose_images, in_memory
 from tpvprune.images.sources import ImageSource, array_images, listed_images, open_images
 from tpvprune.passes.costs import count_macs
@@ -56,6 +57,7 @@ class Opened:
     eval_images: EvalImages
     seconds: dict[str, float]
     deciding: Losses | None = None
+    fitted: Fitted | None = None
 
 
 class Shown:
@@ -99,6 +101,7 @@ def choose(
     num_images: int | None,
     *,
     skip: int = 0,
+    places: Sequence[int] | None = None,
     labelled: bool = False,
 ) -> ImageBatches:
     """Choose images by the flags' seed; see `loading.choose_images`."""
@@ -108,6 +111,7 @@ def choose(
         subject.preprocessing,
         num_images=num_images,
         skip=skip,
+        places=places,
         seed=args.seed,
         batch_size=args.images_per_batch,
         workers=args.workers,
@@ -216,10 +220,9 @@ def num_eval_images(subject: Subject) -> int:
 def choose_apart(
     args: argparse.Namespace, subject: Subject, images: ImageSource, num: int
 ) -> ImageBatches:
-    """Choose images to measure training on: the last of the permutation, the first of a stream.
+    """Choose images that pruning does not see: the last of the permutation, the first of a stream.
 
-    An earlier `prune` with this seed has fitted its repair to the first ones: on them the model
-    looks better before training than it is.
+    It takes the first ones of the permutation.
     """
     skip = 0 if images.count is None else images.count - num
     return choose(args, subject, images, num, skip=skip)
@@ -258,6 +261,11 @@ def _labelled_source(args: argparse.Namespace) -> ImageSource:
 def check_classes(images: ImageSource, subject: Subject, *, class_map: str | None) -> None:
     """Check that the classes of a source are those of the model."""
     expected, found = subject.num_classes, images.num_classes
+    if expected == 0:
+        raise ValueError(
+            f"{images.name}: expected a model that chooses among classes, found one without "
+            "(num_classes 0), whose features labels do not tell: leave out what needs them"
+        )
     if expected is None or found is None:
         return
     if found > expected or (found < expected and class_map is None):

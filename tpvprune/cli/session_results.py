@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tpvprune.groups import ChannelGroup, ChannelGroups
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
+from tpvprune.passes.difference import has_classes
 from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement, evaluate
 from tpvprune.pipeline import PruningResult
@@ -47,7 +48,8 @@ def finished(
     speed = result.report.get("speed")
     models = subject.model, result.model
     dense, pruned = measured(args, subject, models, opened.labelled, clock, speed=speed)
-    dense["agreement"] = 1.0
+    classes = has_classes(subject.model)
+    dense["agreement"] = 1.0 if classes else None
     with clock("comparing"):
         seen = shown_changes(args, subject, result.model, subject.model, eval_images.batches)
         changes = seen.get("disagreement")
@@ -55,14 +57,20 @@ def finished(
             1 - changes["num_changed"] / changes["num_images"]
             if changes
             else agreement(result.model, subject.model, Shown(eval_images.batches, "agreement"))
+            if classes
+            else None
         )
+    note_top1(result.report.get("training"), pruned)
     document = {
         **provenance(args, subject),
         **result.report,
         "granularity": "head" if args.granularity == "head" else result.report["granularity"],
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},
-        "images": image_facts(opened.images, opened.batches, eval_images),
+        "images": {
+            **image_facts(opened.images, opened.batches, eval_images),
+            "fitted": _fitted_facts(opened),
+        },
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
     }
@@ -77,6 +85,12 @@ def finished(
         save_pruned(result.model, args.output, **how)
     show_pruned(document)
     return (0 if document["reached"] else 3), document
+
+
+def note_top1(training: dict[str, Any] | None, pruned: Mapping[str, Any]) -> None:
+    """Put the top-1 of the saved model beside that before training, if that is what made it."""
+    if training is not None and training["saved"] == "trained":
+        training["after"]["top1"] = pruned["top1"]
 
 
 def said_of_speed(dense: Mapping[str, Any], pruned: Mapping[str, Any], *, of: str) -> list[str]:
@@ -197,7 +211,7 @@ def shown_changes(
     args: argparse.Namespace, subject: Subject, model: nn.Module, dense: nn.Module, batches: Any
 ) -> dict[str, Any]:
     """Return what the report shows of images whose class changed; not for stdout."""
-    if getattr(model, "num_classes", 1) == 0:  # features, not classes
+    if not has_classes(model):
         return {}
     config = subject.preprocessing.config
     found = disagreement(
@@ -236,6 +250,16 @@ def image_facts(
     if eval_images is not None:
         facts["agreement_on"] = str(eval_images)
     return facts
+
+
+def _fitted_facts(opened: Opened) -> dict[str, Any] | None:
+    """Return which images of the set pruning saw; None if it is a stream."""
+    found, batches = opened.fitted, opened.batches
+    if found is None:
+        return None
+    # Without a damaged one the next have other numbers: which were held back is not known.
+    whole = num_images(batches) == found.num and not getattr(batches, "skipped", 0)
+    return asdict(replace(found, held_back=found.held_back and whole))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

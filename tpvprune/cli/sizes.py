@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def is_done(args: argparse.Namespace, keep: float, folder: Path) -> bool:
         return bool(same and config["provenance"].get("recipe") == recipe)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # which is then in the way, and said to be
+
+
+def is_begun(output: Path) -> bool:
+    """Tell whether runs that were stopped have left a state, or one of several sizes."""
+    output = Path(output).expanduser().resolve()
+    states = output.parent.glob(f"{glob.escape(output.name)}.unfinished*.safetensors")
+    return any(states) or any(output.glob("keep-*"))
 
 
 def of_one(args: argparse.Namespace, keep: float, folder: Path) -> argparse.Namespace:

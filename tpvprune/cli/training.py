@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -17,28 +16,30 @@ from torch import Tensor, nn
 
 from tpvprune.cli.console import bar, counted, length_of, say, show_trained, updates
 from tpvprune.cli.first_checks import NO_FILES
+from tpvprune.cli.flag_groups import errors_by_flag
+from tpvprune.cli.pruning_options import outputs_of
 from tpvprune.cli.session import Outcome, Subject, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
-    all_but,
     check_classes,
-    choose_apart,
+    choose,
     labelled_images,
     open_data,
 )
-from tpvprune.cli.session_results import costs, measured, shown_changes
+from tpvprune.cli.session_results import costs, measured, note_top1, shown_changes
 from tpvprune.disk.digest import file_digest
+from tpvprune.images.fitted import Fitted
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
 from tpvprune.passes.difference import Reference
-from tpvprune.passes.evaluation import Difference, difference
+from tpvprune.passes.evaluation import Difference, difference, evaluate
 from tpvprune.processes.shares import by_first
 from tpvprune.repairs import guard
-from tpvprune.repairs.distillation import distill, teacher_of
-from tpvprune.repairs.finetuning import finetune
+from tpvprune.repairs.distillation import check_loss, distill, said_of, teacher_of
+from tpvprune.repairs.finetuning import LABELS, finetune
 from tpvprune.repairs.interpolation import FRACTIONS, nearest_between
-from tpvprune.repairs.training import Recipe
+from tpvprune.repairs.training import Recipe, check_amp, check_state
 from tpvprune.reports.report import read_report
 from tpvprune.saved.checkpoint import read_config, save_pruned, saved_masks
 from tpvprune.saved.downloads import local_folder
@@ -56,6 +57,7 @@ _AS_FLAGS = (
     "minutes", "lr", "opt", "sched", "weight_decay", "warmup_epochs", "clip_grad",
     "freeze_batchnorm", "seed",
 )  # fmt: skip
+_OTHER_FLAGS = {"ema_decay": "model_ema_decay", "amp": "amp_dtype"}
 
 
 class Trained(NamedTuple):
@@ -70,13 +72,22 @@ class Trained(NamedTuple):
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return how the flags say to train; a ValueError tells what is out of range."""
-    return Recipe(
-        **{name: getattr(args, name) for name in _AS_FLAGS},
-        epochs=None if args.minutes else args.epochs or _EPOCHS,
-        ema_decay=args.model_ema_decay,
-        amp=getattr(torch, args.amp_dtype) if args.amp else None,
-        num_views=getattr(args, "num_views", None),
-    )
+    with errors_by_flag(**_OTHER_FLAGS):
+        return Recipe(
+            **{name: getattr(args, name) for name in _AS_FLAGS},
+            epochs=None if args.minutes else args.epochs or _EPOCHS,
+            ema_decay=args.model_ema_decay,
+            amp=getattr(torch, args.amp_dtype) if args.amp else None,
+            num_views=getattr(args, "num_views", None),
+        )
+
+
+def check_trainable(args: argparse.Namespace, subject: Subject, *, labelled: bool = False) -> None:
+    """Check, before images are read, that a model can be trained as the flags say."""
+    with errors_by_flag(**_OTHER_FLAGS):
+        check_amp(recipe_of(args).amp, subject.device)
+        if not labelled:
+            check_loss(args.loss, subject.model)
 
 
 def num_held_back(images: ImageSource) -> int:
@@ -90,6 +101,28 @@ def num_held_back(images: ImageSource) -> int:
     return max(1, min(_MOST_HELD_BACK, images.count // 10))
 
 
+def fitted_before(
+    args: argparse.Namespace, images: ImageSource, earlier: Mapping[str, Any]
+) -> Fitted | None:
+    """Return which images a saved model was fitted to, as its report says; None of a stream.
+
+    Of a set that the report does not know, all but as many as are held back: the flags' seed says
+    which.
+    """
+    if images.count is None:
+        return None
+    found = Fitted.read((earlier.get("images") or {}).get("fitted"), images.count)
+    if found is not None and found.unseen(1):
+        return found
+    if found is not None:
+        say(
+            f"note: all of the {images.count} images took part in the cut: those held back from "
+            "training look closer to the dense model than others do"
+        )
+    num = images.count - num_held_back(images)
+    return Fitted(images.count, args.seed, num, held_back=False)
+
+
 def trained(
     args: argparse.Namespace,
     subject: Subject,
@@ -97,21 +130,30 @@ def trained(
     images: ImageSource,
     *,
     num_images: int | None,
+    fitted: Fitted | None,
     labelled: bool = False,
+    scored: Any = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Trained:
-    """Train a pruned model, and measure it before and after on images held back."""
-    recipe, held = recipe_of(args), num_held_back(images)
-    mixed = not (labelled or args.no_mix)
+    """Train a pruned model, and measure it before and after on images held back.
+
+    ``fitted``: what the cut saw of the images, none of which measures anything; None of a stream.
+    ``scored``: labelled batches, which only measure top-1, or None.
+    """
+    recipe, mixed = recipe_of(args), not (labelled or args.no_mix)
+    places = None if fitted is None else fitted.unseen(num_held_back(images))
+    held = num_held_back(images) if places is None else len(places)
+    state = state_file(args.output)
+    resumed = _goes_on(args, recipe, state, labelled=labelled)
     eval_images = in_memory(
-        choose_apart(args, subject, images, held), progress=bar("reading images")
+        choose(args, subject, images, held, places=places), progress=bar("reading images")
     )
-    num_images, skip = all_but(held, images, num_images)
     batches, augment = training_images(
         images,
         subject.preprocessing,
         num_images=num_images,
-        skip=skip,
+        skip=held if places is None else 0,
+        apart=places or (),
         seed=args.seed,
         batch_size=args.batch_size or 128,
         workers=args.workers,
@@ -122,16 +164,13 @@ def trained(
     )
     teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
     shown = Shown(eval_images, "measuring")
+    top1 = _top1(args, subject.model, scored)
     start = monotonic()
     reference = Reference(teacher, shown)
     before = reference.difference(subject.model)
     measured = 2 if labelled else len(FRACTIONS)
     during = _between(recipe, measured * (monotonic() - start), held)
-    state = state_file(args.output)
-    resumed = state.exists()
-    if resumed:
-        say(f"going on with the run in {state}")
-    with updates() as progress, _how_to_go_on():
+    with updates() as progress:
         how: dict[str, Any] = {
             "augment": augment, "masks": masks, "state": state, "progress": progress,
         }  # fmt: skip
@@ -148,13 +187,7 @@ def trained(
         nearest = nearest_between(subject.model, model, reference, before)
         model, fraction = nearest.model, nearest.fraction
         found, after = nearest.found, nearest.end
-    if not math.isfinite(after.output_variance):
-        by_first(state.unlink, missing_ok=True)
-        raise ValueError(
-            "training: expected finite outputs, found others after "
-            f"{length_of(recipe.epochs, recipe.minutes)}: lower --lr ({recipe.lr:g}) or "
-            f"--weight-decay ({recipe.weight_decay:g})"
-        )
+    _check_finite(after, recipe, state)
     facts = {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
@@ -169,20 +202,50 @@ def trained(
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(monotonic() - start, 1),
         "decided_by": "divergence" if reference.classifies and not labelled else None,
-        "before": _measured(before),
-        "after": _measured(after if fraction == 0 else found),
+        "before": {**_measured(before), "top1": top1},
+        "after": {**_measured(after if fraction == 0 else found), "top1": None},
         "fraction": fraction,
         "saved": "trained" if fraction else "start",
     }
+    further = guard.further(before, found, decided_by="labels" if labelled else facts["decided_by"])
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
         found = difference(model, dense, shown)
     repair = "finetune" if labelled else "distill"
     verdict = {
         "repair": repair,
-        "warnings": guard.warnings_of({repair: found}, repair, repair),
+        "warnings": [*guard.warnings_of({repair: found}, repair, repair), *further],
         "held_back": guard.facts(found),
     }
     return Trained(model, facts, verdict, eval_images, found)
+
+
+def _goes_on(args: argparse.Namespace, recipe: Recipe, state: Path, *, labelled: bool) -> bool:
+    """Tell whether there is a state to go on from; that of other settings is a ValueError."""
+    if not state.exists():
+        return False
+    words = LABELS
+    if not labelled:
+        words = said_of(args.loss, args.temperature, mirrored=args.mirrored)
+    by_first(check_state, state, recipe, words)
+    say(f"going on with the run in {state}")
+    return True
+
+
+def _top1(args: argparse.Namespace, model: nn.Module, scored: Any) -> float | None:
+    if scored is None:
+        return None
+    return evaluate(model, Shown(scored, "top-1"), outputs=outputs_of(args)).top1
+
+
+def _check_finite(found: Difference, recipe: Recipe, state: Path) -> None:
+    if math.isfinite(found.output_variance):
+        return
+    by_first(state.unlink, missing_ok=True)
+    raise ValueError(
+        "training: expected finite outputs, found others after "
+        f"{length_of(recipe.epochs, recipe.minutes)}: lower --lr ({recipe.lr:g}) or "
+        f"--weight-decay ({recipe.weight_decay:g})"
+    )
 
 
 def _between(recipe: Recipe, measuring: float, held: int) -> Recipe:
@@ -212,15 +275,19 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     args.dense = args.dense or dense_weights(config, args.folder)
     subject, dense = open_pruned(args)
     assert dense is not None
+    check_trainable(args, subject, labelled=labelled)
     images = open_data(args, labelled=labelled)
     if labelled:
         check_classes(images, subject, class_map=args.class_map)
     eval_images = labelled_images(args, subject)
     masks = saved_masks(args.folder)
+    fitted = fitted_before(args, images, earlier)
     model, facts, verdict, seen, found = trained(
-        args, subject, dense, images, num_images=args.num_images, labelled=labelled, masks=masks
-    )
+        args, subject, dense, images, num_images=args.num_images, fitted=fitted,
+        labelled=labelled, scored=eval_images, masks=masks,
+    )  # fmt: skip
     sides = measured(args, subject, (dense, model), eval_images)
+    note_top1(facts, sides[1])
     document = {
         **{key: earlier.get(key) for key in _KEPT},
         **provenance(args, subject),
@@ -228,12 +295,17 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
         **verdict,
         "used_labels": labelled or bool(earlier.get("used_labels")),
         "training": facts,
-        "dense": {**costs(dense, subject), **sides[0], "agreement": 1.0},
+        "dense": {
+            **costs(dense, subject),
+            **sides[0],
+            "agreement": 1.0 if found.has_classes else None,
+        },
         "pruned": {**costs(model, subject), **sides[1], **_closeness(found)},
         "images": {
             "source": images.name,
             "num_images": facts["num_images"],
-            "agreement_on": f"{facts['num_held_back']} held-back images",
+            "agreement_on": counted(facts["num_held_back"], "held-back image"),
+            "fitted": None if fitted is None else dataclasses.asdict(fitted),
         },
         "output": str(args.output),
     }
@@ -258,7 +330,7 @@ run_distill, run_finetune = partial(_run, labelled=False), partial(_run, labelle
 
 
 def _closeness(found: Difference) -> dict[str, float]:
-    return {"output_variance": found.output_variance, "agreement": found.agreement}
+    return {key: guard.facts(found)[key] for key in ("output_variance", "agreement")}
 
 
 def _measured(found: Difference) -> dict[str, float]:
@@ -284,12 +356,3 @@ def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
         f"{folder}: expected the weights that it was pruned from, found {found[:300]}: pass "
         "--dense with the dense model's checkpoint, or --dense pretrained or factory"
     )
-
-
-@contextmanager
-def _how_to_go_on() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        say("stopped: the same command goes on after the last full epoch")
-        raise

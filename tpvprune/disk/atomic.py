@@ -14,9 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_OWN_FILES = {
+OWN_FILES = {
     *("config.json", "model.safetensors", "buffers.safetensors", "ranking.safetensors"),
-    *("report.json", "report.html"),
+    *("masks.safetensors", "report.json", "report.html"),
 }
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(tmp|old)")
 # safetensors passes on what the system says in an error of its own.
@@ -40,10 +40,10 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
             f"{folder}: expected no folder or an empty one, found {len(present)} entries: "
             "pass overwrite=True or choose another name"
         )
-    if not _OWN_FILES.issuperset(present) and not _holds_saved_model(folder):
+    if not OWN_FILES.issuperset(present) and not _holds_saved_model(folder):
         raise ValueError(
             f"{folder}: expected a saved pruned model to overwrite, found other files "
-            f"({min(set(present) - _OWN_FILES)!r}): choose another folder"
+            f"({min(set(present) - OWN_FILES)!r}): choose another folder"
         )
     parent = next(path for path in folder.parents if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK):

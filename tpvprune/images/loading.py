@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -117,37 +117,58 @@ def choose_images(
     skip: int = 0,
     seed: int = 0,
     batch_size: int = 64,
+    places: Sequence[int] | None = None,
     **options: Any,
 ) -> ImageBatches:
     """Choose images at random, the same ones for the same seed.
 
     The choice is positions skip .. skip + num_images of one permutation drawn from
     `seed`, so that two calls with neighbouring ranges are disjoint. A stream is
-    read in its own order. ``num_images``: None for all, in the source's order. ``options``: of
-    :class:`ImageBatches`.
+    read in its own order. ``num_images``: None for all, in the source's order. ``places``: those of
+    the images to take instead. ``options``: of :class:`ImageBatches`.
     """
     if batch_size < 1 or (num_images is not None and num_images < 1):
         raise ValueError(
             f"expected a batch size and a number of images of at least 1, found "
             f"{batch_size} and {num_images}"
         )
+    if places is not None:
+        return ImageBatches(
+            source, lambda: places, preprocessing, len(places), batch_size, **options
+        )
     items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
     return ImageBatches(source, items, preprocessing, total, batch_size, **options)
 
 
 def chosen_items(
-    source: ImageSource, *, num_images: int | None, skip: int = 0, seed: int = 0
+    source: ImageSource,
+    *,
+    num_images: int | None,
+    skip: int = 0,
+    seed: int = 0,
+    apart: Collection[int] = (),
 ) -> tuple[Callable[[], Iterable[Any]], int | None]:
-    """Return what gives the items that ``choose_images`` takes, and their number if known."""
+    """Return what gives the items that ``choose_images`` takes, and their number if known.
+
+    ``apart``: places of images that are left out, as if the permutation did not have them.
+    """
     stop = None if num_images is None else skip + num_images
     if source.count is None:
         return lambda: itertools.islice(source.items(), skip, stop), num_images
     order: Sequence[int] = range(source.count)
     if num_images is not None:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(source.count, generator=generator).tolist()
+        order = permutation(source.count, seed)
+    if apart:
+        left_out = frozenset(apart)
+        order = [place for place in order if place not in left_out]
     chosen = order[skip:stop]
     return lambda: chosen, len(chosen)
+
+
+def permutation(count: int, seed: int) -> list[int]:
+    """Return the order in which a seed takes the images of a set."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def in_memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import timm.data
@@ -30,6 +30,7 @@ def training_images(
     *,
     num_images: int | None = None,
     skip: int = 0,
+    apart: Collection[int] = (),
     seed: int = 0,
     batch_size: int = 128,
     workers: int = 4,
@@ -45,13 +46,13 @@ def training_images(
     area is cut out (Szegedy et al. 2014, Going deeper with convolutions, section 6), resized and
     mirrored as they are decoded, on every pass.
 
-    ``num_images``: None for all. Returns re-iterable batches, and what is left to do to each batch
-    of inputs, or None.
+    ``num_images``: None for all. ``apart``: places of images that are left out. Returns re-iterable
+    batches, and what is left to do to each batch of inputs, or None.
     """
     if source.count is not None:
-        rest = source.count - skip
+        rest = source.count - skip - len(apart)
         num_images = rest if num_images is None else min(num_images, rest)
-    items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
+    items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed, apart=apart)
     options: dict[str, Any] = {"workers": workers, "labelled": labelled, "notice": notice}
 
     def batches(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Difference:
             first, and output variance the sum over all, each in units of its second moment.
         divergence: KL(softmax(f_dense) || softmax(f)) of the first output, in nats, the mean over
             inputs: smoother than agreement, and blind to classes that neither takes into account.
+        has_classes: Whether the outputs choose a class; of features agreement tells nothing.
     """
 
     num_images: int
@@ -72,13 +74,20 @@ class Difference:
     share: float
     by_output: Mapping[str, float] = field(default_factory=dict)
     divergence: float = float("nan")
+    has_classes: bool = True
 
     @property
     def is_broken(self) -> bool:
         """Whether the model is no longer the same function: most classes, or all variance, lost."""
         # Of one image there is no variance to lose.
         shares = (self.share, *self.by_output.values()) if self.num_images > 1 else ()
-        return not (self.agreement >= 0.5 and all(share <= 1.0 for share in shares))
+        same = self.agreement >= 0.5 if self.has_classes else math.isfinite(self.output_variance)
+        return not (same and all(share <= 1.0 for share in shares))
+
+
+def has_classes(model: nn.Module) -> bool:
+    """Tell whether the outputs of a model choose a class, unless it says that it has none."""
+    return getattr(model, "num_classes", None) != 0
 
 
 def difference(
@@ -126,7 +135,8 @@ class Reference:
             for x, theirs in self._answers():
                 ours = self._of(model, x)
                 tally.add([(o.double(), t.double()) for o, t in zip(ours, theirs, strict=True)])
-        return tally.difference(self._outputs)
+        found = tally.difference(self._outputs)
+        return replace(found, has_classes=has_classes(self._dense))
 
     @torch.no_grad()
     def second_moment(self) -> float:

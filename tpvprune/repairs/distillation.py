@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpvprune.passes.batches import unlabeled
-from tpvprune.passes.difference import Reference
+from tpvprune.passes.difference import Reference, has_classes
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
@@ -74,8 +74,8 @@ def distill(
         minutes: Wall time in their place, decoding included: rise and way down of the learning
             rate are laid out over it, whatever an update costs. At least one update is made.
         lr: Peak learning rate.
-        loss: ``"logits"`` or ``"divergence"``; without a classifier (``num_classes`` 0) the
-            features always.
+        loss: ``"logits"``, the outputs whatever they are, or ``"divergence"`` of the classes, which
+            a model without a classifier (``num_classes`` 0) does not have.
         temperature: T of the softmax in the divergence, > 0.
         mirrored: Teach the mean of the dense model's outputs on an input [B, C, H, W] and on its
             mirror image, which is the better teacher where left and right mean nothing (photos,
@@ -121,9 +121,7 @@ def distill(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")
-    if loss not in get_args(DistillationLoss):
-        known = " or ".join(get_args(DistillationLoss))
-        raise ValueError(f"loss: expected {known}, found {loss!r}")
+    check_loss(loss, dense)
     recipe = Recipe(
         epochs=epochs, minutes=minutes, lr=lr, opt=opt, sched=sched, weight_decay=weight_decay,
         warmup_epochs=warmup_epochs, clip_grad=clip_grad, ema_decay=ema_decay, amp=amp,
@@ -142,11 +140,28 @@ def distill(
         trained = train(
             student, epoch_batches, count_batches(source), loss_of, recipe,
             state=state, masks=masks, progress=progress, watch=watch,
-            identity=(f"loss {loss}, temperature {temperature}, mirrored {mirrored}", dense),
+            identity=(said_of(loss, temperature, mirrored=mirrored), dense),
         )  # fmt: skip
     if held_back is None:
         return trained
     return nearest_between(student, trained, Reference(teacher, held_back)).model
+
+
+def check_loss(loss: str, dense: nn.Module) -> None:
+    """Check that a dense model can be taught by this loss; a ValueError says why not."""
+    if loss not in get_args(DistillationLoss):
+        known = " or ".join(get_args(DistillationLoss))
+        raise ValueError(f"loss: expected {known}, found {loss!r}")
+    if loss == "divergence" and not has_classes(dense):
+        raise ValueError(
+            "loss: expected logits for a model without classes (num_classes 0), whose features are "
+            "taught, found 'divergence', which is one of classes"
+        )
+
+
+def said_of(loss: str, temperature: float, *, mirrored: bool) -> str:
+    """Return what decides a distillation besides models, recipe and images, as one line."""
+    return f"loss {loss}, temperature {temperature}, mirrored {mirrored}"
 
 
 def teacher_of(dense: nn.Module, *, mirrored: bool) -> nn.Module:
@@ -199,9 +214,7 @@ class _Difference:
     """The loss of one batch; the dense model's outputs are held where views repeat."""
 
     def __init__(self, dense: nn.Module, recipe: Recipe, temperature: float | None) -> None:
-        headless = getattr(dense, "num_classes", None) == 0
-        self._dense, self._recipe = dense, recipe
-        self._temperature = None if headless else temperature
+        self._dense, self._recipe, self._temperature = dense, recipe, temperature
         self._counted: Outputs | None = None
         self._held: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -212,7 +225,7 @@ class _Difference:
         return sum(losses, outputs[0].new_zeros(()))
 
     def _loss(self, outputs: Tensor, wanted: Tensor, number: int) -> Tensor:
-        """Return the loss of one output: the first is logits, unless the model has no head."""
+        """Return the loss of one output: only the first is logits."""
         if outputs.shape != wanted.shape:
             raise ValueError(
                 f"expected outputs of the dense model's shape {tuple(wanted.shape)}, found "

@@ -18,6 +18,7 @@ from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
 from tpvprune.scores.baselines.gradients import labelled_pairs
 
 Labelled = tuple[Tensor, Tensor]
+LABELS = "labels"  # what a saved state says of such a run
 
 
 def finetune(
@@ -48,5 +49,5 @@ def finetune(
 
     return train(
         model, epoch_batches, count_batches(labelled_batches), loss_of, recipe,
-        state=state, masks=masks, identity=("labels",), progress=progress,
+        state=state, masks=masks, identity=(LABELS,), progress=progress,
     )  # fmt: skip

@@ -14,10 +14,9 @@ _NEXT = {
     "bn": "repair compensate",
     "compensate": "repair reconstruct",
     "compensate+bn": "repair reconstruct",
-    "distill": "more epochs",
-    "finetune": "more epochs",
     "weights": "distillation",
 }
+_TRAINED = ("distill", "finetune")
 _FEWEST = 20  # images, a tenth of all, that tell anything
 _FAR = 4.0  # times what was predicted: no longer a matter of the first order
 
@@ -42,14 +41,13 @@ def warnings_of(
     lines = []
     taken = found[best]
     tried = "compensate" if wanted == "auto" else wanted  # no use in advising it
-    varies = f", output variance {_share(taken.share)} of the dense model's own{_worst(taken)}"
     if taken.is_broken:
-        lines.append(
-            f"BROKEN: of {taken.num_images} images held back only {_percent(taken.agreement)} keep "
-            f"their class (by chance {_percent(taken.chance)})"
-            f"{varies if taken.num_images > 1 else ''}: try {keep}, more "
-            f"images, or {_NEXT.get(tried, 'distillation')}"
+        advice = (
+            f"a lower rate, more images or epochs, or {keep}"
+            if tried in _TRAINED
+            else f"{keep}, more images, or {_NEXT.get(tried, 'distillation')}"
         )
+        lines.append(f"BROKEN: {_broken(taken)}: try {advice}")
     if taken.num_images < _FEWEST:
         what = "be sure of that" if taken.is_broken else "tell how good the result is"
         lines.append(
@@ -65,17 +63,54 @@ def warnings_of(
     return lines
 
 
+def further(before: Difference, saved: Difference, *, decided_by: str | None) -> list[str]:
+    """Return that what is saved is further from the dense model than before training, if it is.
+
+    ``decided_by``: "labels", "divergence" (of the classes), or None. A broken model is said to be
+    so elsewhere.
+    """
+    worse = []
+    if saved.has_classes and saved.agreement < before.agreement:
+        worse.append(f"agreement ({_percent(before.agreement)}, then {_percent(saved.agreement)})")
+    if saved.output_variance > before.output_variance:
+        numbers = f"{before.output_variance:.4g}, then {saved.output_variance:.4g}"
+        worse.append(f"output variance ({numbers})")
+    if not worse or saved.is_broken:
+        return []
+    why = ""
+    if decided_by == "labels":
+        why = ", as labels taught it, not the dense model"
+    elif decided_by is not None:
+        why = f", though closer by the {decided_by} of the classes, which decides"
+    return [
+        f"further from the dense model than before training, by {' and '.join(worse)}{why}: "
+        "try more images or a lower rate"
+    ]
+
+
 def facts(found: Difference) -> dict[str, Any]:
-    """Return a difference as the report holds it."""
+    """Return a difference as the report holds it; of features without an agreement."""
+    classes = found.has_classes
     return {
         "num_images": found.num_images,
-        "agreement": found.agreement,
-        "chance_agreement": found.chance,
+        "agreement": found.agreement if classes else None,
+        "chance_agreement": found.chance if classes else None,
         "output_variance": found.output_variance,
         "variance_share": found.share,
         "broken": found.is_broken,
         **({"variance_share_by_output": dict(by)} if len(by := found.by_output) > 1 else {}),
     }
+
+
+def _broken(found: Difference) -> str:
+    """Return how far a broken model is from the dense one."""
+    images = f"{found.num_images} image{'' if found.num_images == 1 else 's'} held back"
+    share = f"output variance {_share(found.share)} of the dense model's own{_worst(found)}"
+    if not found.has_classes:
+        return f"on {images} {share}"
+    kept = f"of {images} only {_percent(found.agreement)} keep their class (by chance "
+    kept += f"{_percent(found.chance)})"
+    return f"{kept}, {share}" if found.num_images > 1 else kept
 
 
 def _worst(found: Difference) -> str:

@@ -120,9 +120,8 @@ def train(
     device = _device_of(model, recipe)
     model.train()
     fixed = _fixed(model, masks or {})
-    # Minutes may differ: who goes on has used some.
-    same = asdict(replace(recipe, minutes=None if recipe.minutes is None else 1.0))
-    given = (repr(same), str(num_batches), model, *identity, *fixed.values())
+    settings = _settings(recipe, *(entry for entry in identity if isinstance(entry, str)))
+    given = (settings, str(num_batches), model, *identity, *fixed.values())
     own = "" if path is None else digest_of(*given).hex()
     goes_on = path is not None and path.exists()
     check_same("saved state", int(goes_on))
@@ -153,7 +152,7 @@ def train(
                         progress(title, step + 1, length.total)
                 _check_finite(total(float(losses)), title, recipe)
                 if path is not None and is_first():
-                    run.save(path, own, epoch + 1)
+                    run.save(path, own, epoch + 1, settings)
     return _returned(run.result, student)
 
 
@@ -220,18 +219,15 @@ class _Run:
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
 
-    def save(self, path: Path, identity: str, epochs: int) -> None:
+    def save(self, path: Path, identity: str, epochs: int, settings: str) -> None:
         facts = {"identity": identity, "epochs": epochs, "scaler": self.scaler.state_dict()}
-        facts["seconds"] = self.length.used
+        facts |= {"seconds": self.length.used, "settings": settings}
         save_state(path, self.modules, self.optimizer, facts)
 
     def resume(self, path: Path, identity: str) -> int:
         facts = read_facts(path)
         if facts.get("identity") != identity:
-            raise ValueError(
-                f"{path}: expected the state of this run, found one with other settings, weights "
-                "or images: repeat its command, or remove it to start anew"
-            )
+            raise ValueError(_of_another(path))
         load_state(path, self.modules, self.optimizer)
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
@@ -239,11 +235,42 @@ class _Run:
         return int(facts["epochs"])
 
 
+def check_state(path: Path, recipe: Recipe, *words: str) -> None:
+    """Refuse the state of a run with other settings, before models and images are at hand.
+
+    ``words``: the strings of the identity of the run.
+    """
+    settings = _settings(recipe, *words)
+    if read_facts(path).get("settings", settings) != settings:
+        raise ValueError(_of_another(path))
+
+
+def _settings(recipe: Recipe, *words: str) -> str:
+    # Minutes may differ: who goes on has used some.
+    same = replace(recipe, minutes=None if recipe.minutes is None else 1.0)
+    return "; ".join([repr(asdict(same)), *words])
+
+
+def _of_another(path: Path) -> str:
+    return (
+        f"{path}: expected the state of this run, found one with other settings, weights or "
+        "images: repeat its command, or remove it to start anew"
+    )
+
+
 def returned_by(model: nn.Module, inputs: Tensor, amp: torch.dtype | None) -> Any:
     """Run a model on images in its fast layout, in mixed precision if asked."""
     inputs = fast_layout(inputs, model)
-    with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
-        return model(inputs)
+    try:
+        with torch.autocast(inputs.device.type, dtype=amp, enabled=amp is not None):
+            return model(inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "batches: expected several values for the mean and variance of a BatchNorm, found one "
+            "input on a map of one pixel: use larger batches, or freeze_batchnorm"
+        ) from error
 
 
 def count_batches(batches: Iterable[Any]) -> int:
@@ -282,9 +309,14 @@ def _device_of(model: nn.Module, recipe: Recipe) -> torch.device:
             "call model.requires_grad_()"
         )
     device = trained[0].device
-    if recipe.amp == torch.float16 and device.type != "cuda":
-        raise ValueError(f"amp: expected bfloat16 on {device.type}, found float16")
+    check_amp(recipe.amp, device)
     return device
+
+
+def check_amp(amp: torch.dtype | None, device: torch.device) -> None:
+    """Check that a device trains in this precision."""
+    if amp == torch.float16 and device.type != "cuda":
+        raise ValueError(f"amp: expected bfloat16 on {device.type}, found float16")
 
 
 def _seed_all(seed: int, view: int, device: torch.device) -> int:

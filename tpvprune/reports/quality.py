@@ -68,9 +68,11 @@ def training(data: Mapping[str, Any]) -> str:
     for key, label, write in (
         ("output_variance", "Output variance E\u2016\u0394f\u2016\u00b2", significant),
         ("agreement", "Agreement with dense", lambda x: percent(x, 2)),
+        ("top1", "Top-1 of labelled images", lambda x: percent(x, 2)),
     ):
-        cells = ("" if side.get(key) is None else write(side[key]) for side in (before, after))
-        rows.append((label, " \u2192 ".join(cells)))
+        cells = [write(side[key]) for side in (before, after) if side.get(key) is not None]
+        if cells[1:]:
+            rows.append((label, " \u2192 ".join(cells)))
     if facts.get("fraction", 1.0) < 1:
         rows.append(("Of the way to the last weights", f"{facts['fraction']:g}"))
     body = "".join(table_row(label, [value]) for label, value in rows)
@@ -80,7 +82,8 @@ def training(data: Mapping[str, Any]) -> str:
         else "Towards the dense model\u2019s outputs on the same augmented images, without labels."
     )
     about = (
-        f"<p>{teacher} Output variance and agreement on {whole(facts['num_held_back'])} images "
+        f"<p>{teacher} How close the outputs are to the dense ones on "
+        f"{whole(facts['num_held_back'])} image{'' if facts['num_held_back'] == 1 else 's'} "
         "held back from training.</p>"
     )
     return section("Training", about, f"<table><tbody>{body}</tbody></table>")

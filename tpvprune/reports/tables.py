@@ -170,21 +170,21 @@ def before_after(data: Mapping[str, Any]) -> str:
 
 def _held_back(facts: Mapping[str, Any]) -> str:
     """Return how far the model is from the dense one on images that nothing was fitted to."""
-    if facts.get("agreement") is None:
-        return ""
-    images = "image" if facts["num_images"] == 1 else "images"
-    text = f"On {whole(facts['num_images'])} {images} held back: agreement "
-    text += percent(facts["agreement"])
-    about = []
-    if math.isfinite(facts["agreement"]):
-        about.append(agreement_interval(facts["agreement"], facts["num_images"]))
-    if facts.get("chance_agreement") is not None:
-        about.append(f"by chance {percent(facts['chance_agreement'])}")
-    text += f" ({', '.join(about)})" if about else ""
+    found, about = [], []
+    if facts.get("agreement") is not None:
+        text = f"agreement {percent(facts['agreement'])}"
+        if math.isfinite(facts["agreement"]):
+            about.append(agreement_interval(facts["agreement"], facts["num_images"]))
+        if facts.get("chance_agreement") is not None:
+            about.append(f"by chance {percent(facts['chance_agreement'])}")
+        found.append(text + (f" ({', '.join(about)})" if about else ""))
     if facts.get("variance_share") is not None and facts["num_images"] > 1:
         share = significant(facts["variance_share"], 2)
-        text += f", output variance {share} of the dense model\u2019s own"
-    return f"<p>{text}.</p>"
+        found.append(f"output variance {share} of the dense model\u2019s own")
+    if not found:
+        return ""
+    images = "image" if facts["num_images"] == 1 else "images"
+    return f"<p>On {whole(facts['num_images'])} {images} held back: {', '.join(found)}.</p>"
 
 
 def comparison(data: Mapping[str, Any]) -> str:

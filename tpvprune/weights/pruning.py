@@ -156,7 +156,7 @@ def prune_weights(
         "held_back": facts(measured[repair]),
         "output_variance": {n: m.output_variance for n, m in measured.items()},
         "variance_share": {n: m.share for n, m in measured.items()},
-        "agreement": measured[repair].agreement,
+        "agreement": facts(measured[repair])["agreement"],
         "layers": [
             {"name": n.removesuffix(".weight"), "num_weights": m.numel(), "kept": int(m.sum())}
             for n, m in masks.items()
