@@ -131,6 +131,8 @@ def test_ranges_are_those_that_agree_best_of_equals_the_closest(agreements, expe
         for i, (name, agreement) in enumerate(zip(RANGES, agreements, strict=True))
     }
     assert Tried(None, tried, {}).best_ranges == RANGES[expected]
+    features = {n: dataclasses.replace(found, has_classes=False) for n, found in tried.items()}
+    assert Tried(None, features, {}).best_ranges == RANGES[2]
 
 
 def positive():
@@ -314,6 +316,23 @@ def test_command_writes_an_int8_file_and_a_table(tmp_path, capsys):
 
     stored = {entry.key for entry in onnx.load(document["output"]).metadata_props}
     assert {"model", "preprocessing"} <= stored
+
+
+@pytest.mark.long
+def test_of_features_no_agreement_is_told(tmp_path, capsys):
+    torch.manual_seed(0)
+    argv = ["export", "--model", "test_resnet", "--num-classes", "0", "--int8", "--img-size", "32"]
+    argv += ["--data-dir", write_images(tmp_path / "images", 12), "--latency-repeats", "0"]
+    argv += ["--ranges", "min-max", "percentile", "--output", tmp_path / "x.onnx", "--json"]
+    assert main([str(word) for word in argv]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["agreement"] is None
+    assert set(document["tried"].values()) == {None}
+    assert {run["agreement"] for run in document["runs"].values()} == {None}
+    assert document["variance_share"] == document["runs"]["int8"]["variance_share"] > 0
+    assert "agree" not in err
+    assert f"by {document['variance_share']:.2g} of the outputs' variance" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, choose_apart, open_data
 from tpvprune.disk.path_checks import check_file
 from tpvprune.images.loading import in_memory
+from tpvprune.passes.difference import Difference
 from tpvprune.passes.loss import Loss, agreement_interval
+from tpvprune.repairs.guard import facts
 from tpvprune.saved.export import Exported, export_model
 from tpvprune.saved.int8 import Quantized, Run, export_int8
 from tpvprune.saved.quantization import RANGES, WEIGHT_BITS, check_bits, check_ranges
@@ -113,13 +115,13 @@ def _int8(
         "bytes": found.runs["int8"].num_bytes,
         "input_shape": found.input_shape,
         "ranges": found.ranges,
-        "tried": {name: entry.agreement for name, entry in found.tried.items()},
+        "tried": {name: facts(entry)["agreement"] for name, entry in found.tried.items()},
         "weights": asdict(found.weights),
         "tried_weights": {str(way): entry.share for way, entry in found.tried_weights.items()},
         "num_calibration": found.num_calibration,
         "num_choosing": found.num_choosing,
         "num_images": found.num_measured,
-        "agreement": found.difference.agreement,
+        "agreement": facts(found.difference)["agreement"],
         "variance_share": found.difference.share,
         "broken": found.difference.is_broken,
         "slower": found.slower is not None,
@@ -136,13 +138,15 @@ def _show_int8(found: Quantized) -> None:
     if found.warning:
         say(found.warning)
     other = "dense float32" if "dense float32" in found.runs else "float32"
-    rows = [("", f"agreement with {other}", "MB", f"ms, batch of {found.batch_size}")]
+    what = "agreement with" if found.difference.has_classes else "of the variance from"
+    rows = [("", f"{what} {other}", "MB", f"ms, batch of {found.batch_size}")]
     for name, run in found.runs.items():
-        rows.append((name, percent(run.agreement), f"{run.num_bytes / 1e6:.2f}", _spread(run)))
+        near = f"{run.variance_share:.2g}" if run.agreement is None else percent(run.agreement)
+        rows.append((name, near, f"{run.num_bytes / 1e6:.2f}", _spread(run)))
     table(rows)
     if found.slower:
         say(f"warning: {found.slower}", indent="  ")
-    tried = ", ".join(f"{name} {percent(entry.agreement)}" for name, entry in found.tried.items())
+    tried = ", ".join(f"{name} {_near(entry)}" for name, entry in found.tried.items())
     _show_agreement(found)
     say(
         f"ranges of activations from {found.num_calibration} images: {found.ranges}, the best on "
@@ -159,8 +163,14 @@ def _show_int8(found: Quantized) -> None:
 
 
 def _show_agreement(found: Quantized) -> None:
-    """Say how sure the agreement is, and how many images would tell it."""
+    """Say how sure the agreement is, and how many images would tell it; of features how near."""
     agreement, num = found.difference.agreement, found.num_measured
+    if not found.difference.has_classes:
+        say(
+            f"int8 differs from its float32 on {counted(num, 'image')} held back by "
+            f"{found.difference.share:.2g} of the outputs' variance (squared difference)"
+        )
+        return
     loss = Loss.of_agreement((1 - agreement) * num, num)
     say(
         f"int8 agrees with its float32 on {percent(agreement)} of {num} images held back "
@@ -171,6 +181,10 @@ def _show_agreement(found: Quantized) -> None:
         total = found.num_calibration + found.num_choosing + num
         more = total + 2 * (loss.needed(_WIDE) - num)  # half of those above choose
         say(f"{num} images are few to tell: about --num-images {more} give {_WIDE:.0f} points")
+
+
+def _near(found: Difference) -> str:
+    return percent(found.agreement) if found.has_classes else f"{found.share:.2g}"
 
 
 def _spread(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import statistics
 import tempfile
@@ -40,13 +41,16 @@ class Run:
     """What one file costs and keeps, run by ONNX Runtime on one thread of the CPU.
 
     ``agreement`` is the fraction of equal top-1 with the float32 dense model (without one: with the
-    float32 model), in [0, 1], on images that no range was calibrated or chosen on.
+    float32 model), in [0, 1], on images that no range was calibrated or chosen on; None where the
+    outputs are features. ``variance_share``: the squared difference there, as a share of the
+    outputs' variance.
     """
 
-    agreement: float
+    agreement: float | None
     num_bytes: int  # of the file
     latency_ms: float | None = None  # median time of one call; None if nothing was timed
     latency_range_ms: tuple[float, float] | None = None  # first and third quartile of those times
+    variance_share: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,14 @@ class Quantized:
         """That the file is broken, and what to try; None if it is not."""
         if not self.difference.is_broken:
             return None
-        kept = f"{100 * self.difference.agreement:.1f} % of the classes of float32"
+        found = self.difference
+        lost = (
+            f"{100 * found.agreement:.1f} % of the classes of float32 are kept"
+            if found.has_classes
+            else f"a squared difference of {found.share:.2g} of the outputs' variance"
+        )
         return (
-            f"int8 is broken: {kept} are kept on {self.num_measured} images held back: try more "
+            f"int8 is broken: {lost} on {self.num_measured} images held back: try more "
             "images, like those it will meet; check mean, std and size; else deploy float32"
         )
 
@@ -160,6 +169,7 @@ def export_int8(
     calibration, choosing, measuring = _parts(batches, batch_size, seed)
     models = {"": model} if dense is None else {"dense ": dense, "": model}
     tried: dict[str, Tried] = {}
+    num_classes = getattr(model, "num_classes", None)
     clock = Clock(progress)
     with tempfile.TemporaryDirectory() as temporary, written_file(file) as unfinished:
         folder, files = Path(temporary), dict[str, Path]()
@@ -175,9 +185,12 @@ def export_int8(
                     metadata=metadata,
                 )
             step = partial(clock, f"{name}int8 files")
-            tried[name] = tried_files(whole, calibration, choosing, ranges, weight_bits, step=step)
+            tried[name] = tried_files(
+                whole, calibration, choosing, ranges, weight_bits, num_classes=num_classes,
+                step=step,
+            )  # fmt: skip
             files |= {f"{name}float32": whole, f"{name}int8": tried[name].file}
-        sessions = {name: OnnxModule(path) for name, path in files.items()}
+        sessions = {name: OnnxModule(path, num_classes) for name, path in files.items()}
         with clock("measurement"):
             runs = _measured(sessions, files, measuring, latency_repeats)
             apart = difference(sessions["int8"], sessions["float32"], measuring)
@@ -222,8 +235,13 @@ def _measured(
 ) -> dict[str, Run]:
     reference = next(iter(sessions.values()))
     times = _timed(sessions, images[0], repeats)
-    same = {name: difference(s, reference, images).agreement for name, s in sessions.items()}
-    return {n: Run(same[n], files[n].stat().st_size, *times[n]) for n in sessions}
+    runs = {}
+    for name, session in sessions.items():
+        found = difference(session, reference, images)
+        agreement = found.agreement if found.has_classes else None
+        size, (middle, spread) = files[name].stat().st_size, times[name]
+        runs[name] = Run(agreement, size, middle, spread, found.share)
+    return runs
 
 
 def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[str, Sequence[Any]]:

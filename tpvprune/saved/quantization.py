@@ -69,9 +69,13 @@ class Tried:
 
     @property
     def best_ranges(self) -> str:
-        """What agrees best; of equals what is closest."""
-        found = self.ranges
-        return max(found, key=lambda name: (found[name].agreement, -found[name].share))
+        """What agrees best; of equals, and of features, what is closest."""
+
+        def quality(name: str) -> tuple[float, float]:
+            found = self.ranges[name]
+            return found.agreement if found.has_classes else 0.0, -found.share
+
+        return max(self.ranges, key=quality)
 
     @property
     def best_weights(self) -> WeightChoice:
@@ -86,16 +90,18 @@ def tried_files(
     ranges: Sequence[str],
     weight_bits: Sequence[int],
     *,
+    num_classes: int | None,
     step: Callable[[int, int], AbstractContextManager[None]],
 ) -> Tried:
     """Quantize a float32 ONNX file in several ways, beside it in its folder.
 
     ``calibration``: inputs [B, ...] that ranges, and the shifts of biases, are measured on.
     ``choosing``: others, to compare the files with the float32 one on. ``weight_bits``: tried in
-    this order, until one differs by no more than 1 % of the outputs' variance. ``step``: (number of
-    a file, of at most so many) -> what its making runs in.
+    this order, until one differs by no more than 1 % of the outputs' variance. ``num_classes``: of
+    the model; 0: it has features. ``step``: (number of a file, of at most so many) -> what its
+    making runs in.
     """
-    reference, numbers = OnnxModule(whole), itertools.count(1)
+    reference, numbers = OnnxModule(whole, num_classes), itertools.count(1)
     most = len(ranges) + 2 * len(weight_bits) - 1
     files: dict[tuple[str, WeightChoice], Path] = {}
 
@@ -175,8 +181,9 @@ def _reader(calibration: Sequence[Tensor]) -> Any:
 class OnnxModule(nn.Module):
     """An ONNX file as a module: ONNX Runtime, one thread of the CPU."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, num_classes: int | None = None) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self._session = onnx_session(str(file), threads=1)
         size = self._session.get_inputs()[0].shape[0]
         self._size = size if isinstance(size, int) else None
