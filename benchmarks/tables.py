@@ -55,12 +55,13 @@ def accuracy() -> str:
     lines = []
     for model in ("cifar_resnet56", "cifar_resnet20"):
         found = _oneshot(model)
-        for repair, kind, name in (
-            ("compensate", "train", "compensate"),
-            ("compensate", "mirrored", "compensate, mirrored"),
-            ("reconstruct", "train", "reconstruct"),
+        for repair, num, kind, name in (
+            ("compensate", "1000", "train", "compensate"),
+            ("compensate", "1000", "mirrored", "compensate, mirrored"),
+            ("reconstruct", "1000", "train", "reconstruct"),
+            ("reconstruct", "4000", "train", "reconstruct, 4,000 images"),
         ):
-            rows = {k: found.get((repair, "1000", kind, k)) for k in keeps}
+            rows = {k: found.get((repair, num, kind, k)) for k in keeps}
             if measured := [r for r in rows.values() if r]:
                 cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
                 lines.append([f"`{model}`", name, measured[0][0]["dense_top1"], *cells])
