@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rows import mean_and_sd, mean_of
+from rows import RESULTS, mean_and_sd, mean_of
 from titles import criterion_of, markdown
 
 from tpvprune.benchmark.plan import REPAIRS
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def photographs() -> str:

@@ -37,7 +37,7 @@ from photograph_flags import (
     with_crop,
 )
 from photograph_tables import photographs_table
-from rows import append
+from rows import RESULTS, append
 from torch import Tensor, nn
 
 from tpvprune import keep_freed_memory, prune
@@ -68,7 +68,6 @@ COLUMNS = (
     *COMMON, "top1_by_set", "dense_by_set", "variance_ratio", "latency_kept", "branches_removed",
     "repair_used", "images_used", "timings", "warnings", *SETTINGS, "versions", "hardware",
 )  # fmt: skip
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ import own_task_chart
 import paper_chart
 from own_task_chart import OURS
 from photograph_tables import depth, headline, photographs, photographs_criteria
-from rows import grouped, interpolated, mean_and_sd, mean_of
+from rows import RESULTS, grouped, interpolated, mean_and_sd, mean_of
 from stability_table import stability
 from titles import NAMES, criterion_of, markdown
 
 from tpvprune.benchmark.rows import Row, Summary, read_rows, summarise
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md")]
 PAGES += [ROOT / "docs" / name for name in ("results.md", "models.md")]
