@@ -105,7 +105,7 @@ class TestPrune:
             "source": "flat",
             "num_images": 24,
             "agreement_on": "24 labelled images",
-            "fitted": {"count": 40, "seed": 0, "num": 24, "held_back": True},
+            "fitted": {"count": 40, "seed": 0, "num": 24, "held_back": True, "left": None},
         }
         assert max(map(len, err.splitlines())) <= 80
 
@@ -471,11 +471,21 @@ class TestOtherCommands:
         assert all(said in line for line in warnings)
         assert (f"warning: {said}" in err) == bool(said)
 
-    @pytest.mark.parametrize(("folder", "is_same"), [("flat", True), ("classes", False)])
-    def test_evaluate_says_if_images_are_those_of_the_pruning(self, run, plain, folder, is_same):
-        argv = ["evaluate", plain[0], "--data-dir", folder, "--latency-repeats", "0"]
+    @pytest.mark.parametrize(
+        ("data", "num"),
+        [
+            ("flat", 22),
+            ("flat --num-images 6", 6),
+            ("flat --num-images 6 --seed 1", 4),
+            ("classes", 0),
+        ],
+    )
+    def test_evaluate_says_how_many_images_took_part(self, run, root, plain, data, num):
+        """Of 40 images 24 were drawn, two of which were held back."""
+        argv = ["evaluate", plain[0], "--data-dir", *data.split(), "--latency-repeats", "0"]
         _, _, err = run(*argv, "--dense", "weights.pt")
-        assert ("of a set of that name" in " ".join(err.split())) == is_same
+        assert ("took part in the cut" in err) == (num > 0)
+        assert not num or f"note: {num} of them took part in the cut" in " ".join(err.split())
 
     def test_subfolders_that_are_no_classes_are_not_taken_for_labels(self, run):
         code, out, err = run(

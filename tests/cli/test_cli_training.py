@@ -10,7 +10,7 @@ import torch
 from image_cases import write_classes, write_images
 from safetensors.torch import load_file
 
-from tpvprune.cli import session_images
+from tpvprune.cli import exporting, session_images
 from tpvprune.cli import training as training_commands
 from tpvprune.cli.entry import main
 from tpvprune.images import training as image_training
@@ -135,6 +135,41 @@ def test_training_is_measured_on_images_that_no_earlier_fit_has_seen(
     assert not held[0] & fits[0]
     assert trained[0] == trained[1]
     assert len(set(trained[0][1])) == 4
+
+
+def test_int8_is_measured_on_images_that_no_fit_has_seen(run, tmp_path, monkeypatch):
+    """After a cut that left 20 of 40 out, and after a training that left out 4 of these."""
+    given = []
+
+    def export_int8(_, batches, file, *, eval_images, **__):
+        given.append(
+            [{x.numpy().tobytes() for b in part for x in b} for part in (batches, eval_images)]
+        )
+        raise ValueError("enough is known")
+
+    held = []
+
+    def choose(*args, **kwargs):
+        batches = session_images.choose(*args, **kwargs)
+        held.append({x.numpy().tobytes() for batch in batches for x in batch})
+        return batches
+
+    monkeypatch.setattr(exporting, "export_int8", export_int8)
+    monkeypatch.setattr(training_commands, "choose", choose)
+    cut, trained = str(tmp_path / "cut"), str(tmp_path / "trained")
+    argv = [*PRUNE, "--data-dir", "flat", "--keep", "0.6", *CHEAP, "--seed", "5", "--output", cut]
+    assert run(*argv, "--num-images", "20")[0] == 0
+    assert run("distill", cut, "--data-dir", "flat", *TRAIN, "--output", trained)[0] == 0
+    for folder, num in ((cut, 0), (trained, 10)):
+        argv = ["export", folder, "--int8", "--data-dir", "flat", "--seed", "3", "--json"]
+        _, _, err = run(*argv, "--output", str(tmp_path / "x.onnx"))
+        assert (f"{num} of the 14 images that measure int8 took part" in " ".join(err.split())) == (
+            num > 0
+        )
+    for batches, measuring in given:
+        assert (len(batches), len(measuring)) == (26, 14)
+        assert not batches & measuring
+        assert held[0] <= measuring
 
 
 def test_a_mirrored_teacher_is_what_training_is_measured_by(run, tmp_path):

@@ -85,7 +85,7 @@ def test_weights_are_rounded_with_a_scale_for_each_channel(written):
 
 def test_what_is_said_of_the_file_is_so(written):
     model, shown, folder, found = written
-    calibration, choosing, measuring = (torch.cat(p) for p in int8._parts([shown], 1, 0))
+    calibration, choosing, measuring = (torch.cat(p) for p in int8._parts([shown], None, 1, 0))
     counts = (found.num_calibration, found.num_choosing, found.num_measured)
     assert counts == (len(calibration), len(choosing), len(measuring)) == (16, 16, 16)
     assert len({x.numpy().tobytes() for x in shown}) == len(
@@ -104,6 +104,24 @@ def test_what_is_said_of_the_file_is_so(written):
     for run in found.runs.values():
         low, high = run.latency_range_ms
         assert 0 < low <= run.latency_ms <= high
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_images_given_to_measure_on_are_those_that_measure(size):
+    for num in range(3 * size, 40):
+        inputs = torch.arange(num)[:, None].float()
+        plain = [torch.cat(part) for part in int8._parts([inputs], None, size, 0)]
+        measured = int8.num_measuring(num, size)
+        assert len(plain[2]) == measured
+        rest, others = inputs[:-measured], inputs[-measured:]
+        parts = [torch.cat(part) for part in int8._parts([rest], [others], size, 0)]
+        assert [len(part) for part in parts] == [len(part) for part in plain]
+        assert torch.equal(parts[2], others)
+        assert len(torch.cat(parts).unique()) == sum(map(len, plain))
+    few = [(inputs[: 2 * size - 1], inputs), (inputs, inputs[: size - 1])]
+    for rest, others in few[:size]:
+        with pytest.raises(ValueError, match=f"found {len(rest)} and {len(others)} others"):
+            int8._parts([rest], [others], size, 0)
 
 
 @pytest.mark.long
@@ -204,7 +222,7 @@ def test_dense_and_pruned_are_compared_with_dense_and_batches_may_be_free(tmp_pa
     assert tries == sorted(tries)
     assert tries[-1] <= 4
     assert list(found.runs) == ["dense float32", "dense int8", "float32", "int8"]
-    measuring = torch.cat(int8._parts([shown], 1, 0)[2])
+    measuring = torch.cat(int8._parts([shown], None, 1, 0)[2])
     assert found.runs["dense float32"].agreement == 1
     assert found.runs["float32"].agreement == tpvprune.agreement(pruned, dense, [measuring])
     assert found.runs["int8"].latency_ms is None

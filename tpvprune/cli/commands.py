@@ -43,7 +43,9 @@ from tpvprune.cli.session_results import (
 )
 from tpvprune.depth import branch_savings, find_branches
 from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
-from tpvprune.images.loading import in_memory
+from tpvprune.images.fitted import Fitted
+from tpvprune.images.loading import ImageBatches, in_memory
+from tpvprune.images.sources import ImageSource
 from tpvprune.passes.evaluation import difference
 from tpvprune.processes.shares import by_first
 from tpvprune.reports.report import read_report
@@ -184,18 +186,28 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     if dense is not None and document["agreement"] is None:
         say(f"output variance {document['variance_share']:.2g} of the dense model's own")
     if dense is not None or document["top1"] is not None:
-        _say_images(document["images"], told.get("images") or {})
+        _say_images(document["images"], told.get("images") or {}, images, chosen)
     return 0, document
 
 
-def _say_images(images: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
-    """Say on how many images a model was measured, and if it may have been fitted to some."""
+def _say_images(
+    images: Mapping[str, Any], earlier: Mapping[str, Any], source: ImageSource, chosen: ImageBatches
+) -> None:
+    """Say on how many images a model was measured, and how many of them it was fitted to."""
     say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
-    if Path(str(fitted.get("source"))).name == Path(images["source"]).name:
-        say(
-            f"note: it was pruned with {counted(fitted['num_images'], 'image')} of a set of that "
-            "name: on images that it was fitted to it is closer to the dense model than on others"
-        )
+    if Path(str(earlier.get("source"))).name != Path(images["source"]).name:
+        return
+    what = f"it was pruned with {counted(earlier['num_images'], 'image')} of a set of that name"
+    fitted = Fitted.read(earlier.get("fitted"), source.count)
+    if fitted is not None:
+        num = fitted.num_seen(chosen.items())
+        if not num:
+            return
+        what = f"{num} of them took part in the cut or a training"
+    say(
+        f"note: {what}: on images that it was fitted to it is closer to the dense model than on "
+        "others"
+    )
 
 
 def run_latency_table(args: argparse.Namespace) -> Outcome:

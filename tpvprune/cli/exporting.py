@@ -11,14 +11,16 @@ from tpvprune.cli.console import bar, counted, percent, running, say, stages, ta
 from tpvprune.cli.first_checks import has_images
 from tpvprune.cli.flag_groups import check_unset
 from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
-from tpvprune.cli.session_images import choose, choose_apart, open_data
+from tpvprune.cli.session_images import choose, open_data
 from tpvprune.disk.path_checks import check_file
-from tpvprune.images.loading import in_memory
+from tpvprune.images.fitted import Fitted
+from tpvprune.images.loading import in_memory, permutation
 from tpvprune.passes.difference import Difference
 from tpvprune.passes.loss import Loss, agreement_interval
 from tpvprune.repairs.guard import facts
+from tpvprune.reports.report import read_report
 from tpvprune.saved.export import Exported, export_model
-from tpvprune.saved.int8 import Quantized, Run, export_int8
+from tpvprune.saved.int8 import Quantized, Run, export_int8, num_measuring
 from tpvprune.saved.quantization import RANGES, WEIGHT_BITS, check_bits, check_ranges
 
 _NUM_IMAGES, _NUM_INT8_IMAGES = 64, 512
@@ -37,7 +39,7 @@ def run_export(args: argparse.Namespace) -> Outcome:
     args.device = "cpu"
     args.num_images = args.num_images or (_NUM_INT8_IMAGES if args.int8 else _NUM_IMAGES)
     subject, dense = open_evaluated(args)
-    batches = _images(args, subject) if given else ()
+    batches, measuring = _images(args, subject) if given else ((), None)
     document: dict[str, Any] = provenance(args, subject)
     how = {
         "dynamic_batch": args.dynamic_batch,
@@ -46,7 +48,7 @@ def run_export(args: argparse.Namespace) -> Outcome:
     }
     document |= {"output": str(file), "format": args.format}
     if args.int8:
-        document |= _int8(args, subject, batches, file, dense=dense, **how)
+        document |= _int8(args, subject, batches, file, dense=dense, eval_images=measuring, **how)
     else:
         document |= _float(args, subject, batches, file, **how)
     say(f"saved: {file}")
@@ -68,13 +70,36 @@ def _check(args: argparse.Namespace, *, given: bool) -> None:
     check_ranges(args.ranges or RANGES)
 
 
-def _images(args: argparse.Namespace, subject: Subject) -> Any:
-    """Choose images; for int8 the last of the draw, since an earlier `prune` took the first."""
+def _images(args: argparse.Namespace, subject: Subject) -> tuple[Any, Any]:
+    """Return images to export with, and those that measure int8 if these are to be others.
+
+    For int8 the last of the draw, since an earlier `prune` took the first, and as far as there are
+    any those that measure are what neither it nor a training was fitted to.
+    """
     images = open_data(args, labelled=False)
-    if args.int8 and images.count is not None:
-        args.num_images = min(args.num_images, images.count)
-    pick = choose_apart if args.int8 else choose
-    return in_memory(pick(args, subject, images, args.num_images), progress=bar("reading images"))
+    if not args.int8 or images.count is None:
+        chosen = choose(args, subject, images, args.num_images)
+        return in_memory(chosen, progress=bar("reading images")), None
+    told = {} if subject.folder is None else read_report(subject.folder).get("images") or {}
+    fitted = Fitted.read(told.get("fitted"), images.count)
+    unseen = [] if fitted is None else fitted.unseen(images.count)
+    others = set(range(images.count)).difference(unseen)
+    order = [p for p in permutation(images.count, args.seed) if p in others] + unseen
+    order = order[-args.num_images :]
+    num = num_measuring(len(order), _batch_size(args))
+    seen = fitted.num_seen(order[len(order) - num :]) if fitted else 0
+    if seen:
+        say(
+            f"note: {seen} of the {num} images that measure int8 took part in the cut or a "
+            "training: on them the model is closer to the dense one than on others"
+        )
+
+    def read(places: list[int]) -> Any:
+        chosen = choose(args, subject, images, None, places=places)
+        return in_memory(chosen, progress=bar("reading images"))
+
+    first = len(order) - num
+    return read(order[:first]), read(order[first:]) if num else None
 
 
 def _float(

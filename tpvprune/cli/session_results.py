@@ -69,7 +69,7 @@ def finished(
         "pruned": {**result.report["pruned"], **pruned},
         "images": {
             **image_facts(opened.images, opened.batches, eval_images),
-            "fitted": _fitted_facts(opened),
+            "fitted": _fitted_facts(opened, result.report.get("training")),
         },
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
@@ -252,14 +252,14 @@ def image_facts(
     return facts
 
 
-def _fitted_facts(opened: Opened) -> dict[str, Any] | None:
-    """Return which images of the set pruning saw; None if it is a stream."""
+def _fitted_facts(opened: Opened, training: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return which images of the set pruning and training saw; None if it is a stream."""
     found, batches = opened.fitted, opened.batches
     if found is None:
         return None
     # Without a damaged one the next have other numbers: which were held back is not known.
     whole = num_images(batches) == found.num and not getattr(batches, "skipped", 0)
-    return asdict(replace(found, held_back=found.held_back and whole))
+    return replace(found, held_back=found.held_back and whole).facts(training)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

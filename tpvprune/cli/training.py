@@ -123,6 +123,15 @@ def fitted_before(
     return Fitted(images.count, args.seed, num, held_back=False)
 
 
+class _Images(NamedTuple):
+    """Batches to train on, what is done to each, and images held back, which ``num`` counts."""
+
+    batches: Any
+    augment: Any
+    held: Any
+    num: int
+
+
 def trained(
     args: argparse.Namespace,
     subject: Subject,
@@ -140,46 +149,26 @@ def trained(
     ``fitted``: what the cut saw of the images, none of which measures anything; None of a stream.
     ``scored``: labelled batches, which only measure top-1, or None.
     """
-    recipe, mixed = recipe_of(args), not (labelled or args.no_mix)
-    places = None if fitted is None else fitted.unseen(num_held_back(images))
-    held = num_held_back(images) if places is None else len(places)
-    state = state_file(args.output)
+    recipe, state = recipe_of(args), state_file(args.output)
     resumed = _goes_on(args, recipe, state, labelled=labelled)
-    eval_images = in_memory(
-        choose(args, subject, images, held, places=places), progress=bar("reading images")
-    )
-    batches, augment = training_images(
-        images,
-        subject.preprocessing,
-        num_images=num_images,
-        skip=held if places is None else 0,
-        apart=places or (),
-        seed=args.seed,
-        batch_size=args.batch_size or 128,
-        workers=args.workers,
-        labelled=labelled,
-        mixed=mixed,
-        progress=bar("reading images"),
-        notice=say,
-    )
-    teacher = teacher_of(dense, mirrored=not labelled and args.mirrored)
-    shown = Shown(eval_images, "measuring")
+    shown = _read(args, subject, images, num_images, fitted, labelled=labelled)
     top1 = _top1(args, subject.model, scored)
     start = monotonic()
-    reference = Reference(teacher, shown)
+    held = Shown(shown.held, "measuring")
+    reference = Reference(teacher_of(dense, mirrored=not labelled and args.mirrored), held)
     before = reference.difference(subject.model)
     measured = 2 if labelled else len(FRACTIONS)
-    during = _between(recipe, measured * (monotonic() - start), held)
+    during = _between(recipe, measured * (monotonic() - start), shown.num)
     with updates() as progress:
         how: dict[str, Any] = {
-            "augment": augment, "masks": masks, "state": state, "progress": progress,
+            "augment": shown.augment, "masks": masks, "state": state, "progress": progress,
         }  # fmt: skip
         if labelled:
-            model = finetune(subject.model, batches, recipe=during, **how)
+            model = finetune(subject.model, shown.batches, recipe=during, **how)
         else:
             how |= dataclasses.asdict(during)
             how |= {k: getattr(args, k) for k in ("loss", "temperature", "mirrored")}
-            model = distill(subject.model, dense, batches, **how)
+            model = distill(subject.model, dense, shown.batches, **how)
     if labelled:
         after = found = reference.difference(model)
         fraction = 1.0
@@ -189,16 +178,7 @@ def trained(
         found, after = nearest.found, nearest.end
     _check_finite(after, recipe, state)
     facts = {
-        **dataclasses.asdict(recipe),
-        "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
-        "loss": "cross-entropy" if labelled else args.loss,
-        "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
-        "mirrored": not labelled and args.mirrored,
-        "mixed": mixed,
-        "batch_size": batches.batch_size,
-        "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
-        "num_held_back": held,
-        "used_labels": labelled,
+        **_said_of(args, recipe, shown, labelled=labelled),
         # Of a run that was stopped in between, only the last part is known.
         "seconds": None if resumed else round(monotonic() - start, 1),
         "decided_by": "divergence" if reference.classifies and not labelled else None,
@@ -209,14 +189,68 @@ def trained(
     }
     further = guard.further(before, found, decided_by="labels" if labelled else facts["decided_by"])
     if facts["mirrored"]:  # what was measured is how close it is to that teacher
-        found = difference(model, dense, shown)
+        found = difference(model, dense, held)
     repair = "finetune" if labelled else "distill"
     verdict = {
         "repair": repair,
         "warnings": [*guard.warnings_of({repair: found}, repair, repair), *further],
         "held_back": guard.facts(found),
     }
-    return Trained(model, facts, verdict, eval_images, found)
+    return Trained(model, facts, verdict, shown.held, found)
+
+
+def _read(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageSource,
+    num_images: int | None,
+    fitted: Fitted | None,
+    *,
+    labelled: bool,
+) -> _Images:
+    """Choose images to train on, and those held back from it, which no fit has seen."""
+    places = None if fitted is None else fitted.unseen(num_held_back(images))
+    num = num_held_back(images) if places is None else len(places)
+    chosen = choose(args, subject, images, num, places=places)
+    held = in_memory(chosen, progress=bar("reading images"))
+    batches, augment = training_images(
+        images,
+        subject.preprocessing,
+        num_images=num_images,
+        skip=num if places is None else 0,
+        apart=places or (),
+        seed=args.seed,
+        batch_size=args.batch_size or 128,
+        workers=args.workers,
+        labelled=labelled,
+        mixed=_mixes(args, labelled=labelled),
+        progress=bar("reading images"),
+        notice=say,
+    )
+    return _Images(batches, augment, held, num)
+
+
+def _mixes(args: argparse.Namespace, *, labelled: bool) -> bool:
+    return not (labelled or args.no_mix)
+
+
+def _said_of(
+    args: argparse.Namespace, recipe: Recipe, shown: _Images, *, labelled: bool
+) -> dict[str, Any]:
+    """Return what a report says of how a model was trained, and with what."""
+    batches = shown.batches
+    return {
+        **dataclasses.asdict(recipe),
+        "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
+        "loss": "cross-entropy" if labelled else args.loss,
+        "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
+        "mirrored": not labelled and args.mirrored,
+        "mixed": _mixes(args, labelled=labelled),
+        "batch_size": batches.batch_size,
+        "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
+        "num_held_back": shown.num,
+        "used_labels": labelled,
+    }
 
 
 def _goes_on(args: argparse.Namespace, recipe: Recipe, state: Path, *, labelled: bool) -> bool:
@@ -305,7 +339,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
             "source": images.name,
             "num_images": facts["num_images"],
             "agreement_on": counted(facts["num_held_back"], "held-back image"),
-            "fitted": None if fitted is None else dataclasses.asdict(fitted),
+            "fitted": None if fitted is None else fitted.facts(facts),
         },
         "output": str(args.output),
     }

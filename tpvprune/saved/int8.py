@@ -107,6 +107,7 @@ def export_int8(
     batches: Iterable[Any],
     file: str | Path,
     *,
+    eval_images: Iterable[Any] | None = None,
     dense: nn.Module | None = None,
     ranges: Sequence[str] = RANGES,
     weight_bits: Sequence[int] = WEIGHT_BITS,
@@ -127,7 +128,8 @@ def export_int8(
     the outer 0.01 % (``"percentile"``), or of least divergence (``"entropy"``), whichever agrees
     best with the float32 file. In a network with LayerNorm or softmax only convolutions and matrix
     products are quantized, else every operator that can be. Of the images a third, at most 64,
-    calibrates, half of the others chooses ranges, the rest measures; a seed says which is which.
+    calibrates, half of the others chooses ranges, the rest measures, unless ``eval_images`` do; a
+    seed says which is which.
 
     x86 processors without VNNI add pairs of products in 16 bits, where large ones saturate: weights
     of 8 bits are wrong there, of 7 not, at equal speed. Those of 7 are tried where those of 8
@@ -142,6 +144,8 @@ def export_int8(
         model: What to export, in eval mode; untouched.
         batches: Unlabeled inputs [B, ...], labels are dropped; all are held in memory.
         file: Where to write.
+        eval_images: Unlabeled inputs that measure instead of a part of ``batches``, such as those
+            that a pruned model was not fitted to.
         dense: The model that ``model`` was pruned from: is quantized and measured likewise.
         ranges: Which ranges to try, of :data:`RANGES`.
         weight_bits: Which bits of weights to try, of :data:`WEIGHT_BITS`, in this order.
@@ -166,7 +170,7 @@ def export_int8(
     check_ranges(ranges)
     if latency_repeats == 1 or latency_repeats < 0:
         raise ValueError(f"latency_repeats: expected 0 or at least 2, found {latency_repeats}")
-    calibration, choosing, measuring = _parts(batches, batch_size, seed)
+    calibration, choosing, measuring = _parts(batches, eval_images, batch_size, seed)
     models = {"": model} if dense is None else {"dense ": dense, "": model}
     tried: dict[str, Tried] = {}
     num_classes = getattr(model, "num_classes", None)
@@ -211,20 +215,41 @@ def export_int8(
     )
 
 
-def _parts(batches: Iterable[Any], size: int, seed: int) -> list[list[Tensor]]:
+def num_measuring(num_images: int, batch_size: int = 1) -> int:
+    """Return how many of so many images :func:`export_int8` measures on."""
+    num = num_images // batch_size
+    rest = num - _num_calibrating(num, batch_size)
+    return batch_size * (rest - rest // 2)
+
+
+def _num_calibrating(num: int, size: int) -> int:
+    return max(1, min(num // 3, _CALIBRATED // size))
+
+
+def _parts(
+    batches: Iterable[Any], eval_images: Iterable[Any] | None, size: int, seed: int
+) -> list[list[Tensor]]:
     """Return full batches to calibrate, choose and measure on; ValueError if images are too few."""
-    inputs = torch.cat([batch.cpu().float() for batch in unlabeled(batches)])
-    num = len(inputs) // size
-    if num < 3:
+    inputs = _rows(batches)
+    further = inputs[:0] if eval_images is None else _rows(eval_images)
+    beside = len(further) // size
+    num = len(inputs) // size + beside
+    first = _num_calibrating(num, size)
+    second = num - beside if beside else first + (num - first) // 2
+    if num < 3 or second <= first or (eval_images is not None and not beside):
+        given = f"{len(inputs)}" + ("" if eval_images is None else f" and {len(further)} others")
         raise ValueError(
             f"batches: expected at least {3 * size} images to calibrate, choose and measure int8 "
-            f"on, found {len(inputs)}: pass more"
+            f"on, found {given}: pass more"
         )
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    full = [inputs[some] for some in order[: num * size].split(size)]
-    first = max(1, min(num // 3, _CALIBRATED // size))
-    second = first + (num - first) // 2
+    full = [inputs[some] for some in order[: (num - beside) * size].split(size)]
+    full += further[: beside * size].split(size) if beside else ()
     return [full[:first], full[first:second], full[second:]]
+
+
+def _rows(batches: Iterable[Any]) -> Tensor:
+    return torch.cat([batch.cpu().float() for batch in unlabeled(batches)])
 
 
 def _measured(
