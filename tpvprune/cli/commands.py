@@ -186,19 +186,20 @@ def run_evaluate(args: argparse.Namespace) -> Outcome:
     if dense is not None and document["agreement"] is None:
         say(f"output variance {document['variance_share']:.2g} of the dense model's own")
     if dense is not None or document["top1"] is not None:
-        _say_images(document["images"], told.get("images") or {}, images, chosen)
+        _say_images(document["images"], told, images, chosen)
     return 0, document
 
 
 def _say_images(
-    images: Mapping[str, Any], earlier: Mapping[str, Any], source: ImageSource, chosen: ImageBatches
+    images: Mapping[str, Any], report: Mapping[str, Any], source: ImageSource, chosen: ImageBatches
 ) -> None:
     """Say on how many images a model was measured, and how many of them it was fitted to."""
     say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
+    earlier = report.get("images") or {}
     if Path(str(earlier.get("source"))).name != Path(images["source"]).name:
         return
     what = f"it was pruned with {counted(earlier['num_images'], 'image')} of a set of that name"
-    fitted = Fitted.read(earlier.get("fitted"), source.count)
+    fitted = Fitted.of_report(report, source.count)
     if fitted is not None:
         num = fitted.num_seen(chosen.items())
         if not num:

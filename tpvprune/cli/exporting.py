@@ -80,18 +80,17 @@ def _images(args: argparse.Namespace, subject: Subject) -> tuple[Any, Any]:
     if not args.int8 or images.count is None:
         chosen = choose(args, subject, images, args.num_images)
         return in_memory(chosen, progress=bar("reading images")), None
-    told = {} if subject.folder is None else read_report(subject.folder).get("images") or {}
-    fitted = Fitted.read(told.get("fitted"), images.count)
+    report = {} if subject.folder is None else read_report(subject.folder)
+    fitted = Fitted.of_report(report, images.count)
     unseen = [] if fitted is None else fitted.unseen(images.count)
-    others = set(range(images.count)).difference(unseen)
-    order = [p for p in permutation(images.count, args.seed) if p in others] + unseen
+    last = set(unseen)
+    order = [*(p for p in permutation(images.count, args.seed) if p not in last), *unseen]
     order = order[-args.num_images :]
     num = num_measuring(len(order), _batch_size(args))
-    seen = fitted.num_seen(order[len(order) - num :]) if fitted else 0
-    if seen:
+    if fitted is not None and num > len(unseen):
         say(
-            f"note: {seen} of the {num} images that measure int8 took part in the cut or a "
-            "training: on them the model is closer to the dense one than on others"
+            f"note: {num - len(unseen)} of the {num} images that measure int8 took part in the cut "
+            "or a training: on them the model is closer to the dense one than on others"
         )
 
     def read(places: list[int]) -> Any:

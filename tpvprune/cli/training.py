@@ -111,7 +111,7 @@ def fitted_before(
     """
     if images.count is None:
         return None
-    found = Fitted.read((earlier.get("images") or {}).get("fitted"), images.count)
+    found = Fitted.of_report(earlier, images.count)
     if found is not None and found.unseen(1):
         return found
     if found is not None:

@@ -37,6 +37,11 @@ class Fitted:
             return None
         return cls(count, seed, num, facts.get("held_back") is True, left)
 
+    @classmethod
+    def of_report(cls, report: Mapping[str, Any], count: int | None) -> Fitted | None:
+        """Return what a saved model's report says of a set of so many images, or None."""
+        return cls.read((report.get("images") or {}).get("fitted"), count)
+
     def unseen(self, most: int) -> list[int]:
         """Return the places of at most so many images of the set that no fit has seen."""
         most = most if self.left is None else min(most, self.left)
