@@ -1,6 +1,7 @@
 """Several gloo processes on this machine: the results of one, and an end when one is lost."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_torchrun_gives_what_one_process_gives(start, tmp_path):
     one = start("command", 1, *prune(images, tmp_path / "one"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "tpvprune", *prune(images, tmp_path / "two")]
-    two = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What aborts a process is to say where it was.
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    two = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert two.returncode == 0, two.stderr
     expected, document = json.loads(one[2][0][one[2][0].index("{\n") :]), json.loads(two.stdout)
     assert two.stderr.count("saved:") == 1
@@ -119,6 +122,30 @@ def test_torchrun_gives_what_one_process_gives(start, tmp_path):
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
+
+
+LEFT = """
+import os, sys
+import numpy
+from tpvprune.processes import membership, shares
+alone = set(os.listdir("/proc/self/task"))
+with membership.joined():
+    import timm
+    shares.of_all(1)
+    assert len(os.listdir("/proc/self/task")) > len(alone)
+sys.exit(str(left) if (left := set(os.listdir("/proc/self/task")) - alone) else 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc lists threads here")
+@pytest.mark.long
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """Whatever was imported meanwhile: one that meets the end of the interpreter may abort it."""
+    script = tmp_path / "left.py"
+    script.write_text(LEFT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import _thread
+import importlib
 import os
 import signal
 import sys
@@ -97,6 +98,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
     if not started() or num_processes() > 1:
         yield
         return
+    _import_group_holders()
     here = torch.device(device_here(device))
     store, number, size = _rendezvous()
     if here.type == "cuda":
@@ -141,6 +143,16 @@ def alone() -> Iterator[None]:
         yield
     finally:
         present.team = team
+
+
+def _import_group_holders() -> None:
+    """Import the modules of torch that hold the process group of their import in their defaults.
+
+    A group that they hold outlives its end; its threads run into that of the interpreter and
+    abort the process. Imported now, they hold none.
+    """
+    for name in ("torch.distributed.nn.functional", "torch.distributed.optim"):
+        importlib.import_module(name)
 
 
 def _rendezvous() -> tuple[Any, int, int]:
