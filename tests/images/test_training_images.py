@@ -1,9 +1,9 @@
 """Augmentation against slow loops; images for training are decoded, chosen and labelled right."""
 
-import dataclasses
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,8 +13,8 @@ from PIL import Image
 
 from tpvprune.images import training as module
 from tpvprune.images.augmentation import HeldImages, crop_and_flip, mix
-from tpvprune.images.fitted import Fitted
-from tpvprune.images.loading import ImageBatches, choose_images
+from tpvprune.images.fitted import Fitted, fitted_facts
+from tpvprune.images.loading import ImageBatches, choose_images, permutation
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.images.training import random_box, training_images
@@ -179,13 +179,14 @@ def test_what_no_fit_has_seen_is_neither_drawn_nor_trained_on(tmp_path):
     for num, seed in itertools.product((12, 27, 30), range(3)):
         drawn = list(choose_images(source, prepared, num_images=num, seed=seed))
         fit, held = hold_back(drawn, seed=seed)
-        fitted = Fitted(30, seed, num, held_back=True)
+        fitted = Fitted("images", 30, seed, num, held_back=True)
         places = fitted.unseen(30)
         left = torch.cat(list(choose_images(source, prepared, num_images=None, places=places)))
         assert len(left) == 30 - num + len(torch.cat(held))
         assert not _rows(left) & _rows(torch.cat(fit))
         assert fitted.unseen(2) == places[-2:]
-        assert Fitted(30, seed, num, held_back=False).unseen(30) == places[len(torch.cat(held)) :]
+        without = replace(fitted, held_back=False)
+        assert without.unseen(30) == places[len(torch.cat(held)) :]
         batches, _ = training_images(source, prepared, apart=places, batch_size=1, seed=seed + 1)
         batches.augment = None
         assert len(torch.cat(one_pass(batches))) == 30 - len(places)
@@ -194,17 +195,42 @@ def test_what_no_fit_has_seen_is_neither_drawn_nor_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "wrong",
     [
-        None, [], {"count": 30, "seed": 1}, {"count": 30, "seed": 1, "num": "9"},
-        {"count": 29, "seed": 1, "num": 9}, {"count": 30, "seed": 1, "num": 31},
-        {"count": 30, "seed": True, "num": 9},
+        {"num": None}, {"num": "9"}, {"num": 31}, {"count": 29}, {"seed": True}, {"source": None},
+        {"source": "others"},
     ],
 )  # fmt: skip
-def test_of_another_set_nothing_is_known(facts):
-    assert Fitted.read(facts, 30) is None
-    found = Fitted(30, 1, 9, held_back=True)
-    assert Fitted.read(json.loads(json.dumps(dataclasses.asdict(found))), 30) == found
+def test_of_another_set_nothing_is_known(tmp_path, wrong):
+    source = open_images(write_images(tmp_path / "images", 30, size=16))
+    found = Fitted.to(source, seed=1, num=9, held_back=True)
+    entry = fitted_facts(found, None, {})[0]
+    report = json.loads(json.dumps({"images": {"fitted": [{**entry, **wrong}, entry]}}))
+    assert Fitted.of_report(report, source) == found
+    report["images"]["fitted"].pop()
+    assert Fitted.of_report(report, source) is None
+
+
+@pytest.mark.parametrize("report", [{}, {"images": None}, {"images": {"fitted": {"num": 9}}}])
+def test_a_report_may_say_nothing_of_sets(tmp_path, report):
+    source = open_images(write_images(tmp_path / "images", 30, size=16))
+    assert Fitted.of_report(report, source) is None
+    assert fitted_facts(None, None, report) == []
+
+
+def test_sets_of_earlier_fits_are_remembered(tmp_path):
+    first, second = (
+        open_images(write_images(tmp_path / name, num, size=16))
+        for name, num in {"first": 30, "second": 12}.items()
+    )
+    report = {}
+    for source, num in [(first, 9), (second, 5), (first, 20)]:
+        fitted = Fitted.to(source, seed=1, num=num)
+        report = {"images": {"fitted": fitted_facts(fitted, {"num_held_back": 3}, report)}}
+    assert len(report["images"]["fitted"]) == 2
+    assert Fitted.of_report(report, first).num == 20
+    assert Fitted.of_report(report, second).unseen(12) == permutation(12, 1)[-3:]
+    assert fitted_facts(None, None, report) == report["images"]["fitted"]  # a stream
 
 
 def _rows(x):

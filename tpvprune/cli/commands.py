@@ -195,16 +195,16 @@ def _say_images(
 ) -> None:
     """Say on how many images a model was measured, and how many of them it was fitted to."""
     say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
-    earlier = report.get("images") or {}
-    if Path(str(earlier.get("source"))).name != Path(images["source"]).name:
-        return
-    what = f"it was pruned with {counted(earlier['num_images'], 'image')} of a set of that name"
-    fitted = Fitted.of_report(report, source.count)
+    fitted, earlier = Fitted.of_report(report, source), report.get("images") or {}
     if fitted is not None:
         num = fitted.num_seen(chosen.items())
         if not num:
             return
         what = f"{num} of them took part in the cut or a training"
+    elif Path(str(earlier.get("source"))).name == Path(images["source"]).name:
+        what = f"it was pruned with {counted(earlier['num_images'], 'image')} of a set of that name"
+    else:
+        return
     say(
         f"note: {what}: on images that it was fitted to it is closer to the dense model than on "
         "others"

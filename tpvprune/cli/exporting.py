@@ -81,7 +81,7 @@ def _images(args: argparse.Namespace, subject: Subject) -> tuple[Any, Any]:
         chosen = choose(args, subject, images, args.num_images)
         return in_memory(chosen, progress=bar("reading images")), None
     report = {} if subject.folder is None else read_report(subject.folder)
-    fitted = Fitted.of_report(report, images.count)
+    fitted = Fitted.of_report(report, images)
     unseen = [] if fitted is None else fitted.unseen(images.count)
     last = set(unseen)
     order = [*(p for p in permutation(images.count, args.seed) if p not in last), *unseen]

@@ -111,7 +111,8 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
     opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds)
     if images.count is not None:
         num = min(args.num_images, images.count - apart)
-        opened = replace(opened, fitted=Fitted(images.count, args.seed, num, held_back=True))
+        fitted = Fitted.to(images, seed=args.seed, num=num, held_back=True)
+        opened = replace(opened, fitted=fitted)
     if args.max_loss is None:
         return opened
     half, judging = halves(eval_images.batches)

@@ -18,6 +18,7 @@ from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, 
 from tpvprune.disk.atomic import write_text
 from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroup, ChannelGroups
+from tpvprune.images.fitted import Fitted, fitted_facts
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
@@ -26,7 +27,7 @@ from tpvprune.passes.disagreement import disagreement
 from tpvprune.passes.evaluation import agreement, evaluate
 from tpvprune.pipeline import PruningResult
 from tpvprune.processes.shares import by_first
-from tpvprune.reports.report import report_data
+from tpvprune.reports.report import read_report, report_data
 from tpvprune.saved.checkpoint import save_pruned
 from tpvprune.saved.models import is_factory, pretrained_config
 from tpvprune.weights.pruning import WeightPruningResult
@@ -61,6 +62,7 @@ def finished(
             else None
         )
     note_top1(result.report.get("training"), pruned)
+    earlier = {} if subject.folder is None else read_report(subject.folder)
     document = {
         **provenance(args, subject),
         **result.report,
@@ -69,7 +71,7 @@ def finished(
         "pruned": {**result.report["pruned"], **pruned},
         "images": {
             **image_facts(opened.images, opened.batches, eval_images),
-            "fitted": _fitted_facts(opened, result.report.get("training")),
+            "fitted": fitted_facts(_fitted(opened), result.report.get("training"), earlier),
         },
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
@@ -252,14 +254,14 @@ def image_facts(
     return facts
 
 
-def _fitted_facts(opened: Opened, training: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return which images of the set pruning and training saw; None if it is a stream."""
+def _fitted(opened: Opened) -> Fitted | None:
+    """Return which images of the set pruning saw; None if it is a stream."""
     found, batches = opened.fitted, opened.batches
     if found is None:
         return None
     # Without a damaged one the next have other numbers: which were held back is not known.
     whole = num_images(batches) == found.num and not getattr(batches, "skipped", 0)
-    return replace(found, held_back=found.held_back and whole).facts(training)
+    return replace(found, held_back=found.held_back and whole)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from tpvprune.cli.session_images import (
 )
 from tpvprune.cli.session_results import costs, measured, note_top1, shown_changes
 from tpvprune.disk.digest import file_digest
-from tpvprune.images.fitted import Fitted
+from tpvprune.images.fitted import Fitted, fitted_facts
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
@@ -111,7 +111,7 @@ def fitted_before(
     """
     if images.count is None:
         return None
-    found = Fitted.of_report(earlier, images.count)
+    found = Fitted.of_report(earlier, images)
     if found is not None and found.unseen(1):
         return found
     if found is not None:
@@ -120,7 +120,7 @@ def fitted_before(
             "training look closer to the dense model than others do"
         )
     num = images.count - num_held_back(images)
-    return Fitted(images.count, args.seed, num, held_back=False)
+    return Fitted.to(images, seed=args.seed, num=num)
 
 
 class _Images(NamedTuple):
@@ -339,7 +339,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
             "source": images.name,
             "num_images": facts["num_images"],
             "agreement_on": counted(facts["num_held_back"], "held-back image"),
-            "fitted": None if fitted is None else fitted.facts(facts),
+            "fitted": fitted_facts(fitted, facts, earlier),
         },
         "output": str(args.output),
     }
