@@ -105,8 +105,11 @@ class TestPrune:
             "source": "flat",
             "num_images": 24,
             "agreement_on": "24 labelled images",
-            "fitted": {"count": 40, "seed": 0, "num": 24, "held_back": True, "left": None},
-        }
+            "fitted": [
+                {"source": "flat", "count": 40, "seed": 0, "num": 24, "held_back": True,
+                 "left": None}
+            ],
+        }  # fmt: skip
         assert max(map(len, err.splitlines())) <= 80
 
     def test_text_says_what_it_cost_and_that_no_label_was_used(self, plain):
