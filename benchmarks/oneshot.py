@@ -5,11 +5,12 @@
     python benchmarks/oneshot.py ... --keep 0.5 --calibration noise digits
     python benchmarks/oneshot.py ... --keep 0.5 --calibration train mirrored
     python benchmarks/oneshot.py ... --keep 0.5 --num-images 64
+    python benchmarks/oneshot.py ... --keep 0.47 --num-images 3000 --repair reconstruct \
+        --reconstructions 3
 
 A seed draws the unlabeled images and the probes. One CSV row per (model, criterion, allocation,
-repair, steps, images, what they show, keep, seed); rows that exist are skipped, so a run that was
-stopped goes on. Ends with a Markdown table, mean ± sd over the seeds. The dense accuracy is the
-row with keep 1.
+repair, steps, images, what they show, reconstructions, keep, seed); rows that exist are skipped, so
+a run that was stopped goes on. Ends with a Markdown table, mean ± sd over the seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tpvprune.scores.criteria import NEEDS_LABELS, SCORERS, with_labels
 from tpvprune.widths.limits import Limits
 
 KEY = ["model", "criterion", "allocation", "repair", "steps", "num_images", "calibration"]
-KEY += ["keep", "seed"]
+KEY += ["reconstructions", "keep", "seed"]
 COLUMNS = [*KEY, "labels", "macs_kept", "params_kept", "top1", "dense_top1", "agreement", "seconds"]
 
 
@@ -88,6 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--criteria", nargs="+", default=["tpv"], choices=list(SCORERS))
     parser.add_argument("--allocation", choices=["curves", "rank"], default=None)
     parser.add_argument("--repair", default="compensate")
+    parser.add_argument("--reconstructions", type=int, default=1, help="the mean of so many")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument(
@@ -119,6 +121,7 @@ def settings(args: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
             args.steps,
             args.num_images,
             calibration,
+            args.reconstructions,
             keep,
             seed,
         )
@@ -187,6 +190,7 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
         criterion=with_labels(key["criterion"], train),
         allocation=key["allocation"],
         repair=key["repair"],
+        reconstructions=key["reconstructions"],
         steps=key["steps"],
         mirrored=key["calibration"] == "mirrored",
         limits=Limits(round_to=1),
@@ -211,13 +215,13 @@ def measure(model: Any, train: Any, proof: Any, key: dict[str, Any]) -> dict[str
 def markdown(path: Path) -> str:
     """Return the table of a result file: mean ± sd of top-1 over the seeds."""
     lines = [
-        "| model | criterion | widths | repair | steps | images | of | MACs kept | top-1 "
-        "| dense | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | criterion | widths | repair | steps | images | of | mean of | MACs kept "
+        "| top-1 | dense | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, rows in grouped(path, KEY[:-1]).items():
         macs = statistics.mean(float(r["macs_kept"]) for r in rows)
-        cells = [*key[:7], f"{macs:.3f}", mean_and_sd(rows, "top1")]
+        cells = [*key[:8], f"{macs:.3f}", mean_and_sd(rows, "top1")]
         lines.append("| " + " | ".join([*cells, rows[0]["dense_top1"], str(len(rows))]) + " |")
     return "\n".join(lines)
 

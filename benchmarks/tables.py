@@ -54,13 +54,14 @@ def accuracy() -> str:
     lines = []
     for model in ("cifar_resnet56", "cifar_resnet20"):
         found = _oneshot(model)
-        for repair, num, kind, name in (
-            ("compensate", "1000", "train", "compensate"),
-            ("compensate", "1000", "mirrored", "compensate, mirrored"),
-            ("reconstruct", "1000", "train", "reconstruct"),
-            ("reconstruct", "4000", "train", "reconstruct, 4,000 images"),
+        for repair, num, kind, fits, name in (
+            ("compensate", "1000", "train", "1", "compensate"),
+            ("compensate", "1000", "mirrored", "1", "compensate, mirrored"),
+            ("reconstruct", "1000", "train", "1", "reconstruct"),
+            ("reconstruct", "4000", "train", "1", "reconstruct, 4,000 images"),
+            ("reconstruct", "3000", "train", "3", "mean of 3 reconstructions, 3,000 images"),
         ):
-            rows = {k: found.get((repair, num, kind, k)) for k in keeps}
+            rows = {k: found.get((repair, num, kind, fits, k)) for k in keeps}
             if measured := [r for r in rows.values() if r]:
                 cells = (mean_and_sd(r, "top1") if r else "" for r in rows.values())
                 lines.append([f"`{model}`", name, measured[0][0]["dense_top1"], *cells])
@@ -76,12 +77,12 @@ def images() -> str:
         "1,000 images of noise": ("1000", "noise"),
     }
     found = _oneshot("cifar_resnet56")
-    rows = (found["compensate", num, kind, "0.5"] for num, kind in seen.values())
+    rows = (found["compensate", num, kind, "1", "0.5"] for num, kind in seen.values())
     return markdown(list(seen), [[mean_and_sd(r, "top1") for r in rows]])
 
 
 def _oneshot(model: str) -> Mapping[tuple[str, ...], list[dict[str, str]]]:
-    key = ("repair", "num_images", "calibration", "keep")
+    key = ("repair", "num_images", "calibration", "reconstructions", "keep")
     return grouped(RESULTS / f"oneshot-{model}.csv", key)
 
 

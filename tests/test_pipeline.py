@@ -365,6 +365,12 @@ def test_criteria_that_need_labels_say_so(criterion):
         ({"repair": "prayer"}, "repair: expected one of none"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"mirrored": True, "repair": "bn"}, "mirrored: expected only with a repair that fits"),
+        ({"reconstructions": 2}, "reconstructions: expected at least 1, and more only with"),
+        ({"reconstructions": 0, "repair": "reconstruct"}, "expected at least 1, and more only"),
+        (
+            {"reconstructions": 99, "repair": "reconstruct"},
+            "as many as there are batches, found 99",
+        ),
         ({"allocation": "curves", "criterion": "magnitude"}, "allocation"),
         ({"limits": Limits(ignore=("nobody",))}, "ignore: expected the name of a module"),
     ],

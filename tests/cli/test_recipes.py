@@ -176,6 +176,28 @@ def test_mirror_images_need_no_training(run, place):
     assert "mirrored: expected only with a repair that fits weights" in err
 
 
+def test_several_reconstructions_are_told(run, place):
+    how = ["--img-size", "16", "--num-images", "16", "-b", "4", "--repair", "reconstruct"]
+    code, out, err = run(
+        "prune", *MODEL, *how, *QUICK, "--reconstructions", "3", "--json", "--output", "several"
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert document["reconstructions"] == 3
+    assert set(document["images_used"].values()) == {15}
+    recipe = read(place / "several", "config.json")["provenance"]["recipe"]
+    assert recipe["reconstructions"] == 3
+    assert "reconstruct, mean of 3" in (place / "several" / "report.html").read_text("utf-8")
+    code, _, err = run(
+        "prune", *MODEL, *how, "--reconstructions", "3", "--dry-run", "--output", "x"
+    )
+    assert code == 0
+    assert "3 block reconstructions (minutes each)" in " ".join(err.split())
+    code, _, err = run("prune", *MODEL, *how, "--reconstructions", "5", "--output", "none")
+    assert code == 2
+    assert "reconstructions: expected at most 4, as many as there are batches" in err
+
+
 def test_several_values_of_one_flag_are_a_list_or_have_commas_between(tmp_path):
     def granularity_of(value):
         path = tmp_path / "r.json"

@@ -369,6 +369,40 @@ def test_every_image_serves_and_it_is_said_how_many_each_step_used():
     assert all(num == 24 for num in many.values())
 
 
+def test_several_fits_are_the_mean_of_those_to_parts_of_the_images():
+    parts = list(pictures(24, (3, 32)).split(5))
+    model = make("resnet10t")
+    pruned, groups, kept = halved(model, parts[0])
+    given = {"groups": groups, "kept": kept, "rounds": 1, "iterations": 1}
+    used, told = {}, []
+    several = reconstruct_blocks(
+        pruned, model, parts, **given, num_fits=2, seed=3, used=used,
+        progress=lambda *args: told.append(args),
+    )  # fmt: skip
+    alone = [
+        reconstruct_blocks(pruned, model, parts[i::2], **given, seed=3 + i).state_dict()
+        for i in range(2)
+    ]
+    for name, found in several.state_dict().items():
+        if found.is_floating_point():
+            mean = (alone[0][name].double() + alone[1][name].double()) / 2
+            assert torch.equal(found, mean.to(found.dtype))
+        else:
+            assert torch.equal(found, alone[0][name])
+    assert set(used.values()) == {24}
+    total = told[-1][2]
+    assert told == [("reconstruction", i + 1, total) for i in range(total)]
+
+
+@pytest.mark.parametrize("num_fits", [0, 3])
+def test_each_fit_has_a_batch(num_fits):
+    x = pictures(4, (3, 32))
+    model = make("resnet10t")
+    pruned, groups, kept = halved(model, x)
+    with pytest.raises(ValueError, match=f"num_fits: expected 1 to 2, .*, found {num_fits}"):
+        reconstruct_blocks(pruned, model, x.split(2), groups=groups, kept=kept, num_fits=num_fits)
+
+
 def test_large_blocks_look_at_fewer_images(monkeypatch):
     monkeypatch.setattr(reconstruction, "_FEWEST", 1)
     x = pictures(24, (3, 32))

@@ -82,6 +82,11 @@ def _add_prune(sub: Parser) -> None:
         "most 128, are used; on these what is further from the dense model than a cheaper repair "
         "is not taken (compensate)",
     )  # fmt: skip
+    flag(
+        how, "--reconstructions", "N", type=count, default=1,
+        text="with --repair reconstruct: take the mean of so many, each of its own part of the "
+        "images, of which it wants about a thousand (1)",
+    )  # fmt: skip
     flag(how, "--steps", "N", "rounds of cutting (1)", type=count, default=1)
     flag(
         how, "--allocation", None, choices=("curves", "rank", "plain"),

@@ -50,8 +50,6 @@ from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.scores import prunable_weights
 
 _GUESS = 1024  # images that --num-images auto may take
-# What a trial leaves out.
-_MORE = {"reconstruct": "block reconstruction (minutes), "}
 
 
 def plan_prune(args: argparse.Namespace) -> Outcome:
@@ -78,7 +76,7 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     if "channel" in _may_go(args):
         quicker |= {"granularity": ("channel",), "max_depth_removed": 1.0}
     if args.repair == "reconstruct":
-        quicker["repair"] = "compensate"
+        quicker |= {"repair": "compensate", "reconstructions": 1}
 
     sizes = args.keeps if args.max_loss is None else [args.keep] * NUM_SIZES
 
@@ -106,7 +104,7 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
         f"{counted(args.steps, 'step')}, {labels}"
     )
     trials = "trials of depth, " if {"channel", "branch"} <= {*_may_go(args)} else ""
-    say_time(expected, trials + _MORE.get(args.repair, ""))
+    say_time(expected, trials + _reconstructing(args))
     return (0 if reached else 3), document
 
 
@@ -313,6 +311,15 @@ def _say_groups(document: dict[str, Any], groups: ChannelGroups, *, channels: bo
     )
     if channels:
         blocked_lines(document["blocked"])
+
+
+def _reconstructing(args: argparse.Namespace) -> str:
+    """Return what a trial leaves out."""
+    if args.repair != "reconstruct":
+        return ""
+    if args.reconstructions == 1:
+        return "block reconstruction (minutes), "
+    return f"{args.reconstructions} block reconstructions (minutes each), "
 
 
 def _training(

@@ -19,7 +19,7 @@ from tpvprune.widths.limits import Limits
 
 _FROM_FLAGS = (
     "keep", "of", "latency_batch_size", "latency_threads", "steps", "allocation",
-    "max_depth_removed", "mirrored", "seed",
+    "max_depth_removed", "mirrored", "reconstructions", "seed",
 )  # fmt: skip
 _ALL_IMAGES: dict[str, Any] = {"num_images": None}  # the command has chosen them already
 

@@ -19,7 +19,7 @@ from tpvprune.weights.masks import pattern_of
 from tpvprune.weights.pruning import prune_weights
 from tpvprune.widths.limits import Limits
 
-_CHOICES = ("of", "steps", "allocation", "max_depth_removed", "mirrored")
+_CHOICES = ("of", "steps", "allocation", "max_depth_removed", "mirrored", "reconstructions")
 _OTHERS_ONLY = {
     **{name: getattr(Choices, name) for name in _CHOICES},
     **{name: getattr(Limits, name) for name in ("round_to", "min_channels", "max_removed")},

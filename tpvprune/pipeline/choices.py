@@ -51,6 +51,7 @@ class Choices:
     planned_repair: Repair | None = None
     repair_factors: bool | None = None
     mirrored: bool = False
+    reconstructions: int = 1
     steps: int = 1
     num_images: int | None = NUM_IMAGES
     latency_batch_size: int = 1
@@ -74,6 +75,11 @@ class Choices:
             raise ValueError(
                 "mirrored: expected only with a repair that fits weights, found repair "
                 f"{self.repair!r}: leave it out, or pass repair 'compensate'"
+            )
+        if self.reconstructions < 1 or (self.reconstructions > 1 and self.repair != "reconstruct"):
+            raise ValueError(
+                "reconstructions: expected at least 1, and more only with repair 'reconstruct', "
+                f"found {self.reconstructions} and repair {self.repair!r}"
             )
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, found {self.steps}.")

@@ -102,6 +102,9 @@ def prune(model: nn.Module, batches: Iterable[Any], told: Choices) -> PruningRes
         mirrored: Fit weights to the mirror image of every input [B, C, H, W], too, where left and
             right mean nothing: a gain with small images, in a third more time; with large ones
             none was found, in 1.7 times that of compensation (``benchmarks/README.md``).
+        reconstructions: With repair ``"reconstruct"``: so many, each of its own part of the images,
+            in so many times the time; the mean of their weights is taken
+            (:func:`tpvprune.reconstruct_blocks`, ``num_fits``). Each wants about a thousand images.
         steps: Prune in so many rounds of equal ratio, each scored on the repaired network before.
         num_images: So many images are drawn at random from ``batches``, or all where there are no
             more, or with None; a random tenth of them, at most 128, is held back to measure
@@ -142,7 +145,8 @@ def pruned(model: nn.Module, given: Setup) -> PruningResult:
     whole, told = given, given.told
     ranking, keep = told.ranking, told.keep
     how = (
-        sorted(told.leaves), told.max_depth_removed, keep, told.repair, told.mirrored, told.steps
+        sorted(told.leaves), told.max_depth_removed, keep, told.repair, told.mirrored,
+        told.reconstructions, told.steps,
     )  # fmt: skip
     record = Record.of(told.state, *whole.parts(), *how, *_parts_of(ranking))
     if "branch" in told.leaves:

@@ -103,7 +103,7 @@ class Run:
             with given.clock("reconstruction", step, steps):
                 refits["reconstruct"] = reconstruct_blocks(
                     cut, given.aligned, given.fit, **options, used=self.used,
-                    progress=given.clock.progress,
+                    num_fits=given.told.reconstructions, progress=given.clock.progress,
                 )  # fmt: skip
         rounds.model = [cut, *refits.values()][-1]
         with given.clock("measurement", step, steps):
@@ -213,6 +213,7 @@ def report_of(
         "num_images": num_fit,
         "num_held_back": int(total(sum(map(len, given.held)))),
         "mirrored": told.mirrored,
+        "reconstructions": told.reconstructions,
         "images_used": {"selection": num_fit, "repair": num_fit, **run.used},
         "reached": reached,
         **speed,

@@ -166,6 +166,11 @@ def set_up(
     model = own_forward(model) if forward is None else with_forward(model, forward)
     fit, held = hold_back(batches, num_images=told.num_images, seed=told.seed)
     _check_shapes(fit, held)
+    if told.reconstructions > len(fit):
+        raise ValueError(
+            f"reconstructions: expected at most {len(fit)}, as many as there are batches, found "
+            f"{told.reconstructions}: give more images, or smaller batches"
+        )
     with clock("groups"):
         model, said_of_folded = folded_if_equal(model, on_device(from_first(fit[0][:1]), model))
         fused = fused_attention(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,23 @@ def nearest_between(
         if distance(found) < distance(best):
             model, chosen, best = point, fraction, found
     return Between(model, chosen, best, ending)
+
+
+@torch.no_grad()
+def mean_weights(models: Sequence[nn.Module]) -> nn.Module:
+    """Return a copy of the first of some models, alike but for weights, with the mean of these.
+
+    Floating parameters and buffers alone, in float64; others are the first's. Of fits from one
+    start to different images what is peculiar to these averages out.
+
+    Reference: Wortsman et al., Model soups, ICML 2022.
+    """
+    found = copy.deepcopy(models[0])
+    states = [model.state_dict() for model in models]
+    for name, value in found.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.stack([state[name].double() for state in states]).mean(0))
+    return found
 
 
 def _point(start: nn.Module, end: nn.Module, fraction: float) -> nn.Module:

@@ -33,6 +33,7 @@ from tpvprune.repairs.branches import FEWER_ROWS, Plan
 from tpvprune.repairs.chunks import chunk_size
 from tpvprune.repairs.compensation import TARGET_BYTES, refits_towards
 from tpvprune.repairs.gauss_newton import GaussNewton
+from tpvprune.repairs.interpolation import mean_weights
 from tpvprune.repairs.targets import plan_for
 from tpvprune.repairs.views import Views, views_of
 from tpvprune.repairs.walk import BlockFit, Walk
@@ -50,6 +51,7 @@ def reconstruct_blocks(
     *,
     groups: ChannelGroups,
     kept: Mapping[str, Tensor],
+    num_fits: int = 1,
     rounds: int = 2,
     iterations: int = 5,
     stage_iterations: int = 12,
@@ -82,6 +84,10 @@ def reconstruct_blocks(
         batches: Re-iterable of unlabeled inputs.
         groups: Channel groups of ``dense``.
         kept: What stayed, as given to :func:`tpvprune.remove_channels`.
+        num_fits: The batches are dealt to so many reconstructions, which take as long together as
+            so many times one of that many images, and the mean of their weights is returned. One
+            looks at no more than ``max_positions``, so that of thousands of images most are in
+            vain; what is peculiar to the images of one averages out.
         rounds: Linearisations of every block, and of every stage.
         iterations: At most so many conjugate-gradient iterations for each of a block: those after
             which the error on held-back samples is least are taken.
@@ -109,21 +115,67 @@ def reconstruct_blocks(
     Returns:
         The repaired copy. Layers outside of blocks, and in blocks that cannot be matched (see
         :func:`tpvprune.repairs.blocks.find_blocks`), are refitted as by ``compensate_weights``.
+
+    Raises:
+        ValueError: If there are more fits than batches.
     """
+    told: dict[str, Any] = {
+        "groups": groups, "kept": kept, "rounds": rounds, "iterations": iterations,
+        "stage_iterations": stage_iterations, "damping": damping, "num_views": num_views,
+        "max_positions": max_positions, "max_macs": max_macs, "rows_per_input": rows_per_input,
+        "min_rows": min_rows, "max_bytes": max_bytes,
+    }  # fmt: skip
     if num_processes() > 1:  # conjugate gradients would wait for each other at every step
         whole = gathered(unlabeled(batches))
+        told |= {"num_fits": num_fits, "seed": seed, "used": used, "progress": progress}
         with alone():
-            fitted = reconstruct_blocks(
-                pruned, dense, whole, groups=groups, kept=kept, rounds=rounds,
-                iterations=iterations, stage_iterations=stage_iterations, damping=damping,
-                num_views=num_views, max_positions=max_positions, max_macs=max_macs,
-                rows_per_input=rows_per_input, min_rows=min_rows, max_bytes=max_bytes, seed=seed,
-                used=used, progress=progress,
-            )  # fmt: skip
+            fitted = reconstruct_blocks(pruned, dense, whole, **told)
         spread_weights(fitted)
         return fitted
-    repaired = copy.deepcopy(pruned)
     inputs = list(unlabeled(batches))
+    if not 1 <= num_fits <= len(inputs):
+        raise ValueError(
+            f"num_fits: expected 1 to {len(inputs)}, as many as there are batches, found {num_fits}"
+        )
+    fits, used = [], {} if used is None else used
+    for i in range(num_fits):
+        part, seen = inputs[i::num_fits], dict[str, int]()
+        told |= {"seed": seed + i, "used": seen, "progress": _part_of(progress, i, num_fits)}
+        fits.append(_reconstructed(pruned, dense, part, **told))
+        used.update({name: used.get(name, 0) + num for name, num in seen.items()})
+    return mean_weights(fits) if num_fits > 1 else fits[0]
+
+
+def _part_of(progress: Progress | None, i: int, num: int) -> Progress | None:
+    """Return what tells the progress of one of several runs as that of all."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(stage, i * total + done, num * total)
+
+
+def _reconstructed(
+    pruned: nn.Module,
+    dense: nn.Module,
+    inputs: list[Tensor],
+    *,
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    rounds: int,
+    iterations: int,
+    stage_iterations: int,
+    damping: float,
+    num_views: int | None,
+    max_positions: int,
+    max_macs: float,
+    rows_per_input: int,
+    min_rows: int,
+    max_bytes: int,
+    seed: int,
+    used: dict[str, int],
+    progress: Progress | None,
+) -> nn.Module:
+    """Reconstruct once; see :func:`reconstruct_blocks`."""
+    repaired = copy.deepcopy(pruned)
     first = on_device(torch.cat([x[:2] for x in inputs[:2]])[:2], dense)
     with evaluating(dense, repaired), torch.no_grad():
         blocks, stages = find_blocks(dense, repaired, first, groups, kept)
@@ -151,12 +203,10 @@ def reconstruct_blocks(
         walks.append((again, replace(solver, iterations=stage_iterations), then))
     total = sum(len(found) for found, _, _ in walks)
     done = itertools.count(1)
-    if used is not None:
-        used["layers"] = views.num_images
+    used["layers"] = views.num_images
 
     def note(block: Block, num_inputs: int) -> None:
-        if used is not None:
-            used[block.name] = num_inputs // copies
+        used[block.name] = num_inputs // copies
         if progress is not None:
             progress("reconstruction", next(done), total)
 

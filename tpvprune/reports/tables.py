@@ -218,6 +218,9 @@ def making(data: Mapping[str, Any]) -> str:
     settings = {head_of(key): data.get(key) for key in _SETTINGS}
     if data.get("round_to") == "auto":
         settings[head_of("round_to")] = "16 in wide groups to 1 in narrow ones"
+    fits = data.get("reconstructions")
+    if isinstance(fits, int) and fits > 1:
+        settings[head_of("repair")] = f"{data.get('repair')}, mean of {fits}"
     used = {_USED.get(name, name): num for name, num in (data.get("images_used") or {}).items()}
     if data.get("mirrored"):
         used[_USED["repair"]] = f"{used[_USED['repair']]} and their mirror images"
