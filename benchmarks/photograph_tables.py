@@ -21,7 +21,12 @@ def photographs() -> str:
 def headline() -> str:
     """Return what the default keeps on photographs at 0.8 of the MACs, a line per network."""
     lines = [
-        [f"`{s.model}`", f"{s.keep:g}", f"{s.dense_top1:.1f}", f"{s.top1:.1f}"]
+        [
+            f"`{s.model}`",
+            f"{s.keep:g}",
+            f"{s.dense_top1:.1f}",
+            f"{s.top1:.1f}" + ("" if s.sd is None else f" ± {s.sd:.1f}"),
+        ]
         for s in summarise(_photograph_rows())
         if (criterion_of(s), s.repair, s.keep) == ("TPV, curves", "compensate", 0.8)
     ]

@@ -390,6 +390,8 @@ class TestModels:
             ValueError, match=r"unknown model 'resnet19': did you mean resnet10t|resnet18"
         ):
             load_model("resnet19")
+        with pytest.raises(ValueError, match=r"did you mean torchvision/resnet18\?$"):
+            load_model("torchvison/resnet18")
 
     @pytest.mark.parametrize(
         ("name", "options", "message"),

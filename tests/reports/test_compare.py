@@ -201,9 +201,14 @@ def test_names_are_escaped():
     assert "<script" not in render_comparison([(EVIL, data), ("b", report(criterion=EVIL))])
 
 
-def test_one_run_is_nothing_to_compare(folders, capsys):
+def test_one_run_is_nothing_to_compare(folders, tmp_path, capsys):
     assert main(["compare", folders[0]]) == 2
     assert "expected at least two folders, found 1" in capsys.readouterr().err
+    (tmp_path / "comparison.html").touch()
+    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "found one that holds several" in said
+    assert "comparison.html compares them" in said
 
 
 MIXED = '{"dense": {"macs": "x"}, "pruned": {"macs": 1}}'

@@ -318,7 +318,7 @@ COMMANDS = {
         "model", _UNTOUCHED, "epoch", shared=True, plain=False,
     ),
     "benchmark": Command(
-        _add_benchmark, "benchmark", "--model M --data-dir D --eval-dir D --output OUT [options]",
+        _add_benchmark, "benchmark", "--model M --data-dir D --eval-dir D --output OUT ...",
         "Compare criteria at equal images, budgets and repairs. A run that was stopped goes on "
         "when it is started again.",
         after=": the same command goes on with the rows that are missing", shared=True, plain=False,

@@ -101,6 +101,8 @@ class Stages:
 @contextmanager
 def updates() -> Iterator[Callable[[str, int, int], None]]:
     """Show how far a training is and how long it will take: a bar, or a line per stage."""
+    from tpvprune.repairs.duration import TICKS  # with torch, which most commands wait for later
+
     shown = _bar(unit="update")
     start, stage, first, last = time.monotonic(), "", 0, (0, 0)
 
@@ -119,6 +121,8 @@ def updates() -> Iterator[Callable[[str, int, int], None]]:
                 # A run that goes on does not begin at 0.
                 start, first = time.monotonic(), done - 1
                 shown.reset(total)
+                if total == TICKS:  # parts of the minutes: their numbers tell nothing
+                    shown.bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"
                 shown.initial = shown.n = first
             stage = running
             shown.set_description(stage, refresh=False)
@@ -298,11 +302,12 @@ def trained_line(training: Mapping[str, Any]) -> None:
         for key, name in (("agreement", "agreement"), ("top1", "top-1 by --eval-dir"))
         if before.get(key) is not None and after.get(key) is not None
     )
-    say(
-        f"{used}; {counted(training['num_held_back'], 'held-back image')}: {decided}output "
-        f"variance {before['output_variance']:.4g} before, {after['output_variance']:.4g} after"
-        f"{shares}"
+    varied = (
+        f"output variance, of the dense model's own, {before['variance_share']:.3g} before, "
+        f"{after['variance_share']:.3g} after"
     )
+    on = counted(training["num_held_back"], "held-back image")
+    say(f"{used}; {on}: {decided}{varied}{shares}")
     if training["saved"] == "start":
         say(
             "note: training took the model further from its teacher, so the weights it began "

@@ -116,6 +116,11 @@ def _check_latency(args: argparse.Namespace) -> None:
 
 
 def _check_runs(folders: Sequence[str]) -> None:
+    if len(folders) == 1 and (page := Path(folders[0]) / sizes.COMPARISON).is_file():
+        raise ValueError(
+            f"compare: expected at least two folders, found one that holds several: {page} "
+            f"compares them; for another page pass {Path(folders[0]) / '*'}"
+        )
     if len(folders) < 2:
         raise ValueError(
             f"compare: expected at least two folders, found {len(folders)}: report.html of a "

@@ -364,7 +364,8 @@ run_distill, run_finetune = partial(_run, labelled=False), partial(_run, labelle
 
 
 def _closeness(found: Difference) -> dict[str, float]:
-    return {key: guard.facts(found)[key] for key in ("output_variance", "agreement")}
+    keys = ("output_variance", "variance_share", "agreement")
+    return {key: guard.facts(found)[key] for key in keys}
 
 
 def _measured(found: Difference) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tpvprune.passes.difference import Difference, Reference
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_CPU = torch.device("cpu")  # not every device has float64
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def mean_weights(models: Sequence[nn.Module]) -> nn.Module:
     states = [model.state_dict() for model in models]
     for name, value in found.state_dict().items():
         if value.is_floating_point():
-            value.copy_(torch.stack([state[name].double() for state in states]).mean(0))
+            parts = [state[name].to(_CPU, torch.float64) for state in states]
+            value.copy_(torch.stack(parts).mean(0))
     return found
 
 

@@ -242,6 +242,9 @@ def _check_name(name: str) -> None:
     if timm.is_model(base):
         return
     close = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.6)
+    home, _, rest = name.partition("/")
+    if rest and difflib.get_close_matches(home, ["torchvision"]):
+        close = [f"torchvision/{rest}"]
     hint = f": did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"unknown model {name!r}{hint}")
 
