@@ -7,7 +7,6 @@ import math
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from tpvprune.saved.quantization import (
     check_ranges,
     tried_files,
 )
+from tpvprune.widths.speed import clock_of
 
 _CALIBRATED = 64  # images at most: more take longer, and only widen the ranges of min-max
 
@@ -274,10 +274,11 @@ def _timed(sessions: Mapping[str, OnnxModule], x: Tensor, repeats: int) -> dict[
     if not repeats:
         return dict.fromkeys(sessions, (None, None))
     times: dict[str, list[float]] = {name: [] for name in sessions}
+    clock = clock_of(torch.device("cpu"), num_threads=1)  # as the sessions have
     for _ in range(repeats + 2):  # the first two are not counted
         for name, session in sessions.items():
-            start = time.perf_counter()
+            start = clock()
             session(x)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     quartiles = {n: statistics.quantiles(t[2:], n=4, method="inclusive") for n, t in times.items()}
     return {name: (middle, (low, high)) for name, (low, middle, high) in quartiles.items()}

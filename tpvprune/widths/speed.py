@@ -132,13 +132,15 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, statistics.median(values), high
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
+def clock_of(device: torch.device, num_threads: int | None = None) -> Callable[[], float]:
     """Return what times calls on a device: on one thread of a CPU the time of this process.
+
+    ``num_threads``: of a call; None: as many as torch is set to.
 
     From that a busy machine takes nothing: where others wait for the same core, the wall says how
     often one was interrupted.
     """
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    alone = device.type == "cpu" and (num_threads or torch.get_num_threads()) == 1
     return time.process_time if alone and sys.platform != "win32" else time.perf_counter
 
 
