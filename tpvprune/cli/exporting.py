@@ -183,7 +183,7 @@ def _show_int8(found: Quantized) -> None:
     )
     if len({way.bits for way in found.tried_weights}) > 1:
         say("for another processor choose the bits: --weight-bits 8 with VNNI, 7 without")
-    say("ONNX Runtime, one thread; ms of the process: median (quartiles)")
+    say("ONNX Runtime, one thread; ms: median (quartiles)")
 
 
 def _show_agreement(found: Quantized) -> None:
