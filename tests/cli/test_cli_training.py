@@ -45,6 +45,7 @@ def root(tmp_path_factory):
     model.reset_classifier(0)
     torch.save(model.state_dict(), root / "features.pt")
     write_images(root / "flat", 40)
+    write_images(root / "others", 40)
     write_images(root / "two", 2)
     write_classes(root / "classes", "abcd", 8)
     write_classes(root / "other", "ab", 8)
@@ -247,8 +248,10 @@ def test_killed_command_goes_on_to_the_bytes_of_the_unbroken_one(run, tmp_path, 
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [
         "out.unfinished.safetensors"
     ]
-    code, _, err = run(*distil(tmp_path / "out", "--lr", "0.5", *argv))
-    assert_one_line(code, err, "expected the state of this run")
+    # Other settings, other images, the same ones in another manner or in other batches.
+    for other in (["--lr", "0.5"], ["--data-dir", "others"], ["--no-mix"], ["-b", "10"]):
+        code, _, err = run(*distil(tmp_path / "out", *argv, *other))
+        assert_one_line(code, err, "expected the state of this run")
     code, out, _ = run(*distil(tmp_path / "out", *argv, "--json"))
     assert code == 0
     assert len(done) == 11 + 4

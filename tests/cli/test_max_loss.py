@@ -175,3 +175,44 @@ def test_a_plan_says_how_many_sizes_are_tried(run, tmp_path):
     assert code == 0 and document["keep"] is None and document["max_loss"] == 10
     assert "at most 10 points of agreement lost: up to 5 sizes" in text
     assert "28 images more decide and judge" in text
+
+
+TWO_OUTPUTS = """
+import timm, torch
+
+class TwoOutputs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = timm.create_model("test_resnet", num_classes=3, checkpoint_path="a.pt")
+
+    def forward(self, x):
+        found = self.body(x)
+        return {"a": 0 * found + torch.tensor([1.0, 0.0, 0.0]), "b": found}
+"""
+
+
+def test_the_output_that_counts_decides_and_judges(run, root, monkeypatch):
+    """The agreement of another, which here no cut changes, says nothing of it."""
+    (root / "two_outputs.py").write_text(TWO_OUTPUTS)
+    monkeypatch.syspath_prepend(root)
+    argv = ["prune", "--model", "two_outputs:TwoOutputs", "--data-dir", "images", "--outputs", "b"]
+    argv += [
+        "--img-size",
+        "32",
+        "-b",
+        "8",
+        "--num-images",
+        "32",
+        "--latency-repeats",
+        "0",
+        "--json",
+    ]
+    argv += ["--repair", "none", "--max-loss", "5", "--output", "two"]
+    _, out, _ = run(*argv)
+    document = json.loads(out)
+    lost = document["quality"]["measured"]["points"]
+    assert document["pruned"]["agreement"] == pytest.approx(1 - lost / 100)
+    assert any(size["loss"]["points"] for size in document["quality"]["sizes"])
+    code, _, err = run(*argv, "--repair", "distill", "--output", "none")
+    assert code == 2
+    assert "a repair that tells outputs apart, found --repair distill" in " ".join(err.split())

@@ -50,7 +50,7 @@ def said(capsys, show, *args):
 
 @pytest.mark.parametrize("show", [show_pruned, show_trained])
 def test_a_broken_result_is_said_before_anything_else(capsys, show):
-    after = {"output_variance": 1.0, "agreement": 0.9}
+    after = {"output_variance": 1.0, "variance_share": 0.1, "agreement": 0.9}
     facts = {
         "epochs": 2, "lr": 0.1, "num_images": 9, "num_held_back": 2, "used_labels": False,
         "before": after, "after": after, "saved": "trained", "fraction": 1.0,

@@ -192,7 +192,8 @@ def _say_spread(side: Mapping[str, Any], *, dense: Mapping[str, Any] | None = No
     ranges = {name: one.get("latency_range_ms") for name, one in sides.items()}
     spread = ", ".join(f"{r[0]:.2f} to {r[1]:.2f} ms{name}" for name, r in ranges.items() if r)
     if spread:
-        say(f"latency: median, {side['latency_device']}; quartiles {spread}")
+        turns = "" if dense is None else "; ratio: median over turns"
+        say(f"latency: median, {side['latency_device']}; quartiles {spread}{turns}")
 
 
 def blocked_lines(blocked: Sequence[Mapping[str, Any]]) -> None:
@@ -222,7 +223,11 @@ def show_pruned(document: Mapping[str, Any]) -> None:
     if "training" in document:
         trained_line(document["training"])
     images = document["images"]
-    used = "LABELS WERE USED to choose channels" if document["used_labels"] else "no label was used"
+    used = (
+        "LABELS WERE USED to choose channels, or before"
+        if document["used_labels"]
+        else "no label was used"
+    )
     on = "" if document["pruned"].get("agreement") is None else "; agreement measured on "
     on = on and on + images["agreement_on"]
     say(f"{counted(images['num_images'], 'image')}, {used}{on}")

@@ -69,6 +69,11 @@ def _check_auto(args: argparse.Namespace) -> None:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
+    if args.command == "prune" and args.repair == "distill" and args.outputs:
+        raise ValueError(
+            "--outputs: expected a repair that tells outputs apart, found --repair distill, which "
+            "teaches all of them: take another, or leave --outputs out"
+        )
     if args.command == "score" and args.outputs and args.criterion not in READS_OUTPUTS:
         raise ValueError(
             f"--outputs: expected a criterion that looks at outputs, found {args.criterion}: "

@@ -12,7 +12,7 @@ from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs
 from tpvprune.cli.console import counted, say, stages
 from tpvprune.cli.flag_groups import AUTO
-from tpvprune.cli.pruning_options import check_pruning_options, pruning_options
+from tpvprune.cli.pruning_options import check_pruning_options, outputs_of, pruning_options
 from tpvprune.cli.session import Outcome, Subject, ignored, open_subject
 from tpvprune.cli.session_images import (
     EvalImages,
@@ -116,7 +116,8 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
     if args.max_loss is None:
         return opened
     half, judging = halves(eval_images.batches)
-    deciding = Losses(subject.model, half, labelled=evaluated is not None)
+    outputs = outputs_of(args)
+    deciding = Losses(subject.model, half, labelled=evaluated is not None, outputs=outputs)
     deciding.prepare()  # a model without classes is refused before any work
     return replace(
         opened,
@@ -198,8 +199,9 @@ def _result(
     if opened.deciding is None:
         return prune_once(args.keep)
     judging = Losses(
-        opened.subject.model, opened.eval_images.batches, labelled=opened.deciding.labelled
-    )
+        opened.subject.model, opened.eval_images.batches, labelled=opened.deciding.labelled,
+        outputs=outputs_of(args),
+    )  # fmt: skip
     return smallest_within(
         prune_once, opened.deciding, judging, max_loss=args.max_loss, is_given=bool(args.ranking),
         notice=say,

@@ -281,7 +281,7 @@ def has_labels(images: ImageSource, subject: Subject, *, explicit: bool) -> bool
         return True
     expected = subject.num_classes
     if images.num_classes == expected:
-        return expected is not None
+        return expected is not None and expected > 1  # a folder without subfolders is one class
     if (images.num_classes or 1) > 1:
         known = expected or "no"
         say(

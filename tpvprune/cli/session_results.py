@@ -66,6 +66,7 @@ def finished(
     document = {
         **provenance(args, subject),
         **result.report,
+        "used_labels": result.report["used_labels"] or bool(earlier.get("used_labels")),
         "granularity": "head" if args.granularity == "head" else result.report["granularity"],
         "dense": {**result.report["dense"], **dense},
         "pruned": {**result.report["pruned"], **pruned},

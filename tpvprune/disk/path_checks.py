@@ -19,10 +19,11 @@ def check_images(path: str | Path, *, arrays: bool = False) -> None:
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise ValueError(f"{path}: cannot be read: check its permissions")
     if path.is_file() and path.suffix not in {".tar", *([".npy"] if arrays else [])}:
-        what = "a folder, an uncompressed .tar of images" if arrays else "a folder"
-        what += " or an .npy of arrays" if arrays else " or an uncompressed .tar of images"
+        array = ", or an .npy of them" if arrays else ""
         hint = ": a list of image files goes to --data-list" if path.suffix == ".txt" else ""
-        raise ValueError(f"{path}: expected {what}{hint}")
+        raise ValueError(
+            f"{path}: expected a folder or an uncompressed .tar of images{array}{hint}"
+        )
 
 
 def _check_is_file(path: str | Path, *, otherwise: str) -> None:

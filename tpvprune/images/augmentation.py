@@ -121,6 +121,7 @@ class HeldImages:
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
         self.augment = augment
+        self.identity = b""  # of which images in what manner, if known
         shape = (1, images.shape[1], 1, 1)
         self._scale = 1 / (255 * torch.tensor(std, device=images.device).reshape(shape))
         self._shift = 255 * torch.tensor(mean, device=images.device).reshape(shape)

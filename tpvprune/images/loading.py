@@ -42,6 +42,7 @@ class ImageBatches:
     notice: Callable[[str], None] | None = None
     skipped: int = field(default=0, init=False)
     first_skipped: str = field(default="", init=False)
+    identity: bytes = field(default=b"", init=False)  # of which images in what manner, if known
 
     def __len__(self) -> int:
         """Return the number of batches; TypeError if it is a stream of unknown length."""

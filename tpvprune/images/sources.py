@@ -324,6 +324,8 @@ def array_images(path: str | Path) -> ImageSource:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"{path}: expected a NumPy array of images, found damage") from error
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"{path}: expected one NumPy array of images, found an archive (.npz)")
     channels = images.shape[3:] if images.ndim == 4 else (1,) if images.ndim == 3 else ()
     if images.dtype != np.uint8 or channels not in ((1,), (3,)) or not images.size:
         raise ValueError(

@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data.transforms import MaybeToTensor, str_to_pil_interp
 from torch import Tensor
 
+from tpvprune.disk.digest import digest_of
 from tpvprune.images.augmentation import HeldImages, crop_and_flip, crop_flip_and_mix, mix
 from tpvprune.images.loading import HELD_BYTES, ImageBatches, chosen_items
 from tpvprune.images.preprocessing import IMAGE_MODES, Preprocessing, in_colours
@@ -47,12 +48,16 @@ def training_images(
     mirrored as they are decoded, on every pass.
 
     ``num_images``: None for all. ``apart``: places of images that are left out. Returns re-iterable
-    batches, and what is left to do to each batch of inputs, or None.
+    batches, and what is left to do to each batch of inputs, or None. Their ``identity`` tells
+    images and manner from others, as a run that goes on has to.
     """
     if source.count is not None:
         rest = source.count - skip - len(apart)
         num_images = rest if num_images is None else min(num_images, rest)
     items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed, apart=apart)
+    names = [source.name, *(() if source.count is None else map(source.where, items()))]
+    manner = (preprocessing.config, batch_size, labelled, mixed, skip, num_images)
+    identity = digest_of("\n".join(map(str, names)), *map(repr, manner))
     options: dict[str, Any] = {"workers": workers, "labelled": labelled, "notice": notice}
 
     def batches(
@@ -62,10 +67,12 @@ def training_images(
     ) -> ImageBatches:
         # As in memory, a last batch that is not full is left out of a pass that is shuffled.
         full = None if total is None else total - (total % batch_size if total > batch_size else 0)
-        return ImageBatches(
+        found = ImageBatches(
             source, lambda: itertools.islice(arranged(items()), full), preprocessing, full,
             batch_size, **options,
         )  # fmt: skip
+        found.identity = identity
+        return found
 
     if max(preprocessing.input_size[1:]) > LARGEST_SMALL:
         size = preprocessing.input_size[1:]
@@ -81,10 +88,12 @@ def training_images(
     held = list(progress(found) if progress else found)
     images = torch.cat([batch[0] if labelled else batch for batch in held])
     labels = torch.cat([batch[1] for batch in held]) if labelled else None
-    return HeldImages(
+    kept = HeldImages(
         images, mean=config["mean"], std=config["std"], batch_size=batch_size, augment=augment,
         labels=labels,
-    ), None  # fmt: skip
+    )  # fmt: skip
+    kept.identity = identity
+    return kept, None
 
 
 def _normalised(preprocessing: Preprocessing) -> Preprocessing:

@@ -17,7 +17,7 @@ from tpvprune.passes.outputs import Outputs
 from tpvprune.passes.running import evaluating, first_output, on_device
 from tpvprune.processes.shares import part_of, summed
 from tpvprune.repairs.interpolation import nearest_between
-from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
+from tpvprune.repairs.training import Recipe, count_batches, identity_of, returned_by, train
 
 DistillationLoss = Literal["logits", "divergence"]
 # Brings the relative error's gradients to where learning rates of 0.001 to 0.01 are right.
@@ -140,7 +140,7 @@ def distill(
         trained = train(
             student, epoch_batches, count_batches(source), loss_of, recipe,
             state=state, masks=masks, progress=progress, watch=watch,
-            identity=(said_of(loss, temperature, mirrored=mirrored), dense),
+            identity=(said_of(loss, temperature, mirrored=mirrored), dense, identity_of(batches)),
         )  # fmt: skip
     if held_back is None:
         return trained

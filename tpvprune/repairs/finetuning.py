@@ -14,7 +14,7 @@ from tpvprune.passes.evaluation import class_indices
 from tpvprune.passes.moments import in_single
 from tpvprune.passes.running import first_output
 from tpvprune.processes.shares import part_of
-from tpvprune.repairs.training import Recipe, count_batches, returned_by, train
+from tpvprune.repairs.training import Recipe, count_batches, identity_of, returned_by, train
 from tpvprune.scores.baselines.gradients import labelled_pairs
 
 Labelled = tuple[Tensor, Tensor]
@@ -49,5 +49,6 @@ def finetune(
 
     return train(
         model, epoch_batches, count_batches(labelled_batches), loss_of, recipe,
-        state=state, masks=masks, identity=(LABELS,), progress=progress,
+        state=state, masks=masks, identity=(LABELS, identity_of(labelled_batches)),
+        progress=progress,
     )  # fmt: skip

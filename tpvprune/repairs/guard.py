@@ -108,7 +108,8 @@ def _broken(found: Difference) -> str:
     share = f"output variance {_share(found.share)} of the dense model's own{_worst(found)}"
     if not found.has_classes:
         return f"on {images} {share}"
-    kept = f"of {images} only {_percent(found.agreement)} keep their class (by chance "
+    only = "only " if found.agreement < 0.5 else ""  # else it is the variance that is too large
+    kept = f"of {images} {only}{_percent(found.agreement)} keep their class (by chance "
     kept += f"{_percent(found.chance)})"
     return f"{kept}, {share}" if found.num_images > 1 else kept
 

@@ -95,7 +95,7 @@ def train(
     *,
     state: str | Path | None = None,
     masks: Mapping[str, Tensor] | None = None,
-    identity: Sequence[str | nn.Module] = (),
+    identity: Sequence[str | bytes | nn.Module] = (),
     progress: Callable[[str, int, int], None] | None = None,
     watch: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
@@ -233,6 +233,11 @@ class _Run:
             self.scaler.load_state_dict(facts["scaler"])
         self.length.go_on(facts["seconds"])
         return int(facts["epochs"])
+
+
+def identity_of(batches: Any) -> bytes:
+    """Return what tells images and manner from others, where batches know it."""
+    return bytes(getattr(batches, "identity", b""))
 
 
 def check_state(path: Path, recipe: Recipe, *words: str) -> None:
