@@ -15,7 +15,7 @@ from image_cases import as_tar, spoil, write_classes, write_images
 
 from tpvprune.cli import commands, pruning, session_images
 from tpvprune.cli.entry import main
-from tpvprune.images.loading import choose_images
+from tpvprune.images.loading import choose_images, permutation
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.passes.drawing import drawn_indices
@@ -81,7 +81,7 @@ def measured(prune_once):
 
 
 class TestPrune:
-    def test_json_holds_the_documented_keys(self, measured):
+    def test_json_holds_the_documented_keys(self, root, measured):
         _, code, out, err = measured
         document = json.loads(out)
         assert code == 0
@@ -101,15 +101,17 @@ class TestPrune:
             assert f"{low:.2f} to {high:.2f} ms {which}" in " ".join(err.split())
         assert 0 <= document["pruned"]["top1"] <= 1
         assert document["pruned"]["macs"] <= 0.5 * document["dense"]["macs"]
+        fitted = document["images"].pop("fitted")
         assert document["images"] == {
             "source": "flat",
             "num_images": 24,
             "agreement_on": "24 labelled images",
-            "fitted": [
-                {"source": "flat", "count": 40, "seed": 0, "num": 24, "held_back": True,
-                 "left": None}
-            ],
-        }  # fmt: skip
+        }
+        held = [permutation(40, 0)[i] for i in drawn_indices(24, seed=0)[1]]
+        digest = open_images(root / "flat").digest
+        assert fitted == [
+            {"source": "flat", "digest": digest, "count": 40, "seed": 0, "num": 24, "apart": held}
+        ]
         assert max(map(len, err.splitlines())) <= 80
 
     def test_text_says_what_it_cost_and_that_no_label_was_used(self, plain):

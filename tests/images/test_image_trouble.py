@@ -15,7 +15,7 @@ from PIL import Image
 from tpvprune.cli.entry import main
 from tpvprune.images.loading import choose_images
 from tpvprune.images.preprocessing import in_colours, resolve_preprocessing
-from tpvprune.images.sources import listed_images, open_images
+from tpvprune.images.sources import open_images
 
 SIZE = 16
 
@@ -118,8 +118,10 @@ class TestKindsThatAreRead:
         found = read(folder, same)
         assert len(found) == 5
         assert len(found.flatten(1).unique(dim=0)) == 3
-        (tmp_path / "list.txt").write_text("flat/0001.png\nflat/0001.png\n")
-        assert listed_images(tmp_path / "list.txt").count == 2
+        note = open_images(folder).note
+        assert f"1 images of {folder} are links to images that are there again (first: " in note
+        (folder / "link.png").unlink()
+        assert open_images(folder).note == ""
 
     def test_a_folder_that_links_lead_to_twice_is_refused(self, tmp_path):
         folder = write_images(tmp_path / "flat", 3, size=SIZE)

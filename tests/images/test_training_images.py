@@ -1,9 +1,7 @@
 """Augmentation against slow loops; images for training are decoded, chosen and labelled right."""
 
 import itertools
-import json
 import math
-from dataclasses import replace
 
 import pytest
 import timm
@@ -13,13 +11,11 @@ from PIL import Image
 
 from tpvprune.images import training as module
 from tpvprune.images.augmentation import HeldImages, crop_and_flip, mix
-from tpvprune.images.fitted import Fitted, fitted_facts
-from tpvprune.images.loading import ImageBatches, choose_images, permutation
+from tpvprune.images.loading import ImageBatches, choose_images
 from tpvprune.images.preprocessing import resolve_preprocessing
 from tpvprune.images.sources import open_images
 from tpvprune.images.training import random_box, training_images
 from tpvprune.passes.batches import private_randomness
-from tpvprune.passes.drawing import hold_back
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -165,76 +161,14 @@ def one_pass(batches, seed=0):
 def test_small_images_are_held_as_the_evaluation_sees_them(tmp_path):
     source = open_images(write_images(tmp_path, 9, size=20))
     prepared = preprocessing(16)
-    held, left = training_images(source, prepared, skip=3, batch_size=2)
+    held, left = training_images(source, prepared, apart=[1, 4, 8], batch_size=2)
     assert left is None
     held.augment = None
-    chosen = choose_images(source, prepared, num_images=6, skip=3)
+    places = [0, 2, 3, 5, 6, 7]
+    chosen = choose_images(source, prepared, num_images=None, places=places)
     expected = {tuple(x.flatten().tolist()) for x in torch.cat(list(chosen)).mul(1e3).round()}
     found = {tuple(x.flatten().tolist()) for x in torch.cat(one_pass(held)).mul(1e3).round()}
     assert len(found & expected) == 6  # the same but for rounding of bytes
-
-
-def test_what_no_fit_has_seen_is_neither_drawn_nor_trained_on(tmp_path):
-    source, prepared = open_images(write_images(tmp_path, 30, size=16)), preprocessing(16)
-    for num, seed in itertools.product((12, 27, 30), range(3)):
-        drawn = list(choose_images(source, prepared, num_images=num, seed=seed))
-        fit, held = hold_back(drawn, seed=seed)
-        fitted = Fitted("images", 30, seed, num, held_back=True)
-        places = fitted.unseen(30)
-        left = torch.cat(list(choose_images(source, prepared, num_images=None, places=places)))
-        assert len(left) == 30 - num + len(torch.cat(held))
-        assert not _rows(left) & _rows(torch.cat(fit))
-        assert fitted.unseen(2) == places[-2:]
-        without = replace(fitted, held_back=False)
-        assert without.unseen(30) == places[len(torch.cat(held)) :]
-        batches, _ = training_images(source, prepared, apart=places, batch_size=1, seed=seed + 1)
-        batches.augment = None
-        assert len(torch.cat(one_pass(batches))) == 30 - len(places)
-        near = torch.cdist(torch.cat(one_pass(batches)).flatten(1), left.flatten(1))
-        assert near.min() > 0.1  # rounding to bytes moves an image by less
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num": None}, {"num": "9"}, {"num": 31}, {"count": 29}, {"seed": True}, {"source": None},
-        {"source": "others"},
-    ],
-)  # fmt: skip
-def test_of_another_set_nothing_is_known(tmp_path, wrong):
-    source = open_images(write_images(tmp_path / "images", 30, size=16))
-    found = Fitted.to(source, seed=1, num=9, held_back=True)
-    entry = fitted_facts(found, None, {})[0]
-    report = json.loads(json.dumps({"images": {"fitted": [{**entry, **wrong}, entry]}}))
-    assert Fitted.of_report(report, source) == found
-    report["images"]["fitted"].pop()
-    assert Fitted.of_report(report, source) is None
-
-
-@pytest.mark.parametrize("report", [{}, {"images": None}, {"images": {"fitted": {"num": 9}}}])
-def test_a_report_may_say_nothing_of_sets(tmp_path, report):
-    source = open_images(write_images(tmp_path / "images", 30, size=16))
-    assert Fitted.of_report(report, source) is None
-    assert fitted_facts(None, None, report) == []
-
-
-def test_sets_of_earlier_fits_are_remembered(tmp_path):
-    first, second = (
-        open_images(write_images(tmp_path / name, num, size=16))
-        for name, num in {"first": 30, "second": 12}.items()
-    )
-    report = {}
-    for source, num in [(first, 9), (second, 5), (first, 20)]:
-        fitted = Fitted.to(source, seed=1, num=num)
-        report = {"images": {"fitted": fitted_facts(fitted, {"num_held_back": 3}, report)}}
-    assert len(report["images"]["fitted"]) == 2
-    assert Fitted.of_report(report, first).num == 20
-    assert Fitted.of_report(report, second).unseen(12) == permutation(12, 1)[-3:]
-    assert fitted_facts(None, None, report) == report["images"]["fitted"]  # a stream
-
-
-def _rows(x):
-    return {row.numpy().tobytes() for row in x}
 
 
 def test_small_images_that_do_not_fit_are_decoded_on_every_pass(tmp_path, monkeypatch):

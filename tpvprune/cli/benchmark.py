@@ -42,7 +42,7 @@ def run_benchmark(args: argparse.Namespace) -> Outcome:
     settings = _settings(args, subject, images)
     by_first(_check_output, args.output, settings, overwrite=args.overwrite)
     with alone():  # every process measures series of its own, on all of the images
-        test = labelled_images(args, subject)
+        test = labelled_images(args, subject, images)
     by_first(write_json, args.output / _SETTINGS, settings)
 
     def drawn(seed: int) -> Any:

@@ -6,7 +6,6 @@ import argparse
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tpvprune.cli.console import (
@@ -43,7 +42,7 @@ from tpvprune.cli.session_results import (
 )
 from tpvprune.depth import branch_savings, find_branches
 from tpvprune.groups import ChannelGroups, find_groups, fused_attention, unfuse_attention
-from tpvprune.images.fitted import Fitted
+from tpvprune.images.fitted import said_of_seen
 from tpvprune.images.loading import ImageBatches, in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.evaluation import difference
@@ -194,21 +193,15 @@ def _say_images(
     images: Mapping[str, Any], report: Mapping[str, Any], source: ImageSource, chosen: ImageBatches
 ) -> None:
     """Say on how many images a model was measured, and how many of them it was fitted to."""
-    say(f"measured on {counted(images['num_images'], 'image')} of {images['source']}")
-    fitted, earlier = Fitted.of_report(report, source), report.get("images") or {}
-    if fitted is not None:
-        num = fitted.num_seen(chosen.items())
-        if not num:
-            return
-        what = f"{num} of them took part in the cut or a training"
-    elif Path(str(earlier.get("source"))).name == Path(images["source"]).name:
-        what = f"it was pruned with {counted(earlier['num_images'], 'image')} of a set of that name"
-    else:
-        return
-    say(
-        f"note: {what}: on images that it was fitted to it is closer to the dense model than on "
-        "others"
-    )
+    num = images["num_images"]
+    say(f"measured on {counted(num, 'image')} of {images['source']}")
+    places = range(num) if source.count is None else chosen.items()
+    what = said_of_seen(report, source, places, "of them")
+    if what:
+        say(
+            f"note: {what}: on images that it was fitted to it is closer to the dense model than "
+            "on others"
+        )
 
 
 def run_latency_table(args: argparse.Namespace) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tpvprune.cli.flag_groups import check_unset
 from tpvprune.cli.session import Outcome, Subject, open_evaluated, provenance
 from tpvprune.cli.session_images import choose, open_data
 from tpvprune.disk.path_checks import check_file
-from tpvprune.images.fitted import Fitted
+from tpvprune.images.fitted import Fits, said_of_seen
 from tpvprune.images.loading import in_memory, permutation
+from tpvprune.images.sources import ImageSource
 from tpvprune.passes.difference import Difference
 from tpvprune.passes.loss import Loss, agreement_interval
 from tpvprune.repairs.guard import facts
@@ -77,28 +79,33 @@ def _images(args: argparse.Namespace, subject: Subject) -> tuple[Any, Any]:
     any those that measure are what neither it nor a training was fitted to.
     """
     images = open_data(args, labelled=False)
+    report = {} if subject.folder is None else read_report(subject.folder)
     if not args.int8 or images.count is None:
+        if args.int8:
+            _note_seen(report, images, range(args.num_images), "of them")
         chosen = choose(args, subject, images, args.num_images)
         return in_memory(chosen, progress=bar("reading images")), None
-    report = {} if subject.folder is None else read_report(subject.folder)
-    fitted = Fitted.of_report(report, images)
-    unseen = [] if fitted is None else fitted.unseen(images.count)
+    unseen = Fits.of_report(report, images).unseen(images.count, seed=args.seed)
     last = set(unseen)
     order = [*(p for p in permutation(images.count, args.seed) if p not in last), *unseen]
     order = order[-args.num_images :]
     num = num_measuring(len(order), _batch_size(args))
-    if fitted is not None and num > len(unseen):
-        say(
-            f"note: {num - len(unseen)} of the {num} images that measure int8 took part in the cut "
-            "or a training: on them the model is closer to the dense one than on others"
-        )
+    first = len(order) - num
+    _note_seen(report, images, order[first:], f"of the {num} that measure int8")
 
     def read(places: list[int]) -> Any:
         chosen = choose(args, subject, images, None, places=places)
         return in_memory(chosen, progress=bar("reading images"))
 
-    first = len(order) - num
     return read(order[:first]), read(order[first:]) if num else None
+
+
+def _note_seen(
+    report: Mapping[str, Any], images: ImageSource, places: Sequence[int], which: str
+) -> None:
+    what = said_of_seen(report, images, places, which)
+    if what:
+        say(f"note: {what}: on those the model is closer to the dense one than on others")
 
 
 def _float(

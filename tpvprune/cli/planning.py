@@ -27,8 +27,7 @@ from tpvprune.cli.single_weights import asked_for
 from tpvprune.cli.training import (
     check_trainable,
     dense_weights,
-    fitted_before,
-    num_held_back,
+    held_back_places,
     recipe_of,
 )
 from tpvprune.depth import Removal, find_branches, remove_branches
@@ -36,6 +35,7 @@ from tpvprune.depth.choice import most_gone
 from tpvprune.depth.savings import branch_savings
 from tpvprune.groups import ChannelGroups, find_groups
 from tpvprune.groups.budget import cost
+from tpvprune.images.fitted import Fits
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.drawing import num_held
 from tpvprune.pipeline import prune
@@ -221,9 +221,9 @@ def _plan_training(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     subject, _ = open_pruned(args)
     check_trainable(args, subject, labelled=labelled)
     images = open_data(args, labelled=labelled)
-    fitted = fitted_before(args, images, read_report(args.folder))
-    num = 0 if fitted is None else fitted.count - len(fitted.unseen(num_held_back(images)))
-    num = num if args.num_images is None else min(num, args.num_images)
+    held_back = held_back_places(args, Fits.of_report(read_report(args.folder), images))
+    num = (images.count or 0) - len(held_back)
+    num = args.num_images or 0 if images.count is None else min(num, args.num_images or num)
     seconds = _training(args, num, *seconds_of(subject), teacher=not labelled)
     document = {
         **provenance(args, subject),

@@ -19,6 +19,7 @@ from tpvprune.cli.session_images import (
     Opened,
     calibration,
     choose_apart,
+    fit_of_cut,
     labelled_images,
     num_eval_images,
     open_data,
@@ -28,7 +29,7 @@ from tpvprune.cli.session_images import (
 from tpvprune.cli.session_results import finished
 from tpvprune.disk.atomic import write_text
 from tpvprune.groups import find_groups
-from tpvprune.images.fitted import Fitted
+from tpvprune.images.fitted import Fit, Fits
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.batches import unlabeled
@@ -99,7 +100,7 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
         args.num_images = max(_FEWEST, scored.num_samples)
     clock = Clock(None)
     with clock("reading images"):
-        evaluated = labelled_images(args, subject)
+        evaluated = labelled_images(args, subject, images)
         batches = calibration(args, subject, images, labelled=labelled, apart=apart)
         if evaluated is not None:
             eval_images = EvalImages(evaluated, "labelled")
@@ -108,11 +109,7 @@ def _opened(args: argparse.Namespace, *, labelled: bool) -> Opened:
             eval_images = EvalImages(measuring, "held-back")
         else:
             eval_images = others(args, subject, images, batches, num_eval_images(subject))
-    opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds)
-    if images.count is not None:
-        num = min(args.num_images, images.count - apart)
-        fitted = Fitted.to(images, seed=args.seed, num=num, held_back=True)
-        opened = replace(opened, fitted=fitted)
+    opened = Opened(subject, layers, images, batches, evaluated, eval_images, clock.seconds, apart)
     if args.max_loss is None:
         return opened
     half, judging = halves(eval_images.batches)
@@ -174,10 +171,12 @@ def _pruned(
         state.unlink(missing_ok=True)
         raise
     _say_unrounded(args, result)
+    further: list[Fit] = []
     if args.repair == "distill":
         with clock("training"):
-            result = _distilled(args, opened, result)
-    outcome = finished(args, opened, result, clock)
+            result, fit = _distilled(args, opened, result)
+        further.append(fit)
+    outcome = finished(args, opened, result, clock, further=further)
     for unfinished in (training.state_file(args.output), state):
         by_first(unfinished.unlink, missing_ok=True)
     return outcome
@@ -221,11 +220,14 @@ def _say_unrounded(args: argparse.Namespace, result: PruningResult) -> None:
         )
 
 
-def _distilled(args: argparse.Namespace, opened: Opened, result: PruningResult) -> PruningResult:
-    """Return the result with its model trained on all images of the source."""
-    small = replace(opened.subject, model=result.model)
+def _distilled(
+    args: argparse.Namespace, opened: Opened, result: PruningResult
+) -> tuple[PruningResult, Fit]:
+    """Return the result with its model trained on all images of the source, and on which it was."""
+    small, images = replace(opened.subject, model=result.model), opened.images
+    held_back = training.held_back_places(args, Fits(images, [fit_of_cut(args, opened)]))
     done = training.trained(
-        args, small, opened.subject.model, opened.images, num_images=None, fitted=opened.fitted,
+        args, small, opened.subject.model, images, num_images=None, held_back=held_back,
         scored=opened.labelled,
     )  # fmt: skip
     # What was said of the cut stays true, but for how good its outcome is.
@@ -237,4 +239,5 @@ def _distilled(args: argparse.Namespace, opened: Opened, result: PruningResult) 
         "training": done.facts,
         "warnings": [*done.verdict["warnings"], *earlier],
     }
-    return replace(result, model=done.model, report=report)
+    fit = Fit.beside(images, held_back, seed=args.seed, num=None)
+    return replace(result, model=done.model, report=report), fit

@@ -13,11 +13,11 @@ from tpvprune.cli.console import bar, say
 from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Subject
 from tpvprune.groups import ChannelGroups
-from tpvprune.images.fitted import Fitted
-from tpvprune.images.loading import ImageBatches, choose_images, in_memory
+from tpvprune.images.fitted import Fit
+from tpvprune.images.loading import ImageBatches, choose_images, in_memory, permutation
 from tpvprune.images.sources import ImageSource, array_images, listed_images, open_images
 from tpvprune.passes.costs import count_macs
-from tpvprune.passes.drawing import hold_back
+from tpvprune.passes.drawing import drawn_indices, hold_back
 from tpvprune.passes.loss import Losses
 from tpvprune.processes.shares import share, total
 from tpvprune.scores.tpv import Scores, tpv_scores
@@ -46,7 +46,7 @@ class Opened:
 
     ``labelled``: the batches of `--eval-dir`, or None. With ``--max-loss`` some images decide on
     the size (``deciding``), and what measures the result has not seen them. ``seconds``: what
-    reading took.
+    reading took. ``num_apart``: images that ranking and repair do not see.
     """
 
     subject: Subject
@@ -56,8 +56,8 @@ class Opened:
     labelled: Any
     eval_images: EvalImages
     seconds: dict[str, float]
+    num_apart: int = 0
     deciding: Losses | None = None
-    fitted: Fitted | None = None
 
 
 class Shown:
@@ -79,16 +79,18 @@ def open_data(args: argparse.Namespace, *, labelled: bool, again: bool = False) 
             "subfolder per class"
         )
     if args.data_list is not None:
-        return listed_images(args.data_list, root=args.data_dir)
-    if is_array:
-        return array_images(args.data_dir)
-    images = open_images(
-        args.data_dir,
-        **{name: getattr(args, name) for name in ("dataset", "split", "input_key", "target_key")},
-        class_map=args.class_map if labelled else None,
-        labelled=labelled,
-        download=args.dataset_download,
-    )
+        images = listed_images(args.data_list, root=args.data_dir)
+    elif is_array:
+        images = array_images(args.data_dir)
+    else:
+        named = ("dataset", "split", "input_key", "target_key")
+        images = open_images(
+            args.data_dir,
+            **{name: getattr(args, name) for name in named},
+            class_map=args.class_map if labelled else None,
+            labelled=labelled,
+            download=args.dataset_download,
+        )
     if images.note and not again:
         say(images.note)
     return images
@@ -236,14 +238,45 @@ def all_but(apart: int, images: ImageSource, num_images: int | None) -> tuple[in
     return (rest if num_images is None else min(num_images, rest)), 0
 
 
-def labelled_images(args: argparse.Namespace, subject: Subject) -> Any:
-    """Return the labelled batches of `--eval-dir`, or None; they only measure top-1."""
+def fit_of_cut(args: argparse.Namespace, opened: Opened) -> Fit:
+    """Return which images ranking and repair have seen, once they have read them."""
+    images, batches = opened.images, opened.batches
+    num, skip = all_but(opened.num_apart, images, args.num_images)
+    assert num is not None
+    order = range(skip + num) if images.count is None else permutation(images.count, args.seed)
+    held = [order[skip + place] for place in drawn_indices(num, seed=args.seed)[1]]
+    # Without a damaged one the next have other numbers: which were held back is not known.
+    whole = num_images(batches) == num and not getattr(batches, "skipped", 0)
+    apart = [*order[:skip], *(held if whole else ())]
+    return Fit.to(images, seed=args.seed, num=skip + num, apart=apart)
+
+
+def labelled_images(args: argparse.Namespace, subject: Subject, others: ImageSource) -> Any:
+    """Return the labelled batches of `--eval-dir`, or None; they only measure top-1.
+
+    ``others``: the unlabeled images of the command, of which none should be among them.
+    """
     if args.eval_dir is None:
         return None
     images = _labelled_source(args)
+    _check_apart(args, images, others)
     check_classes(images, subject, class_map=args.class_map)
     chosen = choose(args, subject, images, None, labelled=True)
     return in_memory(chosen, progress=bar("reading labelled images"))
+
+
+def _check_apart(args: argparse.Namespace, labelled: ImageSource, images: ImageSource) -> None:
+    """Say how many labelled images may be fitted to; where they decide, that is a ValueError."""
+    num = len(labelled.files() & images.files())
+    if not num:
+        return
+    found = f"{num} of the {labelled.count} images of --eval-dir are among those of {images.name}"
+    if getattr(args, "max_loss", None) is not None:
+        raise ValueError(
+            f"--max-loss: expected images that take no part in the cut, but {found}: pass others, "
+            "or leave out --eval-dir: then some images are set apart"
+        )
+    say(f"note: {found}: on images that it was fitted to a model looks better than on others")
 
 
 def class_names(args: argparse.Namespace) -> list[str] | None:
@@ -292,7 +325,7 @@ def has_labels(images: ImageSource, subject: Subject, *, explicit: bool) -> bool
 
 
 def num_images(batches: Any) -> int | None:
-    """Count the images of batches."""
+    """Count the images of batches; None of a stream that has not been read to its end."""
     if isinstance(batches, ImageBatches):
-        return batches.total
+        return batches.total if batches.seen is None else batches.seen
     return int(total(sum(len(b[0] if isinstance(b, tuple) else b) for b in batches)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ from torch import nn
 from tpvprune.cli.console import show_pruned
 from tpvprune.cli.pruning_options import outputs_of
 from tpvprune.cli.session import Outcome, Subject, provenance
-from tpvprune.cli.session_images import EvalImages, Opened, Shown, class_names, num_images
+from tpvprune.cli.session_images import (
+    EvalImages,
+    Opened,
+    Shown,
+    class_names,
+    fit_of_cut,
+    num_images,
+)
 from tpvprune.disk.atomic import write_text
 from tpvprune.disk.digest import file_digest
 from tpvprune.groups import ChannelGroup, ChannelGroups
-from tpvprune.images.fitted import Fitted, fitted_facts
+from tpvprune.images.fitted import Fit, fitted_facts
 from tpvprune.images.sources import ImageSource
 from tpvprune.passes.clock import Clock
 from tpvprune.passes.costs import count_macs, count_nonzero_params, count_params
@@ -43,8 +50,13 @@ def finished(
     opened: Opened,
     result: PruningResult | WeightPruningResult,
     clock: Clock,
+    *,
+    further: Iterable[Fit] = (),
 ) -> Outcome:
-    """Measure a pruned model beside the dense one, save it, and show what it cost."""
+    """Measure a pruned model beside the dense one, save it, and show what it cost.
+
+    ``further``: what it was fitted to after the cut.
+    """
     subject, eval_images = opened.subject, opened.eval_images
     speed = result.report.get("speed")
     models = subject.model, result.model
@@ -72,7 +84,7 @@ def finished(
         "pruned": {**result.report["pruned"], **pruned},
         "images": {
             **image_facts(opened.images, opened.batches, eval_images),
-            "fitted": fitted_facts(_fitted(opened), result.report.get("training"), earlier),
+            "fitted": fitted_facts([fit_of_cut(args, opened), *further], earlier),
         },
         "timings": {**result.report["timings"], **clock.seconds},
         "output": str(args.output),
@@ -253,16 +265,6 @@ def image_facts(
     if eval_images is not None:
         facts["agreement_on"] = str(eval_images)
     return facts
-
-
-def _fitted(opened: Opened) -> Fitted | None:
-    """Return which images of the set pruning saw; None if it is a stream."""
-    found, batches = opened.fitted, opened.batches
-    if found is None:
-        return None
-    # Without a damaged one the next have other numbers: which were held back is not known.
-    whole = num_images(batches) == found.num and not getattr(batches, "skipped", 0)
-    return replace(found, held_back=found.held_back and whole)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

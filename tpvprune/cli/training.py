@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -28,7 +28,7 @@ from tpvprune.cli.session_images import (
 )
 from tpvprune.cli.session_results import costs, measured, note_top1, shown_changes
 from tpvprune.disk.digest import file_digest
-from tpvprune.images.fitted import Fitted, fitted_facts
+from tpvprune.images.fitted import Fit, Fits, fitted_facts
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
 from tpvprune.images.training import training_images
@@ -101,35 +101,29 @@ def num_held_back(images: ImageSource) -> int:
     return max(1, min(_MOST_HELD_BACK, images.count // 10))
 
 
-def fitted_before(
-    args: argparse.Namespace, images: ImageSource, earlier: Mapping[str, Any]
-) -> Fitted | None:
-    """Return which images a saved model was fitted to, as its report says; None of a stream.
+def held_back_places(args: argparse.Namespace, fits: Fits) -> list[int]:
+    """Return the places of images that no fit has seen, to be held back from training, too.
 
-    Of a set that the report does not know, all but as many as are held back: the flags' seed says
-    which.
+    Of a set of which nothing is known the last by the flags' seed, of a stream the next.
     """
-    if images.count is None:
-        return None
-    found = Fitted.of_report(earlier, images)
-    if found is not None and found.unseen(1):
-        return found
-    if found is not None:
+    most = num_held_back(fits.images)
+    found = fits.least_seen(most, seed=args.seed)
+    if not fits.unseen(1, seed=args.seed):
         say(
-            f"note: all of the {images.count} images took part in the cut: those held back from "
-            "training look closer to the dense model than others do"
+            f"note: all of the {fits.images.count} images took part in the cut or a training: "
+            "those held back from this one look closer to the dense model than others do"
         )
-    num = images.count - num_held_back(images)
-    return Fitted.to(images, seed=args.seed, num=num)
+    return found
 
 
 class _Images(NamedTuple):
-    """Batches to train on, what is done to each, and images held back, which ``num`` counts."""
+    """Batches to train on, how many images, what is done to each, and images held back."""
 
     batches: Any
+    num: int | None
     augment: Any
     held: Any
-    num: int
+    num_held: int
 
 
 def trained(
@@ -139,26 +133,26 @@ def trained(
     images: ImageSource,
     *,
     num_images: int | None,
-    fitted: Fitted | None,
+    held_back: Sequence[int],
     labelled: bool = False,
     scored: Any = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Trained:
     """Train a pruned model, and measure it before and after on images held back.
 
-    ``fitted``: what the cut saw of the images, none of which measures anything; None of a stream.
-    ``scored``: labelled batches, which only measure top-1, or None.
+    ``held_back``: their places in the set; all others, or so many, are trained on. ``scored``:
+    labelled batches, which only measure top-1, or None.
     """
     recipe, state = recipe_of(args), state_file(args.output)
     resumed = _goes_on(args, recipe, state, labelled=labelled)
-    shown = _read(args, subject, images, num_images, fitted, labelled=labelled)
+    shown = _read(args, subject, images, num_images, held_back, labelled=labelled)
     top1 = _top1(args, subject.model, scored)
     start = monotonic()
     held = Shown(shown.held, "measuring")
     reference = Reference(teacher_of(dense, mirrored=not labelled and args.mirrored), held)
     before = reference.difference(subject.model)
     measured = 2 if labelled else len(FRACTIONS)
-    during = _between(recipe, measured * (monotonic() - start), shown.num)
+    during = _between(recipe, measured * (monotonic() - start), shown.num_held)
     with updates() as progress:
         how: dict[str, Any] = {
             "augment": shown.augment, "masks": masks, "state": state, "progress": progress,
@@ -204,21 +198,18 @@ def _read(
     subject: Subject,
     images: ImageSource,
     num_images: int | None,
-    fitted: Fitted | None,
+    held_back: Sequence[int],
     *,
     labelled: bool,
 ) -> _Images:
-    """Choose images to train on, and those held back from it, which no fit has seen."""
-    places = None if fitted is None else fitted.unseen(num_held_back(images))
-    num = num_held_back(images) if places is None else len(places)
-    chosen = choose(args, subject, images, num, places=places)
+    """Choose images to train on, and read those held back from it."""
+    chosen = choose(args, subject, images, None, places=held_back)
     held = in_memory(chosen, progress=bar("reading images"))
     batches, augment = training_images(
         images,
         subject.preprocessing,
         num_images=num_images,
-        skip=num if places is None else 0,
-        apart=places or (),
+        apart=held_back,
         seed=args.seed,
         batch_size=args.batch_size or 128,
         workers=args.workers,
@@ -227,7 +218,13 @@ def _read(
         progress=bar("reading images"),
         notice=say,
     )
-    return _Images(batches, augment, held, num)
+    num = num_images
+    if hasattr(batches, "images"):  # without damaged ones
+        num = len(batches.images)
+    elif images.count is not None:
+        rest = images.count - len(held_back)
+        num = rest if num_images is None else min(num_images, rest)
+    return _Images(batches, num, augment, held, len(held_back))
 
 
 def _mixes(args: argparse.Namespace, *, labelled: bool) -> bool:
@@ -238,7 +235,6 @@ def _said_of(
     args: argparse.Namespace, recipe: Recipe, shown: _Images, *, labelled: bool
 ) -> dict[str, Any]:
     """Return what a report says of how a model was trained, and with what."""
-    batches = shown.batches
     return {
         **dataclasses.asdict(recipe),
         "amp": str(recipe.amp).removeprefix("torch.") if recipe.amp else None,
@@ -246,9 +242,9 @@ def _said_of(
         "temperature": args.temperature if not labelled and args.loss == "divergence" else None,
         "mirrored": not labelled and args.mirrored,
         "mixed": _mixes(args, labelled=labelled),
-        "batch_size": batches.batch_size,
-        "num_images": len(batches.images) if hasattr(batches, "images") else batches.total,
-        "num_held_back": shown.num,
+        "batch_size": shown.batches.batch_size,
+        "num_images": shown.num,
+        "num_held_back": shown.num_held,
         "used_labels": labelled,
     }
 
@@ -313,13 +309,14 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
     images = open_data(args, labelled=labelled)
     if labelled:
         check_classes(images, subject, class_map=args.class_map)
-    eval_images = labelled_images(args, subject)
+    eval_images = labelled_images(args, subject, images)
     masks = saved_masks(args.folder)
-    fitted = fitted_before(args, images, earlier)
+    held_back = held_back_places(args, Fits.of_report(earlier, images))
     model, facts, verdict, seen, found = trained(
-        args, subject, dense, images, num_images=args.num_images, fitted=fitted,
+        args, subject, dense, images, num_images=args.num_images, held_back=held_back,
         labelled=labelled, scored=eval_images, masks=masks,
     )  # fmt: skip
+    fit = Fit.beside(images, held_back, seed=args.seed, num=args.num_images)
     sides = measured(args, subject, (dense, model), eval_images)
     note_top1(facts, sides[1])
     document = {
@@ -339,7 +336,7 @@ def _run(args: argparse.Namespace, *, labelled: bool) -> Outcome:
             "source": images.name,
             "num_images": facts["num_images"],
             "agreement_on": counted(facts["num_held_back"], "held-back image"),
-            "fitted": fitted_facts(fitted, facts, earlier),
+            "fitted": fitted_facts([fit], earlier),
         },
         "output": str(args.output),
     }

@@ -2,97 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any
 
 from tpvprune.images.loading import permutation
 from tpvprune.images.sources import ImageSource
-from tpvprune.passes.drawing import drawn_indices
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The first ``num`` images of the permutation of a set by a seed took part in a fit.
+class Fit:
+    """Of the first ``num`` images by a seed all took part in a fit, but those ``apart``.
 
-    ``source``: name of the set, without where it lies; it may be moved. ``count``: images of the
-    set. ``held_back``: of these ``num`` a random tenth by the same seed
-    was held back from the fit (:func:`tpvprune.passes.drawing.hold_back`). ``left``: so many
-    images a later training has not seen either, the last of those; None if there was none.
+    By a seed: in its permutation of the set; a stream has one order. ``source``: what the set is
+    called. ``digest``: of what its images are called, see ``ImageSource.digest``. ``count``:
+    images of the set, None of a stream. ``num``: None for the whole of a stream. ``apart``: places
+    in the set.
     """
 
     source: str
-    count: int
+    digest: str
+    count: int | None
     seed: int
-    num: int
-    held_back: bool
-    left: int | None = None
+    num: int | None
+    apart: tuple[int, ...] = ()
 
     @classmethod
     def to(
-        cls, images: ImageSource, *, seed: int, num: int, held_back: bool = False
-    ) -> Fitted | None:
-        """Return a fit to the first images of a set by a seed; None of a stream."""
-        if images.count is None:
-            return None
-        return cls(PurePath(images.name).name, images.count, seed, num, held_back)
+        cls, images: ImageSource, *, seed: int, num: int | None, apart: Collection[int] = ()
+    ) -> Fit:
+        """Return a fit to the first images by a seed, of which some took no part."""
+        return cls(images.name, images.digest, images.count, seed, num, tuple(apart))
 
     @classmethod
-    def of_report(cls, report: Mapping[str, Any], images: ImageSource) -> Fitted | None:
-        """Return what a saved model's report says of a set of images; None if nothing."""
-        name = PurePath(images.name).name
-        same = [x for x in _read(report) if (x.source, x.count) == (name, images.count)]
-        return same[0] if same else None
+    def beside(
+        cls, images: ImageSource, held_back: Collection[int], *, seed: int, num: int | None
+    ) -> Fit:
+        """Return a fit to ``num`` images, None for all, beside those at some places."""
+        if images.count is None and num is None:
+            return cls.to(images, seed=seed, num=None, apart=held_back)
+        apart = frozenset(held_back)
+        order: Sequence[int] = range((num or 0) + len(held_back))
+        if images.count is not None:
+            order = permutation(images.count, seed)
+        taken = [i for i, place in enumerate(order, 1) if place not in apart][:num]
+        return cls.to(images, seed=seed, num=max(taken, default=0), apart=held_back)
 
-    def unseen(self, most: int) -> list[int]:
-        """Return the places of at most so many images of the set that no fit has seen."""
-        most = most if self.left is None else min(most, self.left)
-        order = permutation(self.count, self.seed)
-        beyond = order[self.num :]
-        if len(beyond) < most and self.held_back:
-            places = drawn_indices(self.num, seed=self.seed)[1]
-            beyond = [*(order[i] for i in places), *beyond]
-        return beyond[max(0, len(beyond) - most) :]
+    def seen(self, places: Iterable[int]) -> set[int]:
+        """Return which of some places hold an image that took part."""
+        if self.count is None:
+            first = {place for place in places if self.num is None or place < self.num}
+        else:
+            first = set(permutation(self.count, self.seed)[: self.num]).intersection(places)
+        return first - set(self.apart)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All fits of a model to one set of images, as far as is known."""
+
+    images: ImageSource
+    fits: Sequence[Fit]
+
+    @classmethod
+    def of_report(cls, report: Mapping[str, Any], images: ImageSource) -> Fits:
+        """Return those that the report of a saved model tells of."""
+        known = _read(report)
+        digest = images.digest if known else ""
+        return cls(images, [x for x in known if (x.digest, x.count) == (digest, images.count)])
 
     def num_seen(self, places: Iterable[int]) -> int:
-        """Return how many of some places of the set hold an image that took part."""
-        unseen = set(self.unseen(self.count))
-        return sum(place not in unseen for place in places)
+        """Return how many of some places hold an image that took part in any fit."""
+        return len(self._times(list(places)))
+
+    def unseen(self, most: int, *, seed: int) -> list[int]:
+        """Return the places of at most so many images that no fit has seen.
+
+        They are the last of the permutation by the seed, of a stream the first.
+        """
+        places = self._places(most, seed)
+        times = self._times(places)
+        return [place for place in places if not times[place]][-most:]
+
+    def least_seen(self, most: int, *, seed: int) -> list[int]:
+        """Return those that no fit has seen; if there are none, those that the fewest have seen."""
+        places = self._places(most, seed)
+        times = self._times(places)
+        by_times = sorted(places, key=times.__getitem__, reverse=True)
+        return self.unseen(most, seed=seed) or by_times[-most:]
+
+    def _places(self, most: int, seed: int) -> list[int]:
+        """Return the places that may be taken, of which the last are to be preferred."""
+        if self.images.count is not None:
+            return permutation(self.images.count, seed)
+        end = max((fit.num or 0 for fit in self.fits), default=0)
+        left_out = [place for fit in self.fits for place in fit.apart]
+        return sorted({*left_out, *range(end, end + most)}, reverse=True)
+
+    def _times(self, places: Sequence[int]) -> Counter[int]:
+        """Return how many fits have seen an image; none that no fit has seen."""
+        return Counter(place for fit in self.fits for place in fit.seen(places))
 
 
-def fitted_facts(
-    fitted: Fitted | None, training: Mapping[str, Any] | None, report: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return what a report says of the sets that a model was fitted to, one entry each.
+def said_of_seen(
+    report: Mapping[str, Any], images: ImageSource, places: Iterable[int], which: str
+) -> str:
+    """Return how many images at some places a saved model may be fitted to; empty if none.
 
-    ``fitted``: to the set of now; None of a stream. ``training``: what is reported of a training
-    with it, if there was one. ``report``: of the model that this one was made from.
+    ``which``: what the images are called in that.
     """
-    if fitted is None:
-        return [asdict(x) for x in _read(report)]
-    if training is not None:
-        fitted = replace(fitted, left=training["num_held_back"])
-    same = fitted.source, fitted.count
-    others = [x for x in _read(report) if (x.source, x.count) != same]
-    return [asdict(x) for x in (*others, fitted)]
+    known = Fits.of_report(report, images)
+    if known.fits:
+        num = known.num_seen(places)
+        return f"{num} {which} took part in the cut or a training" if num else ""
+    facts = report.get("images") or {}
+    folders = {_last(images.name), images.path.name if images.path else ""}
+    if _last(str(facts.get("source"))) not in folders:
+        return ""
+    return f"it was pruned with {facts.get('num_images')} images of a set of that name"
 
 
-def _read(report: Mapping[str, Any]) -> list[Fitted]:
-    """Return what a report says of sets; what cannot be is left out."""
+def _last(name: str) -> str:
+    return PurePath(name).name
+
+
+def fitted_facts(fits: Iterable[Fit], report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a report says of all fits of a model.
+
+    ``fits``: of now. ``report``: of the model that this one was made from.
+    """
+    return [{**asdict(x), "apart": list(x.apart)} for x in dict.fromkeys([*_read(report), *fits])]
+
+
+def _read(report: Mapping[str, Any]) -> list[Fit]:
+    """Return the fits that a report tells of; what cannot be is left out."""
     entries = (report.get("images") or {}).get("fitted")
     return [x for entry in entries if (x := _entry(entry))] if isinstance(entries, list) else []
 
 
-def _entry(facts: Any) -> Fitted | None:
+def _entry(facts: Any) -> Fit | None:
+    """Return a fit as a report tells of it, if it can be one."""
     if not isinstance(facts, Mapping):
         return None
-    source, left = facts.get("source"), facts.get("left")
-    count, seed, num = (facts.get(key) for key in ("count", "seed", "num"))
-    if type(count) is not int or type(seed) is not int or type(num) is not int:
+    values: list[Any] = [facts.get(field.name) for field in fields(Fit)]
+    source, digest, count, seed, num, apart = values
+    named = isinstance(source, str) and isinstance(digest, str)
+    drawn = _is_number(seed) and (_is_number(num) or (num is None and count is None))
+    fits = count is None or (_is_number(count) and drawn and num <= count)
+    if not (named and drawn and fits and isinstance(apart, list) and all(map(_is_number, apart))):
         return None
-    if not isinstance(source, str) or not 0 <= num <= count:
-        return None
-    if not (left is None or type(left) is int):
-        return None
-    return Fitted(source, count, seed, num, facts.get("held_back") is True, left)
+    return Fit(source, digest, count, seed, num, tuple(apart))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

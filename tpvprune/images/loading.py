@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -42,6 +43,7 @@ class ImageBatches:
     notice: Callable[[str], None] | None = None
     skipped: int = field(default=0, init=False)
     first_skipped: str = field(default="", init=False)
+    seen: int | None = field(default=None, init=False)  # by all processes, in the last whole pass
     identity: bytes = field(default=b"", init=False)  # of which images in what manner, if known
 
     def __len__(self) -> int:
@@ -94,6 +96,7 @@ class ImageBatches:
                 ahead.append([pool.submit(self._decode, item) for item in mine])
                 if len(ahead) > 1:
                     yield [future.result() for future in ahead.popleft()]
+            self.seen = start
             while ahead:
                 yield [future.result() for future in ahead.popleft()]
 
@@ -134,9 +137,8 @@ def choose_images(
             f"{batch_size} and {num_images}"
         )
     if places is not None:
-        return ImageBatches(
-            source, lambda: places, preprocessing, len(places), batch_size, **options
-        )
+        at = partial(_at_places, source, places)
+        return ImageBatches(source, at, preprocessing, len(places), batch_size, **options)
     items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed)
     return ImageBatches(source, items, preprocessing, total, batch_size, **options)
 
@@ -155,7 +157,7 @@ def chosen_items(
     """
     stop = None if num_images is None else skip + num_images
     if source.count is None:
-        return lambda: itertools.islice(source.items(), skip, stop), num_images
+        return lambda: itertools.islice(_without(source, apart), skip, stop), num_images
     order: Sequence[int] = range(source.count)
     if num_images is not None:
         order = permutation(source.count, seed)
@@ -164,6 +166,29 @@ def chosen_items(
         order = [place for place in order if place not in left_out]
     chosen = order[skip:stop]
     return lambda: chosen, len(chosen)
+
+
+def _without(source: ImageSource, apart: Collection[int]) -> Iterator[Any]:
+    """Yield the items of a stream, but those at some places."""
+    return (item for place, item in enumerate(source.items()) if place not in apart)
+
+
+def _at_places(source: ImageSource, places: Sequence[int]) -> Iterable[Any]:
+    """Return the items at some places; of a stream a ValueError if it ends before the first."""
+    return places if source.count is not None else _of_stream(source, frozenset(places))
+
+
+def _of_stream(source: ImageSource, places: frozenset[int]) -> Iterator[Any]:
+    first, last = min(places), max(places)
+    place = -1
+    for place, item in enumerate(itertools.islice(source.items(), last + 1)):
+        if place in places:
+            yield item
+    if place < first:
+        raise ValueError(
+            f"{source.name}: expected images beyond the first {first}, which the model was fitted "
+            f"to, found {place + 1} in all: pass other images"
+        )
 
 
 def permutation(count: int, seed: int) -> list[int]:

@@ -6,9 +6,11 @@ import io
 import os
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from tpvprune.disk.digest import digest_of
 from tpvprune.disk.path_checks import check_images, check_list
 
 # timm's own, and what PIL reads as surely.
@@ -49,7 +52,10 @@ class ImageSource:
         where: Item -> its file name, for messages.
         num_classes: Number of classes; None where the source does not say.
         class_names: Name of each class, in order; None where the source does not say.
-        note: What a user should know of it, in one line; empty for nothing.
+        note: What a user should know of it, in lines; empty for nothing.
+        path: The folder or file that its images lie in; None if unknown.
+        label: What tells it from others that call their images alike, wherever it lies.
+        within: Item -> its file's name in ``path``; None if images are numbered only.
     """
 
     name: str
@@ -60,6 +66,22 @@ class ImageSource:
     num_classes: int | None
     class_names: tuple[str, ...] | None = None
     note: str = ""
+    path: Path | None = None
+    label: str = ""
+    within: Callable[[Any], str] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of label, number and names of the images in their order."""
+        names = () if self.within is None else map(self.within, self.items())
+        return digest_of("\n".join([self.label, str(self.count), *names])).hex()
+
+    def files(self) -> set[str]:
+        """Return the files of the images, of not too many without links; empty if unknown."""
+        if self.path is None or self.within is None:
+            return set()
+        plain = os.path.realpath if (self.count or 0) <= _MOST_LISTED else os.path.normpath
+        return {plain(self.path / self.within(item)) for item in self.items()}
 
 
 def open_images(
@@ -118,10 +140,7 @@ def open_images(
             )
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: {_reason(error, dataset)}") from error
-    if isinstance(opened, torch.utils.data.IterableDataset):
-        source = ImageSource(name, None, lambda: opened, lambda i: i, lambda _: "a sample", None)
-    else:
-        source = _map_source(name, opened)
+    source = _opened_source(name, opened, label=f"{dataset} {split}" if dataset else "")
     if source.count == 0:
         raise ValueError(f"{name}: expected images, found none")
     if labelled and dataset:
@@ -132,6 +151,19 @@ def open_images(
             f"{source.num_classes} class"
         )
     return source
+
+
+def _opened_source(name: str, opened: Any, *, label: str) -> ImageSource:
+    """Return the source of what timm has opened. ``label``: of a dataset by name."""
+    if isinstance(opened, torch.utils.data.IterableDataset):
+        return ImageSource(
+            name, None, lambda: opened, lambda i: i, lambda _: "a sample", None, label=label
+        )
+    source = _map_source(name, opened)
+    if label:
+        return replace(source, label=label)
+    path = Path(opened.reader.root).resolve()
+    return replace(source, path=path, label=path.name, within=source.where)
 
 
 def _check_target(source: ImageSource) -> None:
@@ -222,12 +254,13 @@ def _no_empty_folders(root: Path) -> Iterator[None]:
         raise
 
 
-def _passed_over(root: str) -> str:
-    """Return how many files of a folder are no images by their name, and one of them.
+def _noted(root: str) -> str:
+    """Return which files of a folder are no images by their name, and which are links to others.
 
     ValueError if links lead to a folder twice, or round and round: what is fitted to would judge.
     """
     others: list[str] = []
+    links: dict[str, Path] = {}
     seen: dict[str, str] = {}
     for folder, _, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -237,17 +270,25 @@ def _passed_over(root: str) -> str:
                 f"{seen[real]} again: remove the link"
             )
         seen[real] = folder
-        others += [
-            str(Path(folder, name))
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() not in _EXTENSIONS
-        ]
-    if not others:
-        return ""
-    return (
-        f"note: {len(others)} files of {root} are no images by their names and are not read "
-        f"(first: {min(others)})"
-    )
+        for path in (os.path.join(folder, n) for n in names if not n.startswith(".")):
+            if Path(path).suffix.lower() not in _EXTENSIONS:
+                others.append(path)
+            elif Path(path).is_symlink():
+                links[path] = os.path.realpath(path)
+    leading = Counter(links.values())
+    again = [k for k, v in links.items() if leading[v] > 1 or os.path.dirname(v) in seen]
+    notes = []
+    if others:
+        notes.append(
+            f"note: {len(others)} files of {root} are no images by their names and are not read "
+            f"(first: {min(others)})"
+        )
+    if again:
+        notes.append(
+            f"note: {len(again)} images of {root} are links to images that are there again (first: "
+            f"{min(again)}): what is fitted to one is judged by the other: remove them"
+        )
+    return "\n".join(notes)
 
 
 def _map_source(name: str, opened: Any) -> ImageSource:
@@ -271,7 +312,7 @@ def _map_source(name: str, opened: Any) -> ImageSource:
     count, classes = len(opened), _classes(reader, opened)
     note = ""
     if isinstance(reader, ReaderImageFolder) and count <= _MOST_LISTED:
-        note = _passed_over(str(reader.root))  # folders of millions are not walked a second time
+        note = _noted(str(reader.root))  # folders of millions are not walked a second time
     num_classes = None if classes is None else len(classes)
     return ImageSource(name, count, lambda: range(count), read, where, num_classes, classes, note)
 
@@ -297,13 +338,17 @@ def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageS
             f"{path}: expected a list of paths, found more than {_MAX_LIST_BYTES} bytes"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a text file of paths, one a line") from error
     start = path.parent if root is None else Path(root)
-    files = [start / line.strip() for line in lines if line.strip()]
-    if not files:
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
         raise ValueError(f"{path}: expected paths of images, one a line, found none")
+    # An image that is there twice would be fitted to and judge.
+    once = {os.path.realpath(start / name): name for name in reversed(names)}
+    num_again, names = len(names) - len(once), list(reversed(once.values()))
+    files = [start / name for name in names]
     if not files[0].is_file():
         raise ValueError(
             f"{path}: expected image files, found no {files[0]}: relative paths start from "
@@ -314,8 +359,10 @@ def listed_images(path: str | Path, *, root: str | Path | None = None) -> ImageS
         return Image.open(io.BytesIO(files[item].read_bytes())), None
 
     return ImageSource(
-        str(path), len(files), lambda: range(len(files)), read, lambda i: str(files[i]), None
-    )
+        str(path), len(files), lambda: range(len(files)), read, lambda i: str(files[i]), None,
+        note=f"note: {path} names {num_again} images again, which are read once" * bool(num_again),
+        path=start.resolve(), within=names.__getitem__,
+    )  # fmt: skip
 
 
 def array_images(path: str | Path) -> ImageSource:
@@ -339,5 +386,6 @@ def array_images(path: str | Path) -> ImageSource:
 
     num = len(images)
     return ImageSource(
-        str(path), num, lambda: range(num), read, lambda i: f"image {i} of {path}", None
-    )
+        str(path), num, lambda: range(num), read, lambda i: f"image {i} of {path}", None,
+        label=Path(path).resolve().name,
+    )  # fmt: skip

@@ -30,7 +30,6 @@ def training_images(
     preprocessing: Preprocessing,
     *,
     num_images: int | None = None,
-    skip: int = 0,
     apart: Collection[int] = (),
     seed: int = 0,
     batch_size: int = 128,
@@ -52,11 +51,11 @@ def training_images(
     images and manner from others, as a run that goes on has to.
     """
     if source.count is not None:
-        rest = source.count - skip - len(apart)
+        rest = source.count - len(apart)
         num_images = rest if num_images is None else min(num_images, rest)
-    items, total = chosen_items(source, num_images=num_images, skip=skip, seed=seed, apart=apart)
+    items, total = chosen_items(source, num_images=num_images, seed=seed, apart=apart)
     names = [source.name, *(() if source.count is None else map(source.where, items()))]
-    manner = (preprocessing.config, batch_size, labelled, mixed, skip, num_images)
+    manner = (preprocessing.config, batch_size, labelled, mixed, *sorted(apart), num_images)
     identity = digest_of("\n".join(map(str, names)), *map(repr, manner))
     options: dict[str, Any] = {"workers": workers, "labelled": labelled, "notice": notice}
 
