@@ -270,13 +270,13 @@ def _noted(root: str) -> str:
                 f"{seen[real]} again: remove the link"
             )
         seen[real] = folder
-        for path in (os.path.join(folder, n) for n in names if not n.startswith(".")):
-            if Path(path).suffix.lower() not in _EXTENSIONS:
-                others.append(path)
-            elif Path(path).is_symlink():
-                links[path] = os.path.realpath(path)
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() not in _EXTENSIONS:
+                others.append(str(path))
+            elif path.is_symlink():
+                links[str(path)] = path.resolve()
     leading = Counter(links.values())
-    again = [k for k, v in links.items() if leading[v] > 1 or os.path.dirname(v) in seen]
+    again = [k for k, v in links.items() if leading[v] > 1 or str(v.parent) in seen]
     notes = []
     if others:
         notes.append(
