@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from image_cases import write_classes, write_images
+from PIL import Image
 from safetensors.torch import load_file
 
 from tpvprune.cli import exporting, session_images
@@ -596,3 +597,93 @@ def assert_one_line(code, err, message):
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in err
+
+
+def test_every_fit_of_a_chain_counts(run, tmp_path):
+    """A cut, a training on all but 4, and a further cut with few images: all three count."""
+    data = ["--data-dir", "flat"]
+    cut, trained, further = (str(tmp_path / name) for name in ("cut", "trained", "further"))
+    argv = [*PRUNE, *data, "--keep", "0.8", *CHEAP, "--seed", "5", "--output", cut]
+    assert run(*argv, "--num-images", "20")[0] == 0
+    assert run("distill", cut, *data, *TRAIN, "--output", trained)[0] == 0
+    again = ["prune", trained, *data, *SMALL, "--keep", "0.7", *CHEAP]
+    assert run(*again, "--num-images", "8", "--output", further)[0] == 0
+    seen = {}
+    for folder in (cut, trained, further):
+        argv = ["evaluate", folder, "--dense", "weights.pt", *data, *SMALL]
+        said = " ".join(run(*argv)[2].split())
+        seen[folder] = int(said.partition("note: ")[2].partition(" of them took part")[0])
+    assert (seen[cut], seen[trained]) == (18, 36)
+    assert seen[further] >= 36
+
+
+def test_images_that_may_be_fitted_to_are_told_where_labels_measure(run, tmp_path):
+    argv = [*PRUNE, *CHEAP, "--keep", "0.8", "--eval-dir", "classes", "--output"]
+    told = "32 of the 32 images of --eval-dir are among those of classes"
+    for data in ("flat", "classes"):
+        code, _, err = run(*argv, str(tmp_path / data), "--data-dir", data)
+        assert code == 0
+        assert (f"note: {told}" in " ".join(err.split())) == (data == "classes")
+    limit = [arg for arg in argv if arg not in {"--keep", "0.8"}] + [str(tmp_path / "new")]
+    code, _, err = run(*limit, "--data-dir", "classes", "--max-loss", "5", *SMALL)
+    assert code == 2
+    assert f"--max-loss: expected images that take no part in the cut, but {told}" in " ".join(
+        err.split()
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_says_which_images_measure(run):
+    argv = [*PRUNE, *CHEAP[:2], "--repair", "distill", "--keep", "0.8", "--output", "new"]
+    _, _, err = run(*argv, "--data-dir", "flat", "--dry-run")
+    assert "24 images of flat, 4 others held back to measure" in " ".join(err.split())
+    argv = [*PRUNE, *CHEAP, "--keep", "0.8", "--output", "new", "--dry-run"]
+    code, _, err = run(*argv, "--data-dir", "flat/0000.png")
+    assert code == 2
+    write_images(Path("one"), 1)
+    code, _, err = run(*argv, "--data-dir", "one")
+    assert code == 2
+    assert "one: expected at least 2 images, found 1" in " ".join(err.split())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """60 images of one colour each, which tells their places."""
+
+    def __iter__(self):
+        for place in range(60):
+            yield Image.new("RGB", (32, 32), (4 * place, 255 - 4 * place, 9 * place % 256)), 0
+
+
+def test_a_stream_is_judged_by_what_no_fit_has_seen(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: Stream())
+    monkeypatch.setattr(training_commands, "_MOST_HELD_BACK", 6)
+    fits, held = [], []
+
+    def places_of(batches):
+        return {round((x[0].mean().item() * 0.5 + 0.5) * 255 / 4) for b in batches for x in b}
+
+    def hold_back(*args, **kwargs):
+        fit, kept = drawing.hold_back(*args, **kwargs)
+        fits.append(places_of(fit))
+        return fit, kept
+
+    def choose(*args, **kwargs):
+        held.append(places_of(session_images.choose(*args, **kwargs)))
+        return session_images.choose(*args, **kwargs)
+
+    monkeypatch.setattr(setup, "hold_back", hold_back)
+    monkeypatch.setattr(training_commands, "choose", choose)
+    model = [*PRUNE, "--mean", "0.5", "--std", "0.5", "--dataset", "wds/many"]
+    cut, again = str(tmp_path / "cut"), str(tmp_path / "again")
+    assert run(*model, *CHEAP, "--keep", "0.8", "--output", cut)[0] == 0
+    assert len(fits[0]) == 22
+    for source, output in ((cut, again), (again, str(tmp_path / "third"))):
+        argv = ["distill", source, "--dataset", "wds/many", *TRAIN, "--output", output]
+        assert run(*argv, "--num-images", "20")[0] == 0
+    assert len(held[0]) == len(held[1]) == 6
+    assert not held[0] & fits[0]
+    assert held[0] == held[1]
+    argv = ["evaluate", again, "--dense", "weights.pt", "--dataset", "wds/many", *SMALL]
+    said = " ".join(run(*argv, "--split", "train", "--num-images", "100")[2].split())
+    assert "measured on 60 images of wds/many" in said
+    assert "note: 22 of them took part" in said  # the training saw 20 of the same

@@ -119,7 +119,7 @@ class TestKindsThatAreRead:
         assert len(found) == 5
         assert len(found.flatten(1).unique(dim=0)) == 3
         note = open_images(folder).note
-        assert f"1 images of {folder} are links to images that are there again (first: " in note
+        assert f"links in {folder} to images that are there again: 1 (first: " in note
         (folder / "link.png").unlink()
         assert open_images(folder).note == ""
 

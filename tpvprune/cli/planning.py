@@ -99,8 +99,9 @@ def plan_prune(args: argparse.Namespace) -> Outcome:
     document |= _branches(args, subject, groups, layers)
     reached = _say_budget(args, document, sizes, apart)
     labels = "LABELS WOULD BE USED" if used_labels else "no label is read"
+    others = apart if args.repair == "distill" else 0
     say(
-        f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}, "
+        f"{_images(num, images, others)}, criterion {args.criterion}, repair {args.repair}, "
         f"{counted(args.steps, 'step')}, {labels}"
     )
     trials = "trials of depth, " if {"channel", "branch"} <= {*_may_go(args)} else ""
@@ -207,7 +208,7 @@ def _plan_weights(args: argparse.Namespace) -> Outcome:
     )
     blocked_lines(document["blocked"])
     say(f"{_images(num, images)}, criterion {args.criterion}, repair {args.repair}")
-    say_time(expected, "refits of all layers (seconds to minutes), ")
+    say_time(expected, "refits of all layers (most of the time: seconds to minutes), ")
     return 0, document
 
 
@@ -271,12 +272,18 @@ def plan_benchmark(args: argparse.Namespace) -> Outcome:
 def _num_images(args: argparse.Namespace, images: ImageSource, apart: int = 0) -> int:
     """Return how many images a run will see; for auto, which only the run can tell, a guess."""
     wanted = _GUESS if args.num_images == AUTO else args.num_images
-    return int(wanted if images.count is None else min(wanted, images.count - apart))
+    num = int(wanted if images.count is None else min(wanted, images.count - apart))
+    if num < 2:
+        raise ValueError(
+            f"{images.name}: expected at least 2 images, found {num}; a few hundred work well"
+        )
+    return num
 
 
-def _images(num: int, images: ImageSource) -> str:
-    held = num_held(num)
-    return f"{num} images of {images.name}, {held} of them held back to measure what comes out"
+def _images(num: int, images: ImageSource, num_others: int = 0) -> str:
+    """Return how many images are used; ``num_others``: those that measure, if they are others."""
+    held = f"{num_others} others" if num_others else f"{num_held(num)} of them"
+    return f"{num} images of {images.name}, {held} held back to measure what comes out"
 
 
 def _document(

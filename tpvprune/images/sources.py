@@ -285,7 +285,7 @@ def _noted(root: str) -> str:
         )
     if again:
         notes.append(
-            f"note: {len(again)} images of {root} are links to images that are there again (first: "
+            f"note: links in {root} to images that are there again: {len(again)} (first: "
             f"{min(again)}): what is fitted to one is judged by the other: remove them"
         )
     return "\n".join(notes)
