@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tpvprune.images.loading import choose_images, in_memory
+from tpvprune.images.loading import choose_images, in_memory, permutation
 from tpvprune.images.preprocessing import Preprocessing, resolve_preprocessing
 from tpvprune.images.sources import ImageSource, open_images
 from tpvprune.images.training import training_images
@@ -84,11 +84,12 @@ class Task:
 
     def training(self, *, labelled: bool) -> tuple[Any, Any]:
         """Return what every training sees: batches, and what is left to augment of them."""
+        held_back = permutation(self._count, self.seed)[: self.num_held]
         return training_images(
             self.source,
             self.preprocessing,
             num_images=self.num_train - self.num_held,
-            skip=self.num_held,
+            apart=held_back,
             seed=self.seed,
             batch_size=self.args.batch_size,
             workers=self.args.threads,
