@@ -26,7 +26,8 @@ from errors import in_one_line
 from rows import add_output_folder, append, interpolated
 from unlabeled import images_of, opened_model
 
-from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
+from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing
+from tpvprune.cli.flag_values import count, fraction
 from tpvprune.passes.evaluation import agreement
 from tpvprune.pipeline import PruningResult, prune
 from tpvprune.runtimes.names import RUNTIMES

@@ -39,7 +39,8 @@ from teachers import Task, opened
 from ways import CUTS, DENSE, WAYS, Job, Smaller, quality
 
 from tpvprune import keep_freed_memory
-from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction, positive
+from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing
+from tpvprune.cli.flag_values import count, fraction, positive
 
 SETTINGS = ("weights", "images", "arguments")
 """Columns in which all rows of a file must agree."""

@@ -18,10 +18,8 @@ from tpvprune.cli.flag_groups import (
     add,
     add_model,
     add_preprocessing,
-    count,
-    count_or_auto,
-    fraction,
 )
+from tpvprune.cli.flag_values import count, count_or_auto, fraction
 from tpvprune.widths.limits import Limits
 
 UNLABELED = ("tpv", "jbr", "magnitude", "random", "tp:magnitude")

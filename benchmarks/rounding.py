@@ -24,7 +24,8 @@ from photograph_flags import add_flags, parsed
 from photographs import RESULTS, Cut, calibration, opened, quality
 
 from tpvprune import Limits, keep_freed_memory, prune
-from tpvprune.cli.flag_groups import Parser, count_or_auto
+from tpvprune.cli.flag_groups import Parser
+from tpvprune.cli.flag_values import count_or_auto
 from tpvprune.passes.batches import unlabeled
 from tpvprune.runtimes.names import RUNTIMES
 from tpvprune.widths.speed import compare_latency

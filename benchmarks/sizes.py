@@ -25,7 +25,8 @@ from rows import add_output_folder, append
 from unlabeled import images_of, opened_model
 
 import tpvprune
-from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing, count, fraction
+from tpvprune.cli.flag_groups import Parser, add_model, add_preprocessing
+from tpvprune.cli.flag_values import count, fraction
 from tpvprune.pipeline import PruningResult
 
 COLUMNS = ["model", "num_images", "way", "keep", "seconds", "cpu_seconds"]

@@ -513,6 +513,9 @@ class TestStart:
         lines = {
             "required: --output": ["prune"],
             "unrecognized arguments: --bogus": ["prune", *model, *new, "--bogus"],
+            "expected a whole number from 0 to 4294967295, found '-1'": [
+                *("prune", *model, *new, "--seed", "-1"),
+            ],
             "invalid choice: 'joy'": ["prune", *model, *new, "--of", "joy"],
             "expected channel, head": ["prune", *model, *new, "--granularity", "joy"],
             "did you mean tpv": ["prune", *model, *new, "--criterion", "tpw"],

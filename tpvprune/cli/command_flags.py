@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tpvprune.cli.flag_groups import (
-    AUTO,
     Parser,
     add,
     add_criterion,
@@ -21,14 +20,17 @@ from tpvprune.cli.flag_groups import (
     add_output,
     add_preprocessing,
     add_training,
+    flag,
+    switch,
+)
+from tpvprune.cli.flag_values import (
+    AUTO,
     count,
     count_or_auto,
-    flag,
     fraction,
     granularity,
     listed,
     points,
-    switch,
     word,
 )
 

@@ -19,7 +19,7 @@ from tpvprune.cli.console import (
     show_evaluated,
     table,
 )
-from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.flag_values import AUTO
 from tpvprune.cli.pruning_options import outputs_of, probing_options
 from tpvprune.cli.session import Outcome, Subject, ignored, open_evaluated, open_subject, provenance
 from tpvprune.cli.session_images import (

@@ -11,7 +11,8 @@ from typing import Any
 
 from tpvprune.cli import sizes
 from tpvprune.cli.command_flags import COMMANDS
-from tpvprune.cli.flag_groups import AUTO, STRUCTURES, check_unset
+from tpvprune.cli.flag_groups import check_unset
+from tpvprune.cli.flag_values import AUTO, STRUCTURES
 from tpvprune.disk.atomic import OWN_FILES, check_folder
 from tpvprune.disk.path_checks import (
     check_checkpoint,

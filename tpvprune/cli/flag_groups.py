@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+from tpvprune.cli.flag_values import count, count_or_auto, output, pair, positive, seed
 from tpvprune.runtimes.names import RUNTIMES, TABLE
-
-AUTO = "auto"  # --num-images: as many as the scores need; --round-to: by the width of a group
 
 
 class _UsageError(ValueError):
@@ -60,7 +56,7 @@ _ALIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "--dry-run": ("run", "say what would be done and how long it may take", _YES),
     "--seed": (
-        "run", "seed of every random choice (0)", {"metavar": "N", "type": int, "default": 0},
+        "run", "seed of every random choice (0)", {"metavar": "N", "type": seed, "default": 0},
     ),
     "--json": ("run", "one JSON document on stdout", _YES),
 }  # fmt: skip
@@ -102,7 +98,7 @@ def add_model_kwargs(group: Any) -> None:
     )  # fmt: skip
     flag(
         group, "--model-kwargs", "K=V", "arguments of the model, as pad_type=same",
-        nargs="*", default=(), type=_pair,
+        nargs="*", default=(), type=pair,
     )  # fmt: skip
 
 
@@ -161,7 +157,7 @@ def add_criterion(sub: Parser) -> None:
     flag(group, "--criterion", "NAME", "how to score (tpv)", default="tpv")
     flag(group, "--num-probes", "N", "random output directions (1)", type=count, default=1)
     flag(
-        group, "--outputs", "K[=X]", nargs="+", type=_output,
+        group, "--outputs", "K[=X]", nargs="+", type=output,
         text="outputs that count (all), and how much each (1): logits, 0, aux.1=0.5",
     )  # fmt: skip
 
@@ -285,65 +281,3 @@ def errors_by_flag(**others: str) -> Iterator[None]:
 
 
 # ---- what a flag's text may be --------------------------------------------------------------
-
-
-def _checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Any:
-    def check(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
-        return value
-
-    return check
-
-
-fraction = _checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
-points = _checked(float, lambda x: 0 < x < 100, "points above 0 and below 100")
-# Tensors of 32 bits hold no numbers above 3e38.
-positive = _checked(float, lambda x: 0 < x <= 1e30, "a number above 0, at most 1e30")
-count = _checked(int, lambda n: n >= 1, "a whole number of at least 1")
-count_or_auto = _checked(
-    lambda text: text if text == AUTO else int(text),
-    lambda n: n == AUTO or n >= 1,
-    "a whole number of at least 1, or auto",
-)
-
-STRUCTURES: dict[str | None, tuple[Literal["channel", "branch"], ...] | None] = {
-    None: None,
-    "channel": ("channel",),
-    "head": ("channel",),
-    "branch": ("branch",),
-    "channel,branch": ("channel", "branch"),
-    "branch,channel": ("channel", "branch"),
-}
-"""Values of --granularity that change the structure -> what may leave; None: as the budget is."""
-granularity = _checked(
-    str,
-    lambda g: g in STRUCTURES or re.fullmatch(r"weight|\d+:\d+", str(g)) is not None,
-    "channel, head, branch, channel,branch, weight or 2:4",
-)
-word = _checked(str.strip, bool, "a name")
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Read several values with commas between, each once."""
-    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _output(text: str) -> tuple[str, float]:
-    """Return the name of an output, and how much it counts."""
-    name, _, weight = text.partition("=")
-    return name, positive(weight or "1")

@@ -13,7 +13,7 @@ import torch
 from tpvprune.cli.benchmark import plan_of
 from tpvprune.cli.console import blocked_lines, counted, length_of, percent, say, short
 from tpvprune.cli.expected_time import Expected, expected_of, say_time, seconds_of
-from tpvprune.cli.flag_groups import AUTO, STRUCTURES
+from tpvprune.cli.flag_values import AUTO, STRUCTURES
 from tpvprune.cli.pruning import layers_that_stay, num_apart
 from tpvprune.cli.pruning_options import (
     check_pruning_options,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tpvprune.cli import single_weights, sizes, training
 from tpvprune.cli.comparing import show_runs
 from tpvprune.cli.console import counted, say, stages
-from tpvprune.cli.flag_groups import AUTO
+from tpvprune.cli.flag_values import AUTO
 from tpvprune.cli.pruning_options import check_pruning_options, outputs_of, pruning_options
 from tpvprune.cli.session import Outcome, Subject, ignored, open_subject
 from tpvprune.cli.session_images import (

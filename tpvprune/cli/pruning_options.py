@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpvprune.cli.flag_groups import STRUCTURES
+from tpvprune.cli.flag_values import STRUCTURES
 from tpvprune.groups.budget import LatencyTable
 from tpvprune.pipeline.choices import Choices
 from tpvprune.runtimes.names import TABLE

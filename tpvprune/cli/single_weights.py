@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from tpvprune.cli.console import stages
-from tpvprune.cli.flag_groups import STRUCTURES, check_unset
+from tpvprune.cli.flag_groups import check_unset
+from tpvprune.cli.flag_values import STRUCTURES
 from tpvprune.cli.pruning_options import weight_options
 from tpvprune.cli.session import Outcome, Subject
 from tpvprune.cli.session_images import Opened
