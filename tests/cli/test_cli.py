@@ -451,11 +451,19 @@ class TestOtherCommands:
         assert document["latency_device"].endswith(", 1 thread")
         assert re.search(rf"latency, 3 images .* {document['latency_ratio']:.3f}\n", err)
 
-    def test_evaluate_without_labels_gives_agreement_or_only_costs(self, run, plain):
+    def test_evaluate_without_labels_gives_agreement_or_only_costs(self, run, root, plain):
         argv = ["evaluate", plain[0], "--data-dir", "flat", "--latency-repeats", "0"]
         _, out, _ = run(*argv, "--dense", "weights.pt", "--json")
-        assert json.loads(out)["agreement"] is not None
+        wanted = json.loads(out)["agreement"]
+        assert wanted is not None
         _, out, err = run(*argv, "--json")
+        assert json.loads(out)["agreement"] == wanted
+        assert "dense weights: weights.pt, the file that" in err
+        (root / "weights.pt").rename(root / "moved.pt")
+        try:
+            _, out, err = run(*argv, "--json")
+        finally:
+            (root / "moved.pt").rename(root / "weights.pt")
         assert json.loads(out)["agreement"] is None
         assert "only costs were measured" in err
 

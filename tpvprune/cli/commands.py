@@ -150,7 +150,7 @@ def _say_branches(document: Mapping[str, Any]) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> Outcome:
     """Measure a model or a saved pruned model."""
-    subject, dense = open_evaluated(args)
+    subject, dense = open_evaluated(args, compared=True)
     images = open_data(args, labelled=False)
     labelled = has_labels(images, subject, explicit=bool(args.class_map or args.dataset))
     if labelled:

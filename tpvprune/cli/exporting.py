@@ -40,7 +40,7 @@ def run_export(args: argparse.Namespace) -> Outcome:
     check_file(file, overwrite=args.overwrite)
     args.device = "cpu"
     args.num_images = args.num_images or (_NUM_INT8_IMAGES if args.int8 else _NUM_IMAGES)
-    subject, dense = open_evaluated(args)
+    subject, dense = open_evaluated(args, compared=args.int8)
     batches, measuring = _images(args, subject) if given else ((), None)
     document: dict[str, Any] = provenance(args, subject)
     how = {

@@ -93,15 +93,38 @@ def _open_prunable(args: argparse.Namespace) -> Subject:
     return subject
 
 
-def open_evaluated(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:
-    """Load what `evaluate` measures, and the dense model to compare it with."""
+def open_evaluated(
+    args: argparse.Namespace, *, compared: bool = False
+) -> tuple[Subject, nn.Module | None]:
+    """Load what `evaluate` measures, and the dense model where `--dense` says its weights.
+
+    ``compared``: of a saved pruned model also where the file that it came from is found.
+    """
     if args.folder is not None and args.model is not None and not is_factory(args.model):
         raise ValueError(NEITHER)
     if args.folder is None:
         if args.dense is not None:
             raise ValueError("--dense: expected the folder of a pruned model to compare it with")
         return open_subject(args), None
+    if compared and args.dense is None:
+        args.folder = local_folder(args.folder)
+        args.dense = known_weights(read_config(args.folder), args.folder)
     return open_pruned(args)
+
+
+def known_weights(config: Mapping[str, Any], folder: str | Path) -> str | None:
+    """Return the file that a saved model was pruned from, if it is there and still the same.
+
+    The folder may be a stranger's: of the file that it names nothing is used, unless its contents
+    are what the folder says they are.
+    """
+    weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
+    if not isinstance(weights, str) or weights in NO_FILES or not Path(weights).is_file():
+        return None
+    if not isinstance(digest, str) or file_digest(weights) != digest:
+        return None
+    say(f"dense weights: {weights}, the file that {folder} was pruned from (SHA-256)")
+    return weights
 
 
 def open_pruned(args: argparse.Namespace) -> tuple[Subject, nn.Module | None]:

@@ -18,7 +18,7 @@ from tpvprune.cli.console import bar, counted, length_of, say, show_trained, upd
 from tpvprune.cli.first_checks import NO_FILES
 from tpvprune.cli.flag_groups import errors_by_flag
 from tpvprune.cli.pruning_options import outputs_of
-from tpvprune.cli.session import Outcome, Subject, open_pruned, provenance
+from tpvprune.cli.session import Outcome, Subject, known_weights, open_pruned, provenance
 from tpvprune.cli.session_images import (
     Shown,
     check_classes,
@@ -27,7 +27,6 @@ from tpvprune.cli.session_images import (
     open_data,
 )
 from tpvprune.cli.session_results import costs, measured, note_top1, shown_changes
-from tpvprune.disk.digest import file_digest
 from tpvprune.images.fitted import Fit, Fits, fitted_facts
 from tpvprune.images.loading import in_memory
 from tpvprune.images.sources import ImageSource
@@ -370,21 +369,17 @@ def _measured(found: Difference) -> dict[str, float]:
 
 
 def dense_weights(config: Mapping[str, Any], folder: str | Path) -> str:
-    """Return the weights that a saved model was pruned from, if they are still the same.
-
-    The folder may be a stranger's: of the file that it names nothing is used, unless its contents
-    are what the folder says they are.
-    """
+    """Return the weights that a saved model was pruned from; ValueError if they are not there."""
+    found = known_weights(config, folder)
+    if found is not None:
+        return found
     weights, digest = (config["provenance"].get(key) for key in ("weights", "weights_sha256"))
-    found = repr(weights)
     if weights in NO_FILES:
         return str(weights)
+    what = repr(weights)[:300]
     if isinstance(weights, str) and Path(weights).is_file():
-        if isinstance(digest, str) and file_digest(weights) == digest:
-            say(f"dense weights: {weights}, the file that {folder} was pruned from (SHA-256)")
-            return weights
-        found += " without its SHA-256" if digest is None else " with another SHA-256"
+        what += " without its SHA-256" if digest is None else " with another SHA-256"
     raise ValueError(
-        f"{folder}: expected the weights that it was pruned from, found {found[:300]}: pass "
+        f"{folder}: expected the weights that it was pruned from, found {what}: pass "
         "--dense with the dense model's checkpoint, or --dense pretrained or factory"
     )
