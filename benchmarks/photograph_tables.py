@@ -19,18 +19,28 @@ def photographs() -> str:
 
 
 def headline() -> str:
-    """Return what the default keeps on photographs at 0.8 of the MACs, a line per network."""
-    lines = [
+    """Return what stays on photographs at 0.8 of the MACs, with default and with free widths."""
+    free, default = (
+        {
+            s.model: s
+            for s in summarise(_photograph_rows(kind))
+            if (criterion_of(s), s.repair, s.keep) == ("TPV, curves", "compensate", 0.8)
+        }
+        for kind in ("photographs", "default-widths")
+    )
+
+    def top1(s: Summary | None) -> str:
+        if s is None:
+            return ""
+        return f"{s.top1:.1f}" + ("" if s.sd is None else f" ± {s.sd:.1f}")
+
+    return markdown(
+        ["network", "MACs that stay", "top-1 before", "after", "after, free widths"],
         [
-            f"`{s.model}`",
-            f"{s.keep:g}",
-            f"{s.dense_top1:.1f}",
-            f"{s.top1:.1f}" + ("" if s.sd is None else f" ± {s.sd:.1f}"),
-        ]
-        for s in summarise(_photograph_rows())
-        if (criterion_of(s), s.repair, s.keep) == ("TPV, curves", "compensate", 0.8)
-    ]
-    return markdown(["network", "MACs that stay", "top-1 before", "after"], lines)
+            [f"`{m}`", f"{s.keep:g}", f"{s.dense_top1:.1f}", top1(default.get(m)), top1(s)]
+            for m, s in free.items()
+        ],
+    )
 
 
 def photographs_criteria() -> str:
@@ -39,7 +49,7 @@ def photographs_criteria() -> str:
     for s in summarise(_photograph_rows()):
         if s.keep in (0.8, 0.6):
             lines.setdefault((s.repair, *_of(s)), {})[s.model, s.keep] = s
-    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+    columns = sorted({c for cells in lines.values() for c in cells}, key=lambda c: (c[0], -c[1]))
 
     def place(line: tuple[tuple[str, ...], Mapping[Any, Summary]]) -> tuple[int, bool, float]:
         (repair, name, _), cells = line
@@ -133,8 +143,8 @@ def _lost(rows: Sequence[Row]) -> float:
     return mean_of(rows, "top1") - mean_of(rows, "dense_top1")
 
 
-def _photograph_rows() -> list[Row]:
-    paths = sorted(RESULTS.glob("photographs-*.csv"))
+def _photograph_rows(kind: str = "photographs") -> list[Row]:
+    paths = sorted(RESULTS.glob(f"{kind}-*.csv"))
     return [row for path in paths for row in read_rows(path)]
 
 
