@@ -109,8 +109,8 @@ def held_back_places(args: argparse.Namespace, fits: Fits) -> list[int]:
     found = fits.least_seen(most, seed=args.seed)
     if not fits.unseen(1, seed=args.seed):
         say(
-            f"note: all of the {fits.images.count} images took part in the cut or a training: "
-            "those held back from this one look closer to the dense model than others do"
+            f"note: all images of {fits.images.name} took part in the cut or a training: those "
+            "held back from this one look closer to the dense model than others do"
         )
     return found
 
